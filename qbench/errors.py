@@ -1,0 +1,22 @@
+"""The two ways a point can end badly, and the sentence that lists the legal choices."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class RequestError(ValueError):
+    """What was asked for cannot be done: one sentence that says what is wrong and what would be right. Exit 2."""
+
+
+class PointError(RuntimeError):
+    """The point was a fair request and failed while running; its result records this sentence. Exit 1."""
+
+
+def unknown(kind: str, given: str, choices: Iterable[str]) -> RequestError:
+    """`unknown("quantizer", "sink", ["rtn", "sinq"])` -> unknown quantizer 'sink'; did you mean 'sinq'? ..."""
+    choices = sorted(choices)
+    close = difflib.get_close_matches(given, choices, n=1, cutoff=0.5)
+    hint = f"; did you mean '{close[0]}'?" if close else ";"
+    return RequestError(f"unknown {kind} '{given}'{hint} choose from: {', '.join(choices)}")

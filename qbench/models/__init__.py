@@ -1,0 +1,1 @@
+"""Where weights come from, and which of them are linear."""

@@ -1,0 +1,134 @@
+"""Loads a model and its tokenizer: from the Hub, a folder, the embedded reference, or a seeded generator.
+
+`fingerprint` identifies the weights without loading them, so that a finished point is recognized in a second.
+Only safetensors are read, remote code is never run unless `model.trust_remote_code=true`, and what the Hub
+cannot deliver is said in one sentence.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qbench.config import ModelConfig
+from qbench.errors import RequestError, unknown
+from qbench.models import smollm2, tiny
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    model: Any  # transformers' causal language model, in eval mode
+    tokenizer: Any
+    fingerprint: str
+    note: str = ""  # what a reader of its numbers must know
+
+
+def fingerprint(config: ModelConfig) -> str:
+    """Identity of the weights, as a short string; raises RequestError when they cannot be found."""
+    if config.source == "hub":
+        return f"hub:{config.id}@{config.revision}"
+    if config.source == "local":
+        return f"local:{_hash_folder(_local_folder(config))}"
+    if config.source == "smollm2":
+        return f"smollm2:{smollm2.GGUF_SHA256[:16]}:v{smollm2.VERSION}:seed{config.seed}"
+    if config.source == "random":
+        return f"random:{tiny.VERSION}:{config.architecture}:seed{config.seed}"
+    raise unknown("model.source", config.source, ("hub", "local", "smollm2", "random"))
+
+
+def load(config: ModelConfig, dtype: torch.dtype, device: torch.device, cache: Path) -> LoadedModel:
+    """Loads the model onto `device` in `dtype`; converted models are kept under `cache`.
+
+    Raises RequestError when the source cannot be read: unknown, unreachable, missing or corrupt.
+    """
+    identity = fingerprint(config)
+    note = ""
+    if config.source == "random":
+        model, tokenizer = tiny.build(config.architecture or "", config.seed)
+        note = "seeded random weights: perplexities mean nothing"
+    else:
+        folder, revision, remote_code = config.id, config.revision, config.trust_remote_code
+        if config.source == "local":
+            folder, revision = str(_local_folder(config)), None
+        elif config.source == "smollm2":
+            folder, revision, remote_code = str(smollm2.prepare(cache, config.seed)), None, False
+            note = smollm2.NOTE
+        if folder is None:
+            raise RequestError(f"model={config.name}: model.id is not set; it names the Hub repository")
+        model, tokenizer = _from_pretrained(folder, revision, remote_code, dtype)
+    model = model.to(device=device, dtype=dtype).eval().requires_grad_(False)
+    return LoadedModel(model, tokenizer, identity, note)
+
+
+def load_tokenizer(config: ModelConfig, cache: Path) -> Any:
+    """The tokenizer alone, so that a text can be checked before gigabytes of weights are read."""
+    if config.source == "random":
+        return tiny.byte_tokenizer()
+    from transformers import AutoTokenizer
+
+    folder, revision = config.id or "", config.revision
+    if config.source == "local":
+        folder, revision = str(_local_folder(config)), None
+    elif config.source == "smollm2":
+        folder, revision = str(smollm2.prepare(cache, config.seed)), None
+    return _readable(
+        lambda: AutoTokenizer.from_pretrained(
+            folder, revision=revision, trust_remote_code=config.trust_remote_code
+        ),
+        folder,
+    )
+
+
+def _from_pretrained(folder: str, revision: str | None, remote_code: bool, dtype: torch.dtype) -> tuple[Any, Any]:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    common = {"revision": revision, "trust_remote_code": remote_code}
+    tokenizer = _readable(lambda: AutoTokenizer.from_pretrained(folder, **common), folder)
+    model = _readable(
+        lambda: AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True, **common), folder
+    )
+    return model, tokenizer
+
+
+def _readable(read: Callable[[], Any], folder: str) -> Any:
+    try:
+        return read()
+    except Exception as error:
+        first_line = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        if Path(folder).is_dir():
+            raise RequestError(
+                f"cannot read a model from {folder}: {first_line}. It must hold config.json, a tokenizer and intact "
+                "*.safetensors files, as save_pretrained writes them"
+            ) from error
+        raise RequestError(
+            f"cannot get {folder} from the Hugging Face Hub: {first_line}. Without network use "
+            "model=smollm2-135m (embedded) or model=local model.path=DIR"
+        ) from error
+
+
+def _local_folder(config: ModelConfig) -> Path:
+    folder = Path(config.path or "").expanduser()
+    if not config.path or not folder.is_dir():
+        raise RequestError(f"model.path={config.path} is not a folder; it must hold config.json and *.safetensors")
+    if not (folder / "config.json").is_file():
+        raise RequestError(f"model.path={folder} has no config.json; is it a folder written by save_pretrained?")
+    if not list(folder.glob("*.safetensors")):
+        raise RequestError(f"model.path={folder} has no *.safetensors file; other weight formats are not read")
+    return folder
+
+
+def _hash_folder(folder: Path) -> str:
+    """sha256 over the names and contents of what defines the model: configuration, tokenizer and weights."""
+    digest = hashlib.sha256()
+    files = sorted(p for p in folder.iterdir() if p.suffix in (".json", ".safetensors", ".model", ".txt"))
+    for path in files:
+        with path.open("rb") as file:
+            content = hashlib.file_digest(file, "sha256").hexdigest()
+        digest.update(json.dumps([path.name, content]).encode())
+    return digest.hexdigest()[:32]

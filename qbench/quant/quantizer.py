@@ -1,0 +1,80 @@
+"""Quantizer: what a method implements, and nothing else.
+
+A quantizer is a frozen dataclass whose fields are its configuration. It is pure: weights `[out, in]` in,
+QuantizedWeights out, on the device of the input; it sees no model and keeps no state. The unit of work is
+the linear group, the linears that read the same tensor (q/k/v; gate/up): a method that shares something across
+them overrides `quantize`; one that treats matrices one by one writes `quantize_one`.
+
+    @dataclass(frozen=True)
+    class Mine(Quantizer):
+        nbits: int = 4
+        group_size: int = 64
+
+        def quantize_one(self, weight, stats=None):
+            return round_to_nearest(weight, nbits=self.nbits, group_size=self.columns(weight), method="mine")
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum
+from typing import ClassVar
+
+from torch import Tensor
+
+from qbench.quant.aux import AUX_DTYPES
+from qbench.quant.packing import PLANES
+from qbench.quant.weight import QuantizedWeight
+
+
+class Statistic(Enum):
+    """What a calibrated method may ask to be told about the tensor that a linear group reads."""
+
+    INPUT_ABSMEAN = "mean |x| per input channel, [in]"
+    INPUTS = "a sample of input rows, [tokens, in]"
+    HESSIAN = "X^T X over all calibration tokens, [in, in]"
+
+
+@dataclass(frozen=True)
+class InputStatistics:
+    """Streamed statistics of one linear group's input; a field is None when no method asked for it."""
+
+    tokens: int
+    absmean: Tensor | None = None  # [in]
+    inputs: Tensor | None = None  # [tokens, in]
+    hessian: Tensor | None = None  # [in, in]
+
+
+@dataclass(frozen=True)
+class Quantizer:
+    """Base of every method; fields named nbits, group_size and aux_dtype are checked when it is made.
+
+    Raises ValueError for a value outside the format (2, 3, 4 or 8 bits; a positive group or -1; fp16 or int8).
+    """
+
+    needs: ClassVar[frozenset[Statistic]] = frozenset()  # empty: calibration-free
+
+    def __post_init__(self) -> None:
+        nbits = getattr(self, "nbits", 4)
+        if nbits not in PLANES or isinstance(nbits, bool):
+            raise ValueError(f"nbits must be one of {', '.join(map(str, PLANES))}, got {nbits!r}")
+        group_size = getattr(self, "group_size", 64)
+        if not isinstance(group_size, int) or (group_size < 1 and group_size != -1):
+            raise ValueError(f"group_size must be a positive number of input channels, or -1, got {group_size!r}")
+        aux_dtype = getattr(self, "aux_dtype", "fp16")
+        if aux_dtype not in AUX_DTYPES:
+            raise ValueError(f"aux_dtype must be one of {', '.join(AUX_DTYPES)}, got {aux_dtype!r}")
+
+    def quantize(self, weights: Sequence[Tensor], stats: InputStatistics | None) -> list[QuantizedWeight]:
+        """Quantizes the weights `[out, in]` of one linear group, in order."""
+        return [self.quantize_one(weight, stats) for weight in weights]
+
+    def quantize_one(self, weight: Tensor, stats: InputStatistics | None = None) -> QuantizedWeight:
+        """Quantizes one weight `[out, in]`."""
+        raise TypeError(f"{type(self).__name__} must define quantize or quantize_one")
+
+    def columns(self, weight: Tensor) -> int:
+        """Input channels per group for this weight: `group_size`, or the whole row for -1."""
+        group_size: int = getattr(self, "group_size", -1)
+        return weight.shape[-1] if group_size == -1 else group_size

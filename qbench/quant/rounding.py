@@ -1,0 +1,79 @@
+"""Round to nearest on a uniform grid per (row, group): the last step of RTN, SINQ and AWQ alike.
+
+Asymmetric (as in HQQ and the official SINQ): scale = (max - min) / (2**nbits - 1), zero = -round(min / scale),
+an integer that is not clamped to the codes' range. Symmetric (as in GPTQ): scale = 2 max|w| / (2**nbits - 1)
+around zero = 2**(nbits - 1); all 2**nbits codes are used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from qbench.quant.aux import FP16_TINY, Aux
+from qbench.quant.weight import QuantizedWeight, per_group
+
+# A group whose values are all close to one number c has a zero point near -c/scale. It is stored in fp16, exact up
+# to 2048, so the range is kept from falling below |c| * (2**nbits - 1) / 2048; plain formulas give Inf there.
+ZERO_LIMIT = 2048
+
+
+def group_extremes(weight: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
+    """Least and largest value of every group: `[..., in]` -> two `[..., groups]`."""
+    full = weight.shape[-1] // group_size * group_size
+    low, high = [], []
+    for blocks in (weight[..., :full].unflatten(-1, (-1, group_size)), weight[..., full:].unsqueeze(-2)):
+        if blocks.numel():
+            low.append(blocks.amin(-1))
+            high.append(blocks.amax(-1))
+    return torch.cat(low, -1), torch.cat(high, -1)
+
+
+def round_to_nearest(
+    weight: Tensor,
+    *,
+    nbits: int,
+    group_size: int,
+    symmetric: bool = False,
+    aux_dtype: str = "fp16",
+    input_scale: Tensor | None = None,
+    method: str = "rtn",
+    diagnostics: Mapping[str, float] | None = None,
+) -> QuantizedWeight:
+    """Quantizes `weight / input_scale`, `[..., out, in]`, on the device it is on, in fp32.
+
+    With aux in int8 the codes are rounded against the scales as stored, so that what the storage loses is not lost
+    a second time. In fp16 that loss is 2**-12 and the codes come from the fp32 scales, as published ones do.
+    """
+    values = weight.float() if input_scale is None else weight.float() / input_scale.float().unsqueeze(-2)
+    low, high = group_extremes(values, group_size)
+    top = 2**nbits - 1
+    if symmetric:
+        exact_scale = 2 * torch.maximum(high, -low) / top
+    else:
+        floor = torch.maximum(high.abs(), low.abs()) / ZERO_LIMIT
+        exact_scale = ((high - low) / top).maximum(floor)
+    scale = Aux.compress(exact_scale.clamp_min(FP16_TINY), aux_dtype)
+    # an int8 block can round its smallest scale to zero; dividing by it must not give NaN
+    divisor = (exact_scale if aux_dtype == "fp16" else scale.dense()).clamp_min(FP16_TINY)
+    zero = None if symmetric else Aux.compress(-(low / divisor).round(), aux_dtype)
+    steps = values.clone() if input_scale is None else values
+    per_group(steps, group_size, divisor, torch.Tensor.div_)
+    if zero is None:
+        steps += 2.0 ** (nbits - 1)
+    else:
+        per_group(steps, group_size, zero.dense(), torch.Tensor.add_)
+    codes = steps.round_().clamp_(0, top).to(torch.uint8)
+    return QuantizedWeight.build(
+        codes,
+        scale,
+        nbits=nbits,
+        group_size=group_size,
+        zero=zero,
+        input_scale=input_scale,
+        method=method,
+        diagnostics=diagnostics,
+    )
+
