@@ -35,7 +35,7 @@ class TaskConfig:
     split: str | None = None
     column: str = "text"
     revision: str | None = None
-    separator: str = "\n\n"
+    separator: str | None = None  # between a dataset's rows; None: a file is taken as it is
     window: int = 2048
     max_windows: int | None = None
 

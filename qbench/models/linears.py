@@ -52,12 +52,20 @@ def find_linears(model: Any) -> Linears:
     return Linears(layers, skipped)
 
 
-def coverage(model: Any) -> float:
-    """Share of the linear weights that QuantLinear holds, 0 to 1; 0 for a model without linear weights."""
-    quantized = sum(m.in_features * m.out_features for m in model.modules() if isinstance(m, QuantLinear))
+def linear_weights(model: Any) -> int:
+    """Number of linear weights that count for coverage, quantized or not."""
     left = find_linears(model)
     rest = sum(layer.weight.numel() for layer in left.layers.values()) + sum(s.weights for s in left.skipped)
-    return quantized / (quantized + rest) if quantized + rest else 0.0
+    return _quantized_weights(model) + rest
+
+
+def coverage(model: Any) -> float:
+    """Share of the linear weights that QuantLinear holds, 0 to 1; 0 for a model without linear weights."""
+    return _quantized_weights(model) / max(1, linear_weights(model))
+
+
+def _quantized_weights(model: Any) -> int:
+    return sum(m.in_features * m.out_features for m in model.modules() if isinstance(m, QuantLinear))
 
 
 def replace_module(model: Any, name: str, new: nn.Module) -> None:

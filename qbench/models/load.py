@@ -88,7 +88,7 @@ def load_tokenizer(config: ModelConfig, cache: Path) -> Any:
 def _from_pretrained(folder: str, revision: str | None, remote_code: bool, dtype: torch.dtype) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    common = {"revision": revision, "trust_remote_code": remote_code}
+    common = {"revision": revision, "trust_remote_code": remote_code, "local_files_only": Path(folder).is_dir()}
     tokenizer = _readable(lambda: AutoTokenizer.from_pretrained(folder, **common), folder)
     model = _readable(
         lambda: AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True, **common), folder

@@ -67,6 +67,7 @@ def prepare(cache: Path, seed: int) -> Path:
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
         (partial / "complete.json").write_text(json.dumps({"gguf_sha256": found, "seed": seed}))
+        partial.chmod(0o755)
         try:
             os.replace(partial, folder)
         except OSError:  # another process was faster

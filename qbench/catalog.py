@@ -1,0 +1,44 @@
+"""`python -m qbench.catalog`: the models, quantizers and tasks this installation can run, and what each needs."""
+
+from __future__ import annotations
+
+import sys
+from importlib import resources
+
+from rich.console import Console
+from rich.table import Table
+
+from qbench.registry import conf_packages, quantizer_names
+
+GROUPS = ("model", "quantizer", "task", "runtime", "tracker")
+
+
+def options(group: str) -> dict[str, str]:
+    """Option -> the first comment line of its YAML, for ours and for third parties' packages."""
+    found = {}
+    for package in ("qbench.conf", *conf_packages()):
+        folder = resources.files(package) / group
+        if not folder.is_dir():
+            continue
+        for file in folder.iterdir():
+            if file.name.endswith(".yaml"):
+                first = file.read_text(encoding="utf-8").splitlines()[0]
+                found[file.name.removesuffix(".yaml")] = first.lstrip("# ") if first.startswith("#") else ""
+    return dict(sorted(found.items()))
+
+
+def main() -> int:
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    registered = set(quantizer_names())
+    for group in GROUPS:
+        table = Table(title=f"{group}=", title_justify="left", show_header=False, box=None)
+        for name, about in options(group).items():
+            if group == "quantizer" and name not in registered:
+                about = f"(configured, but no package registers it) {about}"
+            table.add_row(name, about)
+        console.print(table)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Evaluation protocols. Each one is named, and its name is part of the metric's."""

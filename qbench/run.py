@@ -1,0 +1,257 @@
+"""One point, read top to bottom: load, baseline, quantize, evaluate, record. No step reaches back."""
+
+from __future__ import annotations
+
+import logging
+import resource
+import sys
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from qbench import __version__
+from qbench.config import Config, RuntimeConfig
+from qbench.errors import PointError, RequestError, unknown
+from qbench.evaluate import perplexity as protocol
+from qbench.evaluate.perplexity import Windows, WindowScorer
+from qbench.evaluate.text import Text, read_text
+from qbench.models import load
+from qbench.models.linears import coverage, linear_weights
+from qbench.quant.linear import QuantLinear
+from qbench.quant.quantizer import Quantizer
+from qbench.quantize import quantize_model
+from qbench.record import wandb_tracker
+from qbench.record.environment import describe
+from qbench.record.result import EvaluationRecord, ModelRecord, QuantizationRecord, Result
+from qbench.record.store import Store, identity
+from qbench.registry import make_quantizer
+from qbench.statistics import paired_delta, perplexity
+
+log = logging.getLogger(__name__)
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+@dataclass
+class Clock:
+    """Wall seconds per phase of the point."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = round(time.perf_counter() - started, 3)
+
+
+def run_point(config: Config, command: list[str]) -> Result:
+    """Runs one point, or returns it from the store if it is already there; what fails while running is recorded.
+
+    Raises RequestError for a request that cannot be served; nothing is recorded then.
+    """
+    quantizer = make_quantizer(config.quantizer)
+    device, dtype = _device(config.runtime), _dtype(config.runtime)
+    protocol.check(config.task)
+    if config.tracker.name == "wandb":
+        wandb_tracker.check(config.tracker)
+    store = Store(config.outputs)
+    model_id = load.fingerprint(config.model)
+    text = read_text(config.task)
+    run_id = identity(_what_matters(config), model_id, text.sha256, str(device.type), str(dtype), __version__)
+
+    recorded = None if config.runtime.rerun else store.load(run_id)
+    if recorded is not None and recorded.status == "ok":
+        log.info("already recorded; runtime.rerun=true measures it again")
+        result = recorded
+    else:
+        windows = protocol.cut_windows(text, load.load_tokenizer(config.model, store.models), config.task)
+        if config.runtime.threads:
+            torch.set_num_threads(config.runtime.threads)
+        started = Result(
+            run_id=run_id,
+            status="failed",
+            error="interrupted",
+            created_utc=datetime.now(UTC).isoformat(timespec="seconds"),
+            qbench_version=__version__,
+            command=command,
+            config=asdict(config),
+            environment=describe(str(device), str(dtype).removeprefix("torch.")),
+        )
+        result, window_nll = _measure(started, config, quantizer, device, dtype, text, windows, store)
+        store.save(result, window_nll)
+    if config.tracker.name == "wandb":
+        wandb_tracker.track(result, config.tracker, store.root)
+    return result
+
+
+def _measure(
+    result: Result,
+    config: Config,
+    quantizer: Quantizer,
+    device: torch.device,
+    dtype: torch.dtype,
+    text: Text,
+    windows: Windows,
+    store: Store,
+) -> tuple[Result, dict[str, np.ndarray] | None]:
+    """Fills the result in, up to the step that fails; also returns the per-window NLLs it refers to."""
+    clock = Clock()
+    try:
+        with clock.phase("load"):
+            loaded = load.load(config.model, dtype, device, store.models)
+        model = loaded.model
+        parameters = sum(p.numel() for p in model.parameters())
+        result = replace(
+            result,
+            model=ModelRecord(
+                name=config.model.name,
+                fingerprint=loaded.fingerprint,
+                note=loaded.note,
+                parameters=parameters,
+                linear_weights=linear_weights(model),
+                baseline_bytes=2 * parameters,
+            ),
+        )
+        scorer = WindowScorer(model, loaded.tokenizer, config.task.window, config.runtime.batch_size)
+
+        with clock.phase("baseline"):
+            key = _baseline_key(result, config, windows)
+            baseline = store.load_baseline(key)
+            cached = baseline is not None
+            if baseline is None:
+                baseline = scorer.window_nll(windows, "evaluating the baseline")
+                store.save_baseline(key, baseline)
+
+        with clock.phase("quantize"):
+            quantization = _quantize(model, quantizer, config, parameters, device)
+            result = replace(result, quantization=quantization)
+
+        with clock.phase("evaluate"):
+            nll = scorer.window_nll(windows, f"evaluating {config.quantizer['name']}")
+
+        delta = paired_delta(nll, baseline, config.runtime.seed)
+        record = EvaluationRecord(
+            protocol=windows.protocol,
+            text_source=text.source,
+            text_sha256=text.sha256,
+            token_ids_sha256=windows.token_ids_sha256,
+            total_tokens=windows.total_tokens,
+            leading_special_tokens=windows.leading_special_tokens,
+            window_tokens=config.task.window,
+            windows=len(windows.ids),
+            dropped_tokens=windows.dropped_tokens,
+            scored_tokens=windows.scored_tokens,
+            ppl=perplexity(nll),
+            baseline_ppl=perplexity(baseline),
+            baseline_cached=cached,
+            ppl_delta=delta.value,
+            ppl_delta_low=delta.low,
+            ppl_delta_high=delta.high,
+            window_nll_file=f"windows-{identity(nll.tolist(), baseline.tolist())}.safetensors",
+        )
+        done = replace(result, status="ok", error=None, evaluation=[record], seconds=clock.seconds)
+        return done, {"quantized": nll, "baseline": baseline}
+    except RequestError:
+        raise
+    except PointError as error:
+        message = str(error)
+    except Exception as error:
+        traceback.print_exc(file=sys.stderr)
+        message = f"{type(error).__name__}: {error}"
+    return replace(result, status="failed", error=message, seconds=clock.seconds), None
+
+
+def _quantize(
+    model: Any, quantizer: Quantizer, config: Config, parameters: int, device: torch.device
+) -> QuantizationRecord:
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    started = time.perf_counter()
+    layers, skipped = quantize_model(model, quantizer)
+    wall_seconds = time.perf_counter() - started
+    covered = coverage(model)
+    if covered < config.runtime.min_coverage:
+        left = ", ".join(f"{s.name} ({s.reason})" for s in skipped[:3]) or "no linear layer was found"
+        raise PointError(
+            f"only {covered:.1%} of the linear weights were quantized, runtime.min_coverage asks for "
+            f"{config.runtime.min_coverage:.0%}; left out: {left}"
+        )
+    packed = [module.weight for module in model.modules() if isinstance(module, QuantLinear)]
+    packed_bytes = sum(weight.nbytes for weight in packed)
+    weights = sum(weight.numel for weight in packed)
+    return QuantizationRecord(
+        quantizer=config.quantizer["name"],
+        quant_seconds=sum(row.seconds for row in layers),
+        wall_seconds=wall_seconds,
+        bits_per_weight=8 * packed_bytes / weights,
+        packed_bytes=packed_bytes,
+        model_bytes=packed_bytes + 2 * (parameters - weights),
+        coverage=covered,
+        peak_alloc_bytes=torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
+        peak_rss_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        layers=layers,
+        skipped=skipped,
+    )
+
+
+def _what_matters(config: Config) -> dict[str, Any]:
+    """The part of the configuration that can change a number: not where it is stored or who is told."""
+    settings = asdict(config)
+    for key in ("tracker", "outputs"):
+        del settings[key]
+    for key in ("rerun", "device", "dtype"):  # device and dtype enter the run_id as resolved
+        del settings["runtime"][key]
+    del settings["model"]["path"], settings["task"]["path"]  # the contents are in the fingerprints
+    return settings
+
+
+def _baseline_key(result: Result, config: Config, windows: Windows) -> str:
+    """What an unquantized model's NLLs depend on: equal keys may share them."""
+    assert result.model is not None
+    where = {k: result.environment.get(k) for k in ("device", "dtype", "packages", "gpu", "cpu")}
+    return identity(
+        result.model.fingerprint,
+        windows.token_ids_sha256,
+        windows.protocol,
+        config.runtime.batch_size,
+        where,
+        __version__,
+    )
+
+
+def _device(runtime: RuntimeConfig) -> torch.device:
+    name = runtime.device
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name != "cpu" and not name.startswith("cuda"):
+        raise unknown("runtime.device", name, ("auto", "cpu", "cuda", "cuda:0"))
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise unknown("runtime.device", name, ("auto", "cpu", "cuda", "cuda:0")) from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise RequestError(f"runtime.device={name}, but torch sees no CUDA device here; use runtime.device=cpu")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise RequestError(f"runtime.device={name}, but there are only {torch.cuda.device_count()} CUDA devices")
+    return device
+
+
+def _dtype(runtime: RuntimeConfig) -> torch.dtype:
+    if runtime.batch_size < 1:
+        raise RequestError(f"runtime.batch_size must be at least 1, got {runtime.batch_size}")
+    if runtime.dtype == "auto":
+        return torch.float32 if _device(runtime).type == "cpu" else torch.bfloat16
+    if runtime.dtype not in DTYPES:
+        raise unknown("runtime.dtype", runtime.dtype, ("auto", *DTYPES))
+    return DTYPES[runtime.dtype]

@@ -1,0 +1,43 @@
+"""The readable end of a point, on stderr."""
+
+from __future__ import annotations
+
+import sys
+
+from rich.console import Console
+from rich.table import Table
+
+from qbench.record.result import Result
+
+
+def show(result: Result) -> None:
+    console = Console(file=sys.stderr, highlight=False, soft_wrap=True)
+    if result.status != "ok" or result.quantization is None or result.model is None:
+        console.print(f"FAILED: {result.error}", style="bold red", markup=False)
+        console.print(f"run {result.run_id}", markup=False)
+        return
+    quantization, model, settings = result.quantization, result.model, result.config["quantizer"]
+    options = " ".join(f"{k}={v}" for k, v in settings.items() if k != "name")
+    table = Table(title_justify="left", title=None, box=None, pad_edge=False, show_header=True)
+    for name, justify in (("", "left"), ("16 bit", "right"), (settings["name"], "right"), ("difference", "left")):
+        table.add_column(name, justify=justify)
+    for record in result.evaluation:
+        change = f"{record.ppl_delta:+.3f}"
+        if record.ppl_delta_low is not None:
+            change += f"  (95 %: {record.ppl_delta_low:+.3f} to {record.ppl_delta_high:+.3f})"
+        table.add_row(f"perplexity, {record.protocol}", f"{record.baseline_ppl:.3f}", f"{record.ppl:.3f}", change)
+    table.add_row("bits per weight, linears", "16", f"{quantization.bits_per_weight:.3f}", "codes and aux as stored")
+    table.add_row(
+        "model, MB",
+        f"{model.baseline_bytes / 1e6:.1f}",
+        f"{quantization.model_bytes / 1e6:.1f}",
+        f"{model.baseline_bytes / quantization.model_bytes:.2f} times smaller; head and embeddings stay at 16 bit",
+    )
+    error = sum(row.relative_error for row in quantization.layers) / max(1, len(quantization.layers))
+    table.add_row("relative weight error, mean", "0", f"{error:.4f}", f"{len(quantization.layers)} linears")
+    table.add_row("quantizing, s", "", f"{quantization.quant_seconds:.1f}", f"coverage {quantization.coverage:.1%}")
+    console.print(f"{model.name}, {settings['name']} ({options})", style="bold", markup=False)
+    if model.note:
+        console.print(f"model: {model.note}", markup=False)
+    console.print(table)
+    console.print(f"run {result.run_id}, recorded in {result.config['outputs']}/results/", markup=False)
