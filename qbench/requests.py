@@ -9,7 +9,7 @@ from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.plugins import Plugins
 from hydra.core.singleton import Singleton
-from hydra.errors import MissingConfigException
+from hydra.errors import MissingConfigException, OverrideParseException
 from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import DictConfig
 
@@ -37,6 +37,8 @@ def explain(error: Exception) -> str:
         group, _, option = error.missing_cfg_file.rpartition("/")
         return str(unknown(group, option, error.options))
     text = str(error)
+    if isinstance(error, OverrideParseException):
+        return f"cannot read '{error.override}'; an override has the form KEY=VALUE or GROUP=OPTION"
     # only a key that is not in the schema; a value of the wrong type is said by OmegaConf itself below
     if found := re.search(r"Could not override '([^']+)'\.?", text):
         key = found.group(1)
@@ -79,5 +81,3 @@ def _flatten(config: DictConfig, prefix: str = "") -> list[str]:
         else:
             keys.append(f"{prefix}{key}")
     return keys
-
-

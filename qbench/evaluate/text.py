@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -54,6 +55,7 @@ def _hub(task: TaskConfig) -> Text:
     import datasets
 
     datasets.utils.logging.set_verbosity_error()
+    logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)  # what fails is said once, below
     try:
         data = datasets.load_dataset(task.dataset, task.subset, split=task.split, revision=task.revision)
     except Exception as error:

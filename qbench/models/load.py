@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,9 +79,7 @@ def load_tokenizer(config: ModelConfig, cache: Path) -> Any:
     elif config.source == "smollm2":
         folder, revision = str(smollm2.prepare(cache, config.seed)), None
     return _readable(
-        lambda: AutoTokenizer.from_pretrained(
-            folder, revision=revision, trust_remote_code=config.trust_remote_code
-        ),
+        lambda: AutoTokenizer.from_pretrained(folder, revision=revision, trust_remote_code=config.trust_remote_code),
         folder,
     )
 
@@ -97,24 +96,30 @@ def _from_pretrained(folder: str, revision: str | None, remote_code: bool, dtype
 
 
 def _readable(read: Callable[[], Any], folder: str) -> Any:
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)  # what fails is said once, below
     try:
         return read()
     except Exception as error:
         first_line = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         if Path(folder).is_dir():
             raise RequestError(
-                f"cannot read a model from {folder}: {first_line}. It must hold config.json, a tokenizer and intact "
+                f"cannot read a model from {folder}: {first_line.rstrip('.')}. It must hold config.json, a tokenizer and intact "
                 "*.safetensors files, as save_pretrained writes them"
             ) from error
         raise RequestError(
-            f"cannot get {folder} from the Hugging Face Hub: {first_line}. Without network use "
+            f"cannot get {folder} from the Hugging Face Hub: {first_line.rstrip('.')}. Without network use "
             "model=smollm2-135m (embedded) or model=local model.path=DIR"
         ) from error
 
 
 def _local_folder(config: ModelConfig) -> Path:
-    folder = Path(config.path or "").expanduser()
-    if not config.path or not folder.is_dir():
+    if not config.path:
+        raise RequestError(f"model={config.name} needs model.path=DIR, a folder with config.json and *.safetensors")
+    folder = Path(config.path).expanduser()
+    if not folder.is_dir():
         raise RequestError(f"model.path={config.path} is not a folder; it must hold config.json and *.safetensors")
     if not (folder / "config.json").is_file():
         raise RequestError(f"model.path={folder} has no config.json; is it a folder written by save_pretrained?")

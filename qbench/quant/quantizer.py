@@ -57,10 +57,10 @@ class Quantizer:
 
     def __post_init__(self) -> None:
         nbits = getattr(self, "nbits", 4)
-        if nbits not in PLANES or isinstance(nbits, bool):
+        if type(nbits) is not int or nbits not in PLANES:
             raise ValueError(f"nbits must be one of {', '.join(map(str, PLANES))}, got {nbits!r}")
         group_size = getattr(self, "group_size", 64)
-        if not isinstance(group_size, int) or (group_size < 1 and group_size != -1):
+        if type(group_size) is not int or (group_size < 1 and group_size != -1):
             raise ValueError(f"group_size must be a positive number of input channels, or -1, got {group_size!r}")
         aux_dtype = getattr(self, "aux_dtype", "fp16")
         if aux_dtype not in AUX_DTYPES:

@@ -76,4 +76,3 @@ def round_to_nearest(
         method=method,
         diagnostics=diagnostics,
     )
-

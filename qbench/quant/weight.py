@@ -35,7 +35,9 @@ class QuantizedWeight:
     codebook: Tensor | None = None  # fp32 [2**nbits]
     permutation: Tensor | None = None  # int32 [..., in]
     method: str = ""  # the method in effect, which for one layer may differ from the one asked for
-    diagnostics: Mapping[str, float] = field(default_factory=dict)  # what the method found out, for its row in the result
+    diagnostics: Mapping[str, float] = field(
+        default_factory=dict
+    )  # what the method found out, for its row in the result
 
     @staticmethod
     def build(
