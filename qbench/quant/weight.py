@@ -37,7 +37,7 @@ class QuantizedWeight:
     method: str = ""  # the method in effect, which for one layer may differ from the one asked for
     diagnostics: Mapping[str, float] = field(
         default_factory=dict
-    )  # what the method found out, for its row in the result
+    )  # for its row in the result
 
     @staticmethod
     def build(

@@ -1,0 +1,80 @@
+"""Shared fixtures: tiny models, a fast in-process command line, and the cached reference model."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import sys
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+DATA = ROOT.parent / "shared" / "data"
+
+os.environ.setdefault("WANDB_MODE", "offline")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # tests never reach for the Hub, and fail at once where one would
+
+
+@dataclass(frozen=True)
+class Outcome:
+    status: int
+    stdout: str
+    stderr: str
+
+    @property
+    def summary(self) -> dict:
+        return json.loads(self.stdout.strip().splitlines()[-1])
+
+
+@pytest.fixture
+def qbench(tmp_path, monkeypatch):
+    """Runs `python -m qbench ARGS` in this process, with its own outputs folder; returns the Outcome."""
+    from qbench.__main__ import main
+
+    monkeypatch.chdir(tmp_path)
+
+    def call(*args: str) -> Outcome:
+        out, err = io.StringIO(), io.StringIO()
+        monkeypatch.setattr(sys, "argv", ["qbench", *args])
+        with redirect_stdout(out), redirect_stderr(err):
+            try:
+                status = main()
+            except SystemExit as leaving:
+                status = leaving.code
+        return Outcome(status, out.getvalue(), err.getvalue())
+
+    return call
+
+
+@pytest.fixture(scope="session")
+def tiny():
+    """A fresh random dense model and its byte tokenizer, for tests that do not change it."""
+    from qbench.models.tiny import build
+
+    model, tokenizer = build("dense", 0)
+    return model.eval().requires_grad_(False), tokenizer
+
+
+@pytest.fixture(scope="session")
+def smollm2_folder():
+    """The converted reference model, shared between runs in outputs/models."""
+    from qbench.models import smollm2
+
+    return smollm2.prepare(Path(os.environ.get("QBENCH_TEST_CACHE", ROOT / "outputs" / "models")), 0)
+
+
+@pytest.fixture
+def data():
+    if not DATA.is_dir():
+        pytest.skip("the measuring texts (../shared/data) are not on this machine")
+    return DATA
+
+
+@pytest.fixture
+def generator():
+    return torch.Generator().manual_seed(1234)
