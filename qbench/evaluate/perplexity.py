@@ -82,7 +82,9 @@ def cut_windows(text: Text, tokenizer: Any, task: TaskConfig) -> Windows:
 class WindowScorer:
     """Scores windows with a live model, which may be quantized in place between two calls."""
 
-    def __init__(self, model: Any, tokenizer: Any, window_tokens: int, batch_size: int) -> None:
+    def __init__(
+        self, model: Any, tokenizer: Any, window_tokens: int, batch_size: int, softmax_dtype: str = "float32"
+    ) -> None:
         import logging
 
         # HFLM warns about each argument that a live model makes irrelevant
@@ -96,7 +98,7 @@ class WindowScorer:
             backend="causal",
             batch_size=batch_size,
             max_length=window_tokens,
-            softmax_dtype="float32",
+            softmax_dtype=softmax_dtype,
             add_bos_token=False,
             device=str(model.device),
         )

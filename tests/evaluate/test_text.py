@@ -1,0 +1,61 @@
+import re
+
+import pytest
+
+from qbench.config import TaskConfig
+from qbench.errors import RequestError
+from qbench.evaluate.text import join_rows, read_text
+
+
+def embedded(name):
+    return read_text(TaskConfig(name=name, protocol="windows")).content
+
+
+def test_embedded_texts_are_large_plain_and_disjoint():
+    mini, calibration = embedded("mini"), embedded("mini-calibration")
+    assert len(mini.encode()) >= 48_000
+    assert len(calibration.encode()) >= 40_000
+    assert mini.isascii()
+    assert calibration.isascii()
+    titles = [set(re.findall(r"^ = (.+) = $", text, re.M)) for text in (mini, calibration)]
+    assert len(titles[0]) >= 40
+    assert not titles[0] & titles[1]
+
+    def word_runs(text, length=8):
+        words = text.lower().split()
+        return {tuple(words[i : i + length]) for i in range(len(words) - length)}
+
+    assert not word_runs(mini) & word_runs(calibration)
+
+
+def test_rows_of_a_raw_file(tmp_path):
+    path = tmp_path / "wiki.raw"
+    path.write_text(" \n = A = \n \n Text . \n")
+    task = TaskConfig(name="wikitext2", protocol="windows", path=str(path), separator="\n\n")
+    assert read_text(task).content == "\n\n = A = \n\n\n\n\n Text . \n"
+    assert read_text(TaskConfig(name="text", protocol="windows", path=str(path))).content == path.read_text()
+    assert join_rows(["a\n", "", " \n", "b"], "|") == "a\n|||b"
+
+
+def test_unreadable_files(tmp_path):
+    with pytest.raises(RequestError, match=r"cannot read task\.path=.*No such file"):
+        read_text(TaskConfig(name="x", protocol="windows", path=str(tmp_path / "none")))
+    (tmp_path / "latin").write_bytes(b"caf\xe9")
+    with pytest.raises(RequestError, match="not UTF-8"):
+        read_text(TaskConfig(name="x", protocol="windows", path=str(tmp_path / "latin")))
+    with pytest.raises(RequestError, match=r"set task\.path"):
+        read_text(TaskConfig(name="nothing", protocol="windows"))
+
+
+def test_unreachable_hub_names_the_ways_out():
+    task = TaskConfig(name="wikitext2", protocol="windows", dataset="Salesforce/wikitext", subset="x", split="test")
+    with pytest.raises(RequestError, match=r"task\.path=FILE.*task=mini"):
+        read_text(task)
+
+
+def test_wikitext_file_becomes_the_protocols_tokens(data, smollm2_folder):
+    from transformers import AutoTokenizer
+
+    task = TaskConfig(name="w", protocol="windows", path=str(data / "wiki.test.raw"), separator="\n\n")
+    tokenizer = AutoTokenizer.from_pretrained(smollm2_folder)
+    assert len(tokenizer(read_text(task).content, verbose=False)["input_ids"]) == 304_986

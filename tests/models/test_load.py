@@ -1,0 +1,101 @@
+import json
+
+import pytest
+import torch
+
+from qbench.config import ModelConfig
+from qbench.errors import RequestError
+from qbench.models import load, tiny
+from qbench.models.linears import coverage, find_linears
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def saved(tmp_path, tiny):
+    """The tiny model as a folder that save_pretrained wrote."""
+    model, tokenizer = tiny
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def local(path):
+    return ModelConfig(name="local", source="local", path=str(path))
+
+
+def logits(model):
+    return model(torch.arange(64)[None]).logits
+
+
+def test_local_folder_gives_the_same_model(saved, tiny, tmp_path):
+    loaded = load.load(local(saved), torch.float32, CPU, tmp_path)
+    assert torch.equal(logits(loaded.model), logits(tiny[0]))
+    assert loaded.tokenizer("plain text")["input_ids"] == tiny[1]("plain text")["input_ids"]
+
+
+def test_fingerprint_follows_the_content(saved):
+    before = load.fingerprint(local(saved))
+    assert load.fingerprint(local(saved)) == before
+    config = saved / "config.json"
+    config.write_text(config.read_text().replace('"rms_norm_eps": 1e-06', '"rms_norm_eps": 1e-05'))
+    assert load.fingerprint(local(saved)) != before
+
+
+def test_corrupt_and_missing_files_give_one_sentence(saved, tmp_path):
+    weights = saved / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(RequestError, match="cannot read a model"):
+        load.load(local(saved), torch.float32, CPU, tmp_path)
+    weights.unlink()
+    with pytest.raises(RequestError, match=r"no \*\.safetensors"):
+        load.fingerprint(local(saved))
+    (saved / "pytorch_model.bin").write_bytes(b"pickle")
+    with pytest.raises(RequestError, match=r"no \*\.safetensors"):
+        load.fingerprint(local(saved))
+    (saved / "config.json").unlink()
+    with pytest.raises(RequestError, match=r"no config\.json"):
+        load.fingerprint(local(saved))
+
+
+def test_unknown_architecture_of_a_config(saved, tmp_path):
+    config = json.loads((saved / "config.json").read_text())
+    (saved / "config.json").write_text(json.dumps(config | {"model_type": "nonsense"}))
+    with pytest.raises(RequestError, match="cannot read a model"):
+        load.load(local(saved), torch.float32, CPU, tmp_path)
+
+
+def test_unreachable_hub_names_what_works_without_network(tmp_path):
+    config = ModelConfig(name="x", source="hub", id="nobody/nothing", revision="0" * 40)
+    with pytest.raises(RequestError, match="model=smollm2-135m"):
+        load.load(config, torch.float32, CPU, tmp_path)
+
+
+def test_byte_tokenizer_round_trips_any_text():
+    tokenizer = tiny.byte_tokenizer()
+    text = "A line.\n\n= Title = \ttab, naïve café 中 \U0001f600"
+    ids = tokenizer(text)["input_ids"]
+    assert len(ids) == len(text.encode())
+    assert tokenizer.decode(ids) == text
+
+
+def test_random_models_depend_on_the_seed_alone():
+    torch.manual_seed(5)
+    one = tiny.build("dense", 3)[0]
+    torch.manual_seed(6)
+    state = torch.get_rng_state()
+    two = tiny.build("dense", 3)[0]
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(logits(one), logits(two))
+    assert not torch.equal(logits(one), logits(tiny.build("dense", 4)[0]))
+
+
+def test_linears_leave_the_head_and_name_the_experts():
+    dense = find_linears(tiny.build("dense", 0)[0])
+    assert len(dense.layers) == 14
+    assert not dense.skipped
+    moe = tiny.build("moe", 0)[0]
+    found = find_linears(moe)
+    assert all("self_attn" in name for name in found.layers)
+    assert {s.name.rpartition(".")[2] for s in found.skipped} == {"gate_up_proj", "down_proj", "weight"}
+    assert coverage(moe) == 0
