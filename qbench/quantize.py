@@ -26,8 +26,8 @@ ON_GRID = 1e-3  # no honest weight is reproduced this well by four bits
 def quantize_model(model: Any, quantizer: Quantizer) -> tuple[list[LayerRow], list[SkippedRow]]:
     """Replaces every linear by a QuantLinear, one after the other, so that only one exists twice at any time.
 
-    Raises PointError, naming the layer, for a weight that is not finite or a quantizer that breaks its contract;
-    the model is then partly quantized and must not be used.
+    Raises PointError, naming the layer, if the quantizer breaks its contract; the model is then partly quantized and
+    must not be used.
     """
     found = find_linears(model)
     rows = []
@@ -41,11 +41,18 @@ def quantize_model(model: Any, quantizer: Quantizer) -> tuple[list[LayerRow], li
     return rows, [SkippedRow(s.name, s.weights, s.reason) for s in found.skipped]
 
 
+def require_finite(model: Any) -> None:
+    """Raises PointError naming the first linear that holds NaN or Inf, before any time is spent on the model."""
+    for name, layer in find_linears(model).layers.items():
+        if bad := int((~torch.isfinite(layer.weight)).sum()):
+            raise PointError(
+                f"layer {name}: {bad} of {layer.weight.numel()} weights are NaN or Inf; nothing can quantize that"
+            )
+
+
 def quantize_linear(name: str, layer: nn.Linear, quantizer: Quantizer) -> tuple[QuantLinear, LayerRow]:
     """Quantizes one `[out, in]` linear and describes the result."""
     weight = layer.weight.detach()
-    if bad := int((~torch.isfinite(weight)).sum()):
-        raise PointError(f"layer {name}: {bad} of {weight.numel()} weights are NaN or Inf; nothing can quantize that")
     started = _now(weight)
     try:
         results = quantizer.quantize([weight], None)

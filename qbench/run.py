@@ -26,7 +26,7 @@ from qbench.models import load
 from qbench.models.linears import coverage, linear_weights
 from qbench.quant.linear import QuantLinear
 from qbench.quant.quantizer import Quantizer
-from qbench.quantize import quantize_model
+from qbench.quantize import quantize_model, require_finite
 from qbench.record import wandb_tracker
 from qbench.record.environment import describe
 from qbench.record.result import EvaluationRecord, ModelRecord, QuantizationRecord, Result
@@ -109,6 +109,7 @@ def _measure(
     try:
         with clock.phase("load"):
             loaded = load.load(config.model, dtype, device, store.models)
+            require_finite(loaded.model)
         model = loaded.model
         parameters = sum(p.numel() for p in model.parameters())
         result = replace(

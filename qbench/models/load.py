@@ -106,8 +106,8 @@ def _readable(read: Callable[[], Any], folder: str) -> Any:
         first_line = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         if Path(folder).is_dir():
             raise RequestError(
-                f"cannot read a model from {folder}: {first_line.rstrip('.')}. It must hold config.json, a tokenizer and intact "
-                "*.safetensors files, as save_pretrained writes them"
+                f"cannot read a model from {folder}: {first_line.rstrip('.')}. It must hold config.json, a tokenizer "
+                "and intact *.safetensors files, as save_pretrained writes them"
             ) from error
         raise RequestError(
             f"cannot get {folder} from the Hugging Face Hub: {first_line.rstrip('.')}. Without network use "

@@ -35,9 +35,7 @@ class QuantizedWeight:
     codebook: Tensor | None = None  # fp32 [2**nbits]
     permutation: Tensor | None = None  # int32 [..., in]
     method: str = ""  # the method in effect, which for one layer may differ from the one asked for
-    diagnostics: Mapping[str, float] = field(
-        default_factory=dict
-    )  # for its row in the result
+    diagnostics: Mapping[str, float] = field(default_factory=dict)  # for its row in the result
 
     @staticmethod
     def build(

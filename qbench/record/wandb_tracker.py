@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +71,6 @@ def _has_key(wandb: Any) -> bool:
 
 
 def _table(wandb: Any, layers: list[LayerRow]) -> Any:
-    columns = list(LayerRow.__dataclass_fields__)
+    columns = [field.name for field in fields(LayerRow)]
     rows = [[str(v) if isinstance(v, tuple) else v for v in asdict(layer).values()] for layer in layers]
     return wandb.Table(columns=columns, data=rows)

@@ -1,0 +1,104 @@
+import json
+from dataclasses import FrozenInstanceError, fields, is_dataclass, replace
+
+import pytest
+
+from qbench.record.result import (
+    EvaluationRecord,
+    LayerRow,
+    ModelRecord,
+    QuantizationRecord,
+    Result,
+    ResultError,
+)
+
+
+def example(run_id="0123456789abcdef", **changes) -> Result:
+    layer = LayerRow("model.layers.0.q", (8, 16), "sinq", "cpu", 0.1, 4.5, 72, 0.09, 20.0, 1.5, 3.2, 3.0)
+    return replace(
+        Result(
+            run_id=run_id,
+            status="ok",
+            error=None,
+            created_utc="2026-01-01T00:00:00+00:00",
+            qbench_version="0.1.0",
+            command=["quantizer=sinq"],
+            config={"model": {"name": "tiny"}, "quantizer": {"name": "sinq", "nbits": 4, "group_size": 64}},
+            environment={"device": "cpu"},
+            seconds={"load": 1.0},
+            model=ModelRecord("tiny", "random:1", "", 100, 90, 200),
+            quantization=QuantizationRecord("sinq", 0.1, 0.2, 4.5, 72, 100, 1.0, None, 10**8, [layer], []),
+            evaluation=[
+                EvaluationRecord(
+                    protocol="mini:gptq-w512",
+                    text_source="mini",
+                    text_sha256="ab",
+                    token_ids_sha256="cd",
+                    total_tokens=100,
+                    leading_special_tokens=0,
+                    window_tokens=50,
+                    windows=2,
+                    dropped_tokens=0,
+                    scored_tokens=98,
+                    ppl=9.0,
+                    baseline_ppl=8.0,
+                    baseline_cached=False,
+                    ppl_delta=1.0,
+                    ppl_delta_low=0.5,
+                    ppl_delta_high=1.5,
+                    window_nll_file="w.safetensors",
+                )
+            ],
+        ),
+        **changes,
+    )
+
+
+def test_json_round_trip_is_exact():
+    result = example()
+    assert Result.from_json(result.to_json()) == result
+
+
+def test_frozen_and_summarized():
+    result = example()
+    with pytest.raises(FrozenInstanceError):
+        result.status = "failed"
+    summary = result.summary()
+    assert summary["ppl"] == 9.0
+    assert summary["bits_per_weight"] == 4.5
+    json.dumps(summary)
+    assert example(status="failed", error="why", evaluation=[], quantization=None).summary()["error"] == "why"
+
+
+def break_(change):
+    document = json.loads(example().to_json())
+    change(document)
+    return json.dumps(document)
+
+
+@pytest.mark.parametrize(
+    ("change", "place"),
+    [
+        (lambda d: d.update(schema_version=2), "schema_version"),
+        (lambda d: d.update(status="fine"), "status"),
+        (lambda d: d.pop("run_id"), "run_id"),
+        (lambda d: d.update(surprise=1), "surprise"),
+        (lambda d: d["evaluation"][0].update(ppl="low"), "evaluation.0.ppl"),
+        (lambda d: d["quantization"]["layers"][0].pop("shape"), "quantization.layers.0.shape"),
+    ],
+)
+def test_wrong_documents_are_named(change, place):
+    with pytest.raises(ResultError, match=f"x.json is not a result of schema version 1: {place}"):
+        Result.from_json(break_(change), "x.json")
+
+
+def test_truncated_json():
+    with pytest.raises(ResultError, match="the file"):
+        Result.from_json(example().to_json()[:-40])
+
+
+def test_numbers_carry_their_unit():
+    """A count of bytes or seconds says so in its name; nothing is called just `size`, `time` or `memory`."""
+    for record in (Result, ModelRecord, QuantizationRecord, EvaluationRecord, LayerRow):
+        assert is_dataclass(record)
+        assert not {"size", "time", "memory", "duration"} & {field.name for field in fields(record)}

@@ -1,0 +1,217 @@
+"""The command line: what it answers, refuses, records and skips."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from qbench.record.result import Result
+from qbench.record.store import PARTIAL
+
+TINY = ("model=tiny-dense", "task.max_windows=3")
+
+
+def recorded(folder: Path = Path("outputs")) -> list[Result]:
+    return [Result.from_json(p.read_bytes()) for p in sorted((folder / "results").glob("*/result.json"))]
+
+
+def test_a_point_ends_in_one_json_line_and_a_valid_result(qbench):
+    outcome = qbench(*TINY, "quantizer.nbits=3")
+    assert outcome.status == 0
+    assert outcome.stdout.count("\n") == 1
+    (result,) = recorded()
+    assert outcome.summary == json.loads(json.dumps(result.summary()))
+    assert result.status == "ok"
+    assert result.command == [*TINY, "quantizer.nbits=3"]
+    assert result.quantization.coverage == 1
+    assert len(result.quantization.layers) == 14
+    assert {row.method for row in result.quantization.layers} == {"sinq"}
+    assert result.quantization.packed_bytes == sum(row.packed_bytes for row in result.quantization.layers)
+    weights = sum(row.shape[0] * row.shape[1] for row in result.quantization.layers)
+    assert result.quantization.bits_per_weight == 8 * result.quantization.packed_bytes / weights
+    assert result.model.linear_weights == weights
+    assert all(row.imbalance_after < row.imbalance_before for row in result.quantization.layers)
+    assert set(result.seconds) == {"load", "baseline", "quantize", "evaluate"}
+    assert "bits per weight" in outcome.stderr
+    assert not list(Path().rglob(f"{PARTIAL}*"))
+
+
+def test_a_finished_point_is_not_measured_again_unless_asked(qbench):
+    first = qbench(*TINY)
+    again = qbench(*TINY)
+    assert again.summary == first.summary
+    assert "already recorded" in again.stderr
+    rerun = qbench(*TINY, "runtime.rerun=true")
+    assert "already recorded" not in rerun.stderr
+    assert rerun.summary["ppl"] == first.summary["ppl"]
+    assert len(recorded()) == 1
+    other = qbench(*TINY, "quantizer.group_size=32")
+    assert other.summary["run_id"] != first.summary["run_id"]
+
+
+def test_the_baseline_is_measured_once_and_shared(qbench):
+    qbench(*TINY)
+    qbench(*TINY, "quantizer=rtn")
+    assert len(list(Path("outputs/baselines").iterdir())) == 1
+    assert sorted(r.evaluation[0].baseline_cached for r in recorded()) == [False, True]
+    assert len({r.evaluation[0].baseline_ppl for r in recorded()}) == 1
+
+
+def test_what_cannot_change_a_number_does_not_change_the_point(qbench, tmp_path):
+    first = qbench(*TINY, "tracker=none").summary["run_id"]
+    assert qbench(*TINY, "outputs=elsewhere").summary["run_id"] == first
+    assert qbench(*TINY, "runtime.device=cpu", "runtime.dtype=float32").summary["run_id"] == first
+    assert qbench(*TINY, "runtime.dtype=bfloat16").summary["run_id"] != first
+
+
+def test_sweep(qbench):
+    outcome = qbench("-m", *TINY, "quantizer=rtn,sinq", "quantizer.nbits=2,4")
+    assert outcome.status == 0
+    lines = [json.loads(line) for line in outcome.stdout.splitlines() if line.startswith("{")]
+    assert [(line["quantizer"], line["nbits"]) for line in lines] == [("rtn", 2), ("rtn", 4), ("sinq", 2), ("sinq", 4)]
+    assert len(recorded()) == 4
+
+
+def test_wandb_tracks_the_point(qbench):
+    pytest.importorskip("wandb", reason="pip install 'qbench-llm[wandb]'")
+    outcome = qbench(*TINY, "tracker=wandb", "tracker.mode=offline")
+    assert outcome.status == 0
+    assert "Weights & Biases failed" not in outcome.stderr
+    (folder,) = Path("outputs/wandb").glob("offline-run-*")
+    assert folder.name.endswith(outcome.summary["run_id"])
+
+
+BAD = [
+    (["quantizer=sink"], "unknown quantizer 'sink'; did you mean 'sinq'? choose from: "),
+    (["model=qwen3-8c"], "unknown model 'qwen3-8c'; did you mean 'qwen3-8b'?"),
+    (["task=wikitext"], "unknown task 'wikitext'; did you mean 'wikitext2'?"),
+    (["quantizer.nbit=3"], "unknown key 'quantizer.nbit'; did you mean 'quantizer.nbits'?"),
+    (["runtime.devise=cpu"], "unknown key 'runtime.devise'; did you mean 'runtime.device'?"),
+    (["colour=red"], "unknown key 'colour'"),
+    (["+quantizer.colour=red"], "'quantizer.colour'"),
+    (["quantizer.nbits=1"], "nbits must be one of 2, 3, 4, 8, got 1"),
+    (["quantizer.nbits=5"], "nbits must be one of 2, 3, 4, 8, got 5"),
+    (["quantizer.nbits=4.0"], "nbits must be one of 2, 3, 4, 8, got 4.0"),
+    (["quantizer.group_size=0"], "group_size must be a positive number"),
+    (["quantizer.aux_dtype=fp8"], "aux_dtype must be one of fp16, int8"),
+    (["model=local"], "needs model.path=DIR"),
+    (["model=local", "model.path=nowhere"], "model.path=nowhere is not a folder"),
+    (["task.path=nowhere.txt"], "cannot read task.path=nowhere.txt"),
+    (["task.window=100000"], "less than one window of 100000"),
+    (["runtime.batch_size=many"], "could not be converted to Integer"),
+    (["runtime.batch_size=0"], "runtime.batch_size must be at least 1"),
+    (["runtime.dtype=float8"], "unknown runtime.dtype 'float8'"),
+    (["runtime.device=tpu"], "unknown runtime.device 'tpu'"),
+    (["outputs=file/below"], "cannot write to outputs=file/below"),
+    (["a b"], "an override has the form KEY=VALUE"),
+    (["tracker=wandb", "tracker.mode=sometimes"], "tracker.mode must be one of"),
+    (["task=wikitext2"], "task.path=FILE"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "sentence"), BAD, ids=lambda value: value[0] if isinstance(value, list) else "")
+def test_wrong_requests_get_one_sentence_and_exit_2(qbench, arguments, sentence):
+    Path("file").write_text("in the way")
+    model = [] if any(a.startswith("model=") for a in arguments) else ["model=tiny-dense"]
+    outcome = qbench(*model, *arguments)
+    assert outcome.status == 2
+    assert sentence in outcome.stderr
+    assert "Traceback" not in outcome.stderr
+    assert outcome.stdout == ""
+    assert sum(line.startswith("qbench: ") for line in outcome.stderr.splitlines()) == 1
+    assert not list(Path().rglob("result.json"))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_cuda_without_cuda(qbench):
+    outcome = qbench("model=tiny-dense", "runtime.device=cuda")
+    assert outcome.status == 2
+    assert "use runtime.device=cpu" in outcome.stderr
+
+
+def saved_tiny(folder: Path, spoil=lambda model: None) -> Path:
+    from qbench.models.tiny import build
+
+    model, tokenizer = build("dense", 0)
+    with torch.no_grad():
+        spoil(model)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_nan_weight_fails_the_point_by_name_and_is_recorded(qbench, tmp_path):
+    def spoil(model):
+        model.model.layers[1].mlp.up_proj.weight[2, 3] = float("inf")
+
+    folder = saved_tiny(tmp_path / "bad", spoil)
+    outcome = qbench("model=local", f"model.path={folder}", "task.max_windows=1")
+    assert outcome.status == 1
+    (result,) = recorded()
+    assert result.status == "failed"
+    assert result.error.startswith("layer model.layers.1.mlp.up_proj: 1 of 12288 weights are NaN or Inf")
+    assert result.error in outcome.stderr.replace("\n", " ")
+    assert "Traceback" not in outcome.stderr
+
+
+def test_a_corrupt_model_file_is_refused(qbench, tmp_path):
+    folder = saved_tiny(tmp_path / "model")
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:5000])
+    outcome = qbench("model=local", f"model.path={folder}", "task.max_windows=1")
+    assert outcome.status == 2
+    assert "cannot read a model" in outcome.stderr
+    assert not recorded()
+
+
+def test_low_coverage_is_refused_with_the_names_of_what_was_left_out(qbench):
+    outcome = qbench("model=tiny-moe", "task.max_windows=1")
+    assert outcome.status == 1
+    assert "of the linear weights were quantized" in outcome.summary["error"]
+    assert "experts.gate_up_proj" in outcome.summary["error"]
+    assert qbench("model=tiny-moe", "task.max_windows=1", "runtime.min_coverage=0.1").status == 0
+
+
+def test_a_quantizer_that_breaks_its_contract_fails_the_point(monkeypatch):
+    from dataclasses import dataclass
+
+    from qbench.errors import PointError
+    from qbench.quant.quantizer import Quantizer
+    from qbench.quant.rounding import round_to_nearest
+    from qbench.quantize import quantize_linear
+
+    @dataclass(frozen=True)
+    class Transposed(Quantizer):
+        def quantize_one(self, weight, stats=None):
+            return round_to_nearest(weight.T, nbits=4, group_size=8)
+
+    with pytest.raises(PointError, match=r"returned the shape \[16, 8\] for a weight \[8, 16\]"):
+        quantize_linear("x", torch.nn.Linear(16, 8), Transposed())
+
+
+def test_results_hold_no_secrets_and_no_folders(qbench, monkeypatch):
+    monkeypatch.setenv("WANDB_API_KEY", "s3cr3t" * 7)
+    monkeypatch.setenv("HF_TOKEN", "hf_s3cr3t")
+    qbench(*TINY)
+    (path,) = Path("outputs/results").glob("*/result.json")
+    assert "s3cr3t" not in path.read_text()
+    assert str(Path.home()) not in path.read_text()
+
+
+@pytest.mark.parametrize("module", ["qbench.config", "qbench.registry", "qbench.catalog", "qbench.__main__"])
+def test_the_command_line_layer_imports_nothing_heavy(module):
+    code = (
+        f"import sys, {module}; print([m for m in ('torch', 'transformers', 'lm_eval', 'wandb') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_help_and_catalog_name_every_choice():
+    for arguments in (["-m", "qbench", "--help"], ["-m", "qbench.catalog"]):
+        done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, check=True)
+        for word in ("sinq", "rtn", "qwen3-8b", "deepseek-v2.5", "wikitext2", "mini", "wandb"):
+            assert word in done.stdout

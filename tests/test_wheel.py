@@ -1,0 +1,77 @@
+"""The wheel, installed in an empty environment, works from an empty folder as the checkout does."""
+
+import json
+import shutil
+import subprocess
+import sys
+import sysconfig
+import venv
+import zipfile
+
+import pytest
+
+from tests.conftest import ROOT
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    """Built from a copy, so that neither the checkout nor its build folder is touched."""
+    source = tmp_path_factory.mktemp("source") / "qbench"
+    ignored = shutil.ignore_patterns(".git", ".venv*", "outputs", "build", "*.egg-info", "__pycache__", ".whl")
+    shutil.copytree(ROOT, source, ignore=ignored)
+    target = tmp_path_factory.mktemp("wheel")
+    command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", str(target), str(source)]
+    subprocess.run(command, check=True)
+    (path,) = target.glob("*.whl")
+    return path
+
+
+def test_everything_lives_under_qbench(wheel):
+    names = zipfile.ZipFile(wheel).namelist()
+    assert {name.partition("/")[0] for name in names if ".dist-info" not in name} == {"qbench"}
+    for name in ("conf/config.yaml", "conf/model/qwen3-8b.yaml", "plugins/sinq.py", "texts/mini.txt"):
+        assert f"qbench/{name}" in names
+    built = {n.removeprefix("qbench/") for n in names if n.endswith((".yaml", ".txt")) and ".dist-info" not in n}
+    assert {f"conf/{p.relative_to(ROOT / 'conf')}" for p in (ROOT / "conf").rglob("*.yaml")} <= built
+
+
+def test_it_runs_from_an_empty_folder(wheel, tmp_path):
+    """The environment holds the wheel alone; its dependencies are lent by this one, which saves their download.
+
+    The slow test below installs them for real.
+    """
+    venv.create(tmp_path / "venv", with_pip=True)
+    python = tmp_path / "venv" / "bin" / "python"
+    (site,) = (tmp_path / "venv" / "lib").glob("python3*/site-packages")
+    (site / "lent.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
+    subprocess.run([python, "-m", "pip", "install", "-q", "--no-deps", "--no-index", wheel], check=True)
+    run(python, site, tmp_path)
+
+
+@pytest.mark.slow
+def test_it_installs_and_runs_in_an_empty_environment(wheel, tmp_path):
+    venv.create(tmp_path / "venv", with_pip=True)
+    python = tmp_path / "venv" / "bin" / "python"
+    constraints = ["-c", str(ROOT / "constraints.txt")]
+    subprocess.run([python, "-m", "pip", "install", "-q", *constraints, "torch"], check=True)
+    subprocess.run([python, "-m", "pip", "install", "-q", *constraints, wheel], check=True)
+    (site,) = (tmp_path / "venv" / "lib").glob("python3*/site-packages")
+    assert not (site / "conf").exists()
+    assert not (site / "plugins").exists()
+    run(python, site, tmp_path)
+
+
+def run(python, site, tmp_path):
+    (tmp_path / "empty").mkdir()
+    command = [python, "-m", "qbench", "model=tiny-dense", "quantizer=sinq", "task.max_windows=2"]
+    done = subprocess.run(command, cwd=tmp_path / "empty", capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1])["status"] == "ok"
+    where = subprocess.run(
+        [python, "-c", "import qbench, qbench.plugins, qbench.conf; print(qbench.plugins.__file__)"],
+        cwd=tmp_path / "empty",
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert where.stdout.startswith(str(site))
