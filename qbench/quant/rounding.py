@@ -31,6 +31,27 @@ def group_extremes(weight: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
     return torch.cat(low, -1), torch.cat(high, -1)
 
 
+def grid(
+    low: Tensor, high: Tensor, nbits: int, symmetric: bool, aux_dtype: str
+) -> tuple[Aux, Aux | None, Tensor]:
+    """Scale and zero as stored, and a divisor, for groups that span fp32 `low .. high`, `[..., out, groups]`.
+
+    The divisor is the fp32 scale to round with: codes = round(w / divisor + zero). With fp16 every group's
+    grid depends on that group alone; with int8 it depends on the others of its block too.
+    """
+    top = 2**nbits - 1
+    if symmetric:
+        exact_scale = 2 * torch.maximum(high, -low) / top
+    else:
+        floor = torch.maximum(high.abs(), low.abs()) / ZERO_LIMIT
+        exact_scale = ((high - low) / top).maximum(floor)
+    scale = Aux.compress(exact_scale.clamp_min(FP16_TINY), aux_dtype)
+    # an int8 block can round its smallest scale to zero; dividing by it must not give NaN
+    divisor = (exact_scale if aux_dtype == "fp16" else scale.dense()).clamp_min(FP16_TINY)
+    zero = None if symmetric else Aux.compress(-(low / divisor).round(), aux_dtype)
+    return scale, zero, divisor
+
+
 def round_to_nearest(
     weight: Tensor,
     *,
@@ -48,17 +69,8 @@ def round_to_nearest(
     a second time. In fp16 that loss is 2**-12 and the codes come from the fp32 scales, as published ones do.
     """
     values = weight.float() if input_scale is None else weight.float() / input_scale.float().unsqueeze(-2)
-    low, high = group_extremes(values, group_size)
+    scale, zero, divisor = grid(*group_extremes(values, group_size), nbits, symmetric, aux_dtype)
     top = 2**nbits - 1
-    if symmetric:
-        exact_scale = 2 * torch.maximum(high, -low) / top
-    else:
-        floor = torch.maximum(high.abs(), low.abs()) / ZERO_LIMIT
-        exact_scale = ((high - low) / top).maximum(floor)
-    scale = Aux.compress(exact_scale.clamp_min(FP16_TINY), aux_dtype)
-    # an int8 block can round its smallest scale to zero; dividing by it must not give NaN
-    divisor = (exact_scale if aux_dtype == "fp16" else scale.dense()).clamp_min(FP16_TINY)
-    zero = None if symmetric else Aux.compress(-(low / divisor).round(), aux_dtype)
     steps = values.clone() if input_scale is None else values
     per_group(steps, group_size, divisor, torch.Tensor.div_)
     if zero is None:
