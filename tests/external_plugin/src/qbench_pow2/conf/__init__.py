@@ -1,0 +1,1 @@
+"""Hydra configuration, found through the entry point `qbench.conf`."""
