@@ -109,9 +109,7 @@ class GPTQ(Quantizer):
             for part, (scale, zero) in zip(codes.T.split(rows), stored, strict=True)
         ]
 
-    def _grids(
-        self, low: Tensor, high: Tensor, rows: list[int], aux_dtype: str
-    ) -> tuple[list[Stored], Grids]:
+    def _grids(self, low: Tensor, high: Tensor, rows: list[int], aux_dtype: str) -> tuple[list[Stored], Grids]:
         """From the extremes `[rows, groups]` of the stacked weights: what each stores, and it all dense."""
         stored: list[Stored] = []
         dense = []
@@ -158,9 +156,7 @@ def _hessian(weights: Sequence[Tensor], stats: InputStatistics | None) -> Tensor
         raise ValueError("gptq needs the Hessian X^T X of the layer's input: run it with calibration data")
     columns = {weight.shape[-1] for weight in weights}
     if columns != {stats.hessian.shape[-1]}:
-        raise ValueError(
-            f"the weights have {sorted(columns)} input channels, the Hessian {list(stats.hessian.shape)}"
-        )
+        raise ValueError(f"the weights have {sorted(columns)} input channels, the Hessian {list(stats.hessian.shape)}")
     if not torch.isfinite(stats.hessian).all():
         raise ValueError("the Hessian of the layer's input holds NaN or Inf")
     if not (stats.hessian.diagonal() > 0).any():
@@ -187,9 +183,7 @@ def unit_factor(hessian: Tensor, damping: float) -> tuple[Tensor, float]:
             unit = torch.linalg.solve_triangular(upper, identity, upper=True, unitriangular=True)
             return unit.float(), share
         tried, share = share, max(10 * share, LEAST_RETRY)
-    raise ValueError(
-        f"the Hessian is not positive definite, not even damped by {tried:g} of its mean diagonal"
-    )
+    raise ValueError(f"the Hessian is not positive definite, not even damped by {tried:g} of its mean diagonal")
 
 
 def blocks(columns: int, width: int, size: int) -> Iterator[tuple[int, int]]:

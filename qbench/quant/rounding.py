@@ -31,9 +31,7 @@ def group_extremes(weight: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
     return torch.cat(low, -1), torch.cat(high, -1)
 
 
-def grid(
-    low: Tensor, high: Tensor, nbits: int, symmetric: bool, aux_dtype: str
-) -> tuple[Aux, Aux | None, Tensor]:
+def grid(low: Tensor, high: Tensor, nbits: int, symmetric: bool, aux_dtype: str) -> tuple[Aux, Aux | None, Tensor]:
     """Scale and zero as stored, and a divisor, for groups that span fp32 `low .. high`, `[..., out, groups]`.
 
     The divisor is the fp32 scale to round with: codes = round(w / divisor + zero). With fp16 every group's

@@ -8,10 +8,10 @@ from importlib.resources import files
 import pytest
 import torch
 import yaml
-from qbench.plugins.gptq import GPTQ, blocks, unit_factor
-from qbench.plugins.rtn import RTN
 from torch import Tensor
 
+from qbench.plugins.gptq import GPTQ, blocks, unit_factor
+from qbench.plugins.rtn import RTN
 from qbench.quant.quantizer import InputStatistics, Statistic
 from qbench.quant.weight import QuantizedWeight
 
@@ -38,9 +38,7 @@ def output_error(inputs: Tensor, weight: Tensor, quantized: QuantizedWeight | Te
     return float(torch.linalg.vector_norm(inputs.double() @ (weight.double() - dense.double()).T))
 
 
-def textbook(
-    weight: Tensor, hessian: Tensor, nbits: int, width: int, damping: float
-) -> tuple[Tensor, Tensor]:
+def textbook(weight: Tensor, hessian: Tensor, nbits: int, width: int, damping: float) -> tuple[Tensor, Tensor]:
     """OBQ in the order 0 .. in-1, fp64: after each column, H^-1 loses it by one step of Gaussian elimination.
 
     Returns codes and values `[out, in]`.
@@ -86,17 +84,13 @@ def test_lowers_the_output_error_of_rtn(nbits, symmetric, aux_dtype):
     assert ours.nbytes == rtn.nbytes
 
 
-@pytest.mark.parametrize(
-    ("nbits", "columns", "width"), [(3, 256, 64), (4, 256, 64), (4, 200, 48), (4, 192, -1)]
-)
+@pytest.mark.parametrize(("nbits", "columns", "width"), [(3, 256, 64), (4, 256, 64), (4, 200, 48), (4, 192, -1)])
 def test_equals_the_textbook_loop(nbits, columns, width):
     inputs, weight = correlated(columns), gaussian(64, columns)
     stats = statistics(inputs)
     [ours] = GPTQ(nbits=nbits, group_size=width, block_size=64).quantize([weight], stats)
     codes, values = textbook(weight, stats.hessian, nbits, columns if width == -1 else width, 0.01)
-    assert (
-        ours.codes() == codes
-    ).double().mean() > 0.995  # fp32 tips a code at a tie, and then its successors
+    assert (ours.codes() == codes).double().mean() > 0.995  # fp32 tips a code at a tie, and then its successors
     reference = output_error(inputs, weight, values)
     assert output_error(inputs, weight, ours) == pytest.approx(reference, rel=2e-3)
 

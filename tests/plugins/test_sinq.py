@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+
 from qbench.plugins.rtn import RTN
 from qbench.plugins.sinq import SINQ, sinkhorn
-
 from qbench.quant.diagnostics import imbalance, kurtosis, mean_imbalance
 from qbench.quant.rounding import round_to_nearest
 

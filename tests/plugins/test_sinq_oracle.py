@@ -19,12 +19,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from qbench.plugins.rtn import RTN
-from qbench.plugins.sinq import SINQ
 from safetensors import safe_open
 from torch import Tensor
 
 from qbench.models import smollm2
+from qbench.plugins.rtn import RTN
+from qbench.plugins.sinq import SINQ
 
 pytestmark = pytest.mark.oracle
 
@@ -67,9 +67,7 @@ class Official:
 def official(weight: Tensor, nbits: int, gate: float | None) -> Official:
     """The official result for `[out, in]`; `gate=None` turns its fallback off."""
     groups = weight.float().reshape(-1, GROUP)
-    unused = torch.ones(
-        len(groups), 1
-    )  # HQQ's first guess of scale and zero point, which the method discards
+    unused = torch.ones(len(groups), 1)  # HQQ's first guess of scale and zero point, which the method discards
     codes, scale, zero, t, _ = optimize.optimize_weights_proximal(
         tensor=groups,
         layer_activations=None,
@@ -85,9 +83,7 @@ def official(weight: Tensor, nbits: int, gate: float | None) -> Official:
     )
     assert t.dtype == scale.dtype == torch.float32, "the official code took its fp16 path"
     steps = (codes.float() - zero.half().float()) * scale.half().float()
-    return Official(
-        codes.to(torch.uint8).view(weight.shape), steps.view(weight.shape) * t.half().float(), t.flatten()
-    )
+    return Official(codes.to(torch.uint8).view(weight.shape), steps.view(weight.shape) * t.half().float(), t.flatten())
 
 
 def official_t(weight: Tensor) -> Tensor:
@@ -109,9 +105,7 @@ def assert_same_t(weight: Tensor, name: str) -> None:
 
 def assert_same_result(weight: Tensor, nbits: int, gate: float | None, name: str) -> None:
     ours, theirs = SINQ(nbits=nbits, group_size=GROUP).quantize_one(weight), official(weight, nbits, gate)
-    assert torch.allclose(official_t(weight), theirs.t, rtol=T_TOLERANCE, atol=0), (
-        f"{name}: not SINQ any more"
-    )
+    assert torch.allclose(official_t(weight), theirs.t, rtol=T_TOLERANCE, atol=0), f"{name}: not SINQ any more"
     same = ours.codes() == theirs.codes
     assert same.float().mean() >= SAME_CODES, f"{name}: {int((~same).sum())} of {same.numel()} codes differ"
     apart = int((ours.codes().int() - theirs.codes.int()).abs().max())
