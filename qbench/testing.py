@@ -285,14 +285,23 @@ class QuantizerConformance:
         assert same(informed, self.one(weight, "no statistics")), "it uses statistics that its `needs` does not name"
 
     def test_degenerate_calibration(self) -> None:
-        """Fewer tokens than channels, and channels that are never active: a singular Hessian."""
+        """Fewer tokens than channels, and channels that are never active: a singular Hessian.
+
+        Inputs that are zero throughout may be refused with a sentence (the harness then says which layer saw nothing).
+        """
         quantizer = self.make()
         if not quantizer.needs:
             pytest.skip("calibration-free")
         inputs = correlated_inputs(128, 40).clone()
         inputs[:, 10:20] = 0
-        for case, rows in (("dead channels and few tokens", inputs), ("inputs of zero", torch.zeros_like(inputs))):
-            self.one(gaussian(48, 128), case, quantizer=quantizer, stats=statistics_of(rows, quantizer.needs))
+        weight = gaussian(48, 128)
+        few = statistics_of(inputs, quantizer.needs)
+        self.one(weight, "dead channels and few tokens", quantizer=quantizer, stats=few)
+        nothing = statistics_of(torch.zeros_like(inputs), quantizer.needs)
+        try:
+            self.one(weight, "inputs of zero", quantizer=quantizer, stats=nothing)
+        except ValueError as refusal:
+            check(bool(str(refusal)), "a refusal of inputs of zero needs a sentence")
 
     @pytest.mark.gpu
     def test_gpu_equals_cpu(self) -> None:
