@@ -92,9 +92,7 @@ class HQQ(Quantizer):
             zero, beta = torch.cat(fresh), beta * self.kappa
         return best, self.iterations
 
-    def one_round(
-        self, steps: Tensor, scale: Tensor, zero: Tensor, width: int, beta: float
-    ) -> tuple[float, Tensor]:
+    def one_round(self, steps: Tensor, scale: Tensor, zero: Tensor, width: int, beta: float) -> tuple[float, Tensor]:
         """One round: the sum of |W - W_q| with the `zero` given, and the next zero `[rows, groups]`."""
         left = per_group(steps.clone(), width, zero, torch.Tensor.add_)
         left -= left.round().clamp_(0, 2**self.nbits - 1)  # (W - W_q) / scale

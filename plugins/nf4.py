@@ -50,9 +50,7 @@ class NF4(Quantizer):
     def quantize_one(self, weight: Tensor, stats: InputStatistics | None = None) -> QuantizedWeight:
         values, width = weight.float(), self.columns(weight)
         low, high = group_extremes(values, width)
-        largest = torch.maximum(high, -low).clamp_min(
-            FP16_TINY
-        )  # an all-zero group: zero over anything is zero
+        largest = torch.maximum(high, -low).clamp_min(FP16_TINY)  # an all-zero group: zero over anything is zero
         scale = Aux.compress(largest, self.aux_dtype)
         # as in round_to_nearest: codes are fitted to scales stored in int8; those in fp16 are close enough
         divisor = largest if self.aux_dtype == "fp16" else scale.dense().clamp_min(FP16_TINY)

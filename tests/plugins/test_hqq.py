@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from qbench.plugins.hqq import HQQ, group_means
+from qbench.plugins.rtn import RTN
 from safetensors import safe_open
 from torch import Tensor
 
-from qbench.plugins.hqq import HQQ, group_means
-from qbench.plugins.rtn import RTN
 from qbench.quant.linear import relative_error
 from qbench.quant.rounding import group_extremes
 from qbench.quant.weight import per_group
@@ -111,9 +111,7 @@ def test_bits_per_weight(aux_dtype: str, bits: float):
     assert made.method == "hqq"
 
 
-@pytest.mark.parametrize(
-    "wrong", [{"lp_norm": 0}, {"lp_norm": 1.5}, {"beta": 0}, {"kappa": 0.9}, {"iterations": 0}]
-)
+@pytest.mark.parametrize("wrong", [{"lp_norm": 0}, {"lp_norm": 1.5}, {"beta": 0}, {"kappa": 0.9}, {"iterations": 0}])
 def test_refuses(wrong: dict):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         HQQ(**wrong)
@@ -144,9 +142,7 @@ def test_official_hqq(monkeypatch, nbits: int, weights, solver: str):
     optimize = pytest.importorskip("hqq.core.optimize")
     monkeypatch.setattr(official, "optimize_weights", getattr(optimize, solver))
     for name, weight in weights().items():
-        codes, meta = official.quantize(
-            weight, nbits=nbits, group_size=64, axis=1, device="cpu", bitpack=False
-        )
+        codes, meta = official.quantize(weight, nbits=nbits, group_size=64, axis=1, device="cpu", bitpack=False)
         # as HQQLinear stores them: zero and scale in fp16
         theirs = ((codes - meta["zero"].half().float()) * meta["scale"].half().float()).view(weight.shape)
         ours = HQQ(nbits=nbits).quantize_one(weight)
