@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from qbench.plugins.hqq import HQQ, group_means
-from qbench.plugins.rtn import RTN
 from safetensors import safe_open
 from torch import Tensor
 
+from qbench.plugins.hqq import HQQ, group_means
+from qbench.plugins.rtn import RTN
 from qbench.quant.linear import relative_error
 from qbench.quant.rounding import group_extremes
 from qbench.quant.weight import per_group
