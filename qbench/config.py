@@ -26,18 +26,30 @@ class ModelConfig:
 
 
 @dataclass
-class TaskConfig:
+class TextConfig:
+    """A text: embedded under `name`, a local file, or a dataset of the Hub."""
+
     name: str = MISSING
-    protocol: str = MISSING  # windows: the GPTQ/SINQ protocol
     path: str | None = None  # local text file, in place of the Hub
     dataset: str | None = None
     subset: str | None = None
+    data_files: str | None = None
     split: str | None = None
     column: str = "text"
     revision: str | None = None
     separator: str | None = None  # between a dataset's rows; None: a file is taken as it is
-    window: int = 2048
+    window: int = 2048  # tokens
+
+
+@dataclass
+class TaskConfig(TextConfig):
+    protocol: str = MISSING  # windows: the GPTQ/SINQ protocol
     max_windows: int | None = None
+
+
+@dataclass
+class CalibrationConfig(TextConfig):
+    sequences: int | None = None
 
 
 @dataclass
@@ -65,6 +77,7 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     quantizer: dict[str, Any] = field(default_factory=dict)
     task: TaskConfig = field(default_factory=TaskConfig)
+    calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
     tracker: TrackerConfig = field(default_factory=TrackerConfig)
     outputs: str = "outputs"

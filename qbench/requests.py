@@ -16,7 +16,7 @@ from omegaconf import DictConfig
 from qbench.errors import unknown
 from qbench.registry import conf_packages
 
-GROUPS = ("model", "quantizer", "task", "runtime", "tracker")
+GROUPS = ("model", "quantizer", "task", "calibration", "runtime", "tracker")
 
 
 class ThirdPartyConf(SearchPathPlugin):

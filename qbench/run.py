@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from qbench import __version__
+from qbench.calibrate import Calibration, cut_sequences
 from qbench.config import Config, RuntimeConfig
 from qbench.errors import PointError, RequestError, unknown
 from qbench.evaluate import perplexity as protocol
@@ -29,7 +30,7 @@ from qbench.quant.quantizer import Quantizer
 from qbench.quantize import quantize_model, require_finite
 from qbench.record import wandb_tracker
 from qbench.record.environment import describe
-from qbench.record.result import EvaluationRecord, ModelRecord, QuantizationRecord, Result
+from qbench.record.result import CalibrationRecord, EvaluationRecord, ModelRecord, QuantizationRecord, Result
 from qbench.record.store import Store, identity
 from qbench.registry import make_quantizer
 from qbench.statistics import paired_delta, perplexity
@@ -67,14 +68,19 @@ def run_point(config: Config, command: list[str]) -> Result:
     store = Store(config.outputs)
     model_id = load.fingerprint(config.model)
     text = read_text(config.task)
-    run_id = identity(_what_matters(config), model_id, text.sha256, str(device.type), str(dtype), __version__)
+    calibration_text = read_text(config.calibration) if quantizer.needs else None
+    texts = (text.sha256, calibration_text and calibration_text.sha256)
+    settings = _what_matters(config, quantizer)
+    run_id = identity(settings, model_id, texts, str(device.type), str(dtype), __version__)
 
     recorded = None if config.runtime.rerun else store.load(run_id)
     if recorded is not None and recorded.status == "ok":
         log.info("already recorded; runtime.rerun=true measures it again")
         result = recorded
     else:
-        windows = protocol.cut_windows(text, load.load_tokenizer(config.model, store.models), config.task)
+        tokenizer = load.load_tokenizer(config.model, store.models)
+        windows = protocol.cut_windows(text, tokenizer, config.task)
+        calibration = cut_sequences(calibration_text, tokenizer, config.calibration) if calibration_text else None
         if config.runtime.threads:
             torch.set_num_threads(config.runtime.threads)
         started = Result(
@@ -87,7 +93,7 @@ def run_point(config: Config, command: list[str]) -> Result:
             config=asdict(config),
             environment=describe(str(device), str(dtype).removeprefix("torch.")),
         )
-        result, window_nll = _measure(started, config, quantizer, device, dtype, text, windows, store)
+        result, window_nll = _measure(started, config, quantizer, calibration, device, dtype, text, windows, store)
         store.save(result, window_nll)
     if config.tracker.name == "wandb":
         wandb_tracker.track(result, config.tracker, store.root)
@@ -98,6 +104,7 @@ def _measure(
     result: Result,
     config: Config,
     quantizer: Quantizer,
+    calibration: Calibration | None,
     device: torch.device,
     dtype: torch.dtype,
     text: Text,
@@ -134,7 +141,7 @@ def _measure(
                 store.save_baseline(key, baseline)
 
         with clock.phase("quantize"):
-            quantization = _quantize(model, quantizer, config, parameters, device)
+            quantization = _quantize(model, quantizer, calibration, config, parameters)
             result = replace(result, quantization=quantization)
 
         with clock.phase("evaluate"):
@@ -173,12 +180,13 @@ def _measure(
 
 
 def _quantize(
-    model: Any, quantizer: Quantizer, config: Config, parameters: int, device: torch.device
+    model: Any, quantizer: Quantizer, calibration: Calibration | None, config: Config, parameters: int
 ) -> QuantizationRecord:
+    device = model.device
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     started = time.perf_counter()
-    layers, skipped = quantize_model(model, quantizer)
+    layers, skipped = quantize_model(model, quantizer, calibration)
     wall_seconds = time.perf_counter() - started
     covered = coverage(model)
     if covered < config.runtime.min_coverage:
@@ -192,6 +200,14 @@ def _quantize(
     weights = sum(weight.numel for weight in packed)
     return QuantizationRecord(
         quantizer=config.quantizer["name"],
+        calibration=calibration
+        and CalibrationRecord(
+            text_source=calibration.source,
+            text_sha256=calibration.text_sha256,
+            token_ids_sha256=calibration.token_ids_sha256,
+            sequences=calibration.ids.shape[0],
+            tokens=calibration.ids.size,
+        ),
         quant_seconds=sum(row.seconds for row in layers),
         wall_seconds=wall_seconds,
         bits_per_weight=8 * packed_bytes / weights,
@@ -205,14 +221,17 @@ def _quantize(
     )
 
 
-def _what_matters(config: Config) -> dict[str, Any]:
+def _what_matters(config: Config, quantizer: Quantizer) -> dict[str, Any]:
     """The part of the configuration that can change a number: not where it is stored or who is told."""
     settings = asdict(config)
     for key in ("tracker", "outputs"):
         del settings[key]
     for key in ("rerun", "device", "dtype"):  # device and dtype enter the run_id as resolved
         del settings["runtime"][key]
-    del settings["model"]["path"], settings["task"]["path"]  # the contents are in the fingerprints
+    for group in ("model", "task", "calibration"):  # the contents are in the fingerprints
+        del settings[group]["path"]
+    if not quantizer.needs:
+        del settings["calibration"]
     return settings
 
 

@@ -181,7 +181,7 @@ def test_a_quantizer_that_breaks_its_contract_fails_the_point(monkeypatch):
     from qbench.errors import PointError
     from qbench.quant.quantizer import Quantizer
     from qbench.quant.rounding import round_to_nearest
-    from qbench.quantize import quantize_linear
+    from qbench.quantize import quantize_group
 
     @dataclass(frozen=True)
     class Transposed(Quantizer):
@@ -189,7 +189,7 @@ def test_a_quantizer_that_breaks_its_contract_fails_the_point(monkeypatch):
             return round_to_nearest(weight.T, nbits=4, group_size=8)
 
     with pytest.raises(PointError, match=r"returned the shape \[16, 8\] for a weight \[8, 16\]"):
-        quantize_linear("x", torch.nn.Linear(16, 8), Transposed())
+        quantize_group({"x": torch.nn.Linear(16, 8)}, Transposed(), None)
 
 
 def test_results_hold_no_secrets_and_no_folders(qbench, monkeypatch):

@@ -34,6 +34,7 @@ class LayerRow:
     imbalance_after: float | None  # None for methods that do not balance
     kurtosis_before: float
     kurtosis_after: float  # of W / t; as before without an input scale
+    diagnostics: dict[str, float] = field(default_factory=dict)  # what else the method reports, such as a chosen ratio
 
     __pydantic_config__: ClassVar[ConfigDict] = _STRICT
 
@@ -62,8 +63,22 @@ class ModelRecord:
 
 
 @dataclass(frozen=True)
+class CalibrationRecord:
+    """What a calibrated method was shown; equal hashes, equal terms."""
+
+    text_source: str
+    text_sha256: str
+    token_ids_sha256: str
+    sequences: int
+    tokens: int
+
+    __pydantic_config__: ClassVar[ConfigDict] = _STRICT
+
+
+@dataclass(frozen=True)
 class QuantizationRecord:
     quantizer: str
+    calibration: CalibrationRecord | None  # None for calibration-free methods
     quant_seconds: float  # inside the quantizer, all layers
     wall_seconds: float  # the whole phase, diagnostics included
     bits_per_weight: float  # stored codes and aux of the quantized linears over their weights

@@ -27,7 +27,7 @@ def example(run_id="0123456789abcdef", **changes) -> Result:
             environment={"device": "cpu"},
             seconds={"load": 1.0},
             model=ModelRecord("tiny", "random:1", "", 100, 90, 200),
-            quantization=QuantizationRecord("sinq", 0.1, 0.2, 4.5, 72, 100, 1.0, None, 10**8, [layer], []),
+            quantization=QuantizationRecord("sinq", None, 0.1, 0.2, 4.5, 72, 100, 1.0, None, 10**8, [layer], []),
             evaluation=[
                 EvaluationRecord(
                     protocol="mini:gptq-w512",

@@ -1,0 +1,157 @@
+"""Calibration: the groups are observed, the statistics are right, and each block sees the quantized prefix."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+import pytest
+import torch
+
+from qbench.calibrate import INPUT_ROWS, Calibration, Collector, cut_sequences, quantize_blocks
+from qbench.config import CalibrationConfig
+from qbench.errors import PointError, RequestError
+from qbench.evaluate.text import Text
+from qbench.models.tiny import build, byte_tokenizer
+from qbench.plugins.rtn import RTN
+from qbench.quant.quantizer import Quantizer, Statistic
+from qbench.quantize import quantize_group, quantize_model, replace_module
+from tests.test_cli import recorded
+
+EVERYTHING = frozenset(Statistic)
+
+
+@dataclass(frozen=True)
+class Watcher(Quantizer):
+    """Rounds to nearest, and asks for every statistic."""
+
+    needs: ClassVar[frozenset[Statistic]] = EVERYTHING
+
+    def quantize_one(self, weight, stats=None):
+        return RTN(nbits=3, group_size=16).quantize_one(weight)
+
+
+def calibration(sequences=3, window=40):
+    ids = np.random.default_rng(0).integers(0, 256, (sequences, window))
+    return Calibration(ids, "test", "0")
+
+
+def collect(model, quantize=None):
+    """{first layer of the group: (names, statistics)} in the order of the calls."""
+    found = {}
+
+    def note(group, stats):
+        found[next(iter(group))] = (list(group), stats)
+        if quantize is not None:
+            for name, (module, _) in quantize_group(group, quantize, stats).items():
+                replace_module(model, name, module)
+
+    quantize_blocks(model, Watcher(), calibration(), note)
+    return found
+
+
+def inputs_of(model, name, ids):
+    """What the layer is really handed in plain forward passes, `[tokens, in]`."""
+    rows = []
+    handle = model.get_submodule(name).register_forward_pre_hook(lambda _, args: rows.append(args[0].flatten(0, -2)))
+    with torch.no_grad():
+        for sequence in ids:
+            model(torch.from_numpy(sequence)[None])
+    handle.remove()
+    return torch.cat(rows)
+
+
+def test_groups_are_the_linears_that_read_one_tensor():
+    groups = [names for names, _ in collect(build("dense", 0)[0].eval()).values()]
+    expected = []
+    for i in (0, 1):
+        layer = f"model.layers.{i}"
+        expected += [
+            [f"{layer}.self_attn.{p}_proj" for p in "qkv"],
+            [f"{layer}.self_attn.o_proj"],
+            [f"{layer}.mlp.gate_proj", f"{layer}.mlp.up_proj"],
+            [f"{layer}.mlp.down_proj"],
+        ]
+    assert groups == expected
+
+
+def test_statistics_equal_those_of_plain_forward_passes():
+    """Also the proof that the attention is causal and positions are right: the passes are the model's own."""
+    model = build("dense", 0)[0].eval()
+    for name, (_, stats) in collect(model).items():
+        x = inputs_of(model, name, calibration().ids)
+        assert stats.tokens == 120
+        torch.testing.assert_close(stats.absmean, x.abs().mean(0), rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(stats.hessian, x.T @ x, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(stats.inputs, x, rtol=1e-4, atol=1e-5)
+
+
+def test_later_blocks_see_the_quantized_prefix():
+    model = build("dense", 0)[0].eval()
+    stats = collect(model, quantize=Watcher())
+    name = "model.layers.1.self_attn.q_proj"
+    seen = inputs_of(model, name, calibration().ids)  # block 0 is quantized by now
+    torch.testing.assert_close(stats[name][1].inputs, seen, rtol=1e-4, atol=1e-5)
+    fresh = inputs_of(build("dense", 0)[0].eval(), name, calibration().ids)
+    assert (fresh - seen).norm() > 0.01 * seen.norm()
+
+
+def test_the_sample_of_inputs_is_bounded_and_even():
+    tokens = 10 * INPUT_ROWS + 7
+    collector = Collector(frozenset({Statistic.INPUTS}), torch.nn.Linear(2, 1), tokens)
+    rows = torch.arange(float(tokens))[:, None].expand(tokens, 2)
+    for part in rows.split(1000):
+        collector(torch.nn.Linear(2, 1), part[None])
+    sample = collector.statistics("x").inputs[:, 0]
+    assert len(sample) <= INPUT_ROWS
+    assert len(sample) > 0.9 * INPUT_ROWS
+    assert (sample.diff() == sample.diff()[0]).all()
+
+
+def test_sequences_are_cut_from_the_start():
+    text = Text("abcdefghij" * 10, "t")
+    cut = cut_sequences(text, byte_tokenizer(), CalibrationConfig(name="t", window=30))
+    assert cut.ids.shape == (3, 30)
+    limited = cut_sequences(text, byte_tokenizer(), CalibrationConfig(name="t", window=30, sequences=2))
+    assert limited.ids.tolist() == cut.ids[:2].tolist()
+    assert limited.token_ids_sha256 != cut.token_ids_sha256
+    with pytest.raises(RequestError, match="100 tokens, less than one sequence of 200"):
+        cut_sequences(text, byte_tokenizer(), CalibrationConfig(name="t", window=200))
+
+
+def test_a_calibrated_method_without_calibration_is_refused():
+    with pytest.raises(PointError, match="needs a calibration text"):
+        quantize_model(build("dense", 0)[0], Watcher())
+
+
+def test_calibrated_point_records_what_it_was_shown(qbench):
+    tiny = ("model=tiny-dense", "task.max_windows=2", "quantizer=gptq", "calibration.sequences=4")
+    outcome = qbench(*tiny)
+    assert outcome.status == 0, outcome.stderr
+    (result,) = recorded()
+    shown = result.quantization.calibration
+    assert (shown.sequences, shown.tokens, shown.text_source) == (4, 2048, "qbench.texts/mini-calibration.txt")
+    assert {row.method for row in result.quantization.layers} == {"gptq"}
+    assert all("damping" in row.diagnostics for row in result.quantization.layers)
+    more = qbench(*tiny[:-1], "calibration.sequences=5")
+    assert more.summary["run_id"] != outcome.summary["run_id"]
+    free = [qbench(*tiny[:2], "quantizer=rtn", f"calibration.sequences={n}").summary["run_id"] for n in (4, 5)]
+    assert free[0] == free[1]  # a calibration-free method is the same point whatever the calibration
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["calibration=mimi"], "unknown calibration 'mimi'; did you mean 'mini'?"),
+        (["calibration=file"], "calibration=file names no text: set calibration.path=FILE"),
+        (["calibration=file", "calibration.path=nowhere"], "cannot read calibration.path=nowhere"),
+        (["calibration.window=1000000"], "less than one sequence of 1000000"),
+        (["calibration.sequences=0"], "calibration.sequences at least 1"),
+        (["calibration=wikitext2"], "calibration=mini"),
+    ],
+)
+def test_wrong_calibration_is_refused(qbench, arguments, sentence):
+    outcome = qbench("model=tiny-dense", "quantizer=gptq", *arguments)
+    assert outcome.status == 2
+    assert sentence in outcome.stderr
+    assert not list(Path().rglob("result.json"))
