@@ -55,7 +55,7 @@ class HQQ(Quantizer):
         values, width, top = weight.float(), self.columns(weight), 2**self.nbits - 1
         low, high = group_extremes(values, width)
         # groups of nearly equal values get a wider range, or their zero would leave fp16 (see rounding.py)
-        floor = torch.maximum(high.abs(), low.abs()) / ZERO_LIMIT
+        floor = torch.maximum(high.abs(), low.abs()) / ZERO_LIMIT[self.aux_dtype]
         exact_scale = ((high - low) / top).maximum(floor).clamp_min(FP16_TINY)
         scale = Aux.compress(exact_scale, self.aux_dtype)
         # int8 moves scales and zeros by more than rounding noise: fit zeros and codes to what is stored

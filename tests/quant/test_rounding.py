@@ -50,3 +50,24 @@ def test_int8_aux_costs_little(generator):
     assert int8.bits_per_weight < fp16.bits_per_weight - 0.2
     errors = [(q.dequantize() - weight).norm() / weight.norm() for q in (fp16, int8)]
     assert errors[1] < 1.02 * errors[0]
+
+
+def test_one_constant_group_does_not_spoil_its_int8_neighbours(generator):
+    weight = torch.randn(64, 512, generator=generator)
+    before = round_to_nearest(weight, nbits=4, group_size=64, aux_dtype="int8").dequantize()
+    weight[20, :64] = 3.0
+    weight[40, :64] = 1e-3
+    after = round_to_nearest(weight, nbits=4, group_size=64, aux_dtype="int8").dequantize()
+    rest = torch.ones(64, dtype=torch.bool)
+    rest[[20, 40]] = False
+    errors = [(restored[rest] - weight[rest]).norm() / weight[rest].norm() for restored in (before, after)]
+    assert errors[1] < 1.03 * errors[0]
+    assert (after[20, :64] - 3).abs().max() < 0.03
+    assert (after[40, :64] - 1e-3).abs().max() < 2e-3
+
+
+@pytest.mark.parametrize("nbits", [2, 4, 8])
+def test_near_constant_groups_beside_large_ones_in_int8(nbits, generator):
+    weight = torch.randn(8, 256, generator=generator) * 50
+    weight[3] = 0.5 + 1e-4 * torch.randn(256, generator=generator)
+    assert torch.isfinite(round_to_nearest(weight, nbits=nbits, group_size=64, aux_dtype="int8").dequantize()).all()
