@@ -1,21 +1,27 @@
-"""Quantizes a model in place, linear group by linear group, and says what happened to each weight."""
+"""Quantizes a model in place, linear group by linear group and expert by expert, and says what happened to each weight.
+
+An expert's matrices are named as if they were linears: `model.layers.0.mlp.experts.3.gate_proj`.
+"""
 
 from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from qbench.calibrate import Calibration, Group, quantize_blocks
 from qbench.errors import PointError
-from qbench.models.linears import find_linears, replace_module
+from qbench.models.experts import PROJECTIONS, QuantExperts, expert_weights
+from qbench.models.linears import Linears, find_linears, replace_module
 from qbench.quant.diagnostics import kurtosis, mean_imbalance
 from qbench.quant.linear import QuantLinear, relative_error
 from qbench.quant.quantizer import InputStatistics, Quantizer
+from qbench.quant.stack import stack
 from qbench.quant.weight import QuantizedWeight
 from qbench.record.result import LayerRow, SkippedRow
 
@@ -27,83 +33,131 @@ ON_GRID = 1e-3  # no honest weight is reproduced this well by four bits
 def quantize_model(
     model: Any, quantizer: Quantizer, calibration: Calibration | None = None
 ) -> tuple[list[LayerRow], list[SkippedRow]]:
-    """Replaces every linear by a QuantLinear, group after group, so that only one group exists twice at any time.
+    """Replaces every linear and every block of fused experts, group after group, so that only one exists twice.
 
     Raises PointError, naming the layer, if the quantizer breaks its contract; the model is then partly quantized and
     must not be used.
     """
     rows: list[LayerRow] = []
 
-    def replace_group(group: Group, stats: InputStatistics | None) -> None:
-        for name, (module, row) in quantize_group(group, quantizer, stats).items():
-            replace_module(model, name, module)
-            rows.append(row)
+    def place(name: str, module: nn.Module, new: list[LayerRow]) -> None:
+        replace_module(model, name, module)
+        rows.extend(new)
+        for row in new:
             if row.relative_error < ON_GRID and row.bits_per_weight < 6:
-                log.warning("%s: error %.1e, its weights already lie on this grid", name, row.relative_error)
+                log.warning("%s: error %.1e, its weights already lie on this grid", row.name, row.relative_error)
+
+    def place_group(group: Group, stats: InputStatistics | None) -> None:
+        for name, (module, row) in quantize_linears(group, quantizer, stats).items():
+            place(name, module, [row])
 
     found = find_linears(model)
+    skipped = [SkippedRow(s.name, s.weights, s.reason) for s in found.skipped]
     if quantizer.needs:
-        if calibration is None:
-            raise PointError(f"{type(quantizer).__name__} is a calibrated method: it needs a calibration text")
+        _require_calibration(quantizer, calibration, found)
         found.layers.clear()
-        quantize_blocks(model, quantizer, calibration, replace_group)
-    else:
-        for name in tqdm(list(found.layers), desc="quantizing", unit="layer"):
-            replace_group({name: found.layers.pop(name)}, None)  # the last reference besides the model's own
-    return rows, [SkippedRow(s.name, s.weights, s.reason) for s in found.skipped]
+        quantize_blocks(model, quantizer, calibration, place_group)
+        return rows, skipped
+    names = [name for name, _ in model.named_modules() if name in found.layers or name in found.experts]
+    for name in tqdm(names, desc="quantizing", unit="layer"):
+        # popped: the last reference besides the model's own
+        if name in found.layers:
+            place_group({name: found.layers.pop(name)}, None)
+        else:
+            place(name, *quantize_experts(name, found.experts.pop(name), quantizer))
+    return rows, skipped
+
+
+def _require_calibration(quantizer: Quantizer, calibration: Calibration | None, found: Linears) -> None:
+    method = type(quantizer).__name__
+    if calibration is None:
+        raise PointError(f"{method} is a calibrated method: it needs a calibration text")
+    if found.experts:
+        raise PointError(
+            f"{method} is a calibrated method, and the statistics of fused experts ({next(iter(found.experts))}) are "
+            "not collected yet; use a calibration-free method such as sinq, hqq or rtn for mixtures of experts"
+        )
 
 
 def require_finite(model: Any) -> None:
     """Raises PointError naming the first linear that holds NaN or Inf, before any time is spent on the model."""
-    for name, layer in find_linears(model).layers.items():
-        if bad := int((~torch.isfinite(layer.weight)).sum()):
+    for name, weight in _each_weight(find_linears(model)):
+        if bad := int((~torch.isfinite(weight)).sum()):
             raise PointError(
-                f"layer {name}: {bad} of {layer.weight.numel()} weights are NaN or Inf; nothing can quantize that"
+                f"layer {name}: {bad} of {weight.numel()} weights are NaN or Inf; nothing can quantize that"
             )
 
 
-def quantize_group(
-    group: Group, quantizer: Quantizer, stats: InputStatistics | None
+def quantize_linears(
+    group: Group, quantizer: Quantizer, stats: InputStatistics | None = None
 ) -> dict[str, tuple[QuantLinear, LayerRow]]:
     """Quantizes the linears of one group, which read the same input, and describes each result."""
-    weights = {name: layer.weight.detach() for name, layer in group.items()}
-    first = next(iter(weights))
-    started = _now(weights[first])
+    weights = [layer.weight.detach() for layer in group.values()]
+    results, rows = quantize_group(list(group), weights, quantizer, QuantLinear.backend, stats)
+    return {
+        name: (QuantLinear(quantized, layer.bias), row)
+        for (name, layer), quantized, row in zip(group.items(), results, rows, strict=True)
+    }
+
+
+def quantize_experts(name: str, module: Any, quantizer: Quantizer) -> tuple[QuantExperts, list[LayerRow]]:
+    """Quantizes fused experts one by one; the gate and up of one expert are a linear group, its down another.
+
+    The stacks are put together at the end, projection by projection, so one projection's codes exist twice then.
+    """
+    packed: list[list[QuantizedWeight]] = [[], [], []]
+    rows: list[LayerRow] = []
+    for index in range(module.num_experts):
+        names, weights = _expert_names(name, index), expert_weights(module, index)
+        for group in (slice(0, 2), slice(2, 3)):
+            results, new = quantize_group(names[group], weights[group], quantizer, QuantExperts.backend)
+            rows += new
+            for projection, quantized in zip(packed[group], results, strict=True):
+                projection.append(quantized)
+    stacks = []
+    for projection in packed:
+        try:
+            stacks.append(stack(projection))
+        except ValueError as error:
+            raise PointError(f"layer {name}: {error}") from error
+        projection.clear()
+    return QuantExperts(*stacks, module.act_fn), rows
+
+
+def quantize_group(
+    names: list[str],
+    weights: list[Tensor],
+    quantizer: Quantizer,
+    backend: str,
+    stats: InputStatistics | None = None,
+) -> tuple[list[QuantizedWeight], list[LayerRow]]:
+    """Quantizes the weights `[out, in]` of one linear group and describes each result; the seconds are shared out."""
+    started = _now(weights[0])
     try:
-        results = quantizer.quantize(list(weights.values()), stats)
+        results = quantizer.quantize(weights, stats)
     except ValueError as error:
-        raise PointError(f"layer {first}: {error}") from error
-    seconds = (_now(weights[first]) - started) / len(weights)
-    if len(results) != len(weights) or not all(isinstance(result, QuantizedWeight) for result in results):
-        raise PointError(f"layer {first}: {type(quantizer).__name__} must return one QuantizedWeight per weight")
-    done = {}
-    for (name, weight), quantized in zip(weights.items(), results, strict=True):
-        _check(name, weight, quantized, quantizer)
-        module = QuantLinear(quantized, group[name].bias)
-        done[name] = module, _describe(name, weight, quantized, module.backend, seconds, quantizer)
-    return done
-
-
-def _check(name: str, weight: Tensor, quantized: QuantizedWeight, quantizer: Quantizer) -> None:
+        raise PointError(f"layer {', '.join(names)}: {error}") from error
+    seconds = _now(weights[0]) - started
     method = type(quantizer).__name__
-    if quantized.shape != tuple(weight.shape):
-        raise PointError(
-            f"layer {name}: {method} returned the shape {list(quantized.shape)} for a weight {list(weight.shape)}"
-        )
-    for key, tensor in quantized.tensors().items():
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise PointError(f"layer {name}: {method} produced NaN or Inf in {key}")
+    if len(results) != len(weights) or not all(isinstance(result, QuantizedWeight) for result in results):
+        raise PointError(f"layer {', '.join(names)}: {method}.quantize must return one QuantizedWeight per weight")
+    total = sum(weight.numel() for weight in weights)
+    rows = []
+    for name, weight, quantized in zip(names, weights, results, strict=True):
+        _check(name, weight, quantized, method)
+        rows.append(_describe(name, weight, quantized, method, backend, seconds * weight.numel() / total))
+    return results, rows
 
 
 def _describe(
-    name: str, weight: Tensor, quantized: QuantizedWeight, backend: str, seconds: float, quantizer: Quantizer
+    name: str, weight: Tensor, quantized: QuantizedWeight, method: str, backend: str, seconds: float
 ) -> LayerRow:
     tails = kurtosis(weight)
     t = quantized.input_scale
     return LayerRow(
         name=name,
         shape=quantized.shape,
-        method=quantized.method or type(quantizer).__name__.lower(),
+        method=quantized.method or method.lower(),
         backend=backend,
         seconds=seconds,
         bits_per_weight=quantized.bits_per_weight,
@@ -115,6 +169,28 @@ def _describe(
         kurtosis_after=tails if t is None else kurtosis(weight.float() / t.float()),
         diagnostics={k: float(v) for k, v in quantized.diagnostics.items() if k != "imbalance_after"},
     )
+
+
+def _check(name: str, weight: Tensor, quantized: QuantizedWeight, method: str) -> None:
+    if quantized.shape != tuple(weight.shape):
+        raise PointError(
+            f"layer {name}: {method} returned the shape {list(quantized.shape)} for a weight {list(weight.shape)}"
+        )
+    for key, tensor in quantized.tensors().items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise PointError(f"layer {name}: {method} produced NaN or Inf in {key}")
+
+
+def _each_weight(found: Linears) -> Iterator[tuple[str, Tensor]]:
+    for name, layer in found.layers.items():
+        yield name, layer.weight.detach()
+    for name, module in found.experts.items():
+        for index in range(module.num_experts):
+            yield from zip(_expert_names(name, index), expert_weights(module, index), strict=True)
+
+
+def _expert_names(name: str, index: int) -> list[str]:
+    return [f"{name}.{index}.{projection}" for projection in PROJECTIONS]
 
 
 def _now(weight: Tensor) -> float:

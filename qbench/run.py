@@ -24,8 +24,7 @@ from qbench.evaluate import perplexity as protocol
 from qbench.evaluate.perplexity import Windows, WindowScorer
 from qbench.evaluate.text import Text, read_text
 from qbench.models import load
-from qbench.models.linears import coverage, linear_weights
-from qbench.quant.linear import QuantLinear
+from qbench.models.linears import coverage, linear_weights, quantized_weights
 from qbench.quant.quantizer import Quantizer
 from qbench.quantize import quantize_model, require_finite
 from qbench.record import wandb_tracker
@@ -195,7 +194,7 @@ def _quantize(
             f"only {covered:.1%} of the linear weights were quantized, runtime.min_coverage asks for "
             f"{config.runtime.min_coverage:.0%}; left out: {left}"
         )
-    packed = [module.weight for module in model.modules() if isinstance(module, QuantLinear)]
+    packed = quantized_weights(model)
     packed_bytes = sum(weight.nbytes for weight in packed)
     weights = sum(weight.numel for weight in packed)
     return QuantizationRecord(

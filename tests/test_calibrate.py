@@ -15,7 +15,7 @@ from qbench.evaluate.text import Text
 from qbench.models.tiny import build, byte_tokenizer
 from qbench.plugins.rtn import RTN
 from qbench.quant.quantizer import Quantizer, Statistic
-from qbench.quantize import quantize_group, quantize_model, replace_module
+from qbench.quantize import quantize_linears, quantize_model, replace_module
 from tests.test_cli import recorded
 
 EVERYTHING = frozenset(Statistic)
@@ -43,7 +43,7 @@ def collect(model, quantize=None):
     def note(group, stats):
         found[next(iter(group))] = (list(group), stats)
         if quantize is not None:
-            for name, (module, _) in quantize_group(group, quantize, stats).items():
+            for name, (module, _) in quantize_linears(group, quantize, stats).items():
                 replace_module(model, name, module)
 
     quantize_blocks(model, Watcher(), calibration(), note)
@@ -122,6 +122,11 @@ def test_sequences_are_cut_from_the_start():
 def test_a_calibrated_method_without_calibration_is_refused():
     with pytest.raises(PointError, match="needs a calibration text"):
         quantize_model(build("dense", 0)[0], Watcher())
+
+
+def test_fused_experts_are_refused_by_name_until_they_can_be_calibrated():
+    with pytest.raises(PointError, match=r"model\.layers\.0\.mlp\.experts.*use a calibration-free method"):
+        quantize_model(build("moe", 0)[0], Watcher(), calibration())
 
 
 def test_calibrated_point_records_what_it_was_shown(qbench):

@@ -167,11 +167,30 @@ def test_a_corrupt_model_file_is_refused(qbench, tmp_path):
     assert not recorded()
 
 
-def test_low_coverage_is_refused_with_the_names_of_what_was_left_out(qbench):
+def test_a_mixture_is_quantized_expert_by_expert(qbench):
+    outcome = qbench("model=tiny-moe", "task.max_windows=1")
+    assert outcome.status == 0
+    (result,) = recorded()
+    done = result.quantization
+    assert 0.99 < done.coverage < 1  # the routers stay
+    assert len(done.layers) == 2 * (4 + 4 * 3)
+    assert {row.shape for row in done.layers if ".experts.3.gate_proj" in row.name} == {(96, 64)}
+    assert done.packed_bytes == sum(row.packed_bytes for row in done.layers)
+    weights = sum(row.shape[0] * row.shape[1] for row in done.layers)
+    assert done.bits_per_weight == 8 * done.packed_bytes / weights
+    assert done.model_bytes == done.packed_bytes + 2 * (result.model.parameters - weights)
+    assert result.model.linear_weights == weights + sum(row.weights for row in done.skipped)
+
+
+def test_low_coverage_is_refused_with_the_names_of_what_was_left_out(qbench, monkeypatch):
+    from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
+
+    usual = Qwen3MoeExperts._apply_gate
+    monkeypatch.setattr(Qwen3MoeExperts, "_apply_gate", lambda self, gate_up: usual(self, gate_up).clamp(-9, 9))
     outcome = qbench("model=tiny-moe", "task.max_windows=1")
     assert outcome.status == 1
     assert "of the linear weights were quantized" in outcome.summary["error"]
-    assert "experts.gate_up_proj" in outcome.summary["error"]
+    assert "experts.gate_up_proj (fused experts of an unknown layout: Qwen3MoeExperts" in outcome.summary["error"]
     assert qbench("model=tiny-moe", "task.max_windows=1", "runtime.min_coverage=0.1").status == 0
 
 
@@ -181,7 +200,7 @@ def test_a_quantizer_that_breaks_its_contract_fails_the_point(monkeypatch):
     from qbench.errors import PointError
     from qbench.quant.quantizer import Quantizer
     from qbench.quant.rounding import round_to_nearest
-    from qbench.quantize import quantize_group
+    from qbench.quantize import quantize_linears
 
     @dataclass(frozen=True)
     class Transposed(Quantizer):
@@ -189,7 +208,7 @@ def test_a_quantizer_that_breaks_its_contract_fails_the_point(monkeypatch):
             return round_to_nearest(weight.T, nbits=4, group_size=8)
 
     with pytest.raises(PointError, match=r"returned the shape \[16, 8\] for a weight \[8, 16\]"):
-        quantize_group({"x": torch.nn.Linear(16, 8)}, Transposed(), None)
+        quantize_linears({"x": torch.nn.Linear(16, 8)}, Transposed())
 
 
 def test_results_hold_no_secrets_and_no_folders(qbench, monkeypatch):

@@ -23,8 +23,8 @@ class Aux:
     """Values `[..., out, groups]`; `step` is None when `stored` holds them directly in fp16."""
 
     stored: Tensor  # fp16, or uint8 codes of the same shape
-    step: Tensor | None = None  # fp16 [blocks]
-    offset: Tensor | None = None  # fp16 [blocks]
+    step: Tensor | None = None  # fp16 [blocks], or [experts, blocks] when every matrix of a stack has its own
+    offset: Tensor | None = None  # the same shape
 
     @staticmethod
     def compress(values: Tensor, aux_dtype: str) -> Aux:
@@ -49,7 +49,8 @@ class Aux:
         """The values in fp32, `[..., out, groups]`."""
         if self.step is None or self.offset is None:
             return self.stored.float()
-        count = self.stored.numel()
-        step = self.step.float().repeat_interleave(BLOCK)[:count]
-        offset = self.offset.float().repeat_interleave(BLOCK)[:count]
-        return (self.stored.float().flatten() * step + offset).view(self.stored.shape)
+        values = self.stored.float().reshape(*self.step.shape[:-1], -1)
+        step, offset = (
+            part.float().repeat_interleave(BLOCK, -1)[..., : values.shape[-1]] for part in (self.step, self.offset)
+        )
+        return (values * step + offset).view(self.stored.shape)

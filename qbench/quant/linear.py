@@ -9,29 +9,19 @@ from torch import Tensor, nn
 from qbench.quant.weight import QuantizedWeight
 
 
-class QuantLinear(nn.Module):
-    """y = x W^T + b with `W` `[out, in]` kept packed; x is `[..., in]`, y is `[..., out]` in x's dtype.
+class PackedWeight(nn.Module):
+    """Holds one QuantizedWeight, or a stack of them, as buffers: whatever a model keeps packed, it keeps in these."""
 
-    The weight is dequantized anew in every call: the packed buffers are all that stays in memory.
-    """
-
-    backend = "dequantize + matmul"
-
-    def __init__(self, weight: QuantizedWeight, bias: Tensor | None = None) -> None:
+    def __init__(self, weight: QuantizedWeight) -> None:
         super().__init__()
         self._format = weight  # describes the format; its tensors are replaced by the module's buffers below
-        self.out_features, self.in_features = weight.shape
         for name, tensor in weight.tensors().items():
             self.register_buffer(name, tensor)
-        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
 
     @property
     def weight(self) -> QuantizedWeight:
         """The weight over the buffers as they are now (moved, loaded)."""
         return self._format.with_tensors(dict(self.named_buffers(recurse=False)))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.dequantize(x.dtype), self.bias)
 
     def _apply(self, fn, recurse: bool = True):
         """Devices may change; the stored precision may not: `.half()` and `.to(dtype)` leave the buffers alone."""
@@ -40,11 +30,36 @@ class QuantLinear(nn.Module):
             moved = fn(tensor)
             return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
 
-        biases, self.bias = self.bias, None
         super()._apply(keep_dtype, recurse)
-        self.bias = biases if biases is None else nn.Parameter(fn(biases.data), requires_grad=False)
         # the description must not keep the buffers alive on the device they came from
         self._format = self.weight
+        return self
+
+    def extra_repr(self) -> str:
+        w = self._format
+        return f"shape={list(w.shape)}, nbits={w.nbits}, method={w.method}"
+
+
+class QuantLinear(PackedWeight):
+    """y = x W^T + b with `W` `[out, in]` kept packed; x is `[..., in]`, y is `[..., out]` in x's dtype.
+
+    The weight is dequantized anew in every call: the packed buffers are all that stays in memory.
+    """
+
+    backend = "dequantize + matmul"
+
+    def __init__(self, weight: QuantizedWeight, bias: Tensor | None = None) -> None:
+        super().__init__(weight)
+        self.out_features, self.in_features = weight.shape
+        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.dequantize(x.dtype), self.bias)
+
+    def _apply(self, fn, recurse: bool = True):
+        biases, self.bias = self.bias, None  # unlike the buffers, the bias follows the model's dtype
+        super()._apply(fn, recurse)
+        self.bias = biases if biases is None else nn.Parameter(fn(biases.data), requires_grad=False)
         return self
 
     def extra_repr(self) -> str:

@@ -15,9 +15,9 @@ from torch import Tensor
 from qbench.quant.aux import FP16_TINY, Aux
 from qbench.quant.weight import QuantizedWeight, per_group
 
-# A group whose values are all close to one number c has a zero point near -c / scale; plain formulas give Inf there. The
-# range is kept from falling below |c| * (2**nbits - 1) / limit, so that the zero point is stored exactly: fp16 holds
-# integers up to 2048, and 64 neighbours in int8 keep a step of one as long as they span at most 255.
+# A group whose values are all close to one number c has a zero point near -c / scale; plain formulas give Inf there.
+# The range is kept from falling below |c| * (2**nbits - 1) / limit, so that the zero point is stored exactly: fp16
+# holds integers up to 2048, and 64 neighbours in int8 keep a step of one as long as they span at most 255.
 ZERO_LIMIT = {"fp16": 2048, "int8": 100}
 
 
@@ -46,7 +46,7 @@ def grid(low: Tensor, high: Tensor, nbits: int, symmetric: bool, aux_dtype: str)
         floor = torch.maximum(high.abs(), low.abs()) / ZERO_LIMIT[aux_dtype]
         exact_scale = ((high - low) / top).maximum(floor)
     scale = Aux.compress(exact_scale.clamp_min(FP16_TINY), aux_dtype)
-    # an int8 block can round its smallest scale to zero: the divisor must neither give NaN nor a zero point without bound
+    # an int8 block can round its smallest scale to zero: dividing by it must not give NaN or an endless zero point
     divisor = (exact_scale if aux_dtype == "fp16" else scale.dense().maximum(floor)).clamp_min(FP16_TINY)
     zero = None if symmetric else Aux.compress(-(low / divisor).round(), aux_dtype)
     return scale, zero, divisor

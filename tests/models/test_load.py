@@ -94,8 +94,12 @@ def test_linears_leave_the_head_and_name_the_experts():
     dense = find_linears(tiny.build("dense", 0)[0])
     assert len(dense.layers) == 14
     assert not dense.skipped
+    assert not dense.experts
     moe = tiny.build("moe", 0)[0]
     found = find_linears(moe)
     assert all("self_attn" in name for name in found.layers)
-    assert {s.name.rpartition(".")[2] for s in found.skipped} == {"gate_up_proj", "down_proj", "weight"}
+    assert list(found.experts) == [f"model.layers.{i}.mlp.experts" for i in range(2)]
+    assert [(s.name, s.weights, s.reason) for s in found.skipped] == [
+        (f"model.layers.{i}.mlp.gate.weight", 4 * 64, "router, kept in 16 bit") for i in range(2)
+    ]
     assert coverage(moe) == 0
