@@ -1,0 +1,78 @@
+"""Sinkhorn-style balancing of a weight's rows and columns: what SINQ and A-SINQ share (arXiv 2509.22944, Alg. 1).
+
+Follows the authors' released code, constants included: simultaneous (Jacobi) row and column updates, the
+smallest standard deviation of the tile as target, damped steps, the best iterate kept, and a latch that freezes a
+tile once its imbalance rises.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from qbench.quant.diagnostics import column_tiles, imbalance, std
+
+STD_RANGE = (1e-3, 1e3)  # standard deviations are clipped to it: keeps constant rows and columns finite
+LOG_RANGE = (-0.3, 10.0)  # of the log scales
+TARGET_EPS = 1e-6
+CHUNK_BYTES = 4 << 20  # tiles normalized together on a CPU: a chunk stays in cache for all its rounds
+
+
+def check_steps(iterations: int, step_min: float, step_max: float) -> None:
+    """Raises ValueError for settings with which the iteration cannot run."""
+    if iterations < 1:
+        raise ValueError(f"iterations must be at least 1, got {iterations}")
+    if not 0 < step_min <= 1 <= step_max:
+        raise ValueError(f"0 < step_min <= 1 <= step_max must hold, got {step_min} and {step_max}")
+
+
+def column_factors(
+    weight: Tensor, width: int, iterations: int, step_min: float, step_max: float
+) -> tuple[Tensor, float]:
+    """The column factors, fp32 `[in]`, of `[out, in]` cut into tiles of all rows x `width` columns.
+
+    Second, the geometric mean over tiles of the imbalance that is left.
+    """
+    scales, left = [], []
+    for tiles in column_tiles(weight.float(), width):
+        chunk = len(tiles) if tiles.is_cuda else max(1, CHUNK_BYTES // tiles[0].nbytes)
+        for part in tiles.split(chunk):
+            t, best = sinkhorn(part, iterations, step_min, step_max)
+            scales.append(t.flatten())
+            left.append(best)
+    return torch.cat(scales), float(torch.cat(left).log().mean().exp())
+
+
+def sinkhorn(tiles: Tensor, iterations: int, step_min: float, step_max: float) -> tuple[Tensor, Tensor]:
+    """Balances fp32 tiles `[n, rows, columns]`; returns the column factors `[n, columns]` and I `[n]` reached.
+
+    A round scores the current factors before it updates them, so the update of the last round is never used.
+    """
+    lo, hi = STD_RANGE
+    n, rows, columns = tiles.shape
+
+    def step(deviation: Tensor) -> Tensor:
+        return (deviation.clamp(lo, hi) / target).clamp(step_min, step_max).log()
+
+    row_min = std(tiles, 2).clamp(lo, hi).amin(1)
+    target = torch.minimum(row_min, std(tiles, 1).clamp(lo, hi).amin(1))[:, None] + TARGET_EPS
+    log_rows, log_columns = tiles.new_zeros(n, rows), tiles.new_zeros(n, columns)
+    best, best_columns = imbalance(tiles), log_columns
+    rising = torch.zeros(n, dtype=torch.bool, device=tiles.device)
+    for _ in range(iterations):
+        balanced = tiles / log_columns.exp()[:, None, :]
+        balanced /= log_rows.exp()[:, :, None]
+        row_std, column_std = std(balanced, 2), std(balanced, 1)
+        high = torch.maximum(row_std.amax(1), column_std.amax(1))
+        low = torch.minimum(row_std.amin(1), column_std.amin(1))
+        score = high / low.clamp_min(1e-12)
+        better = score <= best
+        best = torch.where(better, score, best)
+        best_columns = torch.where(better[:, None], log_columns, best_columns)
+        rising |= score > best
+        if bool(rising.all()):
+            break
+        moving = (~rising)[:, None]
+        log_columns = (log_columns + moving * step(column_std)).clamp(*LOG_RANGE)
+        log_rows = (log_rows + moving * step(row_std)).clamp(*LOG_RANGE)
+    return best_columns.exp(), best
