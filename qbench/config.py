@@ -16,10 +16,10 @@ from omegaconf import MISSING
 @dataclass
 class ModelConfig:
     name: str = MISSING
-    source: str = MISSING  # hub, local, smollm2 or random: who delivers the weights
+    source: str = MISSING  # hub, local, packed, smollm2 or random: who delivers the weights
     id: str | None = None  # Hub repository, for source=hub
     revision: str | None = None  # commit of the Hub repository
-    path: str | None = None  # folder, for source=local
+    path: str | None = None  # folder, for source=local and source=packed
     trust_remote_code: bool = False
     architecture: str | None = None  # dense or moe, for source=random
     seed: int = 0
@@ -73,6 +73,11 @@ class TrackerConfig:
 
 
 @dataclass
+class ExportConfig:
+    dir: str | None = None  # folder for the packed checkpoint of a point that succeeded
+
+
+@dataclass
 class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     quantizer: dict[str, Any] = field(default_factory=dict)
@@ -80,6 +85,7 @@ class Config:
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
     tracker: TrackerConfig = field(default_factory=TrackerConfig)
+    export: ExportConfig = field(default_factory=ExportConfig)
     outputs: str = "outputs"
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from qbench import __version__
+from qbench import __version__, packed
 from qbench.calibrate import Calibration, cut_sequences
 from qbench.config import Config, RuntimeConfig
 from qbench.errors import PointError, RequestError, unknown
@@ -24,12 +24,21 @@ from qbench.evaluate import perplexity as protocol
 from qbench.evaluate.perplexity import Windows, WindowScorer
 from qbench.evaluate.text import Text, read_text
 from qbench.models import load
-from qbench.models.linears import coverage, linear_weights, quantized_weights
+from qbench.models.linears import coverage, find_linears, linear_weights, quantized_weights
+from qbench.models.load import LoadedModel
 from qbench.quant.quantizer import Quantizer
 from qbench.quantize import quantize_model, require_finite
 from qbench.record import wandb_tracker
 from qbench.record.environment import describe
-from qbench.record.result import CalibrationRecord, EvaluationRecord, ModelRecord, QuantizationRecord, Result
+from qbench.record.result import (
+    CalibrationRecord,
+    EvaluationRecord,
+    LayerRow,
+    ModelRecord,
+    QuantizationRecord,
+    Result,
+    SkippedRow,
+)
 from qbench.record.store import Store, identity
 from qbench.registry import make_quantizer
 from qbench.statistics import paired_delta, perplexity
@@ -59,7 +68,10 @@ def run_point(config: Config, command: list[str]) -> Result:
 
     Raises RequestError for a request that cannot be served; nothing is recorded then.
     """
-    quantizer = make_quantizer(config.quantizer)
+    if config.model.source == "packed":
+        config, quantizer = packed.as_recorded(config, command), None
+    else:
+        quantizer = make_quantizer(config.quantizer)
     device, dtype = _device(config.runtime), _dtype(config.runtime)
     protocol.check(config.task)
     if config.tracker.name == "wandb":
@@ -67,12 +79,15 @@ def run_point(config: Config, command: list[str]) -> Result:
     store = Store(config.outputs)
     model_id = load.fingerprint(config.model)
     text = read_text(config.task)
-    calibration_text = read_text(config.calibration) if quantizer.needs else None
+    calibration_text = read_text(config.calibration) if quantizer is not None and quantizer.needs else None
     texts = (text.sha256, calibration_text and calibration_text.sha256)
     settings = _what_matters(config, quantizer)
     run_id = identity(settings, model_id, texts, str(device.type), str(dtype), __version__)
-
+    export = packed.export_target(config.export, run_id)
     recorded = None if config.runtime.rerun else store.load(run_id)
+    if recorded is not None and recorded.status == "ok" and export is not None:
+        log.info("already recorded, but export.dir needs the quantized model: the point is measured again")
+        recorded = None
     if recorded is not None and recorded.status == "ok":
         log.info("already recorded; runtime.rerun=true measures it again")
         result = recorded
@@ -92,8 +107,12 @@ def run_point(config: Config, command: list[str]) -> Result:
             config=asdict(config),
             environment=describe(str(device), str(dtype).removeprefix("torch.")),
         )
-        result, window_nll = _measure(started, config, quantizer, calibration, device, dtype, text, windows, store)
+        result, window_nll, loaded = _measure(
+            started, config, quantizer, calibration, device, dtype, text, windows, store
+        )
         store.save(result, window_nll)
+        if export is not None and loaded is not None:  # after the result: a full disk must not lose it
+            packed.export(loaded, export, result, settings["quantizer"])
     if config.tracker.name == "wandb":
         wandb_tracker.track(result, config.tracker, store.root)
     return result
@@ -102,22 +121,26 @@ def run_point(config: Config, command: list[str]) -> Result:
 def _measure(
     result: Result,
     config: Config,
-    quantizer: Quantizer,
+    quantizer: Quantizer | None,
     calibration: Calibration | None,
     device: torch.device,
     dtype: torch.dtype,
     text: Text,
     windows: Windows,
     store: Store,
-) -> tuple[Result, dict[str, np.ndarray] | None]:
-    """Fills the result in, up to the step that fails; also returns the per-window NLLs it refers to."""
+) -> tuple[Result, dict[str, np.ndarray] | None, LoadedModel | None]:
+    """Fills the result in, up to the step that fails.
+
+    Also returns the per-window NLLs that it refers to and the quantized model; None for both when a step failed.
+    """
     clock = Clock()
     try:
         with clock.phase("load"):
             loaded = load.load(config.model, dtype, device, store.models)
             require_finite(loaded.model)
         model = loaded.model
-        parameters = sum(p.numel() for p in model.parameters())
+        quantized = sum(weight.numel for weight in quantized_weights(model))
+        parameters = quantized + sum(p.numel() for p in model.parameters())
         result = replace(
             result,
             model=ModelRecord(
@@ -131,22 +154,28 @@ def _measure(
         )
         scorer = WindowScorer(model, loaded.tokenizer, config.task.window, config.runtime.batch_size)
 
-        with clock.phase("baseline"):
-            key = _baseline_key(result, config, windows)
-            baseline = store.load_baseline(key)
-            cached = baseline is not None
-            if baseline is None:
-                baseline = scorer.window_nll(windows, "evaluating the baseline")
-                store.save_baseline(key, baseline)
+        baseline, cached = None, False
+        if quantizer is not None:
+            with clock.phase("baseline"):
+                key = _baseline_key(result, config, windows)
+                baseline = store.load_baseline(key)
+                cached = baseline is not None
+                if baseline is None:
+                    baseline = scorer.window_nll(windows, "evaluating the baseline")
+                    store.save_baseline(key, baseline)
 
-        with clock.phase("quantize"):
-            quantization = _quantize(model, quantizer, calibration, config, parameters)
-            result = replace(result, quantization=quantization)
+            with clock.phase("quantize"):
+                quantization = _quantize(model, quantizer, calibration, config, parameters)
+        else:
+            left = [SkippedRow(s.name, s.weights, s.reason) for s in find_linears(model).skipped]
+            quantization = _describe(model, config, parameters, None, [], left, wall_seconds=0)
+        result = replace(result, quantization=quantization)
 
         with clock.phase("evaluate"):
             nll = scorer.window_nll(windows, f"evaluating {config.quantizer['name']}")
 
-        delta = paired_delta(nll, baseline, config.runtime.seed)
+        delta = None if baseline is None else paired_delta(nll, baseline, config.runtime.seed)
+        kept = {"quantized": nll} | ({} if baseline is None else {"baseline": baseline})
         record = EvaluationRecord(
             protocol=windows.protocol,
             text_source=text.source,
@@ -159,15 +188,15 @@ def _measure(
             dropped_tokens=windows.dropped_tokens,
             scored_tokens=windows.scored_tokens,
             ppl=perplexity(nll),
-            baseline_ppl=perplexity(baseline),
+            baseline_ppl=None if baseline is None else perplexity(baseline),
             baseline_cached=cached,
-            ppl_delta=delta.value,
-            ppl_delta_low=delta.low,
-            ppl_delta_high=delta.high,
-            window_nll_file=f"windows-{identity(nll.tolist(), baseline.tolist())}.safetensors",
+            ppl_delta=delta and delta.value,
+            ppl_delta_low=delta and delta.low,
+            ppl_delta_high=delta and delta.high,
+            window_nll_file=f"windows-{identity(*(values.tolist() for values in kept.values()))}.safetensors",
         )
         done = replace(result, status="ok", error=None, evaluation=[record], seconds=clock.seconds)
-        return done, {"quantized": nll, "baseline": baseline}
+        return done, kept, loaded
     except RequestError:
         raise
     except PointError as error:
@@ -175,7 +204,7 @@ def _measure(
     except Exception as error:
         traceback.print_exc(file=sys.stderr)
         message = f"{type(error).__name__}: {error}"
-    return replace(result, status="failed", error=message, seconds=clock.seconds), None
+    return replace(result, status="failed", error=message, seconds=clock.seconds), None, None
 
 
 def _quantize(
@@ -194,9 +223,23 @@ def _quantize(
             f"only {covered:.1%} of the linear weights were quantized, runtime.min_coverage asks for "
             f"{config.runtime.min_coverage:.0%}; left out: {left}"
         )
-    packed = quantized_weights(model)
-    packed_bytes = sum(weight.nbytes for weight in packed)
-    weights = sum(weight.numel for weight in packed)
+    return _describe(model, config, parameters, calibration, layers, skipped, wall_seconds)
+
+
+def _describe(
+    model: Any,
+    config: Config,
+    parameters: int,
+    calibration: Calibration | None,
+    layers: list[LayerRow],
+    skipped: list[SkippedRow],
+    wall_seconds: float,
+) -> QuantizationRecord:
+    """What a quantized model holds, counted from its buffers, and what making it took."""
+    device = model.device
+    stored = quantized_weights(model)
+    packed_bytes = sum(weight.nbytes for weight in stored)
+    weights = sum(weight.numel for weight in stored)
     return QuantizationRecord(
         quantizer=config.quantizer["name"],
         calibration=calibration
@@ -212,7 +255,7 @@ def _quantize(
         bits_per_weight=8 * packed_bytes / weights,
         packed_bytes=packed_bytes,
         model_bytes=packed_bytes + 2 * (parameters - weights),
-        coverage=covered,
+        coverage=coverage(model),
         peak_alloc_bytes=torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
         peak_rss_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         layers=layers,
@@ -220,16 +263,16 @@ def _quantize(
     )
 
 
-def _what_matters(config: Config, quantizer: Quantizer) -> dict[str, Any]:
-    """The part of the configuration that can change a number: not where it is stored or who is told."""
+def _what_matters(config: Config, quantizer: Quantizer | None) -> dict[str, Any]:
+    """The part of the configuration that can change a number: not what is written where, or who is told."""
     settings = asdict(config)
-    for key in ("tracker", "outputs"):
+    for key in ("tracker", "outputs", "export"):
         del settings[key]
     for key in ("rerun", "device", "dtype"):  # device and dtype enter the run_id as resolved
         del settings["runtime"][key]
     for group in ("model", "task", "calibration"):  # the contents are in the fingerprints
         del settings[group]["path"]
-    if not quantizer.needs:
+    if quantizer is None or not quantizer.needs:
         del settings["calibration"]
     return settings
 

@@ -22,10 +22,11 @@ def show(result: Result) -> None:
     for name, justify in (("", "left"), ("16 bit", "right"), (settings["name"], "right"), ("difference", "left")):
         table.add_column(name, justify=justify)
     for record in result.evaluation:
-        change = f"{record.ppl_delta:+.3f}"
+        change = "no baseline" if record.ppl_delta is None else f"{record.ppl_delta:+.3f}"
         if record.ppl_delta_low is not None:
             change += f"  (95 %: {record.ppl_delta_low:+.3f} to {record.ppl_delta_high:+.3f})"
-        table.add_row(f"perplexity, {record.protocol}", f"{record.baseline_ppl:.3f}", f"{record.ppl:.3f}", change)
+        baseline = "" if record.baseline_ppl is None else f"{record.baseline_ppl:.3f}"
+        table.add_row(f"perplexity, {record.protocol}", baseline, f"{record.ppl:.3f}", change)
     table.add_row("bits per weight, linears", "16", f"{quantization.bits_per_weight:.3f}", "codes and aux as stored")
     table.add_row(
         "model, MB",
@@ -33,8 +34,9 @@ def show(result: Result) -> None:
         f"{quantization.model_bytes / 1e6:.1f}",
         f"{model.baseline_bytes / quantization.model_bytes:.2f} times smaller; head and embeddings stay at 16 bit",
     )
-    error = sum(row.relative_error for row in quantization.layers) / max(1, len(quantization.layers))
-    table.add_row("relative weight error, mean", "0", f"{error:.4f}", f"{len(quantization.layers)} linears")
+    if quantization.layers:
+        error = sum(row.relative_error for row in quantization.layers) / len(quantization.layers)
+        table.add_row("relative weight error, mean", "0", f"{error:.4f}", f"{len(quantization.layers)} linears")
     table.add_row("quantizing, s", "", f"{quantization.quant_seconds:.1f}", f"coverage {quantization.coverage:.1%}")
     console.print(f"{model.name}, {settings['name']} ({options})", style="bold", markup=False)
     if model.note:

@@ -102,6 +102,10 @@ class QuantExperts(nn.Module):
         self.gate_proj, self.up_proj, self.down_proj = PackedWeight(gate), PackedWeight(up), PackedWeight(down)
         self.act_fn = act_fn
 
+    def packed(self) -> dict[str, QuantizedWeight]:
+        """Its weights by the prefix of their buffers' names; what a checkpoint describes."""
+        return {f"{name}.": getattr(self, name).weight for name in PROJECTIONS}
+
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         stacks = [getattr(self, name).weight for name in PROJECTIONS]
         output = torch.zeros_like(hidden_states)

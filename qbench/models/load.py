@@ -1,4 +1,4 @@
-"""Loads a model and its tokenizer: from the Hub, a folder, the embedded reference, or a seeded generator.
+"""Loads a model and its tokenizer: from the Hub, a folder, a packed checkpoint, the embedded reference, or a seed.
 
 `fingerprint` identifies the weights without loading them, so that a finished point is recognized in a second.
 Only safetensors are read, remote code is never run unless `model.trust_remote_code=true`, and what the Hub
@@ -20,6 +20,8 @@ import torch
 from qbench.config import ModelConfig
 from qbench.errors import RequestError, unknown
 from qbench.models import smollm2, tiny
+from qbench.models.experts import QuantExperts
+from qbench.quant import checkpoint, manifest
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,11 @@ def fingerprint(config: ModelConfig) -> str:
         return f"smollm2:{smollm2.GGUF_SHA256[:16]}:v{smollm2.VERSION}:seed{config.seed}"
     if config.source == "random":
         return f"random:{tiny.VERSION}:{config.architecture}:seed{config.seed}"
-    raise unknown("model.source", config.source, ("hub", "local", "smollm2", "random"))
+    if config.source == "packed":
+        folder = packed_folder(config)
+        manifest.read(folder)
+        return f"packed:{hashlib.sha256((folder / manifest.MANIFEST).read_bytes()).hexdigest()[:32]}"
+    raise unknown("model.source", config.source, ("hub", "local", "packed", "smollm2", "random"))
 
 
 def load(config: ModelConfig, dtype: torch.dtype, device: torch.device, cache: Path) -> LoadedModel:
@@ -50,6 +56,13 @@ def load(config: ModelConfig, dtype: torch.dtype, device: torch.device, cache: P
     """
     identity = fingerprint(config)
     note = ""
+    if config.source == "packed":
+        folder = packed_folder(config)
+        about = manifest.read(folder)["origin"].get("model", {})
+        note = f"a packed checkpoint, its original is not here: no baseline. {about.get('note', '')}".strip()
+        # a cast of the whole model would reach the stored rotary frequencies: it is made in there
+        model = checkpoint.load(folder, dtype, device, {"QuantExperts": lambda old, w: QuantExperts(*w, old.act_fn)})
+        return LoadedModel(model, load_tokenizer(config, cache), identity, note)
     if config.source == "random":
         model, tokenizer = tiny.build(config.architecture or "", config.seed)
         note = "seeded random weights: perplexities mean nothing"
@@ -78,6 +91,9 @@ def load_tokenizer(config: ModelConfig, cache: Path) -> Any:
         folder, revision = str(_local_folder(config)), None
     elif config.source == "smollm2":
         folder, revision = str(smollm2.prepare(cache, config.seed)), None
+    elif config.source == "packed":
+        folder, revision = str(packed_folder(config)), None
+        manifest.verify(Path(folder), manifest.read(Path(folder)), weights=False)
     return _readable(
         lambda: AutoTokenizer.from_pretrained(folder, revision=revision, trust_remote_code=config.trust_remote_code),
         folder,
@@ -115,12 +131,20 @@ def _readable(read: Callable[[], Any], folder: str) -> Any:
         ) from error
 
 
+def packed_folder(config: ModelConfig) -> Path:
+    if not config.path:
+        raise RequestError(f"model={config.name} needs model.path=DIR, a packed checkpoint written by export.dir=DIR")
+    return Path(config.path).expanduser()
+
+
 def _local_folder(config: ModelConfig) -> Path:
     if not config.path:
         raise RequestError(f"model={config.name} needs model.path=DIR, a folder with config.json and *.safetensors")
     folder = Path(config.path).expanduser()
     if not folder.is_dir():
         raise RequestError(f"model.path={config.path} is not a folder; it must hold config.json and *.safetensors")
+    if (folder / manifest.MANIFEST).is_file():
+        raise RequestError(f"model.path={folder} is a packed checkpoint: use model=packed model.path={folder}")
     if not (folder / "config.json").is_file():
         raise RequestError(f"model.path={folder} has no config.json; is it a folder written by save_pretrained?")
     if not list(folder.glob("*.safetensors")):

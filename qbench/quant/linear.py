@@ -53,6 +53,10 @@ class QuantLinear(PackedWeight):
         self.out_features, self.in_features = weight.shape
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
 
+    def packed(self) -> dict[str, QuantizedWeight]:
+        """Its weights by the prefix of their buffers' names; what a checkpoint describes."""
+        return {"": self.weight}
+
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight.dequantize(x.dtype), self.bias)
 

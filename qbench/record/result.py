@@ -87,7 +87,7 @@ class QuantizationRecord:
     coverage: float  # share of the linear weights really quantized, 0 to 1
     peak_alloc_bytes: int | None  # of the CUDA allocator while quantizing; None on a CPU
     peak_rss_bytes: int  # of the whole process until quantizing ended
-    layers: list[LayerRow]
+    layers: list[LayerRow]  # empty for a packed checkpoint: errors are measured against the original
     skipped: list[SkippedRow]
 
     __pydantic_config__: ClassVar[ConfigDict] = _STRICT
@@ -106,12 +106,14 @@ class EvaluationRecord:
     dropped_tokens: int  # the tail and the windows beyond task.max_windows
     scored_tokens: int
     ppl: float
-    baseline_ppl: float
+    baseline_ppl: float | None  # None for a packed checkpoint, whose original is not at hand
     baseline_cached: bool
-    ppl_delta: float  # ppl - baseline_ppl
-    ppl_delta_low: float | None  # 95 % paired bootstrap interval; None with a single window
+    ppl_delta: float | None  # ppl - baseline_ppl; None without a baseline
+    ppl_delta_low: float | None  # 95 % paired bootstrap interval; None with a single window or without a baseline
     ppl_delta_high: float | None
-    window_nll_file: str  # safetensors beside the result: mean NLL per window in nats, `quantized` and `baseline`
+    window_nll_file: (
+        str  # safetensors beside the result: mean NLL per window in nats, `quantized` and, if there is one, `baseline`
+    )
 
     __pydantic_config__: ClassVar[ConfigDict] = _STRICT
 

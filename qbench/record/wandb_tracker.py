@@ -53,7 +53,7 @@ def track(result: Result, config: TrackerConfig, folder: Path) -> None:
             settings=wandb.Settings(silent=True, console="off", disable_git=True, x_disable_meta=True),
         )
         try:
-            if result.quantization is not None:
+            if result.quantization is not None and result.quantization.layers:
                 run.log({"layers": _table(wandb, result.quantization.layers)})
             run.summary.update({key: value for key, value in result.summary().items() if value is not None})
         finally:

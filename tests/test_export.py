@@ -1,0 +1,116 @@
+"""export.dir: a point that succeeded leaves a packed checkpoint, and nothing else does."""
+
+from pathlib import Path
+
+import pytest
+from safetensors.numpy import load_file
+
+from qbench.quant import checkpoint
+from qbench.quant.manifest import read
+from qbench.record.result import Result
+
+TINY = ("model=tiny-dense", "task.max_windows=2", "quantizer=rtn")
+
+
+def test_export_writes_a_checkpoint_and_is_not_part_of_the_point(qbench):
+    first = qbench(*TINY)
+    exported = qbench(*TINY, "export.dir=exports/a")
+    assert exported.status == 0
+    assert "measured again" in exported.stderr
+    assert exported.summary["run_id"] == first.summary["run_id"]
+    assert exported.summary["ppl"] == first.summary["ppl"]
+    origin = read(Path("exports/a"))["origin"]
+    assert origin["run_id"] == first.summary["run_id"]
+    assert origin["quantizer"]["name"] == "rtn"
+    assert str(Path.cwd()) not in Path("exports/a/qbench.json").read_text()
+    checkpoint.load(Path("exports/a"))
+    assert [p.name for p in Path("exports").iterdir()] == ["a"]
+
+
+def test_a_sweep_exports_each_point_and_overwrites_none(qbench):
+    sweep = ("-m", *TINY, "quantizer.nbits=3,4")
+    assert qbench(*sweep, "export.dir='exports/${quantizer.name}-${quantizer.nbits}'").status == 0
+    assert sorted(p.name for p in Path("exports").iterdir()) == ["rtn-3", "rtn-4"]
+    outcome = qbench(*sweep, "export.dir=same")
+    assert outcome.status == 2
+    assert "checkpoint of another point" in outcome.stderr
+    assert next(iter(read(Path("same"))["layers"].values()))["weights"][""]["nbits"] == 3
+
+
+@pytest.mark.parametrize("place", ["occupied", "file", "file/below"])
+def test_a_bad_export_dir_is_refused_before_anything_is_measured(qbench, place):
+    Path("occupied").mkdir()
+    Path("occupied/notes.txt").write_text("mine")
+    Path("file").write_text("mine")
+    outcome = qbench(*TINY, f"export.dir={place}")
+    assert outcome.status == 2
+    assert outcome.stderr.count("qbench: ") == 1
+    assert place.split("/")[0] in outcome.stderr
+    assert not list(Path("outputs").rglob("*.json"))
+    assert not list(Path("outputs/baselines").iterdir())
+
+
+def test_a_failed_point_exports_nothing(qbench):
+    outcome = qbench(*TINY, "runtime.min_coverage=1.1", "export.dir=exports/a")
+    assert outcome.status == 1
+    assert not list(Path("exports").iterdir())
+
+
+def test_a_failed_export_keeps_the_result(qbench, monkeypatch):
+    def full_disk(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "save_file", full_disk)
+    outcome = qbench(*TINY, "export.dir=exports/a")
+    assert outcome.status == 2
+    assert "the result is recorded, but" in outcome.stderr
+    assert "No space left" in outcome.stderr
+    assert not list(Path("exports").iterdir())
+    assert "already recorded" in qbench(*TINY).stderr
+
+
+@pytest.mark.parametrize("model", ["tiny-dense", "tiny-moe"])
+def test_a_packed_checkpoint_is_evaluated_without_its_original(qbench, model):
+    exported = qbench(*TINY, f"model={model}", "quantizer.nbits=3", "export.dir=exports/a")
+    packed = ("model=packed", "model.path=exports/a", "task.max_windows=2")
+    outcome = qbench(*packed)
+    assert outcome.status == 0
+    assert outcome.summary["ppl"] == exported.summary["ppl"]
+    assert outcome.summary["baseline_ppl"] is outcome.summary["ppl_delta"] is None
+    same = ("quantizer", "nbits", "group_size", "bits_per_weight", "packed_bytes", "model_bytes", "baseline_bytes")
+    assert {k: outcome.summary[k] for k in (*same, "coverage")} == {k: exported.summary[k] for k in (*same, "coverage")}
+    assert outcome.summary["model"] == f"{model}-packed"
+    assert outcome.summary["quant_seconds"] == 0
+    assert "no baseline" in outcome.stderr
+    path = Path("outputs/results") / outcome.summary["run_id"] / "result.json"
+    result = Result.from_json(path.read_bytes())
+    assert set(load_file(path.parent / result.evaluation[0].window_nll_file)) == {"quantized"}
+    assert set(result.seconds) == {"load", "evaluate"}
+    assert "already recorded" in qbench(*packed).stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["model=packed"], "needs model.path=DIR"),
+        (["model=packed", "model.path=nowhere"], "nowhere is no packed checkpoint"),
+        (["model=packed", "model.path=exports/a", "quantizer=rtn"], "leave out quantizer=rtn"),
+        (["model=packed", "model.path=exports/a", "export.dir=b"], "leave out export.dir"),
+        (["model=local", "model.path=exports/a"], "use model=packed"),
+    ],
+)
+def test_wrong_uses_of_a_checkpoint(qbench, arguments, sentence):
+    qbench(*TINY, "export.dir=exports/a")
+    outcome = qbench(*arguments)
+    assert outcome.status == 2
+    assert sentence in outcome.stderr
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "model-00001-of-00001.safetensors"])
+def test_a_damaged_checkpoint_is_refused_by_file(qbench, name):
+    qbench(*TINY, "export.dir=exports/a")
+    path = Path("exports/a") / name
+    path.write_bytes(path.read_bytes()[:-9])
+    outcome = qbench("model=packed", "model.path=exports/a")
+    assert outcome.status == 2
+    assert f"{name} is damaged" in outcome.stderr
