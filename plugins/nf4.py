@@ -77,4 +77,4 @@ def nearest(ratios: Tensor, codebook: Tensor) -> Tensor:
     """Codes (uint8, the shape of `ratios`) of the nearest levels; a tie goes to the lower level."""
     ordered, order = codebook.sort(stable=True)
     midpoints = (ordered[1:] + ordered[:-1]) / 2
-    return order.to(torch.uint8)[torch.bucketize(ratios, midpoints, out_int32=True)]
+    return order.to(torch.uint8)[torch.bucketize(ratios.contiguous(), midpoints, out_int32=True)]

@@ -65,6 +65,8 @@ def load(config: ModelConfig, dtype: torch.dtype, device: torch.device, cache: P
         return LoadedModel(model, load_tokenizer(config, cache), identity, note)
     if config.source == "random":
         model, tokenizer = tiny.build(config.architecture or "", config.seed)
+        for parameter in model.parameters():  # not .to(dtype), which would round the rotary frequencies too
+            parameter.data = parameter.data.to(dtype)
         note = "seeded random weights: perplexities mean nothing"
     else:
         folder, revision, remote_code = config.id, config.revision, config.trust_remote_code
@@ -76,7 +78,7 @@ def load(config: ModelConfig, dtype: torch.dtype, device: torch.device, cache: P
         if folder is None:
             raise RequestError(f"model={config.name}: model.id is not set; it names the Hub repository")
         model, tokenizer = _from_pretrained(folder, revision, remote_code, dtype)
-    model = model.to(device=device, dtype=dtype).eval().requires_grad_(False)
+    model = model.to(device).eval().requires_grad_(False)
     return LoadedModel(model, tokenizer, identity, note)
 
 

@@ -103,3 +103,12 @@ def test_linears_leave_the_head_and_name_the_experts():
         (f"model.layers.{i}.mlp.gate.weight", 4 * 64, "router, kept in 16 bit") for i in range(2)
     ]
     assert coverage(moe) == 0
+
+
+@pytest.mark.parametrize("source", ["random", "local"])
+def test_sixteen_bit_models_keep_their_rotary_frequencies(source, saved, tmp_path):
+    config = local(saved) if source == "local" else ModelConfig(name="t", source="random", architecture="dense")
+    loaded = load.load(config, torch.bfloat16, CPU, tmp_path)
+    assert {p.dtype for p in loaded.model.parameters()} == {torch.bfloat16}
+    wide = load.load(config, torch.float32, CPU, tmp_path)
+    assert torch.equal(loaded.model.model.rotary_emb.inv_freq, wide.model.model.rotary_emb.inv_freq)
