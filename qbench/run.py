@@ -18,8 +18,8 @@ import torch
 
 from qbench import __version__, packed
 from qbench.calibrate import Calibration, cut_sequences
-from qbench.config import Config, RuntimeConfig
-from qbench.errors import PointError, RequestError, unknown
+from qbench.config import Config
+from qbench.errors import PointError, RequestError
 from qbench.evaluate import perplexity as protocol
 from qbench.evaluate.perplexity import Windows, WindowScorer
 from qbench.evaluate.text import Text, read_text
@@ -41,11 +41,10 @@ from qbench.record.result import (
 )
 from qbench.record.store import Store, identity
 from qbench.registry import make_quantizer
+from qbench.runtime import pick_device, pick_dtype
 from qbench.statistics import paired_delta, perplexity
 
 log = logging.getLogger(__name__)
-
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 @dataclass
@@ -72,8 +71,8 @@ def run_point(config: Config, command: list[str]) -> Result:
         config, quantizer = packed.as_recorded(config, command), None
     else:
         quantizer = make_quantizer(config.quantizer)
-    device, dtype = _device(config.runtime), _dtype(config.runtime)
-    protocol.check(config.task)
+    device, dtype = pick_device(config.runtime), pick_dtype(config.runtime)
+    protocol.check(config.task, config.runtime)
     if config.tracker.name == "wandb":
         wandb_tracker.check(config.tracker)
     store = Store(config.outputs)
@@ -289,30 +288,3 @@ def _baseline_key(result: Result, config: Config, windows: Windows) -> str:
         where,
         __version__,
     )
-
-
-def _device(runtime: RuntimeConfig) -> torch.device:
-    name = runtime.device
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if name != "cpu" and not name.startswith("cuda"):
-        raise unknown("runtime.device", name, ("auto", "cpu", "cuda", "cuda:0"))
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise unknown("runtime.device", name, ("auto", "cpu", "cuda", "cuda:0")) from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise RequestError(f"runtime.device={name}, but torch sees no CUDA device here; use runtime.device=cpu")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise RequestError(f"runtime.device={name}, but there are only {torch.cuda.device_count()} CUDA devices")
-    return device
-
-
-def _dtype(runtime: RuntimeConfig) -> torch.dtype:
-    if runtime.batch_size < 1:
-        raise RequestError(f"runtime.batch_size must be at least 1, got {runtime.batch_size}")
-    if runtime.dtype == "auto":
-        return torch.float32 if _device(runtime).type == "cpu" else torch.bfloat16
-    if runtime.dtype not in DTYPES:
-        raise unknown("runtime.dtype", runtime.dtype, ("auto", *DTYPES))
-    return DTYPES[runtime.dtype]

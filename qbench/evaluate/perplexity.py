@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from qbench.config import TaskConfig
+from qbench.config import RuntimeConfig, TaskConfig
 from qbench.errors import PointError, RequestError
 from qbench.evaluate.text import Text
 
@@ -48,10 +48,12 @@ def protocol_name(task: TaskConfig) -> str:
     return f"{task.name}:gptq-w{task.window}{first}"
 
 
-def check(task: TaskConfig) -> None:
+def check(task: TaskConfig, runtime: RuntimeConfig) -> None:
     """Raises RequestError for settings that no text could satisfy."""
     if task.protocol != "windows":
         raise RequestError(f"unknown task.protocol '{task.protocol}'; choose from: windows")
+    if runtime.batch_size < 1:
+        raise RequestError(f"runtime.batch_size must be at least 1, got {runtime.batch_size}")
     if task.window < 2:
         raise RequestError(f"task.window must be at least 2 tokens, got {task.window}")
     if task.max_windows is not None and task.max_windows < 1:

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from qbench.config import TaskConfig
+from qbench.config import RuntimeConfig, TaskConfig
 from qbench.errors import PointError, RequestError
 from qbench.evaluate.perplexity import WindowScorer, check, cut_windows, protocol_name
 from qbench.evaluate.text import Text
@@ -81,8 +81,8 @@ def test_refusals(tiny):
     with pytest.raises(RequestError, match=r"1180 tokens, less than one window of 2048"):
         cut_windows(TEXT, tiny[1], task(window=2048))
     with pytest.raises(RequestError, match=r"task\.window must be at least 2"):
-        check(task(window=1))
+        check(task(window=1), RuntimeConfig())
     with pytest.raises(RequestError, match=r"task\.max_windows"):
-        check(task(max_windows=0))
+        check(task(max_windows=0), RuntimeConfig())
     with pytest.raises(RequestError, match=r"task\.protocol"):
-        check(task(protocol="magic"))
+        check(task(protocol="magic"), RuntimeConfig())

@@ -1,0 +1,37 @@
+"""Where a point runs and in which precision: turns `runtime.device` and `runtime.dtype` into torch's objects."""
+
+from __future__ import annotations
+
+import torch
+
+from qbench.config import RuntimeConfig
+from qbench.errors import RequestError, unknown
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+def pick_device(runtime: RuntimeConfig) -> torch.device:
+    """The device to run on; raises RequestError for an unknown name or a device that is not here."""
+    name = runtime.device
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name != "cpu" and not name.startswith("cuda"):
+        raise unknown("runtime.device", name, ("auto", "cpu", "cuda", "cuda:0"))
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise unknown("runtime.device", name, ("auto", "cpu", "cuda", "cuda:0")) from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise RequestError(f"runtime.device={name}, but torch sees no CUDA device here; use runtime.device=cpu")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise RequestError(f"runtime.device={name}, but there are only {torch.cuda.device_count()} CUDA devices")
+    return device
+
+
+def pick_dtype(runtime: RuntimeConfig) -> torch.dtype:
+    """The precision of the model's 16-bit or 32-bit parts; raises RequestError for an unknown name."""
+    if runtime.dtype == "auto":
+        return torch.float32 if pick_device(runtime).type == "cpu" else torch.bfloat16
+    if runtime.dtype not in DTYPES:
+        raise unknown("runtime.dtype", runtime.dtype, ("auto", *DTYPES))
+    return DTYPES[runtime.dtype]
