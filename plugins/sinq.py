@@ -6,8 +6,14 @@ in the log domain, until their standard deviations are alike, then rounds to nea
 stored per input channel. The row factors are not: min/max rounding per (row, group) is invariant to them
 (RTN(W / t / r) * r * t = RTN(W / t) * t), so they only steer the fixed point that `t` reaches.
 
+What rounds W / t `[out, in]` is a choice: min/max (`inner=rtn`), HQQ's zero point search (`inner=hqq`), or NF4's
+levels (`codebook=nf4`, the paper's SINQ-NF4).
+
 Follows the authors' released code, whose iteration is in quant/sinkhorn.py. Not taken over: the kurtosis gate
-that silently replaces the method by RTN (added after the paper) and the cast of the weights to fp16.
+that silently replaces the method by RTN (added after the paper), the cast of the weights to fp16, and, with NF4,
+the mean that the code subtracts from every group first: as in QLoRA, there is no zero point here. Their variant
+with HQQ lets every tile search on W / t / r with a constant beta; here all rows weigh as they do in W / t, the whole
+weight shares one stop, and the schedule is that of `hqq`.
 """
 
 from __future__ import annotations
@@ -16,12 +22,16 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from qbench.quant.codebook import NF4_LEVELS, round_to_levels
+from qbench.quant.half_quadratic import Schedule, round_half_quadratic
 from qbench.quant.quantizer import InputStatistics, Quantizer
 from qbench.quant.rounding import round_to_nearest
 from qbench.quant.sinkhorn import check_steps, column_factors, sinkhorn
 from qbench.quant.weight import QuantizedWeight
 
 __all__ = ["SINQ", "sinkhorn"]
+
+INNER = ("rtn", "hqq")
 
 
 @dataclass(frozen=True)
@@ -30,6 +40,8 @@ class SINQ(Quantizer):
     group_size: int = 64
     symmetric: bool = False
     aux_dtype: str = "fp16"
+    codebook: str | None = None
+    inner: str = "rtn"
     iterations: int = 16
     step_min: float = 0.7
     step_max: float = 2.0
@@ -37,20 +49,32 @@ class SINQ(Quantizer):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_steps(self.iterations, self.step_min, self.step_max)
+        if self.inner not in INNER:
+            raise ValueError(f"inner must be one of {', '.join(INNER)}, got {self.inner!r}")
+        if self.codebook not in (None, "nf4"):
+            raise ValueError(f"codebook must be null or nf4, got {self.codebook!r}")
+        if self.codebook and self.nbits != 4:
+            raise ValueError(f"codebook=nf4 has 16 levels and needs nbits=4, got nbits={self.nbits}")
+        if self.codebook and self.inner != "rtn":
+            raise ValueError(f"codebook=nf4 has no zero point for inner={self.inner} to search; choose one of the two")
+        if self.symmetric and (self.codebook or self.inner != "rtn"):
+            other = "codebook=nf4" if self.codebook else f"inner={self.inner}"
+            raise ValueError(f"symmetric=true is a uniform grid without zero points; it cannot be had with {other}")
 
     def quantize_one(self, weight: Tensor, stats: InputStatistics | None = None) -> QuantizedWeight:
         width = self.columns(weight)
         t, after = self.input_scale(weight, width)
-        return round_to_nearest(
-            weight,
-            nbits=self.nbits,
-            group_size=width,
-            symmetric=self.symmetric,
-            aux_dtype=self.aux_dtype,
-            input_scale=t,
-            method="sinq",
-            diagnostics={"imbalance_after": after},
-        )
+        common = {
+            "group_size": width,
+            "aux_dtype": self.aux_dtype,
+            "input_scale": t,
+            "diagnostics": {"imbalance_after": after},
+        }
+        if self.codebook:
+            return round_to_levels(weight, NF4_LEVELS, method="sinq-nf4", **common)
+        if self.inner == "hqq":
+            return round_half_quadratic(weight, nbits=self.nbits, schedule=Schedule(), method="sinq-hqq", **common)
+        return round_to_nearest(weight, nbits=self.nbits, symmetric=self.symmetric, method="sinq", **common)
 
     def input_scale(self, weight: Tensor, width: int) -> tuple[Tensor, float]:
         """`t`, fp32 `[in]`, and the geometric mean over tiles of the imbalance that is left, for `[out, in]`."""

@@ -9,8 +9,9 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from qbench.plugins.hqq import HQQ, group_means
+from qbench.plugins.hqq import HQQ
 from qbench.plugins.rtn import RTN
+from qbench.quant.half_quadratic import Schedule, group_means, one_round, search
 from qbench.quant.linear import relative_error
 from qbench.quant.rounding import group_extremes
 from qbench.quant.weight import per_group
@@ -49,10 +50,9 @@ def test_search_never_ends_above_its_start(nbits: int, columns: int, scale: floa
     weight = heavy_tailed(64, columns, scale)
     low, high = group_extremes(weight, 64)
     step = (high - low) / (2**nbits - 1)
-    quantizer = HQQ(nbits=nbits)
     steps = per_group(weight.clone(), 64, step, torch.Tensor.div_)
-    best, _ = quantizer.search(steps, step, -low / step, 64)
-    start, end = (quantizer.one_round(steps, step, zero, 64, 10.0)[0] for zero in (-low / step, best))
+    best, _ = search(steps, step, -low / step, 64, nbits, Schedule())
+    start, end = (one_round(steps, step, zero, 64, nbits, 10.0, 0.7)[0] for zero in (-low / step, best))
     assert end < start
 
 
@@ -66,19 +66,18 @@ def test_the_norm_matters_only_for_large_errors(scale: float, same: bool):
 def test_ragged_group_is_solved_on_its_own():
     weight = heavy_tailed(16, 64 + 24)
     torch.testing.assert_close(group_means(weight, 64)[:, 1], weight[:, 64:].mean(1))
-    quantizer = HQQ(group_size=64)
     scale, start = torch.full((16, 2), 0.01), torch.full((16, 2), 8.0)
-    _, whole = quantizer.one_round(weight / 0.01, scale, start, 64, 10.0)
+    _, whole = one_round(weight / 0.01, scale, start, 64, 4, 10.0, 0.7)
     for group, columns in enumerate((slice(0, 64), slice(64, 88))):
         part = weight[:, columns] / 0.01
-        _, alone = quantizer.one_round(part, scale[:, :1], start[:, :1], part.shape[1], 10.0)
+        _, alone = one_round(part, scale[:, :1], start[:, :1], part.shape[1], 4, 10.0, 0.7)
         torch.testing.assert_close(whole[:, group : group + 1], alone)
 
 
 def test_chunks_of_rows_share_one_stop(monkeypatch):
     weight = heavy_tailed(48, 128)
     whole = HQQ().quantize_one(weight)
-    monkeypatch.setattr("qbench.plugins.hqq.CHUNK_BYTES", 7 * weight[0].nbytes)
+    monkeypatch.setattr("qbench.quant.half_quadratic.CHUNK_BYTES", 7 * weight[0].nbytes)
     parts = HQQ().quantize_one(weight)
     assert torch.equal(whole.codes(), parts.codes())
     assert torch.equal(whole.zero.stored, parts.zero.stored)

@@ -9,7 +9,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from qbench.plugins.nf4 import FP4, FP4_LEVELS, NF4, NF4_LEVELS, nearest
+from qbench.plugins.nf4 import FP4, NF4
+from qbench.quant.codebook import FP4_LEVELS, NF4_LEVELS, nearest
 
 MODELS = Path(__file__).parents[2] / "outputs" / "models"
 BOTH = pytest.mark.parametrize("quantizer", [NF4, FP4])
