@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from importlib import resources
+from importlib.resources.abc import Traversable
 
 from rich.console import Console
 from rich.table import Table
@@ -18,13 +19,21 @@ def options(group: str) -> dict[str, str]:
     found = {}
     for package in ("qbench.conf", *conf_packages()):
         folder = resources.files(package) / group
-        if not folder.is_dir():
-            continue
-        for file in folder.iterdir():
-            if file.name.endswith(".yaml"):
-                first = file.read_text(encoding="utf-8").splitlines()[0]
-                found[file.name.removesuffix(".yaml")] = first.lstrip("# ") if first.startswith("#") else ""
+        if folder.is_dir():
+            found |= _described(folder)
     return dict(sorted(found.items()))
+
+
+def _described(folder: Traversable, prefix: str = "") -> dict[str, str]:
+    """The options of a folder; one in a folder below it is called FOLDER/OPTION, as Hydra does."""
+    found = {}
+    for entry in folder.iterdir():
+        if entry.is_dir():
+            found |= _described(entry, f"{prefix}{entry.name}/")
+        elif entry.name.endswith(".yaml"):
+            first = entry.read_text(encoding="utf-8").splitlines()[0]
+            found[prefix + entry.name.removesuffix(".yaml")] = first.lstrip("# ") if first.startswith("#") else ""
+    return found
 
 
 def main() -> int:

@@ -34,6 +34,11 @@ def add_third_party_conf() -> None:
 def explain(error: Exception) -> str:
     """One sentence for a Hydra or OmegaConf error about the command line."""
     if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options:
+        group, _, option = error.missing_cfg_file.partition("/")
+        if group in GROUPS:
+            from qbench.catalog import options
+
+            return str(unknown(group, option, options(group)))  # Hydra's own list lacks those in folders below
         group, _, option = error.missing_cfg_file.rpartition("/")
         return str(unknown(group, option, error.options))
     text = str(error)
