@@ -3,10 +3,16 @@
 import pytest
 import torch
 
+from qbench.errors import RequestError
+from qbench.plugins.hqq import HQQ
+from qbench.plugins.nf4 import NF4
 from qbench.plugins.rtn import RTN
 from qbench.plugins.sinq import SINQ, sinkhorn
+from qbench.quant.codebook import NF4_LEVELS
 from qbench.quant.diagnostics import imbalance, kurtosis, mean_imbalance
+from qbench.quant.linear import relative_error
 from qbench.quant.rounding import round_to_nearest
+from qbench.registry import make_quantizer
 
 
 def reference_sinkhorn(tile, rounds=16):
@@ -128,3 +134,85 @@ def test_diagnostics(generator):
     assert 1 <= quantized.diagnostics["imbalance_after"] < mean_imbalance(weight, 64)
     assert abs(kurtosis(torch.randn(400, 400, generator=generator)) - 3) < 0.1
     assert kurtosis(torch.ones(4, 4)) == 0
+
+
+def test_nf4_equals_a_search_over_the_levels(generator):
+    weight = torch.cat([uneven(generator) for _ in range(3)] + [uneven(generator, columns=24)], 1)
+    made = SINQ(codebook="nf4").quantize_one(weight)
+    t, after = SINQ().input_scale(weight, 64)
+    for group, columns in enumerate(torch.arange(weight.shape[1]).split(64)):
+        balanced = (weight[:, columns] / t[columns]).double()
+        absmax = balanced.abs().amax(1, keepdim=True)
+        expected = (balanced[:, :, None] / absmax[:, :, None] - torch.tensor(NF4_LEVELS)).abs().argmin(2)
+        assert torch.equal(made.codes()[:, columns].long(), expected)
+        assert torch.equal(made.scale.stored[:, group], absmax[:, 0].float().half())
+        restored = torch.tensor(NF4_LEVELS)[expected] * absmax.half().float() * t[columns].half().float()
+        torch.testing.assert_close(made.dequantize()[:, columns], restored.float(), rtol=1e-6, atol=0)
+    assert (made.method, made.zero) == ("sinq-nf4", None)
+    assert made.diagnostics["imbalance_after"] == after
+
+
+@pytest.mark.parametrize("nbits", [2, 3, 4, 8])
+@pytest.mark.parametrize("aux_dtype", ["fp16", "int8"])
+def test_hqq_inside_is_hqq_on_the_balanced_weight(nbits, aux_dtype, generator):
+    weight = torch.cat([uneven(generator) for _ in range(3)] + [uneven(generator, columns=24)], 1)
+    made = SINQ(inner="hqq", nbits=nbits, aux_dtype=aux_dtype).quantize_one(weight)
+    t, after = SINQ().input_scale(weight, 64)
+    alone = HQQ(nbits=nbits, aux_dtype=aux_dtype).quantize_one(weight / t)
+    assert made.tensors().keys() == alone.tensors().keys() | {"input_scale"}
+    assert all(torch.equal(made.tensors()[name], tensor) for name, tensor in alone.tensors().items())
+    assert torch.equal(made.input_scale, t.half())
+    assert made.method == "sinq-hqq"
+    assert made.diagnostics == {"imbalance_after": after, **alone.diagnostics}
+
+
+def test_balancing_helps_nf4_and_hqq_where_columns_stick_out(generator):
+    weight = 0.02 * torch.randn(128, 512, generator=generator)
+    weight[:, ::37] *= 8
+    balanced, alone = SINQ(codebook="nf4").quantize_one(weight), NF4().quantize_one(weight)
+    assert relative_error(weight, balanced) < relative_error(weight, alone)
+    usual = torch.arange(512) % 37 != 0  # an outlier column stretched the grid of the others
+
+    def error(quantized):
+        return float((quantized.dequantize() - weight)[:, usual].norm() / weight[:, usual].norm())
+
+    assert error(balanced) < 0.6 * error(alone)
+    for nbits in (3, 4):
+        made = SINQ(inner="hqq", nbits=nbits).quantize_one(weight)
+        assert error(made) < 0.6 * error(HQQ(nbits=nbits).quantize_one(weight))
+
+
+def test_nf4_stores_no_zero_points(generator):
+    weight = uneven(generator, 256, 1024)
+    made, uniform = (SINQ(codebook=codebook).quantize_one(weight) for codebook in ("nf4", None))
+    assert 8 * (uniform.nbytes - made.nbytes) == 16 * weight.numel() / 64 - 16 * 32  # what the levels take back
+
+
+REFUSED = [
+    ({"codebook": "nf4", "nbits": 3}, "codebook=nf4 has 16 levels and needs nbits=4, got nbits=3"),
+    ({"codebook": "nf4", "inner": "hqq"}, "codebook=nf4 has no zero point for inner=hqq to search"),
+    ({"codebook": "nf4", "symmetric": True}, "symmetric=true is a uniform grid without zero points"),
+    ({"inner": "hqq", "symmetric": True}, "it cannot be had with inner=hqq"),
+    ({"codebook": "nf3"}, "codebook must be null or nf4, got 'nf3'"),
+    ({"inner": "gptq"}, "inner must be one of rtn, hqq, got 'gptq'"),
+]
+
+
+@pytest.mark.parametrize(("settings", "sentence"), REFUSED, ids=lambda v: str(v) if isinstance(v, dict) else "")
+def test_combinations_that_mean_nothing_are_refused(settings, sentence):
+    with pytest.raises(RequestError, match=sentence) as refusal:
+        make_quantizer({"name": "sinq", **settings})
+    assert "\n" not in str(refusal.value)
+
+
+def test_rows_name_the_variant(qbench):
+    from qbench.record.store import Store
+
+    for arguments, method in ((["quantizer.codebook=nf4"], "sinq-nf4"), (["quantizer.inner=hqq"], "sinq-hqq")):
+        outcome = qbench("model=tiny-dense", "task.max_windows=1", *arguments)
+        assert outcome.status == 0, outcome.stderr
+        result = Store("outputs").load(outcome.summary["run_id"])
+        assert {row.method for row in result.quantization.layers} == {method}
+    outcome = qbench("model=tiny-dense", "quantizer.codebook=nf4", "quantizer.nbits=3")
+    assert outcome.status == 2
+    assert outcome.stderr.startswith("qbench: quantizer=sinq: codebook=nf4 has 16 levels")
