@@ -12,6 +12,7 @@ So real layers are compared where the gate stays open, and one test shows what h
 
 from __future__ import annotations
 
+import functools
 import importlib
 import os
 from dataclasses import dataclass
@@ -25,6 +26,8 @@ from torch import Tensor
 from qbench.models import smollm2
 from qbench.plugins.rtn import RTN
 from qbench.plugins.sinq import SINQ
+from qbench.quant.codebook import NF4_LEVELS
+from qbench.quant.linear import relative_error
 
 pytestmark = pytest.mark.oracle
 
@@ -32,6 +35,7 @@ pytestmark = pytest.mark.oracle
 os.environ["SINQ_AUTO_PATCH"] = "0"
 pytest.importorskip("sinq", reason="run `make test-oracle`")
 optimize = importlib.import_module("sinq.optimize")
+dual_shift = importlib.import_module("sinq.dual_shift")
 sinkhorn_log = importlib.import_module("sinq.sinkhorn").sinkhorn_log
 
 GROUP = 64
@@ -64,7 +68,7 @@ class Official:
     t: Tensor  # fp32 [in]
 
 
-def official(weight: Tensor, nbits: int, gate: float | None) -> Official:
+def official(weight: Tensor, nbits: int, gate: float | None, method: str = METHOD) -> Official:
     """The official result for `[out, in]`; `gate=None` turns its fallback off."""
     groups = weight.float().reshape(-1, GROUP)
     unused = torch.ones(len(groups), 1)  # HQQ's first guess of scale and zero point, which the method discards
@@ -79,10 +83,11 @@ def official(weight: Tensor, nbits: int, gate: float | None) -> Official:
         opt_params={"lp_norm": 0.7, "beta": 10.0, "kappa": 1.01, "iters": 20, "kurtosis_threshold": gate},
         shape=weight.shape,
         tiling_mode="1D",
-        method=METHOD,
+        method=method,
     )
     assert t.dtype == scale.dtype == torch.float32, "the official code took its fp16 path"
-    steps = (codes.float() - zero.half().float()) * scale.half().float()
+    levels = torch.tensor(NF4_LEVELS)[codes.long()] if "nf4" in method else codes.float()
+    steps = (levels - zero.half().float()) * scale.half().float()
     return Official(codes.to(torch.uint8).view(weight.shape), steps.view(weight.shape) * t.half().float(), t.flatten())
 
 
@@ -136,6 +141,12 @@ def layers() -> dict[str, Tensor]:
 
 
 @pytest.fixture(scope="session")
+def some(layers: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A few weights of every kind for the variants of the method, whose gate is always off here."""
+    return {name: matrix(name) for name in MATRICES} | dict(list(layers.items())[::4])
+
+
+@pytest.fixture(scope="session")
 def below_gate(layers: dict[str, Tensor]) -> dict[str, Tensor]:
     """The layers on which the official code really runs SINQ, judged by its own kurtosis."""
     kept = {name: weight for name, weight in layers.items() if float(optimize.kurtosis(weight)) <= GATE}
@@ -176,3 +187,30 @@ def test_the_gate_is_the_only_difference_on_a_heavy_tailed_layer(layers: dict[st
     plain = RTN(nbits=4, group_size=GROUP).quantize_one(weight)
     assert (plain.codes() == gated.codes).float().mean() >= SAME_CODES
     assert_same_result(weight, 4, None, name)
+
+
+def test_nf4_codes_and_weights_agree_without_the_shift(some: dict[str, Tensor], monkeypatch) -> None:
+    """The official coding has an option to leave the mean of a group where it is, which is what ours does."""
+    plain = functools.partial(dual_shift.quantize_rtn, nf_use_shift=False)
+    monkeypatch.setattr(dual_shift, "quantize_rtn", plain)
+    for name, weight in some.items():
+        ours, theirs = SINQ(codebook="nf4").quantize_one(weight), official(weight, 4, None, "sinq_nf4_nogemlite")
+        same = ours.codes() == theirs.codes
+        assert same.float().mean() >= SAME_CODES, f"{name}: {int((~same).sum())} of {same.numel()} codes differ"
+        error = relative(ours.dequantize()[same], theirs.weights[same])
+        assert error <= SAME_CODE_TOLERANCE, f"{name}: weights of equal codes differ by {error:.2e}"
+
+
+def test_the_shift_is_worth_a_percent_of_the_error(some: dict[str, Tensor]) -> None:
+    """What ours gives up by storing no mean per group, a quarter of a bit per weight."""
+    for name, weight in some.items():
+        ours = relative_error(weight, SINQ(codebook="nf4").quantize_one(weight))
+        assert ours < 1.02 * relative(official(weight, 4, None, "sinq_nf4_nogemlite").weights, weight), name
+
+
+@pytest.mark.parametrize("nbits", [3, 4])
+def test_hqq_inside_is_as_good_as_the_official_one(some: dict[str, Tensor], nbits: int) -> None:
+    """Another schedule and another weighting of the rows (see plugins/sinq.py): other zeros, the same quality."""
+    for name, weight in some.items():
+        ours = relative_error(weight, SINQ(nbits=nbits, inner="hqq").quantize_one(weight))
+        assert ours < 1.003 * relative(official(weight, nbits, None, "sinq_hqq_nogemlite").weights, weight), name
