@@ -18,17 +18,22 @@ from types import ModuleType
 from torch import Tensor
 
 
-def official(distribution: str, version: str, module: str, hint: str = "") -> ModuleType:
-    """`module` of an official package; ValueError, saying what to install, without that package and version."""
-    install = f"pip install 'qbench-llm[oracle]' && pip install --no-deps {distribution}=={version}{hint}"
+def official(distribution: str, version: str, module: str, beside: str = "") -> ModuleType:
+    """`module` of an official package; ValueError, saying what to install, without that package and version.
+
+    `beside`: what else to install, or to do, since the packages' own requirements would replace or add too much.
+    """
+    install = f"pip install --no-deps {distribution}=={version}{beside}"
     try:
         found = importlib.metadata.version(distribution)
-        if found == version:
+        if found == str(version):  # YAML reads 0.2 as a number
             with contextlib.redirect_stdout(sys.stderr):  # some print when imported
                 return importlib.import_module(module)
     except ImportError as error:  # also what importlib.metadata raises for a package that is not installed
         raise ValueError(f"needs the official package {distribution} {version} ({error}): {install}") from None
-    raise ValueError(f"version={version} is asked for, but {distribution} {found} is installed: {install}")
+    raise ValueError(
+        f"version={version} is asked for, but {distribution} {found} is installed: set it to that, or {install}"
+    )
 
 
 def whole_groups(weight: Tensor, width: int) -> tuple[int, int]:

@@ -32,7 +32,7 @@ class UpstreamHQQ(Quantizer):
 
     def package(self) -> ModuleType:
         """Raises ValueError when the package is missing or of another version."""
-        return official("hqq", self.version, "hqq.core.quantize")
+        return official("hqq", self.version, "hqq.core.quantize", " termcolor")
 
     def quantize_one(self, weight: Tensor, stats: InputStatistics | None = None) -> QuantizedWeight:
         width = self.columns(weight)

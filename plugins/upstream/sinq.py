@@ -27,7 +27,7 @@ from qbench.quant.weight import QuantizedWeight
 
 NARROWEST = 16  # input channels of a tile
 # the wheel holds a module that patches transformers whenever Python starts, for every user of the environment
-HINT = ", then delete the sitecustomize.py that it puts into site-packages"
+BESIDE = ", then delete the sitecustomize.py that it puts into site-packages"
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class UpstreamSINQ(Quantizer):
     def package(self) -> ModuleType:
         """Raises ValueError when the package is missing or of another version."""
         os.environ.setdefault("SINQ_AUTO_PATCH", "0")
-        return official("sinq", self.version, "sinq.optimize", HINT)
+        return official("sinq", self.version, "sinq.optimize", BESIDE)
 
     def quantize_one(self, weight: Tensor, stats: InputStatistics | None = None) -> QuantizedWeight:
         width, package = self.columns(weight), self.package()
