@@ -43,5 +43,5 @@ def whole_groups(weight: Tensor, width: int) -> tuple[int, int]:
     """
     rows, columns = weight.shape
     if columns % width:
-        raise ValueError(f"the official package needs a group_size that divides the input channels: {width}, {columns}")
+        raise ValueError(f"group_size {width} does not divide {columns} input channels, as the package requires")
     return rows, columns // width
