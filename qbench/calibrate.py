@@ -7,7 +7,8 @@ form a group; that is observed, not listed per architecture. The attention mask 
 
 Memory beside the model: the hidden states of all sequences at one depth, tokens x hidden, and the statistics of one
 block (a Hessian is in x in in fp32, the sample of inputs at most INPUT_ROWS x in). Activations inside a block live for
-one sequence at a time.
+one sequence at a time. A block with fused experts adds tokens x hidden for their input, whatever their number, and the
+statistics of one expert (collect.py).
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -23,13 +25,12 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from qbench.collect import Collector, ExpertInputs
 from qbench.config import CalibrationConfig
 from qbench.errors import PointError, RequestError
 from qbench.evaluate.text import Text
 from qbench.models.linears import find_linears
 from qbench.quant.quantizer import InputStatistics, Quantizer, Statistic
-
-INPUT_ROWS = 2048  # of the sample that scale searches use, spread evenly over all tokens
 
 
 @dataclass(frozen=True)
@@ -62,31 +63,68 @@ def cut_sequences(text: Text, tokenizer: Any, config: CalibrationConfig) -> Cali
 
 Group = dict[str, nn.Linear]
 QuantizeGroup = Callable[[Group, InputStatistics], None]
+QuantizeExperts = Callable[[str, nn.Module, ExpertInputs], None]
 
 
 @torch.no_grad()
-def quantize_blocks(model: Any, quantizer: Quantizer, calibration: Calibration, quantize: QuantizeGroup) -> None:
-    """Calls `quantize` with every linear group and its statistics, in the model's order; it replaces the layers.
+def quantize_blocks(
+    model: Any,
+    quantizer: Quantizer,
+    calibration: Calibration,
+    quantize: QuantizeGroup,
+    quantize_experts: QuantizeExperts,
+) -> None:
+    """Hands every linear group and every module of fused experts, with its statistics, to one of the functions.
 
+    In the model's order, within a block first the linears; the functions replace the layers.
     Raises PointError for a model whose blocks cannot be found, or linears outside of them.
     """
     blocks = decoder_blocks(model)
     hidden, kwargs = _first_inputs(model, blocks[0][1], calibration)
     for name, block in tqdm(blocks, desc="calibrating", unit="block"):
-        groups = linear_groups(block, name, model, hidden[0], kwargs)
-        collectors = [Collector(quantizer.needs, next(iter(g.values())), calibration.ids.size) for g in groups]
-        with _hooks([(next(iter(g.values())), c) for g, c in zip(groups, collectors, strict=True)]):
-            for states in hidden:
-                _forward(block, states, kwargs)
-        for group, collector in zip(groups, collectors, strict=True):
+        groups, experts = _collect(model, name, block, hidden, kwargs, quantizer.needs)
+        while groups:
+            group, collector = groups.pop(0)
             quantize(group, collector.statistics(next(iter(group))))
-        del collectors
-        hidden = [_forward(block, states, kwargs) for states in hidden]
+            del group, collector  # no second layer's original and no statistics outlive their turn
+        while experts:
+            expert_name, inputs = experts.popitem()
+            quantize_experts(expert_name, model.get_submodule(expert_name), inputs.all_seen(expert_name))
+            del inputs
+        for i in range(len(hidden)):
+            hidden[i] = _forward(block, hidden[i], kwargs)
+
+
+def _collect(
+    model: Any,
+    prefix: str,
+    block: nn.Module,
+    hidden: list[Tensor],
+    kwargs: dict[str, Any],
+    needs: frozenset[Statistic],
+) -> tuple[list[tuple[Group, Collector]], dict[str, ExpertInputs]]:
+    """The block's linear groups and fused experts, each with what it was handed in one pass over all sequences."""
+    tokens = sum(states.shape[0] * states.shape[1] for states in hidden)
+    groups, experts = [], {}
+    watched: list[tuple[nn.Module, Callable[..., None]]] = []
+    for group in linear_groups(block, prefix, model, hidden[0], kwargs):
+        first = next(iter(group.values()))
+        groups.append((group, Collector(needs, first.in_features, tokens, first.weight.device)))
+        watched.append((first, groups[-1][1]))
+    for name, module in find_linears(model).experts.items():
+        if name.startswith(f"{prefix}."):
+            experts[name] = ExpertInputs(needs, tokens)
+            watched.append((module, experts[name]))
+    with _hooks(watched):
+        for states in hidden:
+            _forward(block, states, kwargs)
+    return groups, experts
 
 
 def decoder_blocks(model: Any) -> list[tuple[str, nn.Module]]:
-    """The blocks that follow each other, by name: the ModuleList that holds every linear to quantize."""
-    names = list(find_linears(model).layers)
+    """The blocks that follow each other, by name: the ModuleList that holds everything there is to quantize."""
+    found = find_linears(model)
+    names = [*found.layers, *found.experts]
     for name, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and names and all(n.startswith(f"{name}.") for n in names):
             return [(f"{name}.{i}", block) for i, block in enumerate(module)]
@@ -98,13 +136,13 @@ def linear_groups(block: nn.Module, prefix: str, model: Any, states: Tensor, kwa
     wanted = {n: m for n, m in find_linears(model).layers.items() if n.startswith(f"{prefix}.")}
     seen: list[tuple[Tensor, Group]] = []  # holding the tensors keeps one from taking another's place in memory
 
-    def watch(name: str) -> Callable[[nn.Linear, Tensor], None]:
-        def note(layer: nn.Linear, x: Tensor) -> None:
+    def watch(name: str) -> Callable[[Tensor], None]:
+        def note(input: Tensor) -> None:
             for tensor, group in seen:
-                if tensor is x:
-                    group[name] = layer
+                if tensor is input:
+                    group[name] = wanted[name]
                     return
-            seen.append((x, {name: layer}))
+            seen.append((input, {name: wanted[name]}))
 
         return note
 
@@ -116,44 +154,14 @@ def linear_groups(block: nn.Module, prefix: str, model: Any, states: Tensor, kwa
     return [group for _, group in seen]
 
 
-class Collector:
-    """Sufficient statistics of one group's input, `[..., in]` at a time."""
-
-    def __init__(self, needs: frozenset[Statistic], layer: nn.Linear, tokens: int) -> None:
-        columns, device = layer.in_features, layer.weight.device
-        self.tokens = 0
-        self.stride = max(1, -(-tokens // INPUT_ROWS))
-        self.absmean = torch.zeros(columns, device=device) if Statistic.INPUT_ABSMEAN in needs else None
-        self.hessian = torch.zeros(columns, columns, device=device) if Statistic.HESSIAN in needs else None
-        self.rows: list[Tensor] | None = [] if Statistic.INPUTS in needs else None
-
-    def __call__(self, layer: nn.Linear, x: Tensor) -> None:
-        rows = x.reshape(-1, x.shape[-1]).float()
-        if self.absmean is not None:
-            self.absmean += rows.abs().sum(0)
-        if self.hessian is not None:
-            self.hessian.addmm_(rows.T, rows)
-        if self.rows is not None:
-            start = -self.tokens % self.stride
-            self.rows.append(rows[start :: self.stride].clone())
-        self.tokens += len(rows)
-
-    def statistics(self, name: str) -> InputStatistics:
-        if self.tokens == 0:
-            raise PointError(f"layer {name}: no calibration token reached it")
-        return InputStatistics(
-            tokens=self.tokens,
-            absmean=None if self.absmean is None else self.absmean / self.tokens,
-            inputs=None if self.rows is None else torch.cat(self.rows),
-            hessian=self.hessian,
-        )
-
-
 @contextmanager
-def _hooks(watched: list[tuple[nn.Linear, Callable[[nn.Linear, Tensor], None]]]) -> Iterator[None]:
-    handles = [
-        layer.register_forward_pre_hook(lambda module, args, see=see: see(module, args[0])) for layer, see in watched
-    ]
+def _hooks(watched: list[tuple[nn.Module, Callable[..., None]]]) -> Iterator[None]:
+    """Calls each function with the arguments of every call of its module, before it runs."""
+
+    def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any], *, see: Callable[..., None]) -> None:
+        see(*args, **kwargs)
+
+    handles = [m.register_forward_pre_hook(partial(hook, see=see), with_kwargs=True) for m, see in watched]
     try:
         yield
     finally:

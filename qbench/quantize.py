@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,8 +16,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from qbench.calibrate import Calibration, Group, quantize_blocks
+from qbench.collect import MIN_EXPERT_TOKENS, ExpertInputs
 from qbench.errors import PointError
-from qbench.models.experts import PROJECTIONS, QuantExperts, expert_weights
+from qbench.models.experts import PROJECTIONS, QuantExperts, expert_weights, gated
 from qbench.models.linears import Linears, find_linears, replace_module
 from qbench.quant.diagnostics import kurtosis, mean_imbalance
 from qbench.quant.linear import QuantLinear, relative_error
@@ -28,6 +30,7 @@ from qbench.record.result import LayerRow, SkippedRow
 log = logging.getLogger(__name__)
 
 ON_GRID = 1e-3  # no honest weight is reproduced this well by four bits
+ALL_TOKENS = "all tokens"  # in the method of an expert that was calibrated on them, not on its own
 
 
 def quantize_model(
@@ -51,12 +54,17 @@ def quantize_model(
         for name, (module, row) in quantize_linears(group, quantizer, stats).items():
             place(name, module, [row])
 
+    def place_experts(name: str, module: nn.Module, inputs: ExpertInputs | None) -> None:
+        place(name, *quantize_experts(name, module, quantizer, inputs))
+
     found = find_linears(model)
     skipped = [SkippedRow(s.name, s.weights, s.reason) for s in found.skipped]
     if quantizer.needs:
-        _require_calibration(quantizer, calibration, found)
-        found.layers.clear()
-        quantize_blocks(model, quantizer, calibration, place_group)
+        if calibration is None:
+            raise PointError(f"{type(quantizer).__name__} is a calibrated method: it needs a calibration text")
+        del found  # its references would keep every original alive
+        quantize_blocks(model, quantizer, calibration, place_group, place_experts)
+        _warn_of_starved_experts(rows)
         return rows, skipped
     names = [name for name, _ in model.named_modules() if name in found.layers or name in found.experts]
     for name in tqdm(names, desc="quantizing", unit="layer"):
@@ -64,18 +72,22 @@ def quantize_model(
         if name in found.layers:
             place_group({name: found.layers.pop(name)}, None)
         else:
-            place(name, *quantize_experts(name, found.experts.pop(name), quantizer))
+            place_experts(name, found.experts.pop(name), None)
     return rows, skipped
 
 
-def _require_calibration(quantizer: Quantizer, calibration: Calibration | None, found: Linears) -> None:
-    method = type(quantizer).__name__
-    if calibration is None:
-        raise PointError(f"{method} is a calibrated method: it needs a calibration text")
-    if found.experts:
-        raise PointError(
-            f"{method} is a calibrated method, and the statistics of fused experts ({next(iter(found.experts))}) are "
-            "not collected yet; use a calibration-free method such as sinq, hqq or rtn for mixtures of experts"
+def _warn_of_starved_experts(rows: list[LayerRow]) -> None:
+    downs = [row for row in rows if "routed_tokens" in row.diagnostics and row.name.endswith(PROJECTIONS[-1])]
+    if starved := [row for row in downs if ALL_TOKENS in row.method]:
+        least = min(starved, key=lambda row: row.diagnostics["routed_tokens"])
+        log.warning(
+            "%d of %d experts were routed fewer than %d calibration tokens and were calibrated on all tokens of their "
+            "block instead; the fewest: %s, %d. Their rows say so; more calibration text would spare them",
+            len(starved),
+            len(downs),
+            MIN_EXPERT_TOKENS,
+            least.name.rpartition(".")[0],
+            least.diagnostics["routed_tokens"],
         )
 
 
@@ -100,8 +112,15 @@ def quantize_linears(
     }
 
 
-def quantize_experts(name: str, module: Any, quantizer: Quantizer) -> tuple[QuantExperts, list[LayerRow]]:
+def quantize_experts(
+    name: str, module: Any, quantizer: Quantizer, inputs: ExpertInputs | None = None
+) -> tuple[QuantExperts, list[LayerRow]]:
     """Quantizes fused experts one by one; the gate and up of one expert are a linear group, its down another.
+
+    `inputs` is for calibrated methods. What down reads is computed with gate and up as quantized: they are at hand,
+    and it is what down will be handed. An expert that too few tokens are routed to is calibrated on all tokens of the
+    block instead: the method stays the one asked for, other experts' tokens come from the same distribution far more
+    nearly than white noise does, and a handful of tokens would fit the weights to those alone. Its rows say so.
 
     The stacks are put together at the end, projection by projection, so one projection's codes exist twice then.
     """
@@ -109,11 +128,17 @@ def quantize_experts(name: str, module: Any, quantizer: Quantizer) -> tuple[Quan
     rows: list[LayerRow] = []
     for index in range(module.num_experts):
         names, weights = _expert_names(name, index), expert_weights(module, index)
-        for group in (slice(0, 2), slice(2, 3)):
-            results, new = quantize_group(names[group], weights[group], quantizer, QuantExperts.backend)
-            rows += new
-            for projection, quantized in zip(packed[group], results, strict=True):
-                projection.append(quantized)
+        stats = inputs.of_gate_and_up(index) if inputs else None
+        pair, new = quantize_group(names[:2], weights[:2], quantizer, QuantExperts.backend, stats)
+        if inputs:
+            stats = inputs.of_down(index, gated(*pair, module.act_fn, inputs.x.dtype))
+        down, of_down = quantize_group(names[2:], weights[2:], quantizer, QuantExperts.backend, stats)
+        three, new = [*pair, *down], [*new, *of_down]
+        if inputs:
+            three, new = _say_what_calibrated(three, new, inputs, index)
+        rows += new
+        for projection, quantized in zip(packed, three, strict=True):
+            projection.append(quantized)
     stacks = []
     for projection in packed:
         try:
@@ -122,6 +147,18 @@ def quantize_experts(name: str, module: Any, quantizer: Quantizer) -> tuple[Quan
             raise PointError(f"layer {name}: {error}") from error
         projection.clear()
     return QuantExperts(*stacks, module.act_fn), rows
+
+
+def _say_what_calibrated(
+    weights: list[QuantizedWeight], rows: list[LayerRow], inputs: ExpertInputs, index: int
+) -> tuple[list[QuantizedWeight], list[LayerRow]]:
+    """Adds the number of tokens routed to the expert, and names the fallback to all tokens where it was taken."""
+    routed = len(inputs.routed(index))
+    rows = [replace(row, diagnostics={**row.diagnostics, "routed_tokens": float(routed)}) for row in rows]
+    if inputs.starved(index):
+        rows = [replace(row, method=f"{row.method} ({ALL_TOKENS}: {routed} routed)") for row in rows]
+        weights = [replace(weight, method=f"{weight.method} ({ALL_TOKENS})") for weight in weights]
+    return weights, rows
 
 
 def quantize_group(

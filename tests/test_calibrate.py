@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from qbench.calibrate import INPUT_ROWS, Calibration, Collector, cut_sequences, quantize_blocks
+from qbench.calibrate import Calibration, cut_sequences, quantize_blocks
 from qbench.config import CalibrationConfig
 from qbench.errors import PointError, RequestError
 from qbench.evaluate.text import Text
@@ -46,7 +46,7 @@ def collect(model, quantize=None):
             for name, (module, _) in quantize_linears(group, quantize, stats).items():
                 replace_module(model, name, module)
 
-    quantize_blocks(model, Watcher(), calibration(), note)
+    quantize_blocks(model, Watcher(), calibration(), note, lambda name, module, inputs: None)
     return found
 
 
@@ -96,18 +96,6 @@ def test_later_blocks_see_the_quantized_prefix():
     assert (fresh - seen).norm() > 0.01 * seen.norm()
 
 
-def test_the_sample_of_inputs_is_bounded_and_even():
-    tokens = 10 * INPUT_ROWS + 7
-    collector = Collector(frozenset({Statistic.INPUTS}), torch.nn.Linear(2, 1), tokens)
-    rows = torch.arange(float(tokens))[:, None].expand(tokens, 2)
-    for part in rows.split(1000):
-        collector(torch.nn.Linear(2, 1), part[None])
-    sample = collector.statistics("x").inputs[:, 0]
-    assert len(sample) <= INPUT_ROWS
-    assert len(sample) > 0.9 * INPUT_ROWS
-    assert (sample.diff() == sample.diff()[0]).all()
-
-
 def test_sequences_are_cut_from_the_start():
     text = Text("abcdefghij" * 10, "t")
     cut = cut_sequences(text, byte_tokenizer(), CalibrationConfig(name="t", window=30))
@@ -124,9 +112,11 @@ def test_a_calibrated_method_without_calibration_is_refused():
         quantize_model(build("dense", 0)[0], Watcher())
 
 
-def test_fused_experts_are_refused_by_name_until_they_can_be_calibrated():
-    with pytest.raises(PointError, match=r"model\.layers\.0\.mlp\.experts.*use a calibration-free method"):
-        quantize_model(build("moe", 0)[0], Watcher(), calibration())
+def test_a_linear_that_no_token_reaches_is_named():
+    model = build("dense", 0)[0]
+    model.model.layers[1].mlp.unused = torch.nn.Linear(64, 64)
+    with pytest.raises(PointError, match=r"layer model\.layers\.1\.mlp\.unused was not used by the calibration text"):
+        quantize_model(model, Watcher(), calibration())
 
 
 def test_calibrated_point_records_what_it_was_shown(qbench):
@@ -142,6 +132,18 @@ def test_calibrated_point_records_what_it_was_shown(qbench):
     assert more.summary["run_id"] != outcome.summary["run_id"]
     free = [qbench(*tiny[:2], "quantizer=rtn", f"calibration.sequences={n}").summary["run_id"] for n in (4, 5)]
     assert free[0] == free[1]  # a calibration-free method is the same point whatever the calibration
+
+
+def test_a_mixture_is_calibrated_from_the_command_line(qbench):
+    outcome = qbench("model=tiny-moe", "task.max_windows=2", "quantizer=gptq", "calibration.sequences=2")
+    assert outcome.status == 0, outcome.stderr
+    (result,) = recorded()
+    assert result.quantization.coverage > 0.99
+    experts = [row for row in result.quantization.layers if ".experts." in row.name]
+    assert len(experts) == 2 * 4 * 3
+    assert all("damping" in row.diagnostics for row in experts)
+    routed = {row.name.rpartition(".")[0]: row.diagnostics["routed_tokens"] for row in experts}
+    assert sum(routed.values()) == 2 * 2 * 1024  # two blocks, two experts a token
 
 
 @pytest.mark.parametrize(

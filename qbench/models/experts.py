@@ -10,6 +10,7 @@ a wrong guess would give a wrong model without a word.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -77,6 +78,16 @@ def expert_weights(module: Any, index: int) -> list[Tensor]:
     return [gate, up, module.down_proj.detach()[index]]
 
 
+def gated(gate: QuantizedWeight, up: QuantizedWeight, act_fn: Any, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+    """act(gate x) * up x, `[tokens, hidden]` -> `[tokens, intermediate]`: what down reads in QuantExperts."""
+    dense = [weight.dequantize(dtype) for weight in (gate, up)]
+
+    def activation(x: Tensor) -> Tensor:
+        return act_fn(F.linear(x, dense[0])) * F.linear(x, dense[1])
+
+    return activation
+
+
 def is_router(path: str, rows: int, experts: int) -> bool:
     """Whether a weight of `rows` rows at `path` within a block of `experts` experts weighs experts against each other.
 
@@ -114,8 +125,8 @@ class QuantExperts(nn.Module):
                 continue
             token, slot = torch.where(top_k_index == index)
             x = hidden_states[token]
-            gate, up = (F.linear(x, select(w, index).dequantize(x.dtype)) for w in stacks[:2])
-            y = F.linear(self.act_fn(gate) * up, select(stacks[2], index).dequantize(x.dtype))
+            gate, up, down = (select(weight, index) for weight in stacks)
+            y = F.linear(gated(gate, up, self.act_fn, x.dtype)(x), down.dequantize(x.dtype))
             y = y * top_k_weights[token, slot, None]
             output.index_add_(0, token, y.to(output.dtype))
         return output

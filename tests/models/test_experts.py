@@ -18,11 +18,15 @@ from qbench.errors import PointError
 from qbench.models import tiny
 from qbench.models.experts import QuantExperts, is_router
 from qbench.models.linears import ROUTER, coverage, find_linears, linear_weights, quantized_weights
+from qbench.plugins.asinq import ASINQ
+from qbench.plugins.awq import AWQ
+from qbench.plugins.gptq import GPTQ
 from qbench.plugins.rtn import RTN
 from qbench.plugins.sinq import SINQ
 from qbench.quant.linear import QuantLinear
 from qbench.quant.stack import select
 from qbench.quantize import quantize_model, require_finite
+from tests.test_calibrate import calibration
 
 SHAPE = dict(
     vocab_size=258,
@@ -60,6 +64,7 @@ def mixtral():
 
 MODELS = [qwen3_moe, qwen2_moe, deepseek_v2, mixtral]
 QUANTIZERS = [RTN(), SINQ(), SINQ(nbits=3, aux_dtype="int8", group_size=48)]
+CALIBRATED = [GPTQ(act_order=True), AWQ(ratios=2), ASINQ(ratios=2, iterations=2)]
 
 
 def made(build):
@@ -89,13 +94,13 @@ def dense_copy(model, quantized):
     return copy
 
 
-@pytest.mark.parametrize("quantizer", QUANTIZERS, ids=lambda q: f"{type(q).__name__}-{q.nbits}-{q.aux_dtype}")
+@pytest.mark.parametrize("quantizer", [*QUANTIZERS, *CALIBRATED], ids=lambda q: str(q).partition(", sym")[0])
 @pytest.mark.parametrize("build", MODELS, ids=lambda build: build.__name__)
 def test_a_mixture_computes_what_the_original_class_computes_with_its_weights(build, quantizer):
     model = made(build)
     weights, parameters = linear_weights(model), dict(model.named_parameters())
     quantized = deepcopy(model)
-    rows, skipped = quantize_model(quantized, quantizer)
+    rows, skipped = quantize_model(quantized, quantizer, calibration() if quantizer.needs else None)
     assert 0.99 <= coverage(quantized) < 1
     assert linear_weights(quantized) == weights
     assert {s.reason for s in skipped} == {ROUTER}
