@@ -67,7 +67,7 @@ class GPTQ(Quantizer):
         joined = torch.cat([weight.float() for weight in weights]).T.contiguous()  # [in, rows]
 
         # A channel that was always zero has no say in the output: its weights are free, and 0 costs nothing.
-        energy = hessian.diagonal()
+        energy = hessian.diagonal().clone()  # a view would keep the unscaled Hessian alive
         dead = energy <= 0
         hessian = hessian / energy[~dead].mean()
         hessian.diagonal()[dead] = 1
@@ -172,15 +172,19 @@ def unit_factor(hessian: Tensor, damping: float) -> tuple[Tensor, float]:
     H^-1 is never formed. Returns the damping that worked too; each failure multiplies it by ten, and the last
     raises ValueError.
     """
-    identity = torch.eye(len(hessian), dtype=hessian.dtype, device=hessian.device)
     share = damping
     for _ in range(DAMPING_TRIES):
-        lower, failed = torch.linalg.cholesky_ex((hessian + share * identity).flip(0, 1))
+        damped = hessian.flip(0, 1)  # a copy
+        damped.diagonal().add_(share)
+        lower, failed = torch.linalg.cholesky_ex(damped)
+        del damped
         if not failed:
             # cheaper than scaling afterwards: R with its columns divided by its diagonal has a unit inverse
             upper = lower.flip(0, 1)
-            upper = upper / upper.diagonal()
-            unit = torch.linalg.solve_triangular(upper, identity, upper=True, unitriangular=True)
+            del lower  # these are the largest things a layer needs: no more of them at once than must be
+            upper /= upper.diagonal().clone()
+            unit = torch.eye(len(upper), dtype=upper.dtype, device=upper.device)
+            torch.linalg.solve_triangular(upper, unit, upper=True, unitriangular=True, out=unit)
             return unit.float(), share
         tried, share = share, max(10 * share, LEAST_RETRY)
     raise ValueError(f"the Hessian is not positive definite, not even damped by {tried:g} of its mean diagonal")
