@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -80,8 +80,8 @@ def quantize_blocks(
     Raises PointError for a model whose blocks cannot be found, or linears outside of them.
     """
     blocks = decoder_blocks(model)
-    hidden, kwargs = _first_inputs(model, blocks[0][1], calibration)
-    for name, block in tqdm(blocks, desc="calibrating", unit="block"):
+    hidden, arguments = _first_inputs(model, [block for _, block in blocks], calibration)
+    for (name, block), kwargs in zip(tqdm(blocks, desc="calibrating", unit="block"), arguments, strict=True):
         groups, experts = _collect(model, name, block, hidden, kwargs, quantizer.needs)
         while groups:
             group, collector = groups.pop(0)
@@ -169,31 +169,35 @@ def _hooks(watched: list[tuple[nn.Module, Callable[..., None]]]) -> Iterator[Non
             handle.remove()
 
 
-class _ReachedFirstBlockError(Exception):
-    """The first block has been handed its input; the rest of the forward pass is not needed."""
+class _ReachedBlockError(Exception):
+    """The last block of interest has been handed its input; the rest of the forward pass is not needed."""
 
 
-def _first_inputs(model: Any, block: nn.Module, calibration: Calibration) -> tuple[list[Tensor], dict[str, Any]]:
-    """What the first block is handed: hidden states `[1, window, hidden]` per sequence, and the shared arguments."""
+def _first_inputs(
+    model: Any, blocks: list[nn.Module], calibration: Calibration
+) -> tuple[list[Tensor], list[dict[str, Any]]]:
+    """What the first block is handed, hidden states `[1, window, hidden]` per sequence, and every block's arguments.
+
+    Blocks may differ in their mask and their positions (sliding windows), so one sequence goes through all of them.
+    """
     hidden: list[Tensor] = []
-    shared: dict[str, Any] = {}
+    arguments: list[dict[str, Any]] = []
 
-    def stop(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        states = args[0] if args else kwargs.pop("hidden_states")
-        hidden.append(states)
-        shared.update({k: v for k, v in kwargs.items() if k != "hidden_states"})
-        raise _ReachedFirstBlockError
+    def note(hidden_states: Tensor, *others: Any, first: bool, **kwargs: Any) -> None:
+        if others:
+            raise PointError(f"{type(model).__name__}: its blocks take arguments by position; cannot calibrate it")
+        if first:
+            hidden.append(hidden_states)
+        if len(hidden) == 1:
+            arguments.append(kwargs)
+        if len(hidden) > 1 or len(arguments) == len(blocks):
+            raise _ReachedBlockError
 
-    handle = block.register_forward_pre_hook(stop, with_kwargs=True)
-    try:
+    with _hooks([(block, partial(note, first=i == 0)) for i, block in enumerate(blocks)]):
         for ids in calibration.ids:
-            try:
+            with suppress(_ReachedBlockError):
                 model(torch.from_numpy(ids)[None].to(model.device), use_cache=False)
-            except _ReachedFirstBlockError:
-                continue
-    finally:
-        handle.remove()
-    return hidden, shared
+    return hidden, arguments
 
 
 def _forward(block: nn.Module, states: Tensor, kwargs: dict[str, Any]) -> Tensor:

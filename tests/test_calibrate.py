@@ -7,6 +7,7 @@ from typing import ClassVar
 import numpy as np
 import pytest
 import torch
+from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
 from qbench.calibrate import Calibration, cut_sequences, quantize_blocks
 from qbench.config import CalibrationConfig
@@ -75,9 +76,19 @@ def test_groups_are_the_linears_that_read_one_tensor():
     assert groups == expected
 
 
-def test_statistics_equal_those_of_plain_forward_passes():
+def sliding():
+    """The blocks differ in what they attend to and in their rotary positions."""
+    kinds = ["sliding_attention", "full_attention"]
+    shape = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, head_dim=16)
+    return Gemma3ForCausalLM(
+        Gemma3TextConfig(**shape, vocab_size=258, num_key_value_heads=2, sliding_window=8, layer_types=kinds)
+    )
+
+
+@pytest.mark.parametrize("make", [lambda: build("dense", 0)[0], sliding], ids=["qwen3", "gemma3"])
+def test_statistics_equal_those_of_plain_forward_passes(make):
     """Also the proof that the attention is causal and positions are right: the passes are the model's own."""
-    model = build("dense", 0)[0].eval()
+    model = make().eval()
     for name, (_, stats) in collect(model).items():
         x = inputs_of(model, name, calibration().ids)
         assert stats.tokens == 120
