@@ -74,7 +74,8 @@ class TrackerConfig:
 
 @dataclass
 class ExportConfig:
-    dir: str | None = None  # folder for the packed checkpoint of a point that succeeded
+    dir: str | None = None  # folder for the checkpoint of a point that succeeded
+    format: str = "packed"  # or autogptq
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""A point's packed checkpoint: writing the one that export.dir asks for, and running one that model=packed names."""
+"""A point's checkpoint: writing the one that export.dir asks for, and running a packed one that model=packed names."""
 
 from __future__ import annotations
 
@@ -7,25 +7,62 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from qbench.config import Config, ExportConfig
-from qbench.errors import RequestError
+from qbench.errors import RequestError, unknown
 from qbench.models import load
-from qbench.quant import checkpoint, manifest
+from qbench.models.linears import find_linears
+from qbench.quant import autogptq, checkpoint, manifest
+from qbench.quant.quantizer import InputStatistics, Quantizer
 from qbench.record.result import Result
 
 log = logging.getLogger(__name__)
 
 
-def export_target(config: ExportConfig, run_id: str) -> Path | None:
+FORMATS: dict[str, Any] = {"packed": checkpoint, "autogptq": autogptq}  # each has check_target and save
+
+
+def export_target(config: ExportConfig, run_id: str, quantizer: Quantizer | None) -> Path | None:
     """Where the checkpoint will go, if one is asked for; raises RequestError now when it could not be written."""
+    if config.format not in FORMATS:
+        raise unknown("export.format", config.format, FORMATS)
     if not config.dir:
         return None
     folder = Path(config.dir).expanduser()
-    checkpoint.check_target(folder, run_id)
+    FORMATS[config.format].check_target(folder, run_id)
+    if config.format == "autogptq" and quantizer is not None and (reason := _refusal(quantizer)):
+        raise RequestError(f"export.format=autogptq cannot express {type(quantizer).__name__}: {reason}")
     return folder
 
 
-def export(loaded: load.LoadedModel, folder: Path, result: Result, quantizer: dict[str, Any]) -> None:
+def check_model(config: ExportConfig, model: Any, quantizer: Quantizer | None) -> None:
+    """Raises RequestError, before anything is measured, naming a layer that the export would have to refuse."""
+    if not config.dir or config.format != "autogptq" or quantizer is None:
+        return
+    found = find_linears(model)
+    for name in found.experts:
+        raise RequestError(f"export.format=autogptq has no place for fused experts ({name}); use export.format=packed")
+    for name, layer in found.layers.items():
+        if reason := autogptq.shape_refusal(*layer.weight.shape, quantizer.columns(layer.weight)):
+            raise RequestError(f"layer {name}: {reason}")
+
+
+def _refusal(quantizer: Quantizer) -> str | None:
+    """Why the format cannot hold what this quantizer makes, seen from a small weight that it quantizes here."""
+    group_size: int = getattr(quantizer, "group_size", -1)
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(8, 64 if group_size == -1 else group_size, generator=generator)
+    inputs = torch.randn(64, weight.shape[1], generator=generator)
+    stats = InputStatistics(len(inputs), inputs.abs().mean(0), inputs, inputs.T @ inputs)
+    try:
+        [quantized] = quantizer.quantize([weight], stats if quantizer.needs else None)
+    except ValueError:  # said better where it meets the model
+        return None
+    return autogptq.format_refusal(quantized)
+
+
+def export(loaded: load.LoadedModel, folder: Path, format: str, result: Result, quantizer: dict[str, Any]) -> None:
     """Writes the quantized model of a point that is recorded; its folder names no other folder."""
     assert result.model is not None
     origin = {
@@ -35,10 +72,10 @@ def export(loaded: load.LoadedModel, folder: Path, result: Result, quantizer: di
         "quantizer": quantizer,
     }
     try:
-        checkpoint.save(loaded.model, loaded.tokenizer, folder, origin=origin)
+        FORMATS[format].save(loaded.model, loaded.tokenizer, folder, origin=origin)
     except RequestError as error:
         raise RequestError(f"the result is recorded, but there is no checkpoint: {error}") from error
-    log.info("packed checkpoint written to %s", folder)
+    log.info("%s checkpoint written to %s", format, folder)
 
 
 def as_recorded(config: Config, command: list[str]) -> Config:

@@ -82,7 +82,7 @@ def run_point(config: Config, command: list[str]) -> Result:
     texts = (text.sha256, calibration_text and calibration_text.sha256)
     settings = _what_matters(config, quantizer)
     run_id = identity(settings, model_id, texts, str(device.type), str(dtype), __version__)
-    export = packed.export_target(config.export, run_id)
+    export = packed.export_target(config.export, run_id, quantizer)
     recorded = None if config.runtime.rerun else store.load(run_id)
     if recorded is not None and recorded.status == "ok" and export is not None:
         log.info("already recorded, but export.dir needs the quantized model: the point is measured again")
@@ -111,7 +111,7 @@ def run_point(config: Config, command: list[str]) -> Result:
         )
         store.save(result, window_nll)
         if export is not None and loaded is not None:  # after the result: a full disk must not lose it
-            packed.export(loaded, export, result, settings["quantizer"])
+            packed.export(loaded, export, config.export.format, result, settings["quantizer"])
     if config.tracker.name == "wandb":
         wandb_tracker.track(result, config.tracker, store.root)
     return result
@@ -137,6 +137,7 @@ def _measure(
         with clock.phase("load"):
             loaded = load.load(config.model, dtype, device, store.models)
             require_finite(loaded.model)
+            packed.check_model(config.export, loaded.model, quantizer)
         model = loaded.model
         quantized = sum(weight.numel for weight in quantized_weights(model))
         parameters = quantized + sum(p.numel() for p in model.parameters())

@@ -1,5 +1,6 @@
 """export.dir: a point that succeeded leaves a packed checkpoint, and nothing else does."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -67,6 +68,47 @@ def test_a_failed_export_keeps_the_result(qbench, monkeypatch):
     assert "No space left" in outcome.stderr
     assert not list(Path("exports").iterdir())
     assert "already recorded" in qbench(*TINY).stderr
+
+
+AUTOGPTQ = ("export.format=autogptq", "quantizer.group_size=32", "export.dir=exports/a")
+
+
+def test_export_as_autogptq(qbench):
+    exported = qbench(*TINY, *AUTOGPTQ)
+    assert exported.status == 0
+    assert "autogptq checkpoint written to exports/a" in exported.stderr
+    described = json.loads(Path("exports/a/quantize_config.json").read_text())
+    assert (described["bits"], described["group_size"], described["sym"]) == (4, 32, False)
+    origin = described["meta"]["origin"]
+    assert origin["run_id"] == exported.summary["run_id"]
+    assert origin["quantizer"]["name"] == "rtn"
+    assert str(Path.cwd()) not in Path("exports/a/config.json").read_text()
+    tensors = load_file("exports/a/model.safetensors")
+    assert tensors["model.layers.0.mlp.down_proj.qweight"].dtype == "int32"
+    assert qbench(*TINY, *AUTOGPTQ, "quantizer.nbits=8").status == 2  # another point's place
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (("quantizer=sinq",), "cannot express SINQ: it stores an input scale t"),
+        (("quantizer=awq",), "cannot express AWQ: it stores an input scale t"),
+        (("quantizer=nf4",), "cannot express NF4: its codes index a codebook"),
+        (("quantizer=hqq",), "cannot express HQQ: its zero points are not integers"),
+        (("quantizer.aux_dtype=int8",), "use quantizer.aux_dtype=fp16"),
+        (("quantizer.group_size=48",), "no multiple of quantizer.group_size=48"),
+        (("model=tiny-moe",), "no place for fused experts (model.layers.0.mlp.experts)"),
+        (("export.format=gguf",), "unknown export.format 'gguf'"),
+    ],
+)
+def test_what_autogptq_cannot_hold_is_refused_before_anything_is_measured(qbench, arguments, sentence):
+    outcome = qbench(*TINY, *AUTOGPTQ, *arguments)
+    assert outcome.status == 2
+    assert sentence in outcome.stderr
+    assert outcome.stderr.count("qbench: ") == 1
+    assert not list(Path("outputs").rglob("*.json"))
+    assert not list(Path("outputs/baselines").iterdir())
+    assert not list(Path("exports").rglob("*"))
 
 
 @pytest.mark.parametrize("model", ["tiny-dense", "tiny-moe"])

@@ -16,7 +16,8 @@ import os
 import shutil
 import tempfile
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -35,10 +36,16 @@ Builder = Callable[[nn.Module, list[QuantizedWeight]], nn.Module]  # from the mo
 SHARD_BYTES = 4 * 2**30
 
 
-def check_target(folder: Path, run_id: str | None = None) -> None:
+def check_target(
+    folder: Path,
+    run_id: str | None = None,
+    origin_of: Callable[[Path], Mapping[str, Any]] = lambda folder: read(folder)["origin"],
+    kind: str = "packed checkpoint",
+) -> None:
     """Raises RequestError when `save` could not put a checkpoint at `folder`; creates its parent folder.
 
     With `run_id`, the checkpoint of another point counts as occupied too: a sweep must not overwrite its own points.
+    `origin_of` reads what a checkpoint of this `kind` was made of, or raises RequestError if the folder holds none.
     """
     if folder.exists() and not folder.is_dir():
         raise RequestError(f"{folder} is a file; name a new folder for the checkpoint")
@@ -52,12 +59,11 @@ def check_target(folder: Path, run_id: str | None = None) -> None:
     if not occupied:
         return
     try:
-        manifest = read(folder)
+        other = origin_of(folder).get("run_id")
     except RequestError:
         raise RequestError(
-            f"{folder} is not empty and holds no packed checkpoint; name another folder or empty this one"
+            f"{folder} is not empty and holds no {kind}; name another folder or empty this one"
         ) from None
-    other = manifest["origin"].get("run_id")
     if run_id is not None and other != run_id:
         raise RequestError(
             f"{folder} holds the checkpoint of another point ({other}); name another folder or remove this one. In a "
@@ -82,12 +88,10 @@ def save(
     check_target(folder)
     layers = _layers(model)
     tensors, tied = _unique_tensors(model)
-    partial = folder.parent / f"{PARTIAL}{folder.name}-{uuid.uuid4().hex[:8]}"
-    try:
-        partial.mkdir()
+    with new_folder(folder) as partial:
         model.config.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
-        _write_shards(tensors, partial, max_shard_bytes)
+        write_shards(tensors.items(), partial, max_shard_bytes)
         manifest = {
             "format": FORMAT,
             "version": VERSION,
@@ -98,6 +102,18 @@ def save(
             "files": {path.relative_to(partial).as_posix(): file_sha256(path) for path in _files(partial)},
         }
         (partial / MANIFEST).write_text(json.dumps(seal(manifest), indent=1) + "\n", encoding="utf-8")
+
+
+@contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """Hands out an empty folder beside `folder` and puts it in its place at the end: complete, or not at all.
+
+    What fails to be written becomes a RequestError; whatever is raised, `folder` stays as it was.
+    """
+    partial = folder.parent / f"{PARTIAL}{folder.name}-{uuid.uuid4().hex[:8]}"
+    try:
+        partial.mkdir()
+        yield partial
         for path in _files(partial):
             _flush(path)
         _move_into_place(partial, folder)
@@ -184,22 +200,35 @@ def _unique_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]
     return tensors, tied
 
 
-def _write_shards(tensors: dict[str, Tensor], folder: Path, max_bytes: int) -> None:
-    """Fills one file after the other up to `max_bytes`; a single larger tensor gets a file of its own."""
-    shards: list[list[str]] = [[]]
+def write_shards(tensors: Iterable[tuple[str, Tensor]], folder: Path, max_bytes: int) -> dict[str, dict[str, int]]:
+    """Fills one file after the other up to `max_bytes`; a single larger tensor gets a file of its own.
+
+    Returns the bytes of each tensor by file. Only one file's tensors are held at a time.
+    """
+    written: list[dict[str, int]] = []
+    shard: dict[str, Tensor] = {}
     filled = 0
-    for name, tensor in tensors.items():
-        if shards[-1] and filled + tensor.nbytes > max_bytes:
-            shards.append([])
+
+    def write() -> None:
+        written.append({name: tensor.nbytes for name, tensor in shard.items()})
+        save_file(shard, folder / f"model-{len(written):05d}.safetensors", metadata={"format": "pt"})
+        shard.clear()
+
+    for name, tensor in tensors:
+        if shard and filled + tensor.nbytes > max_bytes:
+            write()
             filled = 0
-        shards[-1].append(name)
         filled += tensor.nbytes
-    for i, names in enumerate(shards, 1):
-        content = {name: tensors[name].cpu().contiguous() for name in names}
-        for name, tensor in content.items():  # safetensors refuses views of one storage
-            if tensor.untyped_storage().nbytes() != tensor.nbytes:
-                content[name] = tensor.clone()
-        save_file(content, folder / f"model-{i:05d}-of-{len(shards):05d}.safetensors", metadata={"format": "pt"})
+        content = tensor.cpu().contiguous()
+        # safetensors refuses views of one storage
+        shard[name] = content if content.untyped_storage().nbytes() == content.nbytes else content.clone()
+    write()
+    files = {}
+    for i, sizes in enumerate(written, 1):  # how many there are is known only now
+        file = f"model-{i:05d}-of-{len(written):05d}.safetensors"
+        (folder / f"model-{i:05d}.safetensors").rename(folder / file)
+        files[file] = sizes
+    return files
 
 
 def _read_shards(folder: Path, manifest: Mapping[str, Any], device: torch.device | str) -> dict[str, Tensor]:
