@@ -1,4 +1,4 @@
-"""AutoGPTQ's checkpoint format, which gptqmodel, transformers and vLLM load: for weights that its formula can hold.
+"""AutoGPTQ's checkpoint format, as its successor gptqmodel loads it: for weights that its formula can hold.
 
     W[o, i] = (codes[o, i] - zero[o, g_idx[i]]) * scale[o, g_idx[i]]
 
@@ -15,6 +15,7 @@ symmetric weights, whose zero points are all 2**(nbits - 1), since every reader 
 written as "gptq_v2", which stores the zero point itself: gptqmodel refuses them in the first convention.
 
 The other tensors are cast to fp16, or stay in bf16. Nothing else changes: what cannot be held exactly is refused.
+That includes an asymmetric group whose weights all lie on one side of zero, since our zero points are not clamped.
 """
 
 from __future__ import annotations
