@@ -19,7 +19,6 @@ from qbench.record.result import Result
 
 log = logging.getLogger(__name__)
 
-
 FORMATS: dict[str, Any] = {"packed": checkpoint, "autogptq": autogptq}  # each has check_target and save
 
 

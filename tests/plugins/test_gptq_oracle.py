@@ -2,9 +2,9 @@
 
 Both are judged by the error of the output, ||X W^T - X Q^T||. The official code gives a group of columns its grid when
 it reaches it, from columns that still lack the corrections of the block of columns around it. With blocks of 64, the
-group size, none are missing and both must agree. With its default of 128 every other group's grid lags: at 3 and 4 bits
-ours must not be worse by more than the same tolerance. At 2 bits lagging grids can end better (measured: by 6 % for q, k and
-v of block 0, symmetric with act-order), so there only equal blocks are compared.
+group size, none are missing and both must agree. With its default of 128 every other group's grid lags: at 3 and 4
+bits ours must not be worse by more than the same tolerance. At 2 bits lagging grids can end better (measured: 6 % for
+q, k, v of block 0, symmetric with act-order), so there only equal blocks are compared.
 """
 
 from __future__ import annotations
