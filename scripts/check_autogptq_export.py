@@ -47,9 +47,9 @@ CASES: dict[str, dict[str, Any]] = {
     "rtn-3": {"name": "rtn", "nbits": 3},
     "rtn-3-symmetric": {"name": "rtn", "nbits": 3, "symmetric": True},
     "rtn-8": {"name": "rtn", "nbits": 8},
-    "gptq": {"name": "gptq"},
-    "gptq-act-order": {"name": "gptq", "act_order": True},
-    "gptq-act-order-symmetric": {"name": "gptq", "act_order": True, "symmetric": True},
+    "gptq": {"name": "gptq", "act_order": False, "static_groups": False},
+    "gptq-act-order": {"name": "gptq", "static_groups": False},
+    "gptq-act-order-symmetric": {"name": "gptq", "static_groups": False, "symmetric": True},
 }
 REFERENCE = ModelConfig(name="smollm2-135m", source="smollm2")
 CALIBRATION = CalibrationConfig(name="mini", window=512, sequences=8)

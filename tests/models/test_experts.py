@@ -64,7 +64,7 @@ def mixtral():
 
 MODELS = [qwen3_moe, qwen2_moe, deepseek_v2, mixtral]
 QUANTIZERS = [RTN(), SINQ(), SINQ(nbits=3, aux_dtype="int8", group_size=48)]
-CALIBRATED = [GPTQ(act_order=True), AWQ(ratios=2), ASINQ(ratios=2, iterations=2)]
+CALIBRATED = [GPTQ(act_order=True, static_groups=False), AWQ(ratios=2), ASINQ(ratios=2, iterations=2)]
 
 
 def made(build):

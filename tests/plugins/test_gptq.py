@@ -15,6 +15,8 @@ from qbench.plugins.rtn import RTN
 from qbench.quant.quantizer import InputStatistics, Statistic
 from qbench.quant.weight import QuantizedWeight
 
+PLAIN = {"act_order": False, "static_groups": False}  # as first published; the defaults differ
+
 
 def correlated(columns: int, tokens: int = 1024, spread: float = 1.0, seed: int = 0) -> Tensor:
     """Inputs `[tokens, columns]` with correlated channels whose energies are log-normal of width `spread`."""
@@ -78,7 +80,7 @@ def test_yaml_holds_the_defaults():
 def test_lowers_the_output_error_of_rtn(nbits, symmetric, aux_dtype):
     inputs, weight = correlated(256), gaussian(96, 256)
     terms = {"nbits": nbits, "symmetric": symmetric, "aux_dtype": aux_dtype}
-    [ours] = GPTQ(**terms).quantize([weight], statistics(inputs))
+    [ours] = GPTQ(**terms, **PLAIN).quantize([weight], statistics(inputs))
     [rtn] = RTN(**terms).quantize([weight], None)
     assert output_error(inputs, weight, ours) < 0.8 * output_error(inputs, weight, rtn)
     assert ours.nbytes == rtn.nbytes
@@ -88,7 +90,7 @@ def test_lowers_the_output_error_of_rtn(nbits, symmetric, aux_dtype):
 def test_equals_the_textbook_loop(nbits, columns, width):
     inputs, weight = correlated(columns), gaussian(64, columns)
     stats = statistics(inputs)
-    [ours] = GPTQ(nbits=nbits, group_size=width, block_size=64).quantize([weight], stats)
+    [ours] = GPTQ(nbits=nbits, group_size=width, block_size=64, **PLAIN).quantize([weight], stats)
     codes, values = textbook(weight, stats.hessian, nbits, columns if width == -1 else width, 0.01)
     assert (ours.codes() == codes).double().mean() > 0.995  # fp32 tips a code at a tie, and then its successors
     reference = output_error(inputs, weight, values)
@@ -99,8 +101,8 @@ def test_equals_the_textbook_loop(nbits, columns, width):
 @pytest.mark.parametrize("size", [1, 16, 100, 1000])
 def test_block_size_does_not_change_the_result(width, size):
     inputs, weight = correlated(200), gaussian(32, 200)
-    [whole] = GPTQ(group_size=width, block_size=64).quantize([weight], statistics(inputs))
-    [cut] = GPTQ(group_size=width, block_size=size).quantize([weight], statistics(inputs))
+    [whole] = GPTQ(group_size=width, block_size=64, **PLAIN).quantize([weight], statistics(inputs))
+    [cut] = GPTQ(group_size=width, block_size=size, **PLAIN).quantize([weight], statistics(inputs))
     assert (whole.codes() == cut.codes()).double().mean() > 0.995
     assert torch.isclose(whole.scale.dense(), cut.scale.dense(), rtol=1e-3).double().mean() > 0.98
     expected = output_error(inputs, weight, whole)
@@ -121,7 +123,7 @@ def test_identity_hessian_is_rtn(columns, width, symmetric, aux_dtype, static_gr
     weight[3, :64] = 0.25  # a constant group
     terms = {"group_size": width, "symmetric": symmetric, "aux_dtype": aux_dtype}
     stats = InputStatistics(1, hessian=7.0 * torch.eye(columns))
-    [ours] = GPTQ(static_groups=static_groups, **terms).quantize([weight], stats)
+    [ours] = GPTQ(static_groups=static_groups, act_order=False, **terms).quantize([weight], stats)
     [rtn] = RTN(**terms).quantize([weight], None)
     assert_same(ours, rtn)
 
@@ -163,7 +165,7 @@ def test_act_order_restores_the_columns_and_helps_uneven_channels(static_groups)
     for seed in range(3):
         inputs, weight = correlated(256, spread=1.5, seed=seed), gaussian(64, 256, seed=seed + 10)
         stats = statistics(inputs)
-        [before] = GPTQ(nbits=3, static_groups=static_groups).quantize([weight], stats)
+        [before] = GPTQ(nbits=3, static_groups=static_groups, act_order=False).quantize([weight], stats)
         [ours] = GPTQ(nbits=3, static_groups=static_groups, act_order=True).quantize([weight], stats)
         plain += output_error(inputs, weight, before)
         ordered += output_error(inputs, weight, ours)
