@@ -43,8 +43,16 @@ class TextConfig:
 
 @dataclass
 class TaskConfig(TextConfig):
-    protocol: str = MISSING  # windows: the GPTQ/SINQ protocol
+    protocol: str = MISSING  # windows, crops or pages (evaluate/windows.py), or lmeval (evaluate/lmeval.py)
     max_windows: int | None = None
+    pages: int | None = None  # to join, for protocol=pages
+    divergence: bool = True
+    divergence_topk: int = 64
+    names: list[str] = field(default_factory=list)  # lm-eval's tasks or groups, for protocol=lmeval
+    limit: int | None = None  # documents of each
+    num_fewshot: int | None = None
+    include_path: str | None = None  # folder with YAML of further lm-eval tasks
+    add_bos_token: bool | None = None
 
 
 @dataclass
@@ -59,7 +67,6 @@ class RuntimeConfig:
     batch_size: int = 1
     threads: int = 0
     min_coverage: float = 0.95
-    seed: int = 0
     rerun: bool = False
 
 

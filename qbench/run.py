@@ -13,16 +13,16 @@ from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any
 
-import numpy as np
 import torch
 
 from qbench import __version__, packed
 from qbench.calibrate import Calibration, cut_sequences
 from qbench.config import Config
 from qbench.errors import PointError, RequestError
-from qbench.evaluate import perplexity as protocol
-from qbench.evaluate.perplexity import Windows, WindowScorer
-from qbench.evaluate.text import Text, read_text
+from qbench.evaluate import measure
+from qbench.evaluate.measure import Evaluation
+from qbench.evaluate.text import read_text
+from qbench.evaluate.windowed import Scores
 from qbench.models import load
 from qbench.models.linears import coverage, find_linears, linear_weights, quantized_weights
 from qbench.models.load import LoadedModel
@@ -32,7 +32,6 @@ from qbench.record import wandb_tracker
 from qbench.record.environment import describe
 from qbench.record.result import (
     CalibrationRecord,
-    EvaluationRecord,
     LayerRow,
     ModelRecord,
     QuantizationRecord,
@@ -42,7 +41,6 @@ from qbench.record.result import (
 from qbench.record.store import Store, identity
 from qbench.registry import make_quantizer
 from qbench.runtime import pick_device, pick_dtype
-from qbench.statistics import paired_delta, perplexity
 
 log = logging.getLogger(__name__)
 
@@ -72,14 +70,13 @@ def run_point(config: Config, command: list[str]) -> Result:
     else:
         quantizer = make_quantizer(config.quantizer)
     device, dtype = pick_device(config.runtime), pick_dtype(config.runtime)
-    protocol.check(config.task, config.runtime)
+    source = measure.read(config.task, config.runtime)
     if config.tracker.name == "wandb":
         wandb_tracker.check(config.tracker)
     store = Store(config.outputs)
     model_id = load.fingerprint(config.model)
-    text = read_text(config.task)
     calibration_text = read_text(config.calibration) if quantizer is not None and quantizer.needs else None
-    texts = (text.sha256, calibration_text and calibration_text.sha256)
+    texts = (source.sha256, calibration_text and calibration_text.sha256)
     settings = _what_matters(config, quantizer)
     run_id = identity(settings, model_id, texts, str(device.type), str(dtype), __version__)
     export = packed.export_target(config.export, run_id, quantizer)
@@ -92,7 +89,7 @@ def run_point(config: Config, command: list[str]) -> Result:
         result = recorded
     else:
         tokenizer = load.load_tokenizer(config.model, store.models)
-        windows = protocol.cut_windows(text, tokenizer, config.task)
+        evaluation = measure.prepare(source, tokenizer, config.task, config.runtime)
         calibration = cut_sequences(calibration_text, tokenizer, config.calibration) if calibration_text else None
         if config.runtime.threads:
             torch.set_num_threads(config.runtime.threads)
@@ -106,10 +103,8 @@ def run_point(config: Config, command: list[str]) -> Result:
             config=asdict(config),
             environment=describe(str(device), str(dtype).removeprefix("torch.")),
         )
-        result, window_nll, loaded = _measure(
-            started, config, quantizer, calibration, device, dtype, text, windows, store
-        )
-        store.save(result, window_nll)
+        result, scores, loaded = _measure(started, config, quantizer, calibration, device, dtype, evaluation, store)
+        store.save(result, scores)
         if export is not None and loaded is not None:  # after the result: a full disk must not lose it
             packed.export(loaded, export, config.export.format, result, settings["quantizer"])
     if config.tracker.name == "wandb":
@@ -124,13 +119,12 @@ def _measure(
     calibration: Calibration | None,
     device: torch.device,
     dtype: torch.dtype,
-    text: Text,
-    windows: Windows,
+    evaluation: Evaluation,
     store: Store,
-) -> tuple[Result, dict[str, np.ndarray] | None, LoadedModel | None]:
+) -> tuple[Result, dict[str, Scores] | None, LoadedModel | None]:
     """Fills the result in, up to the step that fails.
 
-    Also returns the per-window NLLs that it refers to and the quantized model; None for both when a step failed.
+    Also returns the scores that it refers to, by file, and the quantized model; None for both when a step failed.
     """
     clock = Clock()
     try:
@@ -152,17 +146,10 @@ def _measure(
                 baseline_bytes=2 * parameters,
             ),
         )
-        scorer = WindowScorer(model, loaded.tokenizer, config.task.window, config.runtime.batch_size)
-
         baseline, cached = None, False
         if quantizer is not None:
             with clock.phase("baseline"):
-                key = _baseline_key(result, config, windows)
-                baseline = store.load_baseline(key)
-                cached = baseline is not None
-                if baseline is None:
-                    baseline = scorer.window_nll(windows, "evaluating the baseline")
-                    store.save_baseline(key, baseline)
+                baseline, cached = measure.baseline(evaluation, model, loaded.fingerprint, result.environment, store)
 
             with clock.phase("quantize"):
                 quantization = _quantize(model, quantizer, calibration, config, parameters)
@@ -172,30 +159,9 @@ def _measure(
         result = replace(result, quantization=quantization)
 
         with clock.phase("evaluate"):
-            nll = scorer.window_nll(windows, f"evaluating {config.quantizer['name']}")
-
-        delta = None if baseline is None else paired_delta(nll, baseline, config.runtime.seed)
-        kept = {"quantized": nll} | ({} if baseline is None else {"baseline": baseline})
-        record = EvaluationRecord(
-            protocol=windows.protocol,
-            text_source=text.source,
-            text_sha256=text.sha256,
-            token_ids_sha256=windows.token_ids_sha256,
-            total_tokens=windows.total_tokens,
-            leading_special_tokens=windows.leading_special_tokens,
-            window_tokens=config.task.window,
-            windows=len(windows.ids),
-            dropped_tokens=windows.dropped_tokens,
-            scored_tokens=windows.scored_tokens,
-            ppl=perplexity(nll),
-            baseline_ppl=None if baseline is None else perplexity(baseline),
-            baseline_cached=cached,
-            ppl_delta=delta and delta.value,
-            ppl_delta_low=delta and delta.low,
-            ppl_delta_high=delta and delta.high,
-            window_nll_file=f"windows-{identity(*(values.tolist() for values in kept.values()))}.safetensors",
-        )
-        done = replace(result, status="ok", error=None, evaluation=[record], seconds=clock.seconds)
+            scores = evaluation.score(model, baseline)
+        records, tasks, kept = evaluation.records(scores, baseline, cached)
+        done = replace(result, status="ok", error=None, evaluation=records, tasks=tasks, seconds=clock.seconds)
         return done, kept, loaded
     except RequestError:
         raise
@@ -272,20 +238,7 @@ def _what_matters(config: Config, quantizer: Quantizer | None) -> dict[str, Any]
         del settings["runtime"][key]
     for group in ("model", "task", "calibration"):  # the contents are in the fingerprints
         del settings[group]["path"]
+    del settings["task"]["include_path"]
     if quantizer is None or not quantizer.needs:
         del settings["calibration"]
     return settings
-
-
-def _baseline_key(result: Result, config: Config, windows: Windows) -> str:
-    """What an unquantized model's NLLs depend on: equal keys may share them."""
-    assert result.model is not None
-    where = {k: result.environment.get(k) for k in ("device", "dtype", "packages", "gpu", "cpu")}
-    return identity(
-        result.model.fingerprint,
-        windows.token_ids_sha256,
-        windows.protocol,
-        config.runtime.batch_size,
-        where,
-        __version__,
-    )

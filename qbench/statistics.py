@@ -1,45 +1,109 @@
-"""Uncertainty of a perplexity and of its difference to the baseline's, from per-window NLLs."""
+"""Uncertainty in one place: perplexities, divergences and accuracies, and what may be concluded from their differences.
+
+Everything a protocol reports is a function of means over its windows (or documents): a perplexity is exp of a mean
+NLL, a difference to the baseline is a function of two such means over the same windows, an RMS is the root of a mean.
+`jackknife` gives all of them an interval: leave each window out once, take the spread of the results as the standard
+error (Efron and Stein 1981), and scale it by Student's t with n - 1 degrees of freedom. Windows that both models see
+are left out together, so that what varies with the text and not with the model cancels: that is the pairing.
+
+By simulation (tests/test_statistics.py) these intervals hold the truth 93 to 97 % of the time from 4 windows on,
+where a percentile bootstrap of the same data, even an expanded one, holds it only 75 to 93 % below 8 windows. And
+they need no seed. Shares of documents have formulas of their own: Wilson, and Bonett and Price for paired ones.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from scipy import stats
 
-RESAMPLES = 10_000
+Verdict = Literal["better", "worse", "not distinguishable"]
 
 
 @dataclass(frozen=True)
-class Delta:
-    """A difference of perplexities; the bounds are None when there is a single window."""
+class Estimate:
+    """A number and its interval; the bounds are None when there is a single window."""
 
     value: float
     low: float | None
     high: float | None
 
 
-def perplexity(window_nll: np.ndarray) -> float:
-    """exp of the mean NLL; windows have equal lengths, so their means weigh alike."""
-    return float(np.exp(np.mean(window_nll)))
+def perplexity(nll: np.ndarray, weights: np.ndarray | None = None) -> float:
+    """exp of the mean NLL per window `[windows]`, weighted by the tokens (words, bytes) of each if they differ."""
+    return float(np.exp(np.average(nll, weights=weights)))
 
 
-def paired_delta(window_nll: np.ndarray, baseline_nll: np.ndarray, seed: int, level: float = 0.95) -> Delta:
-    """perplexity(window_nll) - perplexity(baseline_nll), with a paired bootstrap interval over windows.
+def paired_delta(
+    nll: np.ndarray, baseline_nll: np.ndarray, *, weights: np.ndarray | None = None, level: float = 0.95
+) -> Estimate:
+    """perplexity(nll) - perplexity(baseline_nll), with its paired interval; mean NLLs per window, `[windows]`.
 
-    Both models see the same windows, and most of what varies from window to window is the text, not the model: so
-    windows are drawn in pairs, which makes the interval far tighter than two separate ones. The percentiles are
-    widened for small samples as in Hesterberg (2015, "expanded percentile"): with few windows the plain
-    percentile interval is too narrow. Raises ValueError for vectors of different lengths.
+    Raises ValueError for vectors of different lengths.
     """
-    if window_nll.shape != baseline_nll.shape or window_nll.ndim != 1:
-        raise ValueError(f"paired windows must match, got {window_nll.shape} and {baseline_nll.shape}")
-    n = len(window_nll)
-    value = perplexity(window_nll) - perplexity(baseline_nll)
+    if nll.shape != baseline_nll.shape or nll.ndim != 1:
+        raise ValueError(f"paired windows must match, got {nll.shape} and {baseline_nll.shape}")
+    weights = np.ones_like(nll) if weights is None else weights
+    columns = (nll * weights, baseline_nll * weights, weights)
+    return jackknife(lambda q, b, w: np.exp(q / w) - np.exp(b / w), *columns, level=level)
+
+
+def jackknife(statistic: Callable[..., np.ndarray], *columns: np.ndarray, level: float = 0.95) -> Estimate:
+    """`statistic` of the columns' means, each column `[windows]`, with an interval.
+
+    `statistic` takes one mean per column, elementwise over arrays.
+    """
+    n = len(columns[0])
+    value = float(statistic(*(column.mean() for column in columns)))
     if n < 2:
-        return Delta(value, None, None)
-    drawn = np.random.default_rng(seed).integers(0, n, size=(RESAMPLES, n))
-    deltas = np.exp(window_nll[drawn].mean(1)) - np.exp(baseline_nll[drawn].mean(1))
-    tail = stats.norm.cdf(np.sqrt(n / (n - 1)) * stats.t.ppf((1 - level) / 2, n - 1))
-    low, high = np.quantile(deltas, [tail, 1 - tail])
-    return Delta(value, float(low), float(high))
+        return Estimate(value, None, None)
+    left_out = statistic(*((column.sum() - column) / (n - 1) for column in columns))
+    error = np.sqrt((n - 1) / n * np.square(left_out - left_out.mean()).sum())
+    reach = float(stats.t.ppf((1 + level) / 2, n - 1) * error)
+    return Estimate(value, value - reach, value + reach)
+
+
+def positive_mean(values: np.ndarray, power: float = 1.0, level: float = 0.95) -> Estimate:
+    """mean(values) ** power for values that cannot be negative, `[windows]`: a divergence, or (power 1/2) an RMS.
+
+    The interval is made on the log scale, where such skewed quantities are closer to normal, and so never leaves the
+    positive numbers. Where the mean is zero or below (rounding, for equal models) it is made on the plain scale.
+    """
+    n = len(values)
+    if n < 2 or ((values.sum() - values) <= 0).any():
+        return jackknife(lambda m: np.maximum(m, 0) ** power, values, level=level)
+    log = jackknife(lambda m: power * np.log(m), values, level=level)
+    return Estimate(float(np.exp(log.value)), float(np.exp(log.low)), float(np.exp(log.high)))
+
+
+def share(successes: int, n: int, level: float = 0.95) -> Estimate:
+    """successes / n with Wilson's score interval, for a flip rate or an accuracy."""
+    z = float(stats.norm.ppf((1 + level) / 2))
+    center = (successes + z**2 / 2) / (n + z**2)
+    reach = z / (n + z**2) * np.sqrt(successes * (n - successes) / n + z**2 / 4)
+    value = successes / n  # within the bounds, but for rounding at 0 and 1
+    return Estimate(value, min(value, float(center - reach)), max(value, float(center + reach)))
+
+
+def paired_shares(correct: np.ndarray, baseline_correct: np.ndarray, level: float = 0.95) -> Estimate:
+    """Accuracy minus the baseline's on the same documents; both 0 or 1, `[documents]`.
+
+    The interval of Bonett and Price (2012, "Adjusted Wald confidence interval for a difference of binomial
+    proportions based on paired data"), good also when only a handful of documents changed.
+    """
+    n = len(correct)
+    gained = int(((correct == 1) & (baseline_correct == 0)).sum())
+    lost = int(((correct == 0) & (baseline_correct == 1)).sum())
+    up, down = (gained + 1) / (n + 2), (lost + 1) / (n + 2)
+    reach = float(stats.norm.ppf((1 + level) / 2) * np.sqrt((up + down - (up - down) ** 2) / (n + 2)))
+    return Estimate((gained - lost) / n, max(-1.0, up - down - reach), min(1.0, up - down + reach))
+
+
+def verdict(delta: Estimate, higher_is_better: bool) -> Verdict:
+    """What a difference to the baseline says. Without an interval, or with zero inside of it: nothing."""
+    if delta.low is None or delta.high is None or delta.low <= 0 <= delta.high:
+        return "not distinguishable"
+    return "better" if (delta.value > 0) == higher_is_better else "worse"

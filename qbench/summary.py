@@ -7,7 +7,7 @@ import sys
 from rich.console import Console
 from rich.table import Table
 
-from qbench.record.result import Result
+from qbench.record.result import MetricRecord, Result
 
 
 def show(result: Result) -> None:
@@ -27,6 +27,17 @@ def show(result: Result) -> None:
             change += f"  (95 %: {record.ppl_delta_low:+.3f} to {record.ppl_delta_high:+.3f})"
         baseline = "" if record.baseline_ppl is None else f"{record.baseline_ppl:.3f}"
         table.add_row(f"perplexity, {record.protocol}", baseline, f"{record.ppl:.3f}", change)
+        for metric in record.metrics:
+            _add_metric(table, metric.name.replace("_", " "), metric)
+        if (divergence := record.divergence) is not None:
+            kl, same = divergence.kl, divergence.top1_agreement
+            table.add_row(
+                "KL(16 bit || quantized), nats", "0", f"{kl.value:.4f}", f"99 % below {divergence.kl_p99:.3f}"
+            )
+            table.add_row("same most probable token", "100%", f"{same.value:.1%}", "")
+    for task in result.tasks:
+        for metric in task.metrics:
+            _add_metric(table, f"{metric.name.replace('_', ' ')}, {task.protocol}", metric)
     table.add_row("bits per weight, linears", "16", f"{quantization.bits_per_weight:.3f}", "codes and aux as stored")
     table.add_row(
         "model, MB",
@@ -43,3 +54,13 @@ def show(result: Result) -> None:
         console.print(f"model: {model.note}", markup=False)
     console.print(table)
     console.print(f"run {result.run_id}, recorded in {result.config['outputs']}/results/", markup=False)
+
+
+def _add_metric(table: Table, name: str, metric: MetricRecord) -> None:
+    change = "no baseline" if metric.delta is None else f"{metric.delta:+.4f}"
+    if metric.delta_low is not None:
+        change += f"  (95 %: {metric.delta_low:+.4f} to {metric.delta_high:+.4f})"
+    if metric.flip_rate is not None:
+        change += f"; {metric.flip_rate:.1%} flipped"
+    baseline = "" if metric.baseline is None else f"{metric.baseline:.4f}"
+    table.add_row(name, baseline, f"{metric.value:.4f}", change)

@@ -1,12 +1,17 @@
-"""The text a protocol scores: embedded, from a local file, or from the Hub."""
+"""What a protocol scores: one text, or a list of pages; embedded, from a local file, or from the Hub."""
 
 from __future__ import annotations
 
+import gzip
 import hashlib
+import json
 import logging
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 from qbench.config import CalibrationConfig, TextConfig
 from qbench.errors import RequestError
@@ -16,10 +21,24 @@ from qbench.errors import RequestError
 class Text:
     content: str
     source: str  # where it came from, without folders
+    revision: str | None = None  # commit of the Hub dataset
 
     @property
     def sha256(self) -> str:
         return hashlib.sha256(self.content.encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Pages:
+    """Documents that must not be joined before they are chosen, such as the web pages of C4."""
+
+    content: list[str]
+    source: str
+    revision: str | None = None
+
+    @property
+    def sha256(self) -> str:
+        return hashlib.sha256(json.dumps(self.content).encode()).hexdigest()
 
 
 def read_text(config: TextConfig) -> Text:
@@ -35,35 +54,97 @@ def read_text(config: TextConfig) -> Text:
     return Text(file.read_text(encoding="utf-8"), f"qbench.texts/{config.name}.txt")
 
 
-def join_rows(rows: list[str], separator: str) -> str:
+def read_pages(config: TextConfig) -> Pages:
+    """The pages of a task, from a local file of JSON lines or the Hub; raises RequestError when they cannot be had."""
+    if config.path is None:
+        rows, source = _rows(config, "task", config.column)
+        return Pages(rows, source, config.revision)
+    path = Path(config.path).expanduser()
+    pages = [row.get(config.column) for row in read_json_lines(path)]
+    if not all(isinstance(page, str) for page in pages):
+        bad = next(i for i, page in enumerate(pages, 1) if not isinstance(page, str))
+        raise RequestError(f"task.path={path}, line {bad} has no text under '{config.column}'; set task.column=NAME")
+    return Pages(pages, path.name)
+
+
+def read_json_lines(path: Path) -> list[dict[str, Any]]:
+    """One JSON object per line, `.gz` or not; raises RequestError, naming the line."""
+    rows = []
+    for number, line in enumerate(_read(path, "task").splitlines(), 1):
+        try:
+            row = json.loads(line)
+        except ValueError:
+            row = None
+        if not isinstance(row, dict):
+            raise RequestError(f"task.path={path}, line {number} is not a JSON object; one object per line is expected")
+        rows.append(row)
+    if not rows:
+        raise RequestError(f"task.path={path} is empty")
+    return rows
+
+
+def wikitext_pages(raw: str) -> list[str]:
+    """The articles of a raw WikiText file, as lm-eval's `wikitext_document_level` has them: 62 in the test file.
+
+    An article starts at a heading of the first level, ` = Title = `; its lines are joined by newlines. What stands
+    before the first heading is dropped if it is blank.
+    """
+    pages: list[str] = []
+    lines: list[str] = []
+    for line in raw.split("\n"):
+        if re.fullmatch(r"= (?!= ).*(?<! =) =", line.strip()):
+            if "".join(lines).strip():
+                pages.append("\n".join(lines))
+            lines = []
+        lines.append(line)
+    return [*pages, "\n".join(lines)]
+
+
+def join_rows(rows: Iterable[str], separator: str) -> str:
     """One string from a dataset's rows; a row that is only white space counts as empty, as in wikitext-2-raw-v1."""
     return separator.join(row if row.strip() else "" for row in rows)
 
 
 def _local(config: TextConfig, path: Path, group: str) -> Text:
-    try:
-        content = path.read_bytes().decode("utf-8")
-    except OSError as error:
-        raise RequestError(f"cannot read {group}.path={path}: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise RequestError(f"{group}.path={path} is not UTF-8 text (byte {error.start})") from None
+    content = _read(path, group)
     if config.separator is None:
         return Text(content, path.name)
     return Text(join_rows(content.splitlines(keepends=True), config.separator), path.name)
 
 
+def _read(path: Path, group: str) -> str:
+    """The whole file, unpacked if its name ends in .gz, with its newlines as they are."""
+    try:
+        content = path.read_bytes()
+        return (gzip.decompress(content) if path.suffix == ".gz" else content).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise RequestError(f"{group}.path={path} is not UTF-8 text (byte {error.start})") from None
+    except (OSError, EOFError) as error:
+        reason = getattr(error, "strerror", None) or f"damaged: {error}"
+        raise RequestError(f"cannot read {group}.path={path}: {reason}") from None
+
+
 def _hub(config: TextConfig, group: str) -> Text:
+    rows, source = _rows(config, group, config.column)
+    separator = config.separator if config.separator is not None else "\n\n"
+    return Text(join_rows(rows, separator), source, config.revision)
+
+
+def _rows(config: TextConfig, group: str, column: str) -> tuple[list[str], str]:
+    """One column of a dataset of the Hub, and the dataset's name."""
     import datasets
 
     datasets.utils.logging.set_verbosity_error()
     logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)  # what fails is said once, below
+    files = None if config.data_files is None else {config.split: config.data_files}
     try:
         data = datasets.load_dataset(
             config.dataset,
             config.subset,
-            data_files=config.data_files,
+            data_files=files,
             split=config.split,
             revision=config.revision,
+            verification_mode="basic_checks" if files is None else "no_checks",  # a few files are not all of C4
         )
     except Exception as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
@@ -71,5 +152,4 @@ def _hub(config: TextConfig, group: str) -> Text:
             f"cannot get {config.dataset} from the Hugging Face Hub ({reason}); give a local copy with "
             f"{group}.path=FILE, or use the embedded text with {group}=mini"
         ) from None
-    separator = config.separator if config.separator is not None else "\n\n"
-    return Text(join_rows(list(data[config.column]), separator), f"{config.dataset}/{config.subset}/{config.split}")
+    return list(data[column]), "/".join(str(part) for part in (config.dataset, config.subset, config.split) if part)

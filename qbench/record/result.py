@@ -93,8 +93,59 @@ class QuantizationRecord:
     __pydantic_config__: ClassVar[ConfigDict] = _STRICT
 
 
+Verdict = Literal["better", "worse", "not distinguishable"]
+
+
+@dataclass(frozen=True)
+class IntervalRecord:
+    """A mean over windows with its 95 % interval; the bounds are None for a single window."""
+
+    value: float
+    low: float | None
+    high: float | None
+
+    __pydantic_config__: ClassVar[ConfigDict] = _STRICT
+
+
+@dataclass(frozen=True)
+class DivergenceRecord:
+    """How far the quantized model's next-token distributions are from the baseline's; zero and one for equal models."""
+
+    topk: int  # baseline probabilities kept per position; the others, the tail, are sampled
+    tail_mass: float  # mean probability of the tail; 0 where topk covers the vocabulary, and everything is exact
+    tokens: int  # positions compared
+    kl: IntervalRecord  # KL(baseline || quantized), nats per token
+    kl_reverse: IntervalRecord  # KL(quantized || baseline), nats per token
+    kl_p99: float  # 99th percentile over tokens, nats
+    top1_agreement: IntervalRecord  # share of the positions where both find the same token most probable
+    true_token_rms_change: IntervalRecord  # root mean square change of the probability of the token that follows
+
+    __pydantic_config__: ClassVar[ConfigDict] = _STRICT
+
+
+@dataclass(frozen=True)
+class MetricRecord:
+    """A metric as lm-eval reports it, under its own name, and its paired difference to the baseline."""
+
+    name: str  # such as acc_norm or word_perplexity; `exact_match,strict-match` where the task has filters
+    higher_is_better: bool
+    value: float
+    baseline: float | None = None
+    delta: float | None = None  # value - baseline
+    delta_low: float | None = None  # 95 % interval over documents
+    delta_high: float | None = None
+    verdict: Verdict | None = None
+    flip_rate: float | None = None  # share of the documents that turned right or wrong; for metrics of right and wrong
+    flip_rate_low: float | None = None
+    flip_rate_high: float | None = None
+
+    __pydantic_config__: ClassVar[ConfigDict] = _STRICT
+
+
 @dataclass(frozen=True)
 class EvaluationRecord:
+    """A perplexity. The windows of lm-eval's rolling tasks are documents; `metrics` holds lm-eval's own numbers."""
+
     protocol: str  # the protocol is part of the metric's name; two of them never share a column
     text_source: str
     text_sha256: str
@@ -105,15 +156,38 @@ class EvaluationRecord:
     windows: int
     dropped_tokens: int  # the tail and the windows beyond task.max_windows
     scored_tokens: int
-    ppl: float
+    ppl: float  # per token
     baseline_ppl: float | None  # None for a packed checkpoint, whose original is not at hand
     baseline_cached: bool
     ppl_delta: float | None  # ppl - baseline_ppl; None without a baseline
-    ppl_delta_low: float | None  # 95 % paired bootstrap interval; None with a single window or without a baseline
+    ppl_delta_low: float | None  # 95 % paired interval; None with a single window or without a baseline
     ppl_delta_high: float | None
-    window_nll_file: (
-        str  # safetensors beside the result: mean NLL per window in nats, `quantized` and, if there is one, `baseline`
-    )
+    window_nll_file: str  # safetensors beside the result: mean NLL per window in nats, `quantized` and `baseline`, ...
+    verdict: Verdict | None = None
+    text_revision: str | None = None  # commit of the Hub dataset; None for a local or embedded text
+    bos_policy: str = ""
+    divergence: DivergenceRecord | None = None  # None without a baseline, or where the protocol has none
+    metrics: list[MetricRecord] = field(default_factory=list)  # word_perplexity, byte_perplexity, bits_per_byte
+
+    __pydantic_config__: ClassVar[ConfigDict] = _STRICT
+
+
+@dataclass(frozen=True)
+class TaskRecord:
+    """An lm-eval task that is not a perplexity; a group of tasks is one record, over all of its documents."""
+
+    protocol: str
+    task: str  # lm-eval's name
+    version: str
+    documents: int
+    documents_sha256: str  # of lm-eval's hashes of every document, prompt and target
+    num_fewshot: int
+    max_length: int
+    bos_policy: str
+    text_source: str
+    baseline_cached: bool
+    metrics: list[MetricRecord]
+    scores_file: str  # safetensors beside the result: `TASK/METRIC` per document, `quantized/...` and `baseline/...`
 
     __pydantic_config__: ClassVar[ConfigDict] = _STRICT
 
@@ -132,6 +206,7 @@ class Result:
     model: ModelRecord | None = None
     quantization: QuantizationRecord | None = None
     evaluation: list[EvaluationRecord] = field(default_factory=list)
+    tasks: list[TaskRecord] = field(default_factory=list)
     speed: dict[str, float] | None = None  # measured apart from quality
     schema_version: Literal[1] = SCHEMA_VERSION
 
@@ -150,6 +225,10 @@ class Result:
             place = ".".join(map(str, first["loc"])) or "the file"
             raise ResultError(f"{source} is not a result of schema version 1: {place}: {first['msg']}") from None
 
+    def files(self) -> set[str]:
+        """The safetensors files beside the result that it refers to."""
+        return {record.window_nll_file for record in self.evaluation} | {record.scores_file for record in self.tasks}
+
     def summary(self) -> dict[str, Any]:
         """The point in one flat object: the last line on stdout, and the trackers' summary."""
         flat: dict[str, Any] = {
@@ -161,9 +240,20 @@ class Result:
             "nbits": self.config.get("quantizer", {}).get("nbits"),
             "group_size": self.config.get("quantizer", {}).get("group_size"),
         }
-        for record in self.evaluation:
-            for key in ("protocol", "ppl", "baseline_ppl", "ppl_delta", "ppl_delta_low", "ppl_delta_high"):
-                flat[key] = getattr(record, key)
+        for index, record in enumerate(self.evaluation):
+            prefix = f"{record.protocol}/" if index else ""  # the first one, nearly always the only one, has none
+            for key in ("protocol", "ppl", "baseline_ppl", "ppl_delta", "ppl_delta_low", "ppl_delta_high", "verdict"):
+                flat[prefix + key] = getattr(record, key)
+            if record.divergence is not None:
+                for key in ("kl", "kl_reverse", "top1_agreement", "true_token_rms_change"):
+                    flat[prefix + key] = getattr(record.divergence, key).value
+            flat |= {prefix + metric.name: metric.value for metric in record.metrics}
+        for record in self.tasks:
+            for metric in record.metrics:
+                flat[f"{record.protocol}/{metric.name}"] = metric.value
+                for key in ("delta", "delta_low", "delta_high", "verdict", "flip_rate"):
+                    if getattr(metric, key) is not None:
+                        flat[f"{record.protocol}/{metric.name}_{key}"] = getattr(metric, key)
         if (q := self.quantization) is not None:
             for key in ("bits_per_weight", "packed_bytes", "model_bytes", "coverage", "quant_seconds"):
                 flat[key] = getattr(q, key)

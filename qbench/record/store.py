@@ -1,8 +1,8 @@
 """The folder of results. Everything is written beside its place and renamed into it, the result itself last.
 
     outputs/results/RUN_ID/result.json            one point
-    outputs/results/RUN_ID/windows-HASH.safetensors   its per-window NLLs
-    outputs/baselines/KEY.safetensors             per-window NLLs of an unquantized model, shared by points
+    outputs/results/RUN_ID/windows-HASH.safetensors   its scores per window or document
+    outputs/baselines/KEY.safetensors             what an unquantized model scored, shared by points
     outputs/models/                               converted models
 
 A process killed at any moment leaves the old state or the new one, and at worst a file whose name starts with
@@ -19,8 +19,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import load as load_tensors
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save as save_tensors
 
 from qbench.errors import RequestError
@@ -46,14 +45,13 @@ class Store:
                 f"cannot write to outputs={self.root}: {error.strerror}; set outputs=DIR to a writable folder"
             ) from None
 
-    def save(self, result: Result, window_nll: Mapping[str, np.ndarray] | None = None) -> Path:
-        """Writes the point and returns the path of its result.json; `window_nll` is what the result refers to."""
+    def save(self, result: Result, files: Mapping[str, Mapping[str, np.ndarray]] | None = None) -> Path:
+        """Writes the point and returns the path of its result.json; `files` are those that the result refers to."""
         folder = self.results / result.run_id
         folder.mkdir(parents=True, exist_ok=True)
-        names = {record.window_nll_file for record in result.evaluation}
-        if window_nll is not None:
-            (name,) = names
-            write_atomically(folder / name, save_tensors({k: np.ascontiguousarray(v) for k, v in window_nll.items()}))
+        names = result.files()
+        for name, tensors in (files or {}).items():
+            write_atomically(folder / name, save_tensors({k: np.ascontiguousarray(v) for k, v in tensors.items()}))
         path = folder / "result.json"
         write_atomically(path, result.to_json().encode())
         for other in folder.iterdir():
@@ -68,18 +66,32 @@ class Store:
             result = Result.from_json(path.read_bytes(), str(path))
         except (FileNotFoundError, ResultError):
             return None
-        complete = all((path.parent / record.window_nll_file).is_file() for record in result.evaluation)
-        return result if complete else None
+        return result if all((path.parent / name).is_file() for name in result.files()) else None
 
-    def save_baseline(self, key: str, window_nll: np.ndarray) -> None:
-        write_atomically(self.baselines / f"{key}.safetensors", save_tensors({"baseline": window_nll}))
+    def save_baseline(self, key: str, scores: Mapping[str, np.ndarray], about: Mapping[str, str]) -> None:
+        """Keeps what an unquantized model scored; `about` says which model and text, and is checked when it is read."""
+        tensors = {k: np.ascontiguousarray(v) for k, v in scores.items()}
+        write_atomically(self.baselines / f"{key}.safetensors", save_tensors(tensors, metadata=dict(about)))
 
-    def load_baseline(self, key: str) -> np.ndarray | None:
-        """Per-window NLLs in nats, fp64 `[windows]`, or None when they must be measured."""
+    def load_baseline(self, key: str, about: Mapping[str, str]) -> dict[str, np.ndarray] | None:
+        """What was saved under the key, or None when it must be measured.
+
+        Raises RequestError for a file that holds the scores of another model or text.
+        """
+        path = self.baselines / f"{key}.safetensors"
         try:
-            return load_tensors((self.baselines / f"{key}.safetensors").read_bytes())["baseline"]
-        except (FileNotFoundError, SafetensorError, KeyError):
+            with safe_open(path, "np") as file:
+                found = file.metadata() or {}
+                scores = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except (FileNotFoundError, SafetensorError):
             return None
+        for what, expected in about.items():
+            if found.get(what) != expected:
+                raise RequestError(
+                    f"{path} holds a baseline whose {what} is {found.get(what, 'not given')}, this point needs "
+                    f"{expected}; remove the file, and the baseline is measured again"
+                )
+        return scores
 
 
 def write_atomically(path: Path, content: bytes) -> None:

@@ -4,7 +4,7 @@ import pytest
 
 from qbench.config import TaskConfig
 from qbench.errors import RequestError
-from qbench.evaluate.text import join_rows, read_text
+from qbench.evaluate.text import join_rows, read_text, wikitext_pages
 
 
 def embedded(name):
@@ -59,3 +59,18 @@ def test_wikitext_file_becomes_the_protocols_tokens(data, smollm2_folder):
     task = TaskConfig(name="w", protocol="windows", path=str(data / "wiki.test.raw"), separator="\n\n")
     tokenizer = AutoTokenizer.from_pretrained(smollm2_folder)
     assert len(tokenizer(read_text(task).content, verbose=False)["input_ids"]) == 304_986
+
+
+def test_articles_start_at_headings_of_the_first_level():
+    raw = " \n = One = \n \n Text = with = signs . \n = = Part = = \n = = = Deep = = = \n = Two = \n More . \n"
+    assert wikitext_pages(raw) == [
+        " = One = \n \n Text = with = signs . \n = = Part = = \n = = = Deep = = = ",
+        " = Two = \n More . \n",
+    ]
+
+
+def test_wikitext_file_becomes_the_62_articles_of_lm_eval(data):
+    pages = wikitext_pages((data / "wiki.test.raw").read_text(encoding="utf-8"))
+    assert len(pages) == 62
+    assert pages[0].startswith(" = Robert Boulter = \n")
+    assert len(re.split(r"\s+", " ".join(pages))) > 240_000

@@ -17,12 +17,13 @@ from qbench.record.result import Result
 from qbench.record.store import PARTIAL, Store, identity, write_atomically
 from tests.record.test_result import example
 
-NLL = {"quantized": np.arange(4.0), "baseline": np.arange(4.0) / 2}
+SCORES = {"quantized": np.arange(4.0), "baseline": np.arange(4.0) / 2}
+ABOUT = {"model": "hub:a", "protocol": "mini:gptq-w512"}
 
 
 def test_save_and_load(tmp_path):
     store = Store(tmp_path)
-    path = store.save(example(), NLL)
+    path = store.save(example(), {"w.safetensors": SCORES})
     assert path == tmp_path / "results" / "0123456789abcdef" / "result.json"
     assert store.load("0123456789abcdef") == example()
     assert {p.name for p in path.parent.iterdir()} == {"result.json", "w.safetensors"}
@@ -31,10 +32,10 @@ def test_save_and_load(tmp_path):
 
 def test_saving_again_replaces_and_cleans(tmp_path):
     store = Store(tmp_path)
-    folder = store.save(example(), NLL).parent
+    folder = store.save(example(), {"w.safetensors": SCORES}).parent
     (folder / f"{PARTIAL}left-by-a-kill").write_bytes(b"half")
     renewed = replace(example(), evaluation=[replace(example().evaluation[0], window_nll_file="new.safetensors")])
-    store.save(renewed, NLL)
+    store.save(renewed, {"new.safetensors": SCORES})
     assert {p.name for p in folder.iterdir()} == {"result.json", "new.safetensors"}
     store.save(example(status="failed", error="x", evaluation=[]))
     assert {p.name for p in folder.iterdir()} == {"result.json"}
@@ -42,21 +43,30 @@ def test_saving_again_replaces_and_cleans(tmp_path):
 
 def test_a_result_without_its_windows_is_not_finished(tmp_path):
     store = Store(tmp_path)
-    folder = store.save(example(), NLL).parent
+    folder = store.save(example(), {"w.safetensors": SCORES}).parent
     (folder / "w.safetensors").unlink()
     assert store.load(example().run_id) is None
 
 
 def test_damaged_files_are_measured_again(tmp_path):
     store = Store(tmp_path)
-    path = store.save(example(), NLL)
+    path = store.save(example(), {"w.safetensors": SCORES})
     path.write_text(path.read_text()[:100])
     assert store.load(example().run_id) is None
-    store.save_baseline("key", NLL["baseline"])
-    assert np.array_equal(store.load_baseline("key"), NLL["baseline"])
+    store.save_baseline("key", SCORES, ABOUT)
+    assert np.array_equal(store.load_baseline("key", ABOUT)["baseline"], SCORES["baseline"])
     (store.baselines / "key.safetensors").write_bytes(b"1234567")
-    assert store.load_baseline("key") is None
-    assert store.load_baseline("other") is None
+    assert store.load_baseline("key", ABOUT) is None
+    assert store.load_baseline("other", ABOUT) is None
+
+
+def test_a_baseline_of_another_model_is_refused(tmp_path):
+    store = Store(tmp_path)
+    store.save_baseline("key", SCORES, ABOUT)
+    with pytest.raises(
+        RequestError, match=r"key.safetensors holds a baseline whose model is hub:a.* needs hub:b; remove"
+    ):
+        store.load_baseline("key", ABOUT | {"model": "hub:b"})
 
 
 def test_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
@@ -91,7 +101,7 @@ for i in itertools.count():
     name = f"w{i}.safetensors"
     evaluation = [replace(example().evaluation[0], window_nll_file=name)]
     result = replace(example(), command=[str(i)] * 2000, evaluation=evaluation)
-    store.save(result, {"quantized": np.full(2000, float(i)), "baseline": np.zeros(2000)})
+    store.save(result, {name: {"quantized": np.full(2000, float(i)), "baseline": np.zeros(2000)}})
 """
 
 
