@@ -60,6 +60,32 @@ def test_the_baseline_is_measured_once_and_shared(qbench):
     assert len({r.evaluation[0].baseline_ppl for r in recorded()}) == 1
 
 
+def test_a_baseline_file_of_another_model_is_refused(qbench):
+    """Whoever copies baselines between folders is told, instead of being compared with the wrong model."""
+    qbench(*TINY)
+    qbench(*TINY, "model.seed=1", "outputs=other")
+    (ours,), (theirs,) = Path("outputs/baselines").iterdir(), Path("other/baselines").iterdir()
+    ours.write_bytes(theirs.read_bytes())
+    outcome = qbench(*TINY, "quantizer=rtn")
+    assert outcome.status == 2
+    assert (
+        "a baseline whose model is random:1:dense:seed1, this point needs random:1:dense:seed0" in outcome.stderr
+    )
+    assert len(recorded()) == 1
+
+
+def test_divergence_from_the_baseline_is_recorded_and_can_be_switched_off(qbench):
+    summary = qbench(*TINY, "quantizer.nbits=3").summary
+    (result,) = recorded()
+    assert summary["kl"] == result.evaluation[0].divergence.kl.value > 0
+    assert 0 < summary["top1_agreement"] < 1
+    assert result.evaluation[0].verdict in ("worse", "not distinguishable")
+    without = qbench(*TINY, "quantizer.nbits=3", "task.divergence=false").summary
+    assert "kl" not in without
+    assert without["ppl"] == summary["ppl"]
+    assert without["run_id"] != summary["run_id"]
+
+
 def test_what_cannot_change_a_number_does_not_change_the_point(qbench, tmp_path):
     first = qbench(*TINY, "tracker=none").summary["run_id"]
     assert qbench(*TINY, "outputs=elsewhere").summary["run_id"] == first

@@ -115,3 +115,38 @@ def test_overflow_is_found_where_it_starts(windows):
         model.model.embed_tokens.weight[rare] = float("inf")
     with pytest.raises(PointError, match=r"in window 5 from token \d+, first in the output of model\.embed_tokens"):
         token_nll(model, clean, 2, "broken")
+
+
+PEAK = """
+import resource, sys
+import numpy as np, torch
+from qbench.evaluate.score import CHUNK_BYTES, token_nll
+from qbench.evaluate.divergence import CompareTop, KeepTop
+
+class Model:
+    device = torch.device("cpu")
+    def __call__(self, ids, use_cache):
+        logits = torch.empty(1, ids.shape[1], 150_000, dtype=torch.bfloat16).normal_()
+        return type("Output", (), {"logits": logits})
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+ids = np.random.default_rng(0).integers(0, 150_000, (1, 2048))
+token_nll(Model(), ids[:, :3], 1, "warm-up", KeepTop(1, 2, 64))
+before = peak()
+keep = KeepTop(1, 2047, 64)
+token_nll(Model(), ids, 1, "baseline", keep)
+token_nll(Model(), ids, 1, "quantized", CompareTop(keep.ids, keep.log_probabilities, keep.log_tail, 64))
+print((peak() - before - 2047 * 150_000 * 2) / CHUNK_BYTES)
+"""
+
+
+@pytest.mark.slow
+def test_peak_memory_beside_the_logits_is_a_few_chunks():
+    """2048 tokens, a vocabulary of 150,000, bfloat16: 0.6 GB of logits, and no second copy of them."""
+    import subprocess
+    import sys
+
+    done = subprocess.run([sys.executable, "-c", PEAK], capture_output=True, text=True, check=True)
+    assert float(done.stdout) < 8  # chunks of 32 MB; fp32 log-probabilities of the window would be 38

@@ -4,12 +4,16 @@ from dataclasses import FrozenInstanceError, fields, is_dataclass, replace
 import pytest
 
 from qbench.record.result import (
+    DivergenceRecord,
     EvaluationRecord,
+    IntervalRecord,
     LayerRow,
+    MetricRecord,
     ModelRecord,
     QuantizationRecord,
     Result,
     ResultError,
+    TaskRecord,
 )
 
 
@@ -90,6 +94,45 @@ def break_(change):
 def test_wrong_documents_are_named(change, place):
     with pytest.raises(ResultError, match=f"x.json is not a result of schema version 1: {place}"):
         Result.from_json(break_(change), "x.json")
+
+
+def test_results_written_before_the_later_fields_can_be_read():
+    document = json.loads(example().to_json())
+    del document["tasks"]
+    for field_ in ("verdict", "text_revision", "bos_policy", "divergence", "metrics"):
+        del document["evaluation"][0][field_]
+    assert Result.from_json(json.dumps(document)) == example()
+
+
+def test_the_summary_tells_measures_and_protocols_apart():
+    first = example().evaluation[0]
+    interval = IntervalRecord(0.5, 0.4, 0.6)
+    both = [
+        replace(first, divergence=DivergenceRecord(64, 0.1, 98, interval, interval, 2.0, interval, interval)),
+        replace(first, protocol="wikitext:lmeval-v2.0-w50", metrics=[MetricRecord("word_perplexity", False, 30.0)]),
+    ]
+    task = TaskRecord(
+        protocol="piqa:lmeval-v1.0-0shot-w50",
+        task="piqa",
+        version="1.0",
+        documents=10,
+        documents_sha256="ab",
+        num_fewshot=0,
+        max_length=50,
+        bos_policy="",
+        text_source="piqa",
+        baseline_cached=False,
+        metrics=[MetricRecord("acc", True, 0.5, 0.6, -0.1, -0.2, 0.0, "not distinguishable", 0.3, 0.1, 0.5)],
+        scores_file="t.safetensors",
+    )
+    result = example(evaluation=both, tasks=[task])
+    assert Result.from_json(result.to_json()) == result
+    assert result.files() == {"w.safetensors", "t.safetensors"}
+    summary = result.summary()
+    assert (summary["protocol"], summary["kl"]) == ("mini:gptq-w512", 0.5)
+    assert summary["wikitext:lmeval-v2.0-w50/word_perplexity"] == 30.0
+    assert summary["piqa:lmeval-v1.0-0shot-w50/acc"] == 0.5
+    assert summary["piqa:lmeval-v1.0-0shot-w50/acc_flip_rate"] == 0.3
 
 
 def test_truncated_json():
