@@ -68,9 +68,7 @@ def test_a_baseline_file_of_another_model_is_refused(qbench):
     ours.write_bytes(theirs.read_bytes())
     outcome = qbench(*TINY, "quantizer=rtn")
     assert outcome.status == 2
-    assert (
-        "a baseline whose model is random:1:dense:seed1, this point needs random:1:dense:seed0" in outcome.stderr
-    )
+    assert "a baseline whose model is random:1:dense:seed1, this point needs random:1:dense:seed0" in outcome.stderr
     assert len(recorded()) == 1
 
 

@@ -5,9 +5,9 @@ llama.cpp's perplexity tool reports. They see changes that cancel in a perplexit
 right and wrong tokens alike.
 
 Two models are never in memory together. The baseline's run keeps, per position, its k most probable tokens and
-TAIL_SAMPLES tokens drawn from the others, its tail, by their probability; each with its log-probability, 8 bytes a
-token. So 25,000 positions at k = 64 are 16 MB, on disk and, while they are used, in memory. Then, with p_tail and
-q_tail what P and Q leave to the tail, and P~ and Q~ their distributions inside of it,
+TAIL_SAMPLES of the others, its tail; each with its log-probability, 8 bytes a token. So 25,000 positions at k = 64 are
+16 MB, on disk and, while they are used, in memory. With p_tail and q_tail what P and Q leave to the tail, and P~ and Q~
+their distributions inside of it,
 
     KL(P || Q) = KL_k + p_tail KL(P~ || Q~)      and      KL(Q || P) = KL_k' + q_tail KL(Q~ || P~),
 
@@ -15,11 +15,12 @@ where KL_k, which treats the tail as one outcome, is exact. It alone would be a 
 
     0  <=  KL - KL_k  <=  p_tail * max over the tail of ln((p / p_tail) / (q / q_tail)),
 
-a fifth of the KL of a 135M model in 4 bits at k = 64. So KL(P~ || Q~) is estimated from the samples, as the mean of
-s - 1 - ln s with s = Q~ / P~, and KL(Q~ || P~) as the mean of s ln s - s + 1: both are without bias, since the mean of
-s is 1, and never negative. Their noise is part of the intervals over windows. At k = vocabulary there is no tail, and
-everything is exact; top-1 agreement and the RMS change always are. q_tail is what is left of one, a difference of
-rounded numbers, and counts as FLOOR when it is smaller.
+a quarter of the KL of a 135M model in 4 bits at k = 64. So the divergences inside the tail are estimated from samples:
+as means of (Q~ - P~ - P~ ln(Q~ / P~)) / g and (P~ - Q~ + Q~ ln(Q~ / P~)) / g, both without bias and never negative.
+The samples' distribution g is half P~ and half uniform over the tail, since what Q finds likely and P does not, P~
+alone would almost never draw. Their noise is part of the intervals over windows: over 160 positions of that model it
+was 1.5 % of KL(P || Q) and 5 % of KL(Q || P). At k = vocabulary there is no tail, and everything is exact; top-1
+agreement and the RMS change always are.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ import torch
 from torch import Tensor
 
 TAIL_SAMPLES = 16
-FLOOR = 1e-9
+FLOOR = 1e-9  # of q_tail, a difference of rounded numbers
 
 
 class KeepTop:
@@ -46,11 +47,11 @@ class KeepTop:
         top, ids = logits.topk(min(self.k, logits.shape[-1]), dim=-1)
         kept = top - denominator[:, None]
         if ids.shape[-1] < logits.shape[-1]:
-            tail = (logits - denominator[:, None]).exp_().scatter_(1, ids, 0)
-            tail.clamp_min_(torch.finfo(tail.dtype).tiny)  # a row of zeros cannot be drawn from, and has no weight
-            self.log_tail[window, rows] = tail.sum(-1, dtype=torch.float64).log().cpu().numpy()
-            drawn = self._sample(tail)
-            kept = torch.cat([kept, tail.gather(1, drawn).log()], dim=-1)
+            tail = logits.scatter(1, ids, -torch.inf)
+            log_sum = tail.logsumexp(-1)
+            self.log_tail[window, rows] = (log_sum - denominator).double().cpu().numpy()
+            drawn = self._sample(tail.sub_(log_sum[:, None]).exp_(), ids)
+            kept = torch.cat([kept, logits.gather(1, drawn) - denominator[:, None]], dim=-1)
             ids = torch.cat([ids, drawn], dim=-1)
         if not self.ids.size:
             self.ids = np.empty((*self.shape, kept.shape[-1]), np.int32)
@@ -58,10 +59,12 @@ class KeepTop:
         self.ids[window, rows] = ids.cpu().numpy()
         self.log_probabilities[window, rows] = kept.cpu().numpy()
 
-    def _sample(self, tail: Tensor) -> Tensor:
+    def _sample(self, tail: Tensor, top: Tensor) -> Tensor:
+        """Draws from half P~ `[rows, vocabulary]`, half uniform over what is not in `top` `[rows, k]`."""
         if self.generator is None:
             self.generator = torch.Generator(tail.device).manual_seed(0)
-        return torch.multinomial(tail, TAIL_SAMPLES, replacement=True, generator=self.generator)
+        both = tail.add_(1 / (tail.shape[-1] - top.shape[-1])).scatter_(1, top, 0)
+        return torch.multinomial(both, TAIL_SAMPLES, replacement=True, generator=self.generator)
 
 
 class CompareTop:
@@ -78,27 +81,31 @@ class CompareTop:
         log_p = torch.from_numpy(self.log_probabilities[window, rows]).to(logits.device).double()
         log_q = (logits.gather(1, ids) - denominator[:, None]).double()
         log_tail = torch.from_numpy(self.log_tail[window, rows]).to(logits.device)
-        kl, reverse = divergences(log_p, log_q, log_tail, self.k)
+        kl, reverse = divergences(log_p, log_q, log_tail, self.k, logits.shape[-1])
         self.kl[window, rows] = kl.cpu().numpy()
         self.kl_reverse[window, rows] = reverse.cpu().numpy()
         self.agrees[window, rows] = (logits.argmax(-1) == ids[:, 0]).cpu().numpy()
 
 
-def divergences(log_p: Tensor, log_q: Tensor, log_tail: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def divergences(log_p: Tensor, log_q: Tensor, log_p_tail: Tensor, k: int, vocabulary: int) -> tuple[Tensor, Tensor]:
     """KL(P || Q) and KL(Q || P), each `[rows]`, in nats.
 
-    From log-probabilities `[rows, k + samples]` of the top k and of the tail's samples, and that of P's tail `[rows]`.
-    Without samples, the top k are taken to be the vocabulary.
+    From log-probabilities `[rows, k + samples]` of the top k and of the tail's samples, and that of P's tail `[rows]`;
+    without samples where the top k are the vocabulary.
     """
     top_p, top_q = log_p[:, :k], log_q[:, :k]
     p, q = top_p.exp(), top_q.exp()
     kl, reverse = (p * (top_p - top_q)).sum(-1), (q * (top_q - top_p)).sum(-1)
-    if log_p.shape[-1] <= k:
+    if k >= vocabulary:
         return kl, reverse
-    p_tail, q_tail = log_tail.exp(), (1 - q.sum(-1)).clamp_min(FLOOR)
-    ratio = log_tail - q_tail.log()
-    log_s = log_q[:, k:] - log_p[:, k:] + ratio[:, None]
-    s = log_s.exp()
-    inside = (s - 1 - log_s).mean(-1)
-    inside_reverse = (s * log_s - s + 1).mean(-1)
-    return kl + p_tail * (ratio + inside), reverse + q_tail * (inside_reverse - ratio)
+    p_tail, q_tail = log_p_tail.exp(), (1 - q.sum(-1)).clamp_min(FLOOR)
+    log_q_tail = q_tail.log()
+    log_p_inside = log_p[:, k:] - log_p_tail[:, None]
+    log_q_inside = log_q[:, k:] - log_q_tail[:, None]
+    p, q, log_ratio = log_p_inside.exp(), log_q_inside.exp(), log_q_inside - log_p_inside
+    drawn_with = (p + 1 / (vocabulary - k)) / 2
+    inside = ((q - p - p * log_ratio) / drawn_with).mean(-1)
+    inside_reverse = ((p - q + q * log_ratio) / drawn_with).mean(-1)
+    return kl + p_tail * (log_p_tail - log_q_tail + inside), reverse + q_tail * (
+        log_q_tail - log_p_tail + inside_reverse
+    )
