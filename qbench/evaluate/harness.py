@@ -65,7 +65,9 @@ class TaskEvaluation:
             scores |= _score(task, lm, self.task.limit)
             key = f"{task.name}|documents"
             if baseline is not None and not np.array_equal(scores[key], baseline[key]):
-                raise PointError(f"{task.name}: the baseline was scored on other documents; use runtime.rerun=true")
+                raise PointError(
+                    f"{task.name}: the kept baseline was scored on other documents; remove it from outputs/baselines"
+                )
         return scores
 
     def records(
