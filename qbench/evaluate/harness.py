@@ -66,7 +66,7 @@ class TaskEvaluation:
             key = f"{task.name}|documents"
             if baseline is not None and not np.array_equal(scores[key], baseline[key]):
                 raise PointError(
-                    f"{task.name}: the kept baseline was scored on other documents; remove it from outputs/baselines"
+                    f"{task.name}: the kept baseline is of other documents; remove it from outputs/baselines"
                 )
         return scores
 

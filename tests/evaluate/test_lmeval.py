@@ -249,5 +249,5 @@ def test_a_baseline_on_other_documents_is_refused(tiny, wikitext):
     evaluation = prepare(wikitext, tiny[1])
     baseline = evaluation.score_baseline(tiny[0])
     baseline["wikitext|documents"] = np.zeros(32, np.uint8)
-    with pytest.raises(PointError, match="scored on other documents"):
+    with pytest.raises(PointError, match="baseline is of other documents"):
         evaluation.score(tiny[0], baseline)
