@@ -13,14 +13,14 @@ built-in calibration prompts (all calibrated methods get the same tokens here), 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import Tensor
 
 from qbench.quant.channel_scale import T_RANGE, OutputError, calibration, channel_scale
 from qbench.quant.quantizer import InputStatistics, Quantizer, Statistic
-from qbench.quant.rounding import round_to_nearest
+from qbench.quant.rounding import round_to_nearest, rounding_error
 from qbench.quant.sinkhorn import check_steps, column_factors
 from qbench.quant.weight import QuantizedWeight
 
@@ -52,25 +52,29 @@ class ASINQ(Quantizer):
         """Quantizes the weights `[out, in]` of a linear group; ValueError without usable inputs."""
         absmean, inputs = calibration(weights, stats, "asinq")
         output_error = OutputError(inputs, self.loss)  # the group shares its inputs, and nothing else
-        return [self._search(weight.float(), absmean, output_error) for weight in weights]
+        factors = column_factors(weights, self.columns(weights[0]), self.iterations, self.step_min, self.step_max)
+        return [
+            self._search(weight.float(), mu, after, absmean, output_error)
+            for weight, (mu, after) in zip(weights, factors, strict=True)
+        ]
 
-    def _search(self, weight: Tensor, absmean: Tensor, output_error: OutputError) -> QuantizedWeight:
+    def _search(
+        self, weight: Tensor, mu: Tensor, after: float, absmean: Tensor, output_error: OutputError
+    ) -> QuantizedWeight:
         width = self.columns(weight)
-        mu, after = column_factors(weight, width, self.iterations, self.step_min, self.step_max)
         magnitude = weight.abs().mean(0)
 
-        def attempt(ratio: float) -> QuantizedWeight:
-            t = (mu / channel_scale(absmean, magnitude, ratio)).clamp(*T_RANGE)
-            rounded = round_to_nearest(
-                weight,
-                nbits=self.nbits,
-                group_size=width,
-                symmetric=self.symmetric,
-                aux_dtype=self.aux_dtype,
-                input_scale=t,
-                method="asinq",
-            )
-            loss = output_error(rounded.dequantize().sub_(weight))
-            return replace(rounded, diagnostics={"ratio": ratio, "loss": loss, "imbalance_after": after})
+        rounding = {
+            "nbits": self.nbits,
+            "group_size": width,
+            "symmetric": self.symmetric,
+            "aux_dtype": self.aux_dtype,
+        }
 
-        return min((attempt(i / self.ratios) for i in range(self.ratios)), key=lambda q: q.diagnostics["loss"])
+        def attempt(ratio: float) -> tuple[float, float, Tensor]:
+            t = (mu / channel_scale(absmean, magnitude, ratio)).clamp(*T_RANGE)
+            return output_error(rounding_error(weight, input_scale=t, **rounding)), ratio, t
+
+        loss, ratio, t = min((attempt(i / self.ratios) for i in range(self.ratios)), key=lambda found: found[0])
+        diagnostics = {"ratio": ratio, "loss": loss, "imbalance_after": after}
+        return round_to_nearest(weight, input_scale=t, method="asinq", diagnostics=diagnostics, **rounding)

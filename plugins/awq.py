@@ -25,7 +25,7 @@ from torch import Tensor
 from qbench.quant.channel_scale import T_RANGE, OutputError, calibration, channel_scale
 from qbench.quant.diagnostics import column_tiles
 from qbench.quant.quantizer import InputStatistics, Quantizer, Statistic
-from qbench.quant.rounding import grid, round_to_nearest
+from qbench.quant.rounding import grid, round_to_nearest, rounding_error
 from qbench.quant.weight import QuantizedWeight
 
 SHRINKS = [1 - i / 20 for i in range(10)]  # AWQ's grid of 20 steps, followed to half the range
@@ -59,7 +59,14 @@ class AWQ(Quantizer):
             t = channel_scale(absmean, magnitude, ratio).reciprocal().clamp(*T_RANGE)
             total = 0.0
             for weight in dense:
-                error = self._round(weight, width, t).dequantize().sub_(weight)
+                error = rounding_error(
+                    weight,
+                    nbits=self.nbits,
+                    group_size=width,
+                    symmetric=self.symmetric,
+                    aux_dtype=self.aux_dtype,
+                    input_scale=t,
+                )
                 total += output_error(error) * len(weight)
             loss = total / sum(map(len, dense))
             if best is None or loss < best[0]:

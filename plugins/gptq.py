@@ -32,6 +32,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from qbench.quant import gpu
 from qbench.quant.aux import Aux
 from qbench.quant.quantizer import InputStatistics, Quantizer, Statistic
 from qbench.quant.rounding import grid, group_extremes
@@ -134,6 +135,8 @@ class GPTQ(Quantizer):
         Without `fixed` grids each group takes its own on arrival. Returns the codes, uint8 `[in, rows]`, and
         then the extremes `[rows, 1]` of every group too.
         """
+        if gpu.enabled(values):
+            return self._sweep_fused(values, unit, width, members, fixed)
         values = values.clone()
         codes = torch.empty_like(values, dtype=torch.uint8)
         top = 2**self.nbits - 1
@@ -153,6 +156,36 @@ class GPTQ(Quantizer):
                 values[j + 1 : stop].addr_(unit[j, j + 1 : stop], error, alpha=-1)
             values[stop:].addmm_(unit[start:stop, stop:].T, errors, alpha=-1)
         return codes, extremes
+
+    def _sweep_fused(
+        self, values: Tensor, unit: Tensor, width: int, members: list[int], fixed: Grids | None
+    ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+        """The same with one kernel per block in place of a loop over its columns."""
+        from qbench.kernels import gptq as kernels
+
+        values, unit = values.clone(), unit.contiguous()
+        columns, rows = values.shape
+        codes = torch.empty_like(values, dtype=torch.uint8)
+        lows, highs = (values.new_empty(-(-columns // width), rows) for _ in range(2))
+        size = min(self.block_size, kernels.LARGEST_BLOCK)
+        errors = values.new_empty(size, rows)
+        group_of = torch.tensor(members, dtype=torch.int32, device=values.device)
+        for start, stop in blocks(columns, width, size):
+            if fixed is None and width > size and start % width == 0:
+                # a group of several blocks: its grid comes from columns that this block does not hold
+                low, high = group_extremes(values[start : start + width].T, width)
+                lows[start // width], highs[start // width] = low[:, 0], high[:, 0]
+                _, taken = self._grids(low, high, [rows], "fp16")
+            grids = fixed
+            if fixed is None and width > size:
+                grids = taken
+                group_of = torch.zeros_like(group_of)
+            kernels.sweep_block(
+                values, unit, codes, errors, start, stop, width, self.nbits, self.symmetric, (lows, highs),
+                None if grids is None else (grids, group_of),
+            )  # fmt: skip
+            values[stop:].addmm_(unit[start:stop, stop:].T, errors[: stop - start], alpha=-1)
+        return codes, [(lows.T, highs.T)]
 
 
 def _hessian(weights: Sequence[Tensor], stats: InputStatistics | None) -> Tensor:

@@ -18,6 +18,7 @@ weight shares one stop, and the schedule is that of `hqq`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -61,11 +62,17 @@ class SINQ(Quantizer):
             other = "codebook=nf4" if self.codebook else f"inner={self.inner}"
             raise ValueError(f"symmetric=true is a uniform grid without zero points; it cannot be had with {other}")
 
+    def quantize(self, weights: Sequence[Tensor], stats: InputStatistics | None) -> list[QuantizedWeight]:
+        """Quantizes the weights `[out, in]` of a linear group; they share nothing but one kernel launch on a GPU."""
+        factors = self._factors(weights, self.columns(weights[0]))
+        return [self._round(weight, t, after) for weight, (t, after) in zip(weights, factors, strict=True)]
+
     def quantize_one(self, weight: Tensor, stats: InputStatistics | None = None) -> QuantizedWeight:
-        width = self.columns(weight)
-        t, after = self.input_scale(weight, width)
+        return self.quantize([weight], stats)[0]
+
+    def _round(self, weight: Tensor, t: Tensor, after: float) -> QuantizedWeight:
         common = {
-            "group_size": width,
+            "group_size": self.columns(weight),
             "aux_dtype": self.aux_dtype,
             "input_scale": t,
             "diagnostics": {"imbalance_after": after},
@@ -78,4 +85,7 @@ class SINQ(Quantizer):
 
     def input_scale(self, weight: Tensor, width: int) -> tuple[Tensor, float]:
         """`t`, fp32 `[in]`, and the geometric mean over tiles of the imbalance that is left, for `[out, in]`."""
-        return column_factors(weight, width, self.iterations, self.step_min, self.step_max)
+        return self._factors([weight], width)[0]
+
+    def _factors(self, weights: Sequence[Tensor], width: int) -> list[tuple[Tensor, float]]:
+        return column_factors(weights, width, self.iterations, self.step_min, self.step_max)

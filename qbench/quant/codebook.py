@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from qbench.quant import gpu
 from qbench.quant.aux import FP16_TINY, Aux
 from qbench.quant.rounding import group_extremes
 from qbench.quant.weight import QuantizedWeight, per_group
@@ -40,6 +41,19 @@ def round_to_levels(
     diagnostics: Mapping[str, float] | None = None,
 ) -> QuantizedWeight:
     """Quantizes `weight / input_scale`, `[out, in]`, to 16 `levels` within [-1, 1] times a scale per group, in fp32."""
+    if gpu.fused(weight, group_size):
+        planes, scale = _fused(weight, levels, group_size, aux_dtype, input_scale)
+        return QuantizedWeight(
+            tuple(weight.shape),
+            4,
+            group_size,
+            planes,
+            scale,
+            input_scale=None if input_scale is None else input_scale.half(),
+            codebook=torch.tensor(levels, device=weight.device),
+            method=method,
+            diagnostics=dict(diagnostics or {}),
+        )
     values = weight.float().clone() if input_scale is None else weight.float() / input_scale.float()
     low, high = group_extremes(values, group_size)
     largest = torch.maximum(high, -low).clamp_min(FP16_TINY)  # an all-zero group: zero over anything is zero
@@ -59,6 +73,21 @@ def round_to_levels(
         method=method,
         diagnostics=diagnostics,
     )
+
+
+def _fused(
+    weight: Tensor, levels: Sequence[float], group_size: int, aux_dtype: str, input_scale: Tensor | None
+) -> tuple[tuple[Tensor, ...], Aux]:
+    """Planes and scale by kernels: one pass with aux in fp16; in int8, where scales depend on others, two."""
+    from qbench.kernels import rounding as kernels
+
+    if aux_dtype == "fp16":
+        planes, largest = kernels.codebook(weight, group_size, levels, input_scale)
+        return planes, Aux(largest)
+    low, high = kernels.extremes(weight, group_size, input_scale)
+    scale = Aux.compress(torch.maximum(high, -low).clamp_min(FP16_TINY), aux_dtype)
+    divisor = scale.dense().clamp_min(FP16_TINY)
+    return kernels.codebook(weight, group_size, levels, input_scale, divisor)[0], scale
 
 
 def nearest(ratios: Tensor, codebook: Tensor) -> Tensor:

@@ -17,11 +17,12 @@ the defaults: the errors of most models are smaller, so that e = 0 and every rou
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 import torch
 from torch import Tensor
 
+from qbench.quant import gpu
 from qbench.quant.aux import FP16_MAX, FP16_TINY, Aux
 from qbench.quant.rounding import ZERO_LIMIT, group_extremes
 from qbench.quant.weight import QuantizedWeight, per_group
@@ -61,9 +62,14 @@ def round_half_quadratic(
     diagnostics: Mapping[str, float] | None = None,
 ) -> QuantizedWeight:
     """Quantizes `weight / input_scale`, `[out, in]`, on the device it is on, in fp32."""
-    values = weight.float().clone() if input_scale is None else weight.float() / input_scale.float()
-    top = 2**nbits - 1
-    low, high = group_extremes(values, group_size)
+    fused, top = gpu.fused(weight, group_size), 2**nbits - 1
+    if fused:
+        from qbench.kernels import hqq, rounding
+
+        low, high = rounding.extremes(weight, group_size, input_scale)
+    else:
+        values = weight.float().clone() if input_scale is None else weight.float() / input_scale.float()
+        low, high = group_extremes(values, group_size)
     # groups of nearly equal values get a wider range, or their zero would leave fp16 (see rounding.py)
     floor = torch.maximum(high.abs(), low.abs()) / ZERO_LIMIT[aux_dtype]
     exact_scale = ((high - low) / top).maximum(floor).clamp_min(FP16_TINY)
@@ -71,10 +77,27 @@ def round_half_quadratic(
     # int8 moves scales and zeros by more than rounding noise: fit zeros and codes to what is stored
     stored = aux_dtype != "fp16"
     divisor = scale.dense().clamp_min(FP16_TINY) if stored else exact_scale
-    steps = per_group(values, group_size, divisor, torch.Tensor.div_)
-    best, updates = search(steps, divisor, -low / divisor, group_size, nbits, schedule)
+    start = -low / divisor
+    if fused:  # one pass for all rounds, one to round
+        best, updates = hqq.search(weight, group_size, nbits, divisor, start, astuple(schedule), input_scale)
+    else:
+        steps = per_group(values, group_size, divisor, torch.Tensor.div_)
+        best, updates = search(steps, divisor, start, group_size, nbits, schedule)
     best = best.clamp(-FP16_MAX, FP16_MAX)
     zero = Aux.compress(best, aux_dtype)
+    diagnostics = {**(diagnostics or {}), "zero_updates": updates}
+    if fused:
+        return QuantizedWeight(
+            tuple(weight.shape),
+            nbits,
+            group_size,
+            rounding.uniform_on(weight, group_size, nbits, divisor, zero.dense() if stored else best, input_scale),
+            scale,
+            zero,
+            None if input_scale is None else input_scale.half(),
+            method=method,
+            diagnostics=diagnostics,
+        )
     per_group(steps, group_size, zero.dense() if stored else best, torch.Tensor.add_)
     return QuantizedWeight.build(
         steps.round_().clamp_(0, top).to(torch.uint8),
@@ -84,7 +107,7 @@ def round_half_quadratic(
         zero=zero,
         input_scale=input_scale,
         method=method,
-        diagnostics={**(diagnostics or {}), "zero_updates": updates},
+        diagnostics=diagnostics,
     )
 
 

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from qbench.quant import gpu
 from qbench.quant.aux import FP16_TINY, Aux
 from qbench.quant.weight import QuantizedWeight, per_group
 
@@ -23,6 +24,10 @@ ZERO_LIMIT = {"fp16": 2048, "int8": 100}
 
 def group_extremes(weight: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
     """Least and largest value of every group: `[..., in]` -> two `[..., groups]`."""
+    if gpu.fused(weight, group_size):
+        from qbench.kernels import rounding as kernels
+
+        return kernels.extremes(weight, group_size)
     full = weight.shape[-1] // group_size * group_size
     low, high = [], []
     for blocks in (weight[..., :full].unflatten(-1, (-1, group_size)), weight[..., full:].unsqueeze(-2)):
@@ -68,6 +73,12 @@ def round_to_nearest(
     With aux in int8 the codes are rounded against the scales as stored, so that what the storage loses is not lost
     a second time. In fp16 that loss is 2**-12 and the codes come from the fp32 scales, as published ones do.
     """
+    if gpu.fused(weight, group_size):
+        planes, scale, zero = _fused(weight, nbits, group_size, symmetric, aux_dtype, input_scale)
+        t = None if input_scale is None else input_scale.half()
+        return QuantizedWeight(
+            tuple(weight.shape), nbits, group_size, planes, scale, zero, t, method=method, diagnostics=diagnostics or {}
+        )
     values = weight.float() if input_scale is None else weight.float() / input_scale.float().unsqueeze(-2)
     scale, zero, divisor = grid(*group_extremes(values, group_size), nbits, symmetric, aux_dtype)
     top = 2**nbits - 1
@@ -88,3 +99,47 @@ def round_to_nearest(
         method=method,
         diagnostics=diagnostics,
     )
+
+
+def rounding_error(
+    weight: Tensor, *, nbits: int, group_size: int, symmetric: bool, aux_dtype: str, input_scale: Tensor
+) -> Tensor:
+    """What `round_to_nearest` adds to a weight `[out, in]`: the error of the restored weight, for scale searches.
+
+    fp32; in bf16 where the kernels compute it, since only sums over it are compared.
+    """
+    if gpu.fused(weight, group_size):
+        from qbench.kernels import rounding as kernels
+
+        given = None
+        if aux_dtype != "fp16":
+            scale, zero, divisor = grid(*kernels.extremes(weight, group_size, input_scale), nbits, symmetric, aux_dtype)
+            given = scale.dense(), _centre(zero, divisor, nbits), divisor
+        return kernels.uniform_error(weight, group_size, nbits, symmetric, input_scale, given)
+    rounded = round_to_nearest(
+        weight,
+        nbits=nbits,
+        group_size=group_size,
+        symmetric=symmetric,
+        aux_dtype=aux_dtype,
+        input_scale=input_scale,
+    )
+    return rounded.dequantize().sub_(weight)
+
+
+def _fused(
+    weight: Tensor, nbits: int, group_size: int, symmetric: bool, aux_dtype: str, input_scale: Tensor | None
+) -> tuple[tuple[Tensor, ...], Aux, Aux | None]:
+    """Planes, scale and zero by kernels: one pass with aux in fp16; in int8, where grids depend on others, two."""
+    from qbench.kernels import rounding as kernels
+
+    if aux_dtype == "fp16":
+        planes, scales, zeros = kernels.uniform(weight, group_size, nbits, symmetric, input_scale)
+        return planes, Aux(scales), None if zeros is None else Aux(zeros)
+    scale, zero, divisor = grid(*kernels.extremes(weight, group_size, input_scale), nbits, symmetric, aux_dtype)
+    middle = _centre(zero, divisor, nbits)
+    return kernels.uniform_on(weight, group_size, nbits, divisor, middle, input_scale), scale, zero
+
+
+def _centre(zero: Aux | None, like: Tensor, nbits: int) -> Tensor:
+    return torch.full_like(like, 2.0 ** (nbits - 1)) if zero is None else zero.dense()

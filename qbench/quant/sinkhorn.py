@@ -7,9 +7,13 @@ tile once its imbalance rises.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from math import isnan
+
 import torch
 from torch import Tensor
 
+from qbench.quant import gpu
 from qbench.quant.diagnostics import column_tiles, imbalance, std
 
 STD_RANGE = (1e-3, 1e3)  # standard deviations are clipped to it: keeps constant rows and columns finite
@@ -27,12 +31,26 @@ def check_steps(iterations: int, step_min: float, step_max: float) -> None:
 
 
 def column_factors(
+    weights: Sequence[Tensor], width: int, iterations: int, step_min: float, step_max: float
+) -> list[tuple[Tensor, float]]:
+    """For each weight `[out, in]` of a linear group: the column factors, fp32 `[in]`, of tiles of all rows x `width`.
+
+    Second, the geometric mean over its tiles of the imbalance that is left.
+    """
+    settings = (width, iterations, step_min, step_max)
+    alike = len({weight.dtype for weight in weights}) == 1
+    if not (alike and width <= gpu.WIDEST_TILE and all(gpu.fused(weight, width) for weight in weights)):
+        return [_column_factors(weight, *settings) for weight in weights]
+    from qbench.kernels import sinkhorn as kernels
+
+    found = kernels.column_factors(weights, *settings, LOG_RANGE)
+    # NaN: variances of this weight need two passes
+    return [_column_factors(w, *settings) if isnan(one[1]) else one for w, one in zip(weights, found, strict=True)]
+
+
+def _column_factors(
     weight: Tensor, width: int, iterations: int, step_min: float, step_max: float
 ) -> tuple[Tensor, float]:
-    """The column factors, fp32 `[in]`, of `[out, in]` cut into tiles of all rows x `width` columns.
-
-    Second, the geometric mean over tiles of the imbalance that is left.
-    """
     scales, left = [], []
     for tiles in column_tiles(weight.float(), width):
         chunk = len(tiles) if tiles.is_cuda else max(1, CHUNK_BYTES // tiles[0].nbytes)

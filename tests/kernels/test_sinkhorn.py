@@ -1,0 +1,86 @@
+"""The fused Sinkhorn rounds reach the same column factors as plain torch."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from tests.kernels.interpreted import kernels  # noqa: F401  first: it sets Triton up
+
+from qbench.kernels import sinkhorn  # isort: skip
+from qbench.plugins.sinq import SINQ
+from qbench.quant.sinkhorn import LOG_RANGE, column_factors
+
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of numpy, about lanes that are masked
+
+
+def uneven(generator, rows: int, columns: int):
+    """Rows and columns of very different size: the search takes many rounds and has no ties."""
+    sizes = [(0.7 * torch.randn(n, generator=generator)).exp() for n in (rows, columns)]
+    return torch.randn(rows, columns, generator=generator) * 0.05 * sizes[0][:, None] * sizes[1]
+
+
+@pytest.mark.parametrize(
+    ("shapes", "width", "iterations"),
+    [([(96, 128), (65, 128)], 64, 16), ([(200, 100)], 48, 16), ([(200, 100)], 48, 1), ([(64, 40)], 32, 2)],
+)
+def test_factors(kernels, generator, shapes, width, iterations):  # noqa: F811
+    weights = [uneven(generator, *shape) for shape in shapes]
+    plain, fast = kernels(lambda: column_factors(weights, width, iterations, 0.7, 2.0))
+    for (expected, left), (t, reached) in zip(plain, fast, strict=True):
+        torch.testing.assert_close(t, expected, rtol=1e-5, atol=0)
+        assert reached == pytest.approx(left, rel=1e-5)
+
+
+def test_no_factor_depends_on_the_other_weights_of_the_group(generator):
+    weights = [uneven(generator, rows, 64).bfloat16() for rows in (48, 33)]
+    settings = (64, 16, 0.7, 2.0, LOG_RANGE)
+    together = sinkhorn.column_factors(weights, *settings)
+    for weight, (t, left) in zip(weights, together, strict=True):
+        [(alone, alone_left)] = sinkhorn.column_factors([weight], *settings)
+        assert torch.equal(t, alone)
+        assert left == alone_left
+
+
+def test_strided_weights(generator):
+    weight = uneven(generator, 32, 32)
+    settings = (16, 3, 0.7, 2.0, LOG_RANGE)
+    [(expected, _)], [(t, _)] = (sinkhorn.column_factors([w], *settings) for w in (weight.T.contiguous(), weight.T))
+    assert torch.equal(t, expected)
+
+
+@pytest.mark.parametrize("spoil", ["row", "column"])
+def test_what_lies_far_from_zero_is_left_to_the_reference(kernels, generator, spoil):  # noqa: F811
+    weight = uneven(generator, 64, 64)
+    weight[(5, ...) if spoil == "row" else (..., 5)] = 0.7
+    assert math.isnan(sinkhorn.column_factors([weight], 64, 16, 0.7, 2.0, LOG_RANGE)[0][1])
+    plain, fast = kernels(lambda: column_factors([weight], 64, 16, 0.7, 2.0))
+    assert torch.equal(plain[0][0], fast[0][0])
+    assert plain[0][1] == fast[0][1]
+
+
+def test_zeros(kernels, generator):  # noqa: F811
+    rows = uneven(generator, 64, 64)
+    rows[:8] = 0
+    for weight in (rows, torch.zeros(64, 64)):
+        plain, fast = kernels(lambda w=weight: SINQ().quantize_one(w))
+        assert torch.equal(plain.codes(), fast.codes())
+        assert torch.equal(plain.input_scale, fast.input_scale)
+
+
+def test_shares_of_a_tile_cover_its_rows_once(monkeypatch):
+    monkeypatch.setattr(sinkhorn, "_chunk", lambda heights, tiles, device: 64)
+    sinkhorn._plan.cache_clear()
+    plan, splits = sinkhorn._plan((200, 64), 128, 64, torch.device("cpu"))
+    sinkhorn._plan.cache_clear()
+    assert splits == 4
+    rows = {}
+    for matrix, tile, group, height, first, last, begin, count, before in plan.tolist():
+        assert before == (200 * group if matrix == 0 else 400 + 64 * group)
+        assert plan[begin, 1] == tile
+        assert count == -(-height // 64)
+        rows.setdefault(tile, []).extend(range(first, last))
+    assert [sorted(taken) == list(range(len(taken))) for taken in rows.values()] == [True] * 4
+    assert [len(taken) for taken in rows.values()] == [200, 200, 64, 64]
