@@ -88,7 +88,7 @@ def check(names: list[str], stats: dict[int, InputStatistics]) -> list[dict]:
         quantizer = METHODS[name]
         # the CPU takes minutes for the calibrated methods on whole matrices
         for shape in CALIBRATED_CHECKS if quantizer.needs else CHECKS:
-            for unevenness in (0.0, 0.5) if name == "sinq" else (0.5,):
+            for unevenness in (0.0, 0.5) if name == "sinq" and shape == Q else (0.5,):
                 weight = random_weight(shape, unevenness, generator)
                 known = stats[shape[1]]
                 fast = quantizer.quantize([weight], known)[0]
@@ -257,6 +257,13 @@ def main() -> None:
         uneven = random_layers(given.layers, 0.5)
         report("sinq, uneven weights", seconds(partial(quantize_all, METHODS["sinq"], stats), uneven, given.repeats))
         del uneven
+    if given.peers:
+        for name, call in peers().items():
+            try:
+                report(name, seconds(partial(each_weight, call), layers, given.repeats))
+            except Exception as error:  # a peer that fails is a finding, not the end of the run
+                print(f"{name} failed: {error!r}", flush=True)
+                record["times"].append({"what": name, "error": repr(error)})
     if not given.no_plain:
         os.environ["QBENCH_KERNELS"] = "0"
         for name in names:
@@ -266,13 +273,6 @@ def main() -> None:
             row = {key: value * factor if key != "repeats" else value for key, value in once.items()}
             report(f"{name}, plain torch", row | {"scaled": f"from {len(part)} layers" if factor > 1 else ""})
         del os.environ["QBENCH_KERNELS"]
-    if given.peers:
-        for name, call in peers().items():
-            try:
-                report(name, seconds(partial(each_weight, call), layers, given.repeats))
-            except Exception as error:  # a peer that fails is a finding, not the end of the run
-                print(f"{name} failed: {error!r}", flush=True)
-                record["times"].append({"what": name, "error": repr(error)})
     print(json.dumps({row["what"]: row.get("seconds") for row in record["times"]}))
 
 
