@@ -93,15 +93,16 @@ def check(names: list[str], stats: dict[int, InputStatistics]) -> list[dict]:
                 known = stats[shape[1]]
                 fast = quantizer.quantize([weight], known)[0]
                 slow = quantizer.quantize([weight.cpu()], on_cpu(known) if quantizer.needs else None)[0]
+                slow = slow.with_tensors({name: tensor.cuda() for name, tensor in slow.tensors().items()})
                 row = {"method": name, "shape": list(shape), "unevenness": unevenness}
-                row["codes_equal"] = float((fast.codes().cpu() == slow.codes()).double().mean())
+                row["codes_equal"] = float((fast.codes() == slow.codes()).double().mean())
                 if quantizer.needs:
                     # tokens x error of the weights, in double precision
                     errors = [known.inputs.double() @ (q - weight.float()).double().T for q in
-                              (fast.dequantize(), slow.dequantize().cuda())]  # fmt: skip
+                              (fast.dequantize(), slow.dequantize())]  # fmt: skip
                     row["output_error_ratio"] = float(errors[0].norm() / errors[1].norm())
                 else:
-                    row["weight_error_ratio"] = relative_error(weight, fast) / relative_error(weight.cpu(), slow)
+                    row["weight_error_ratio"] = relative_error(weight, fast) / relative_error(weight, slow)
                 if isinstance(quantizer, SINQ):
                     row |= compare_factors(quantizer, weight)
                 rows.append(row)
