@@ -1,22 +1,21 @@
 """Runs the quantization kernels on CPU tensors in Triton's interpreter, so that their logic is tested without a GPU.
 
-Import it before anything imports triton: functions are made interpretable when they are defined. Without Triton, or
-where a GPU is present and the `gpu` tests run the compiled kernels instead, the importing module is skipped.
+Functions are made interpretable when they are defined, so TRITON_INTERPRET is set in tests/conftest.py, before anything
+imports triton. Without Triton, or where a GPU is present and the `gpu` tests run the compiled kernels instead, the
+importing module is skipped.
 """
 
 from __future__ import annotations
 
 import os
-import sys
 
 import pytest
 import torch
 
 if torch.cuda.is_available():
     pytest.skip("a GPU is here: the kernels are tested compiled, with -m gpu", allow_module_level=True)
-if "triton" in sys.modules and os.environ.get("TRITON_INTERPRET") != "1":
-    pytest.skip("triton was imported before TRITON_INTERPRET=1 could be set", allow_module_level=True)
-os.environ["TRITON_INTERPRET"] = "1"
+if os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip("TRITON_INTERPRET is set to something else than 1", allow_module_level=True)
 interpreter = pytest.importorskip("triton.runtime.interpreter", reason="Triton is not installed")
 
 _patch = interpreter._patch_lang_tensor

@@ -23,11 +23,13 @@ def output_error(result, weight, inputs) -> float:
 @pytest.mark.parametrize(
     "quantizer",
     [
-        GPTQ(group_size=16, block_size=32),  # several groups in a block, a ragged last one
-        GPTQ(group_size=24, nbits=3, aux_dtype="int8", act_order=True),
+        # several groups in a block, a ragged last one
+        GPTQ(group_size=16, block_size=32, act_order=False, static_groups=False),
+        GPTQ(group_size=24, nbits=3, aux_dtype="int8", act_order=True, static_groups=False),
         GPTQ(group_size=16, block_size=32, nbits=2, symmetric=True, act_order=True, static_groups=True),
-        GPTQ(group_size=32, block_size=16),  # several blocks in a group
-        GPTQ(group_size=-1, block_size=32, nbits=8),
+        # several blocks in a group
+        GPTQ(group_size=32, block_size=16, act_order=False, static_groups=False),
+        GPTQ(group_size=-1, block_size=32, nbits=8, act_order=False, static_groups=False),
     ],
     ids=str,
 )

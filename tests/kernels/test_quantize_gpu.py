@@ -73,7 +73,13 @@ def test_programs_that_wait_for_each_other_give_the_same_bits_every_time():
 
 @pytest.mark.parametrize(
     "quantizer",
-    [GPTQ(), GPTQ(nbits=3, act_order=True, aux_dtype="int8"), GPTQ(act_order=True, static_groups=True), AWQ(), ASINQ()],
+    [
+        GPTQ(act_order=False, static_groups=False),
+        GPTQ(act_order=True, static_groups=False, nbits=3, aux_dtype="int8"),
+        GPTQ(act_order=True, static_groups=True),
+        AWQ(),
+        ASINQ(),
+    ],
     ids=str,
 )
 def test_calibrated_methods_reach_the_same_output_error(quantizer):
