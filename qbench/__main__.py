@@ -1,8 +1,8 @@
-"""Hydra entry point: `python -m qbench [-m] [GROUP=OPTION ...] [KEY=VALUE ...]`.
+"""Hydra entry point: `python -m qbench [-m] [--dry-run] [GROUP=OPTION ...] [KEY=VALUE ...]`.
 
-Progress and a readable summary go to stderr; the last line on stdout is one JSON object, the point's summary. Exit
-status: 0 done, 1 a point failed (its result says why), 2 the request is wrong. Nothing heavy is imported until a point
-really runs, so `--help` and a typo are answered at once.
+Progress and a readable summary go to stderr; the last line on stdout is one JSON object, the point's summary or, with
+-m, the sweep's. Exit status: 0 done, 1 a point failed (its result says why), 2 the request is wrong. Nothing heavy is
+imported until a point really runs, so `--help` and a typo are answered at once.
 """
 
 from __future__ import annotations
@@ -31,6 +31,9 @@ def main() -> int:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises its errors instead of printing and exiting
     register()
     requests.add_third_party_conf()
+    if "--dry-run" in sys.argv:  # of a sweep, if need be of one point
+        rest = [a for a in sys.argv[1:] if a not in ("--dry-run", "-m", "--multirun")]
+        sys.argv[1:] = ["-m", *rest, "hydra.sweeper.dry_run=true"]
     statuses: list[int] = []
 
     @hydra.main(version_base="1.3", config_path="pkg://qbench.conf", config_name="config")
@@ -42,8 +45,10 @@ def main() -> int:
     except KeyboardInterrupt:
         print("\ninterrupted; finished points are kept", file=sys.stderr)
         return 130
+    except RequestError as error:
+        return _refuse(str(error))
     except (HydraException, OmegaConfBaseException) as error:
-        return _refuse(requests.explain(error))
+        return _refuse(requests.explain(error, sys.argv[1:]))
     return max(statuses, default=DONE)
 
 

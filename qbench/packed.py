@@ -61,6 +61,11 @@ def _refusal(quantizer: Quantizer) -> str | None:
     return autogptq.format_refusal(quantized)
 
 
+def is_exported(folder: Path) -> bool:
+    """True if the point's checkpoint is there: written in one step, and `export_target` refuses whatever else is."""
+    return folder.is_dir() and any(folder.iterdir())
+
+
 def export(loaded: load.LoadedModel, folder: Path, format: str, result: Result, quantizer: dict[str, Any]) -> None:
     """Writes the quantized model of a point that is recorded; its folder names no other folder."""
     assert result.model is not None

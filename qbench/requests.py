@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 from hydra import compose, initialize_config_module
 from hydra.core.config_search_path import ConfigSearchPath
@@ -16,7 +17,7 @@ from omegaconf import DictConfig
 from qbench.errors import unknown
 from qbench.registry import conf_packages
 
-GROUPS = ("model", "quantizer", "task", "calibration", "runtime", "tracker")
+GROUPS = ("model", "quantizer", "task", "calibration", "runtime", "tracker", "experiment")
 
 
 class ThirdPartyConf(SearchPathPlugin):
@@ -31,8 +32,8 @@ def add_third_party_conf() -> None:
     Plugins.instance().register(ThirdPartyConf)
 
 
-def explain(error: Exception) -> str:
-    """One sentence for a Hydra or OmegaConf error about the command line."""
+def explain(error: Exception, overrides: Sequence[str]) -> str:
+    """One sentence for a Hydra or OmegaConf error about these `overrides` of the command line."""
     if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options:
         group, _, option = error.missing_cfg_file.partition("/")
         if group in GROUPS:
@@ -47,7 +48,7 @@ def explain(error: Exception) -> str:
     # only a key that is not in the schema; a value of the wrong type is said by OmegaConf itself below
     if found := re.search(r"Could not override '([^']+)'\.?", text):
         key = found.group(1)
-        if key not in (keys := legal_keys()):
+        if key not in (keys := legal_keys(overrides)):
             return str(unknown("key", key, _nearest(key, keys)))
     cause = error.__cause__ or error.__context__
     lines = [line.strip() for line in f"{text}\n{cause or ''}".splitlines()]
@@ -55,11 +56,9 @@ def explain(error: Exception) -> str:
     return ": ".join(dict.fromkeys(kept[:2])).replace("::", ":")
 
 
-def legal_keys() -> list[str]:
-    """Every key the command line may set, for the groups that this command line selects."""
-    import sys
-
-    chosen = [a for a in sys.argv[1:] if a.partition("=")[0] in GROUPS and "," not in a]
+def legal_keys(overrides: Sequence[str]) -> list[str]:
+    """Every key the command line may set, for the groups that these overrides select."""
+    chosen = [a for a in overrides if a.partition("=")[0] in GROUPS and "," not in a]
     state = Singleton.get_state()
     try:
         GlobalHydra.instance().clear()

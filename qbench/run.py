@@ -7,21 +7,22 @@ import resource
 import sys
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from qbench import __version__, packed
 from qbench.calibrate import Calibration, cut_sequences
-from qbench.config import Config
+from qbench.config import CalibrationConfig, Config, ModelConfig, RuntimeConfig, TaskConfig
 from qbench.errors import PointError, RequestError
 from qbench.evaluate import measure
 from qbench.evaluate.measure import Evaluation
-from qbench.evaluate.text import read_text
+from qbench.evaluate.text import Text, read_text
 from qbench.evaluate.windowed import Scores
 from qbench.models import load
 from qbench.models.linears import coverage, find_linears, linear_weights, quantized_weights
@@ -60,55 +61,108 @@ class Clock:
             self.seconds[name] = round(time.perf_counter() - started, 3)
 
 
-def run_point(config: Config, command: list[str]) -> Result:
-    """Runs one point, or returns it from the store if it is already there; what fails while running is recorded.
+@dataclass(frozen=True)
+class Prepared:
+    """A request that can be served, and the identity of its point."""
 
-    Raises RequestError for a request that cannot be served; nothing is recorded then.
+    config: Config
+    command: list[str]
+    quantizer: Quantizer | None
+    device: torch.device
+    dtype: torch.dtype
+    source: measure.Source
+    calibration_text: Text | None
+    settings: dict[str, Any]  # what of the configuration can change a number
+    run_id: str
+    export: Path | None  # where the packed checkpoint will go
+    store: Store
+
+    def recorded(self) -> Result | None:
+        """The finished point if there is nothing left to do, else None."""
+        result = None if self.config.runtime.rerun else self.store.load(self.run_id)
+        if result is None or result.status != "ok":
+            return None
+        return result if self.export is None or packed.is_exported(self.export) else None
+
+
+def prepare(
+    config: Config,
+    command: list[str],
+    here: bool = True,
+    fingerprint: Callable[[ModelConfig], str] = load.fingerprint,
+    read_task: Callable[[TaskConfig, RuntimeConfig], measure.Source] = measure.read,
+    read_calibration: Callable[[CalibrationConfig], Text] = read_text,
+) -> Prepared:
+    """Checks all that can be checked without loading anything; a sweep does this for every point before its first.
+
+    `here` is False when the point will run on another machine, whose devices are not known. Raises RequestError for a
+    request that cannot be served.
     """
     if config.model.source == "packed":
         config, quantizer = packed.as_recorded(config, command), None
     else:
         quantizer = make_quantizer(config.quantizer)
-    device, dtype = pick_device(config.runtime), pick_dtype(config.runtime)
-    source = measure.read(config.task, config.runtime)
+    device = pick_device(config.runtime, here)
+    dtype = pick_dtype(config.runtime, device)
+    source = read_task(config.task, config.runtime)
     if config.tracker.name == "wandb":
         wandb_tracker.check(config.tracker)
     store = Store(config.outputs)
-    model_id = load.fingerprint(config.model)
-    calibration_text = read_text(config.calibration) if quantizer is not None and quantizer.needs else None
+    model_id = fingerprint(config.model)
+    calibration_text = read_calibration(config.calibration) if quantizer is not None and quantizer.needs else None
     texts = (source.sha256, calibration_text and calibration_text.sha256)
     settings = _what_matters(config, quantizer)
     run_id = identity(settings, model_id, texts, str(device.type), str(dtype), __version__)
     export = packed.export_target(config.export, run_id, quantizer)
-    recorded = None if config.runtime.rerun else store.load(run_id)
-    if recorded is not None and recorded.status == "ok" and export is not None:
-        log.info("already recorded, but export.dir needs the quantized model: the point is measured again")
-        recorded = None
-    if recorded is not None and recorded.status == "ok":
-        log.info("already recorded; runtime.rerun=true measures it again")
-        result = recorded
-    else:
-        tokenizer = load.load_tokenizer(config.model, store.models)
-        evaluation = measure.prepare(source, tokenizer, config.task, config.runtime)
-        calibration = cut_sequences(calibration_text, tokenizer, config.calibration) if calibration_text else None
-        if config.runtime.threads:
-            torch.set_num_threads(config.runtime.threads)
-        started = Result(
-            run_id=run_id,
-            status="failed",
-            error="interrupted",
-            created_utc=datetime.now(UTC).isoformat(timespec="seconds"),
-            qbench_version=__version__,
-            command=command,
-            config=asdict(config),
-            environment=describe(str(device), str(dtype).removeprefix("torch.")),
-        )
-        result, scores, loaded = _measure(started, config, quantizer, calibration, device, dtype, evaluation, store)
-        store.save(result, scores)
-        if export is not None and loaded is not None:  # after the result: a full disk must not lose it
-            packed.export(loaded, export, config.export.format, result, settings["quantizer"])
+    return Prepared(
+        config, command, quantizer, device, dtype, source, calibration_text, settings, run_id, export, store
+    )
+
+
+def run_point(config: Config, command: list[str]) -> Result:
+    """Runs one point, or returns it from the store if it is already there; what fails while running is recorded.
+
+    Raises RequestError for a request that cannot be served; nothing is recorded then.
+    """
+    point = prepare(config, command)
+    with point.store.lock(f"point-{point.run_id}", f"point {point.run_id}"):
+        result = point.recorded()
+        if result is not None:
+            log.info("already recorded; runtime.rerun=true measures it again")
+        else:
+            if point.export is not None and not config.runtime.rerun and point.store.load(point.run_id) is not None:
+                log.info("recorded, but export.dir needs the quantized model: the point is measured again")
+            result = _run(point)
     if config.tracker.name == "wandb":
-        wandb_tracker.track(result, config.tracker, store.root)
+        wandb_tracker.track(result, config.tracker, point.store.root)
+    return result
+
+
+def _run(point: Prepared) -> Result:
+    config, store = point.config, point.store
+    tokenizer = load.load_tokenizer(config.model, store.models)
+    evaluation = measure.prepare(point.source, tokenizer, config.task, config.runtime)
+    calibration = None
+    if point.calibration_text is not None:
+        calibration = cut_sequences(point.calibration_text, tokenizer, config.calibration)
+    if config.runtime.threads:
+        torch.set_num_threads(config.runtime.threads)
+    started = Result(
+        run_id=point.run_id,
+        status="failed",
+        error="interrupted",
+        created_utc=datetime.now(UTC).isoformat(timespec="seconds"),
+        qbench_version=__version__,
+        command=point.command,
+        config=asdict(config),
+        environment=describe(str(point.device), str(point.dtype).removeprefix("torch.")),
+    )
+    result, scores, loaded = _measure(
+        started, config, point.quantizer, calibration, point.device, point.dtype, evaluation, store
+    )
+    store.save(result, scores)
+    if point.export is not None and loaded is not None:  # after the result: a full disk must not lose it
+        packed.export(loaded, point.export, config.export.format, result, point.settings["quantizer"])
     return result
 
 

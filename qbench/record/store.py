@@ -4,9 +4,12 @@
     outputs/results/RUN_ID/windows-HASH.safetensors   its scores per window or document
     outputs/baselines/KEY.safetensors             what an unquantized model scored, shared by points
     outputs/models/                               converted models
+    outputs/locks/                                held while a point or a baseline is being measured
+    outputs/sweeps/DATE/                          what the points of a sweep said while running
 
 A process killed at any moment leaves the old state or the new one, and at worst a file whose name starts with
-`.partial-`, which nothing reads and the next save of the same folder removes.
+`.partial-`, which nothing reads and a later save to the same folder removes. Any number of processes and machines may
+share the folder, if its file system renames atomically and has flock (local disks, NFSv4, Lustre mounted with flock).
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ import json
 import os
 import tempfile
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +27,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save as save_tensors
 
 from qbench.errors import RequestError
+from qbench.lock import locked, remove_stale
 from qbench.record.result import Result, ResultError
 
 PARTIAL = ".partial-"
@@ -68,8 +73,13 @@ class Store:
             return None
         return result if all((path.parent / name).is_file() for name in result.files()) else None
 
+    def lock(self, name: str, what: str) -> AbstractContextManager[None]:
+        """Held while `name` is measured, so that no other process does the same; `what` tells humans what it is."""
+        return locked(self.root / "locks" / f"{name}.lock", what)
+
     def save_baseline(self, key: str, scores: Mapping[str, np.ndarray], about: Mapping[str, str]) -> None:
         """Keeps what an unquantized model scored; `about` says which model and text, and is checked when it is read."""
+        remove_stale(self.baselines, PARTIAL)
         tensors = {k: np.ascontiguousarray(v) for k, v in scores.items()}
         write_atomically(self.baselines / f"{key}.safetensors", save_tensors(tensors, metadata=dict(about)))
 

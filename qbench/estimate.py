@@ -1,0 +1,115 @@
+"""What a sweep would do, and how large each quantized model would be, without loading or quantizing one.
+
+The model is built from its configuration without storage (torch's meta device), which gives every shape. What a
+quantizer stores for a weight `[out, in]` is a * out * in + b * in + c * out + d bytes (codes and group scales, input
+scales, row scales, codebook); the four are solved from four small random matrices that it really quantizes. That
+knows nothing of any method, so it serves third parties' too.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from qbench.config import ModelConfig
+from qbench.models import load, smollm2, tiny
+from qbench.models.experts import stacked_parameters
+from qbench.models.linears import find_linears
+from qbench.quant.quantizer import InputStatistics, Quantizer
+
+if TYPE_CHECKING:
+    from qbench.sweep import Planned
+
+
+def show_plan(plan: Sequence[Planned]) -> dict[str, Any]:
+    """Prints one row per point to stderr; returns the same as what JSON holds. A size that is not known is None."""
+    shapes: dict[str, tuple[int, Counter] | None] = {}
+    table = Table(box=None, pad_edge=False)
+    for name in ("point", "run", "state", "bits/weight", "model, MB"):
+        table.add_column(name, justify="right" if name in ("bits/weight", "model, MB") else "left")
+    rows = []
+    for planned in plan:
+        point, model = planned.point, planned.point.config.model
+        if (key := repr(model)) not in shapes:
+            shapes[key] = _shapes(model)
+        size = point.quantizer and shapes[key] and model_bytes(point.quantizer, *shapes[key])
+        state = "recorded" if planned.recorded else "to run"
+        bits, packed = size or (None, None)
+        rows.append(
+            {"point": planned.label, "run_id": point.run_id, "state": state, "estimated_model_bytes": packed}
+            | {"estimated_bits_per_weight": bits and round(bits, 4)}
+        )
+        cells = (f"{bits:.3f}", f"{packed / 1e6:.1f}") if size else ("?", "?")
+        table.add_row(Text(planned.label), point.run_id, state, *cells)
+    Console(file=sys.stderr, highlight=False, width=None if sys.stderr.isatty() else 160).print(table)
+    recorded = sum(planned.recorded is not None for planned in plan)
+    print(
+        f"{len(plan)} points, {recorded} recorded already, {len(plan) - recorded} to run; nothing was run",
+        file=sys.stderr,
+    )
+    return {"points": len(plan), "recorded": recorded, "to_run": len(plan) - recorded, "plan": rows}
+
+
+def model_bytes(quantizer: Quantizer, parameters: int, shapes: Counter[tuple[int, int]]) -> tuple[float, int]:
+    """Estimated bits per weight of the linears, and bytes of the whole model with everything else at 16 bit."""
+    a, b, c, d = _coefficients(quantizer)
+    weights = sum(rows * columns * count for (rows, columns), count in shapes.items())
+    packed = sum((a * o * i + b * i + c * o + d) * count for (o, i), count in shapes.items())
+    return 8 * packed / weights, round(packed + 2 * (parameters - weights))
+
+
+def _coefficients(quantizer: Quantizer) -> np.ndarray:
+    generator = torch.Generator().manual_seed(0)
+    group_size = getattr(quantizer, "group_size", 64)
+    width = 64 if group_size == -1 else group_size
+    terms, sizes = [], []
+    for rows in (64, 128):
+        for columns in (2 * width, 4 * width):
+            weight = torch.randn(rows, columns, generator=generator)
+            x = torch.randn(4 * width, columns, generator=generator)
+            statistics = InputStatistics(len(x), absmean=x.abs().mean(0), inputs=x, hessian=x.T @ x)
+            (packed,) = quantizer.quantize([weight], statistics)
+            terms.append([rows * columns, columns, rows, 1])
+            sizes.append(packed.nbytes)
+    return np.linalg.solve(np.array(terms, dtype=float), np.array(sizes, dtype=float))
+
+
+def _shapes(config: ModelConfig) -> tuple[int, Counter[tuple[int, int]]] | None:
+    """Number of parameters, tied ones once, and how often each `[out, in]` occurs; None if no configuration is here."""
+    model = _without_storage(config)
+    if model is None:
+        return None
+    found = find_linears(model)
+    shapes = Counter(tuple(layer.weight.shape) for layer in found.layers.values())
+    for module in found.experts.values():
+        count, hidden, intermediate = stacked_parameters(module)["down_proj"].shape
+        shapes.update({(hidden, intermediate): count, (intermediate, hidden): 2 * count})
+    return sum(p.numel() for p in model.parameters()), shapes
+
+
+def _without_storage(config: ModelConfig) -> Any:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    if config.source == "random":
+        return tiny.build(config.architecture or "", config.seed)[0]
+    try:
+        if config.source == "smollm2":
+            gguf = smollm2.gguf_file()
+            about = AutoConfig.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        elif config.source in ("hub", "local"):
+            folder = config.id if config.source == "hub" else config.path
+            about = load.readable(lambda: AutoConfig.from_pretrained(folder, revision=config.revision), str(folder))
+        else:  # a packed checkpoint: its bytes are those of the point that made it
+            return None
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(about)
+    except Exception:  # no network, no such model: the point itself will say what is wrong
+        return None
