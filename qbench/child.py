@@ -159,10 +159,11 @@ def explain_exit(status: int, said: str) -> str:
     else:
         reason = f"the process ended with exit status {status} and no result"
     # of a line that a progress bar rewrites, only its last state
-    lines = [last for line in said.splitlines() if (last := line.rstrip("\r").rpartition("\r")[2].strip())]
+    lines = [last for line in said.split("\n") if (last := line.rstrip("\r").rpartition("\r")[2].strip())]
     tail = " | ".join(lines[-TAIL_LINES:])
     for folder, short in ((str(Path.cwd()), "."), (sys.prefix, "PREFIX"), (str(Path.home()), "~")):
-        tail = tail.replace(folder, short)  # results name no folders of a machine
+        if folder != "/":
+            tail = tail.replace(folder, short)  # results name no folders of a machine
     return f"{reason}; last lines: {tail}" if tail else reason
 
 

@@ -91,14 +91,6 @@ def test_what_cannot_change_a_number_does_not_change_the_point(qbench, tmp_path)
     assert qbench(*TINY, "runtime.dtype=bfloat16").summary["run_id"] != first
 
 
-def test_sweep(qbench):
-    outcome = qbench("-m", *TINY, "quantizer=rtn,sinq", "quantizer.nbits=2,4")
-    assert outcome.status == 0
-    lines = [json.loads(line) for line in outcome.stdout.splitlines() if line.startswith("{")]
-    assert [(line["quantizer"], line["nbits"]) for line in lines] == [("rtn", 2), ("rtn", 4), ("sinq", 2), ("sinq", 4)]
-    assert len(recorded()) == 4
-
-
 def test_wandb_tracks_the_point(qbench):
     pytest.importorskip("wandb", reason="pip install 'qbench-llm[wandb]'")
     outcome = qbench(*TINY, "tracker=wandb", "tracker.mode=offline")

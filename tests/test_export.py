@@ -28,14 +28,22 @@ def test_export_writes_a_checkpoint_and_is_not_part_of_the_point(qbench):
     assert [p.name for p in Path("exports").iterdir()] == ["a"]
 
 
-def test_a_sweep_exports_each_point_and_overwrites_none(qbench):
-    sweep = ("-m", *TINY, "quantizer.nbits=3,4")
-    assert qbench(*sweep, "export.dir='exports/${quantizer.name}-${quantizer.nbits}'").status == 0
-    assert sorted(p.name for p in Path("exports").iterdir()) == ["rtn-3", "rtn-4"]
-    outcome = qbench(*sweep, "export.dir=same")
+def test_the_checkpoint_of_another_point_is_not_overwritten(qbench):
+    assert qbench(*TINY, "quantizer.nbits=3", "export.dir=same").status == 0
+    outcome = qbench(*TINY, "quantizer.nbits=4", "export.dir=same")
     assert outcome.status == 2
     assert "checkpoint of another point" in outcome.stderr
     assert next(iter(read(Path("same"))["layers"].values()))["weights"][""]["nbits"] == 3
+    again = qbench(*TINY, "quantizer.nbits=3", "export.dir=same")  # result and checkpoint are there
+    assert "already recorded" in again.stderr
+
+
+@pytest.mark.slow
+def test_a_sweep_exports_each_point_and_skips_what_is_exported(qbench):
+    sweep = ("-m", *TINY, "quantizer.nbits=3,4", "export.dir='exports/${quantizer.name}-${quantizer.nbits}'")
+    assert qbench(*sweep).status == 0
+    assert sorted(p.name for p in Path("exports").iterdir()) == ["rtn-3", "rtn-4"]
+    assert qbench(*sweep).summary["skipped"] == 2
 
 
 @pytest.mark.parametrize("place", ["occupied", "file", "file/below"])

@@ -1,0 +1,340 @@
+"""Sweeps: what is refused, run, skipped, recorded after a death, and run side by side."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+from qbench import child
+from qbench.child import Share, explain_exit, host_shares
+from qbench.lock import locked, remove_stale
+from qbench.record.result import Result
+from qbench.record.store import PARTIAL, Store
+from qbench.sweep import Sweep
+from tests.conftest import ROOT
+
+TINY = ("model=tiny-dense", "task.max_windows=2")
+
+# A process in place of the real one that ends as its setting says; only nbits=8 goes on to the real command.
+DYING = """
+import os, signal, sys
+nbits = next(a for a in sys.argv if a.startswith("quantizer.nbits="))[-1]
+print("at window 1\\rat window 2", file=sys.stderr, flush=True)
+if nbits == "2":
+    os.kill(os.getpid(), signal.SIGKILL)
+if nbits == "3":
+    sys.exit(7)
+if nbits == "4":
+    print("qbench: the text is too short", file=sys.stderr)
+    sys.exit(2)
+os.execv(sys.executable, [sys.executable, "-m", "qbench", *sys.argv[1:]])
+"""
+
+
+def recorded(folder: Path = Path("outputs")) -> dict[int, Result]:
+    results = [Result.from_json(p.read_bytes()) for p in (folder / "results").glob("*/result.json")]
+    return {r.config["quantizer"]["nbits"]: r for r in results}
+
+
+def test_a_process_that_dies_costs_its_point_only(qbench, monkeypatch):
+    usual = child.COMMAND
+    monkeypatch.setattr(child, "COMMAND", (sys.executable, "-c", DYING))
+    sweep = ("-m", *TINY, "quantizer=rtn", "quantizer.nbits=2,3,4,8")
+    outcome = qbench(*sweep)
+    assert outcome.status == 1
+    assert outcome.stdout.count("\n") == 1
+    assert {k: outcome.summary[k] for k in ("points", "ok", "failed", "skipped")} == {
+        "points": 4, "ok": 1, "failed": 3, "skipped": 0,
+    }  # fmt: skip
+    errors = {nbits: result.error for nbits, result in recorded().items()}
+    assert errors[2].startswith("the process was killed by SIGKILL (signal 9; often a sign that memory ran out)")
+    assert errors[2].endswith("last lines: at window 2")
+    assert errors[3] == "the process ended with exit status 7 and no result; last lines: at window 2"
+    assert errors[4] == "the text is too short"
+    assert errors[8] is None
+    assert recorded()[2].command == [*TINY, "quantizer=rtn", "quantizer.nbits=2"]
+    assert outcome.stderr.index("[1/4] quantizer.nbits=2: FAILED") < outcome.stderr.index("[4/4] quantizer.nbits=8: ok")
+    assert not list(Path("outputs").rglob("*.lock"))
+
+    # the same command tries the failed points again and leaves the finished one alone
+    finished = recorded()[8]
+    monkeypatch.setattr(child, "COMMAND", (sys.executable, "-c", "raise SystemExit(9)"))
+    outcome = qbench(*sweep)
+    assert (outcome.summary["skipped"], outcome.summary["failed"]) == (1, 3)
+    assert "exit status 9" in recorded()[2].error
+    assert recorded()[8] == finished
+
+    # a point that is measured again on request and dies does not take its earlier result along
+    outcome = qbench("-m", *TINY, "quantizer=rtn", "quantizer.nbits=8", "runtime.rerun=true")
+    assert outcome.status == 1
+    assert recorded()[8] == finished
+    monkeypatch.setattr(child, "COMMAND", usual)
+
+
+def test_invalid_points_are_refused_all_at_once_before_the_first_starts(qbench, monkeypatch):
+    monkeypatch.setattr(child, "COMMAND", ("false",))
+    outcome = qbench("-m", *TINY, "quantizer=rtn,nf4", "quantizer.nbits=3,5")
+    assert outcome.status == 2
+    assert outcome.stdout == ""
+    assert [line for line in outcome.stderr.splitlines() if line.startswith("qbench: ")] == [
+        "qbench: 3 of 4 points cannot run, so none was started:"
+    ]
+    assert "  quantizer=rtn quantizer.nbits=5: quantizer=rtn: nbits must be one of 2, 3, 4, 8" in outcome.stderr
+    for nbits in (3, 5):
+        assert f"  quantizer=nf4 quantizer.nbits={nbits}: unknown key 'quantizer.nbits'" in outcome.stderr
+    assert "choose from: quantizer.aux_dtype, quantizer.group_size" in outcome.stderr
+    assert not list(Path("outputs/results").iterdir())
+    assert not Path("outputs/sweeps").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["quantizer=rtn,sink"], "unknown quantizer 'sink'; did you mean 'sinq'?"),
+        (["quantizer=rtn,gptq", "calibration=file"], "calibration=file names no text: set calibration.path=FILE"),
+        (["quantizer.group_size=0,-2"], "group_size must be a positive number"),
+        (["quantizer.nbits=3,4", "export.dir=same"], "export.dir=same would hold the checkpoint of another point"),
+        (["experiment=demo,demo"], "one experiment at a time"),
+        (["experiment=dmeo"], "unknown experiment 'dmeo'; did you mean 'demo'?"),
+        (["runtime.devise=cpu"], "did you mean 'runtime.device'?"),
+        (["quantizer.nbits=3,"], "an override has the form KEY=VALUE"),
+    ],
+)
+def test_wrong_sweeps(qbench, arguments, sentence):
+    outcome = qbench("-m", *TINY, *arguments)
+    assert outcome.status == 2
+    assert sentence in outcome.stderr
+    assert "Traceback" not in outcome.stderr
+    assert sum(line.startswith("qbench: ") for line in outcome.stderr.splitlines()) == 1
+
+
+def test_dry_run_shows_the_plan_and_runs_nothing(qbench, monkeypatch):
+    monkeypatch.setattr(child, "COMMAND", ("false",))
+    outcome = qbench("-m", *TINY, "quantizer=rtn,sinq", "--dry-run")
+    assert outcome.status == 0
+    assert (outcome.summary["points"], outcome.summary["to_run"]) == (2, 2)
+    rtn, sinq = outcome.summary["plan"]
+    assert rtn["estimated_bits_per_weight"] == 4.5
+    assert sinq["estimated_bits_per_weight"] == 4.6875
+    assert not list(Path("outputs/results").iterdir())
+
+
+def test_estimated_bytes_are_those_that_are_stored(tiny):
+    from collections import Counter
+    from copy import deepcopy
+
+    from qbench.estimate import model_bytes
+    from qbench.models.linears import find_linears, quantized_weights
+    from qbench.quantize import quantize_model
+    from qbench.registry import make_quantizer
+
+    for settings in (
+        {"name": "rtn", "nbits": 3},
+        {"name": "sinq", "group_size": 32},
+        {"name": "nf4", "group_size": -1},
+    ):
+        model, quantizer = deepcopy(tiny[0]), make_quantizer(settings)
+        parameters = sum(p.numel() for p in model.parameters())
+        shapes = Counter(tuple(layer.weight.shape) for layer in find_linears(model).layers.values())
+        estimated_bits, estimated_bytes = model_bytes(quantizer, parameters, shapes)
+        quantize_model(model, quantizer, None)
+        stored = sum(weight.nbytes for weight in quantized_weights(model))
+        rest = sum(p.numel() for p in model.parameters())
+        assert estimated_bytes == stored + 2 * rest
+        assert estimated_bits == pytest.approx(8 * stored / (parameters - rest))
+
+
+def test_the_demo_leaves_out_what_does_not_exist():
+    from hydra import compose, initialize_config_module
+
+    from qbench.config import register
+
+    register()
+    with initialize_config_module("qbench.conf", version_base="1.3"):
+        config = compose("config", overrides=["experiment=demo"], return_hydra_config=True)
+    sweep = Sweep()
+    sweep.config = OmegaConf.create({"hydra": {"sweeper": config.hydra.sweeper}})
+    sweep.hydra_context = type("Context", (), {"config_loader": None})
+    points = {" ".join(p) for p in sweep._expand(["experiment=demo", "model=tiny-dense"])}
+    assert len(points) == 14
+    assert "quantizer=nf4 experiment=demo model=tiny-dense" in points
+    assert "quantizer=asinq quantizer.nbits=3 experiment=demo model=tiny-dense" in points
+
+
+def test_shares_of_a_host(tmp_path, monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(child, "cores", lambda: 16)
+    shares = host_shares(3, [], tmp_path)
+    assert [s.environment for s in shares] == [{"OMP_NUM_THREADS": "5"}] * 3
+    gpus = host_shares(99, ["0", "GPU-5"], tmp_path)
+    assert [s.environment["CUDA_VISIBLE_DEVICES"] for s in gpus] == ["0", "GPU-5"]
+    assert {s.environment["OMP_NUM_THREADS"] for s in gpus} == {"8"}
+    assert len({s.lock for s in gpus}) == 2
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    assert host_shares(3, [], tmp_path)[0].environment == {}
+
+
+def test_a_share_is_taken_by_one_and_outlives_its_taker_as_long_as_the_process(tmp_path):
+    shares = (Share(str(tmp_path / "a"), {"X": "a"}), Share(str(tmp_path / "b"), {"X": "b"}))
+    seen = []
+
+    def take():
+        with child._one_of(shares) as (_, environment):
+            seen.append(environment["X"])
+            time.sleep(0.3)
+
+    with child._one_of(shares) as (descriptors, environment):
+        assert environment == {"X": "a"}
+        process = subprocess.Popen(["sleep", "30"], pass_fds=descriptors)
+    threads = [threading.Thread(target=take) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert seen == ["b", "b"]  # one after the other: the process still has a
+    process.kill()
+    process.wait()
+    with child._one_of(shares) as (_, environment):
+        assert environment == {"X": "a"}
+
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from qbench.lock import locked
+with locked(Path(sys.argv[1]), "work"):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_lock_ends_with_its_holder(tmp_path, caplog):
+    path = tmp_path / "locks" / "x.lock"
+    holder = subprocess.Popen([sys.executable, "-c", HOLDER, str(path)], stdout=subprocess.PIPE, cwd=ROOT)
+    assert holder.stdout.readline() == b"held\n"
+    threading.Timer(0.5, holder.kill).start()
+    caplog.set_level("INFO")
+    with locked(path, "work"):
+        assert holder.wait() == -signal.SIGKILL
+        assert "work: another process is at it, waiting" in caplog.text
+        assert path.exists()
+    holder.stdout.close()
+    assert not path.exists()
+
+
+def test_without_locks_the_work_is_done_anyway(tmp_path, caplog):
+    (tmp_path / "file").write_text("")
+    with locked(tmp_path / "file" / "x.lock", "work"):
+        pass
+    assert "concurrent points may do this twice" in caplog.text
+
+
+def test_only_old_partial_files_are_removed(tmp_path):
+    old, young = tmp_path / f"{PARTIAL}old", tmp_path / f"{PARTIAL}young"
+    for path in (old, young):
+        path.write_text("half")
+    os.utime(old, (time.time() - 7200,) * 2)
+    remove_stale(tmp_path, PARTIAL)
+    assert [p.name for p in tmp_path.iterdir()] == [young.name]
+
+
+@pytest.mark.parametrize(
+    ("status", "said", "sentence"),
+    [
+        (-11, "", "the process was killed by SIGSEGV (signal 11)"),
+        (137, "a\n\nb\n", "was killed by SIGKILL (signal 9; often a sign that memory ran out); last lines: a | b"),
+        (1, f"{Path.home()}/x", "the process ended with exit status 1 and no result; last lines: ~/x"),
+        (2, "qbench: not so\nlater", "not so"),
+    ],
+)  # fmt: skip
+def test_what_is_said_of_a_dead_process(status, said, sentence, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert explain_exit(status, said).endswith(sentence)
+
+
+def test_launchers_are_checked_before_anything_runs(qbench):
+    slurm = qbench("-m", *TINY, "hydra/launcher=slurm", "quantizer=rtn,sinq")
+    assert slurm.status == 2
+    assert "say cuda or cpu" in slurm.stderr or "pip install 'qbench-llm[launchers]'" in slurm.stderr
+    missing = qbench("-m", *TINY, "quantizer=rtn,sinq", "hydra.launcher._target_=hydra_plugins.none.None")
+    assert missing.status == 2
+    assert "is not installed: pip install 'qbench-llm[launchers]'" in missing.stderr
+
+
+def run(*arguments: str, folder: Path) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-m", "qbench", *arguments],
+        cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+@pytest.mark.slow
+def test_concurrent_sweeps_share_points_and_baseline(tmp_path):
+    sweep = ("-m", *TINY, "quantizer=rtn,sinq", "quantizer.nbits=3,4")
+    both = [run(*sweep, folder=tmp_path) for _ in range(2)]
+    for process in both:
+        stdout, stderr = process.communicate()
+        assert process.returncode == 0, stderr
+        assert json.loads(stdout.splitlines()[-1])["ok"] == 4
+    results = [Result.from_json(p.read_bytes()) for p in tmp_path.glob("outputs/results/*/result.json")]
+    assert len(results) == 4
+    assert sum(not r.evaluation[0].baseline_cached for r in results) == 1
+    logs = [p.read_text() for p in tmp_path.glob("outputs/sweeps/*/*.log")]
+    assert sum("quantizing" in text and "already recorded" not in text for text in logs) == 4
+    assert not list(tmp_path.glob("outputs/locks/*"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["joblib", "submitit_local"])
+def test_side_by_side(tmp_path, launcher):
+    pytest.importorskip("hydra_plugins", reason="pip install 'qbench-llm[launchers]'")
+    two = "hydra.launcher.n_jobs=2" if launcher == "joblib" else "hydra.launcher.cpus_per_task=1"
+    sweep = ("-m", *TINY, f"hydra/launcher={launcher}", two, "quantizer=rtn", "quantizer.nbits=2,3,4")
+    process = run(*sweep, "task.window=512", folder=tmp_path)
+    deaths = 0
+    while process.poll() is None and not deaths:
+        for running in _points(process.pid):
+            running.kill()
+            deaths += 1
+            break
+        time.sleep(0.05)
+    stdout, stderr = process.communicate()
+    assert process.returncode == 1, stderr
+    summary = json.loads(stdout.splitlines()[-1])
+    assert (summary["ok"], summary["failed"]) == (2, 1)
+    assert "killed by SIGKILL" in stderr
+    again = run(*sweep, "task.window=512", folder=tmp_path)
+    stdout, stderr = again.communicate()
+    assert again.returncode == 0, stderr
+    assert json.loads(stdout.splitlines()[-1])["skipped"] == 2
+    threads = {r.environment["threads"] for r in map(_read, tmp_path.glob("outputs/results/*/result.json"))}
+    assert threads == {int(os.environ.get("OMP_NUM_THREADS", max(1, child.cores() // 2)))}
+
+
+def _points(pid: int):
+    import psutil
+
+    for process in psutil.Process(pid).children(recursive=True):
+        try:
+            if "hydra.mode=RUN" in process.cmdline():
+                yield process
+        except psutil.NoSuchProcess:
+            continue
+
+
+def _read(path: Path) -> Result:
+    return Result.from_json(path.read_bytes())
+
+
+def test_a_point_is_locked_while_it_is_measured(tmp_path):
+    store = Store(tmp_path)
+    with store.lock("point-x", "point x"):
+        assert [p.name for p in (tmp_path / "locks").iterdir()] == ["point-x.lock"]
+    assert not list((tmp_path / "locks").iterdir())
