@@ -51,6 +51,12 @@ def prepare(cache: Path, seed: int) -> Path:
     folder = cache / f"smollm2-135m-v{VERSION}-seed{seed}"
     if not (folder / "complete.json").is_file():
         source = gguf_file()
+        with source.open("rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+        if found != GGUF_SHA256:
+            raise RequestError(
+                f"{source} is corrupt: sha256 {found[:16]}..., expected {GGUF_SHA256[:16]}...; re{INSTALL}"
+            )
         with locked(cache / f".{folder.name}.lock", "converting the reference model"):
             if not (folder / "complete.json").is_file():
                 _convert(source, folder, seed)
@@ -59,10 +65,6 @@ def prepare(cache: Path, seed: int) -> Path:
 
 def _convert(source: Path, folder: Path, seed: int) -> None:
     """Makes `folder` in one step."""
-    with source.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if found != GGUF_SHA256:
-        raise RequestError(f"{source} is corrupt: sha256 {found[:16]}..., expected {GGUF_SHA256[:16]}...; re{INSTALL}")
     log.info("converting %s to safetensors (once)", GGUF_NAME)
     model, tokenizer = _read_gguf(source)
     if seed >= 0:
@@ -78,7 +80,7 @@ def _convert(source: Path, folder: Path, seed: int) -> None:
     try:
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
-        (partial / "complete.json").write_text(json.dumps({"gguf_sha256": found, "seed": seed}))
+        (partial / "complete.json").write_text(json.dumps({"gguf_sha256": GGUF_SHA256, "seed": seed}))
         partial.chmod(0o755)
         try:
             os.replace(partial, folder)
