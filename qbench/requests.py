@@ -41,7 +41,8 @@ def explain(error: Exception, overrides: Sequence[str]) -> str:
 
             return str(unknown(group, option, options(group)))  # Hydra's own list lacks those in folders below
         group, _, option = error.missing_cfg_file.rpartition("/")
-        return str(unknown(group, option, error.options))
+        more = "; others come with: pip install 'qbench-llm[launchers]'" if group == "hydra/launcher" else ""
+        return f"{unknown(group, option, error.options)}{more}"
     text = str(error)
     if isinstance(error, OverrideParseException):
         return f"cannot read '{error.override}'; an override has the form KEY=VALUE or GROUP=OPTION"

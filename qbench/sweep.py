@@ -262,11 +262,14 @@ def _check_launcher(launcher: DictConfig) -> str:
 
 
 def _jobs(launcher: DictConfig, gpus: int) -> int:
-    """How many points run at a time on this host, as the launcher is told; by default one a GPU, or one per 4 cores."""
+    """How many points run at a time on this host, as the launcher is told; by default one a GPU, or one per 4 cores.
+
+    joblib's own default, n_jobs=-1, is one per core, which suits no point that computes.
+    """
     from qbench.child import cores
 
-    if asked := launcher.get("n_jobs"):
-        return cores() if asked == -1 else asked
+    if (asked := launcher.get("n_jobs", -1)) > 0:
+        return asked
     if per_point := launcher.get("cpus_per_task"):
         return max(1, cores() // per_point)
     return gpus or max(1, cores() // CORES_PER_POINT)
