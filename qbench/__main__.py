@@ -34,6 +34,9 @@ def main() -> int:
     if "--dry-run" in sys.argv:  # of a sweep, if need be of one point
         rest = [a for a in sys.argv[1:] if a not in ("--dry-run", "-m", "--multirun")]
         sys.argv[1:] = ["-m", *rest, "hydra.sweeper.dry_run=true"]
+    if {"-m", "--multirun"} & set(sys.argv):
+        with contextlib.suppress(HydraException):  # an argument that cannot be read is refused below
+            sys.argv[1:] = requests.leave_to_points(sys.argv[1:])
     statuses: list[int] = []
 
     @hydra.main(version_base="1.3", config_path="pkg://qbench.conf", config_name="config")

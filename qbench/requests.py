@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from hydra import compose, initialize_config_module
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.plugins import Plugins
 from hydra.core.singleton import Singleton
 from hydra.errors import MissingConfigException, OverrideParseException
@@ -30,6 +31,23 @@ class ThirdPartyConf(SearchPathPlugin):
 
 def add_third_party_conf() -> None:
     Plugins.instance().register(ThirdPartyConf)
+
+
+def leave_to_points(arguments: Sequence[str]) -> list[str]:
+    """The arguments of a sweep, with the settings of a swept group written so that only the points take them.
+
+    Hydra applies `quantizer.ratios=10` of `quantizer=awq,asinq quantizer.ratios=10` to the default quantizer first,
+    which may have no such key; `quantizer.ratios=choice(10)` says the same and reaches the points alone.
+    """
+    swept = {a.partition("=")[0] for a in arguments if a.partition("=")[0] in GROUPS and "," in a}
+    kept = []
+    for argument in arguments:
+        if argument.lstrip("+").partition(".")[0] in swept and "=" in argument:
+            override = OverridesParser.create().parse_override(argument)
+            if not override.is_sweep_override():
+                argument = f"{override.get_key_element()}=choice({override.get_value_element_as_str()})"
+        kept.append(argument)
+    return kept
 
 
 def explain(error: Exception, overrides: Sequence[str]) -> str:

@@ -77,7 +77,8 @@ class Sweep(Callback):
         self.config = config
         self.hydra_context = HydraContext(GlobalHydra.instance().config_loader(), Callbacks())
         where = _check_launcher(config.hydra.launcher)
-        plan = self._plan(self._expand(list(config.hydra.overrides.task)), where)
+        task = OmegaConf.to_container(config.hydra.overrides.task, resolve=False)  # ${...} is each point's own
+        plan = self._plan(self._expand(task), where)
         todo = [p for p in plan if p.recorded is None]
         if config.hydra.sweeper.dry_run:
             from qbench.estimate import show_plan
@@ -96,10 +97,10 @@ class Sweep(Callback):
         """The overrides of every point: each product in turn; what the command line says comes last and wins."""
         parser = OverridesParser.create(config_loader=self.hydra_context.config_loader)
         found: list[tuple[str, ...]] = []
-        sweeper = self.config.hydra.sweeper
-        products = [dict(p) for p in sweeper.also]
-        if sweeper.params or not products:
-            products.insert(0, dict(sweeper.params or {}))
+        sweeper = OmegaConf.to_container(self.config.hydra.sweeper, resolve=False)
+        products = list(sweeper["also"])
+        if sweeper["params"] or not products:
+            products.insert(0, sweeper["params"] or {})
         for product in products:
             overrides = parser.parse_overrides([*(f"{k}={v}" for k, v in product.items()), *arguments])
             for override in overrides:

@@ -126,6 +126,15 @@ def test_dry_run_shows_the_plan_and_runs_nothing(qbench, monkeypatch):
     assert not list(Path("outputs/results").iterdir())
 
 
+def test_settings_of_a_swept_group_reach_the_points_alone(qbench):
+    outcome = qbench("-m", *TINY, "quantizer=awq,gptq", "quantizer.ratios=10", "--dry-run")
+    assert outcome.status == 2  # of GPTQ, which has none, and not of the default quantizer
+    assert "1 of 2 points cannot run" in outcome.stderr
+    assert "  quantizer=gptq: unknown key 'quantizer.ratios'" in outcome.stderr
+    named = "export.dir='x y/${quantizer.name}-${quantizer.nbits}'"
+    assert qbench("-m", *TINY, "quantizer=rtn,awq", "quantizer.nbits=3,4", named, "--dry-run").status == 0
+
+
 def test_estimated_bytes_are_those_that_are_stored(tiny):
     from collections import Counter
     from copy import deepcopy
