@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import re
 import subprocess
 import sys
 import tempfile
@@ -40,7 +41,7 @@ class Attack:
     options: tuple[str, ...] = ()
     finished: dict[Path, bytes] = field(default_factory=dict)
     lost: set[str] = field(default_factory=set)  # run_ids that were recorded as killed
-    lifetime: float = 6.0  # seconds of a point, renewed from what is recorded
+    lifetime: float = 10.0  # seconds of a point's process, renewed with each that ends by itself
     generation: int = 0  # of points: another bootstrap seed makes other points
 
     def run(self, kills: int, chance: random.Random) -> dict[str, int]:
@@ -119,7 +120,8 @@ class Attack:
             record = result.evaluation[0]
             for name, values in load_file(path.parent / record.window_nll_file).items():
                 assert len(values) == record.windows, name
-            self.lifetime = 0.9 * self.lifetime + 0.1 * (sum(result.seconds.values()) + 5)
+        if ended := re.findall(r": ok, .* ([\d.]+) s\n", (self.folder / "log.txt").read_text()):
+            self.lifetime = float(ended[-1])
         for path in self.folder.glob("outputs/baselines/*"):
             assert path.name.startswith(PARTIAL) or load_file(path)
 
