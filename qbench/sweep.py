@@ -243,14 +243,14 @@ def _submit(launcher: Any, points: list[Point]) -> Iterator[Outcome]:
 
 
 def _settle(point: Point, reason: str) -> Outcome:
-    """The outcome of a point whose job did not come back: what is recorded, or a failure for this reason."""
+    """The outcome of a point whose job did not come back: what it has recorded, or a failure for this reason."""
     from qbench.child import Outcome, record_failure
     from qbench.record.store import Store
 
-    result = Store(point.config["outputs"]).load(point.run_id)
-    if result is None or result.status != "ok":
-        result = record_failure(point, reason)
-    return Outcome(point, result)
+    failure = record_failure(point, reason)  # waits if the point's own process has outlived its job
+    if point.config["runtime"]["rerun"]:
+        return Outcome(point, failure)
+    return Outcome(point, Store(point.config["outputs"]).load(point.run_id) or failure)
 
 
 def _check_launcher(launcher: DictConfig) -> str:

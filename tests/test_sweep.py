@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from qbench.record.result import Result
 from qbench.record.store import PARTIAL, Store
 from qbench.sweep import Sweep
 from tests.conftest import ROOT
+from tests.kill_sweep import Attack, points_of
 
 TINY = ("model=tiny-dense", "task.max_windows=2")
 
@@ -295,8 +297,10 @@ def test_concurrent_sweeps_share_points_and_baseline(tmp_path):
     results = [Result.from_json(p.read_bytes()) for p in tmp_path.glob("outputs/results/*/result.json")]
     assert len(results) == 4
     assert sum(not r.evaluation[0].baseline_cached for r in results) == 1
-    logs = [p.read_text() for p in tmp_path.glob("outputs/sweeps/*/*.log")]
-    assert sum("quantizing" in text and "already recorded" not in text for text in logs) == 4
+    logs = "".join(p.read_text() for p in set(tmp_path.glob("outputs/sweeps/*/*.log")))
+    assert (
+        logs.count(", recorded in outputs/results/") - logs.count("already recorded;") == 4
+    )  # none was measured twice
     assert not list(tmp_path.glob("outputs/locks/*"))
 
 
@@ -309,7 +313,7 @@ def test_side_by_side(tmp_path, launcher):
     process = run(*sweep, "task.window=512", folder=tmp_path)
     deaths = 0
     while process.poll() is None and not deaths:
-        for running in _points(process.pid):
+        for running in points_of(process.pid):
             running.kill()
             deaths += 1
             break
@@ -327,15 +331,77 @@ def test_side_by_side(tmp_path, launcher):
     assert threads == {int(os.environ.get("OMP_NUM_THREADS", max(1, child.cores() // 2)))}
 
 
-def _points(pid: int):
-    import psutil
+@pytest.mark.slow
+def test_kills_at_random_moments(tmp_path):
+    attack = Attack(tmp_path)
+    assert sum(attack.run(4, random.Random(2)).values()) == 4
+    assert len(attack.finished) >= 8
 
-    for process in psutil.Process(pid).children(recursive=True):
-        try:
-            if "hydra.mode=RUN" in process.cmdline():
-                yield process
-        except psutil.NoSuchProcess:
-            continue
+
+@pytest.mark.slow
+def test_a_lost_job_does_not_end_the_others(tmp_path):
+    pytest.importorskip("submitit", reason="pip install 'qbench-llm[launchers]'")
+    sweep = ("-m", *TINY, "hydra/launcher=submitit_local", "quantizer=rtn", "quantizer.nbits=3,4")
+    process = run(*sweep, folder=tmp_path)
+    while not (points := points_of(process.pid)):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+    job = points[0].parent()
+    assert any("submitit" in word for word in job.cmdline())
+    points[0].suspend()  # so that it cannot finish first
+    job.kill()
+    points[0].kill()
+    stdout, stderr = process.communicate()
+    assert process.returncode == 1, stderr
+    summary = json.loads(stdout.splitlines()[-1])
+    assert (summary["ok"], summary["failed"]) == (1, 1)
+    assert " was lost: " in stderr
+
+
+SBATCH = """#!{python}
+import os, re, shutil, subprocess, sys
+file = sys.argv[1]
+shutil.copy(file, "{folder}/submitted")
+last = int(re.search(r"--array=0-([0-9]+)", open(file).read()).group(1))
+for i in range(last + 1):
+    task = dict(SLURM_JOB_ID=str(100 + i), SLURM_ARRAY_JOB_ID="77", SLURM_ARRAY_TASK_ID=str(i), SLURM_CPUS_PER_TASK="1")
+    node = dict(SLURM_JOB_NUM_NODES="1", SLURM_NTASKS="1", SLURM_NODEID="0", SLURM_PROCID="0", SLURM_LOCALID="0")
+    null = subprocess.DEVNULL
+    subprocess.Popen(["bash", file], env=os.environ | task | node, stdin=null, stdout=null, stderr=null)
+print("Submitted batch job 77")
+"""
+SRUN = """#!/bin/bash
+while [[ $1 == --* ]]; do [[ $1 == --output || $1 == --error ]] && shift; shift; done
+exec "$@"
+"""
+SACCT = """#!/bin/bash
+echo 'JobID|State|NodeList'
+for i in 0 1 2; do echo "77_$i|RUNNING|here"; done
+"""
+
+
+@pytest.mark.slow
+def test_slurm(tmp_path, monkeypatch):
+    """With stand-ins for Slurm's own commands; submitit, its job files and the jobs are real."""
+    pytest.importorskip("submitit", reason="pip install 'qbench-llm[launchers]'")
+    commands = {"sbatch": SBATCH.format(python=sys.executable, folder=tmp_path), "srun": SRUN, "sacct": SACCT}
+    (tmp_path / "bin").mkdir()
+    for name, script in commands.items():
+        (tmp_path / "bin" / name).write_text(script)
+        (tmp_path / "bin" / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    job = [f"hydra.launcher.{o}" for o in ("gpus_per_node=0", "partition=night", "mem_gb=5", "array_parallelism=2")]
+    sweep = ("-m", *TINY, "quantizer=rtn", "quantizer.nbits=3,4", "runtime.device=cpu")
+    process = run(*sweep, "hydra/launcher=slurm", *job, folder=tmp_path)
+    stdout, stderr = process.communicate()
+    assert process.returncode == 0, stderr
+    assert json.loads(stdout.splitlines()[-1])["ok"] == 2
+    submitted = (tmp_path / "submitted").read_text()
+    for line in ("--array=0-1%2", "--partition=night", "--mem=5GB", "--cpus-per-task=8", "--job-name=qbench"):
+        assert f"#SBATCH {line}" in submitted
+    results = [_read(p) for p in tmp_path.glob("outputs/results/*/result.json")]
+    assert [r.environment["threads"] for r in results] == [1, 1]
 
 
 def _read(path: Path) -> Result:
