@@ -27,7 +27,7 @@ from filelock import lock_descriptor
 
 from qbench import __version__
 from qbench.record.result import Result
-from qbench.record.store import Store
+from qbench.record.store import Store, identity
 
 COMMAND = (sys.executable, "-X", "faulthandler", "-m", "qbench")  # faulthandler: a segfault says where
 TAIL_LINES, TAIL_BYTES = 5, 4000
@@ -90,14 +90,15 @@ class Work:
 def host_shares(jobs: int, gpus: Sequence[str], folder: Path) -> tuple[Share, ...]:
     """Shares of this host for `jobs` points at a time: one GPU each where there are any, and equal parts of the cores.
 
-    A GPU is locked for the whole host, so two sweeps of one user never meet on it; cores are shared out per sweep, in
-    `folder`. OMP_NUM_THREADS is left alone where the user has set it.
+    A GPU is locked for the whole host, so two sweeps of one user never meet on it; cores are shared out among the points
+    of the sweep that writes to `folder`. OMP_NUM_THREADS is left alone where the user has set it.
     """
     jobs = min(jobs, len(gpus)) if gpus else jobs
     threads = {} if "OMP_NUM_THREADS" in os.environ else {"OMP_NUM_THREADS": str(max(1, cores() // jobs))}
+    common = Path(tempfile.gettempdir()) / f"qbench-{os.getuid()}"  # of this host, not of a shared file system
     if not gpus:
-        return tuple(Share(str(folder / f".share-{i}.lock"), threads) for i in range(jobs))
-    common = Path(tempfile.gettempdir()) / f"qbench-{os.getuid()}"
+        sweep = identity(str(folder.resolve()))
+        return tuple(Share(str(common / f"{sweep}-{i}.lock"), threads) for i in range(jobs))
     return tuple(Share(str(common / f"gpu-{gpu}.lock"), threads | {"CUDA_VISIBLE_DEVICES": gpu}) for gpu in gpus)
 
 
