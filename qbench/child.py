@@ -56,6 +56,7 @@ class Point:
     dtype: str
     log: str  # file that receives what the process writes
     exports: bool = False
+    flags: tuple[str, ...] = ()  # of the command line: where else configuration is found
     shares: tuple[Share, ...] = ()  # none: the point has its host to itself
 
     @property
@@ -90,8 +91,8 @@ class Work:
 def host_shares(jobs: int, gpus: Sequence[str], folder: Path) -> tuple[Share, ...]:
     """Shares of this host for `jobs` points at a time: one GPU each where there are any, and equal parts of the cores.
 
-    A GPU is locked for the whole host, so two sweeps of one user never meet on it; cores are shared out among the points
-    of the sweep that writes to `folder`. OMP_NUM_THREADS is left alone where the user has set it.
+    A GPU is locked for the whole host, so two sweeps of one user never meet on it; cores are shared out among the
+    points of the sweep that writes to `folder`. OMP_NUM_THREADS is left alone where the user has set it.
     """
     jobs = min(jobs, len(gpus)) if gpus else jobs
     threads = {} if "OMP_NUM_THREADS" in os.environ else {"OMP_NUM_THREADS": str(max(1, cores() // jobs))}
@@ -189,7 +190,7 @@ def _spawn(point: Point, descriptors: Sequence[int], environment: dict[str, str]
     with log.open("ab") as file:
         start = file.tell()
         process = subprocess.Popen(
-            [*COMMAND, *point.overrides, "hydra.mode=RUN"],
+            [*COMMAND, *point.flags, *point.overrides, "hydra.mode=RUN"],
             stdin=subprocess.DEVNULL,
             stdout=file,
             stderr=subprocess.STDOUT,

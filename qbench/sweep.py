@@ -168,6 +168,10 @@ class Sweep(Callback):
             shares = host_shares(jobs, gpus, folder)
             threads = shares[0].environment.get("OMP_NUM_THREADS", os.environ.get("OMP_NUM_THREADS"))
             words = f"{len(shares)} at a time, {threads} threads each" + (", one GPU each" if gpus else "")
+        hydra = self.config.hydra
+        flags = [a for a in hydra.overrides.hydra if a.startswith("hydra.searchpath=")]
+        for source in hydra.runtime.config_sources:
+            flags += ["--config-dir", source.path] if source.provider == "command-line" else []
         points = []
         for number, planned in enumerate(todo, 1):
             point = planned.point
@@ -183,6 +187,7 @@ class Sweep(Callback):
                     dtype=str(point.dtype).removeprefix("torch."),
                     log=str(folder / f"{number}-{point.run_id}.log"),
                     exports=point.export is not None,
+                    flags=tuple(flags),
                     shares=shares,
                 )
             )

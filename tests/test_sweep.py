@@ -46,9 +46,12 @@ def recorded(folder: Path = Path("outputs")) -> dict[int, Result]:
 
 
 def test_a_process_that_dies_costs_its_point_only(qbench, monkeypatch):
-    usual = child.COMMAND
+    """The sweep is an experiment of the user's own, which the processes have to find too."""
+    Path("mine/experiment").mkdir(parents=True)
+    params = "{hydra: {sweeper: {params: {quantizer.nbits: '2,3,4,8'}}}}"
+    Path("mine/experiment/bits.yaml").write_text(f"# @package _global_\n{params}\n")
     monkeypatch.setattr(child, "COMMAND", (sys.executable, "-c", DYING))
-    sweep = ("-m", *TINY, "quantizer=rtn", "quantizer.nbits=2,3,4,8")
+    sweep = ("-m", "--config-dir", "mine", "experiment=bits", *TINY, "quantizer=rtn")
     outcome = qbench(*sweep)
     assert outcome.status == 1
     assert outcome.stdout.count("\n") == 1
@@ -61,7 +64,8 @@ def test_a_process_that_dies_costs_its_point_only(qbench, monkeypatch):
     assert errors[3] == "the process ended with exit status 7 and no result; last lines: at window 2"
     assert errors[4] == "the text is too short"
     assert errors[8] is None
-    assert recorded()[2].command == [*TINY, "quantizer=rtn", "quantizer.nbits=2"]
+    assert recorded()[8].command == ["quantizer.nbits=8", "experiment=bits", *TINY, "quantizer=rtn"]
+    assert recorded()[2].command == ["quantizer.nbits=2", "experiment=bits", *TINY, "quantizer=rtn"]
     assert outcome.stderr.index("[1/4] quantizer.nbits=2: FAILED") < outcome.stderr.index("[4/4] quantizer.nbits=8: ok")
     assert not list(Path("outputs").rglob("*.lock"))
 
@@ -77,7 +81,6 @@ def test_a_process_that_dies_costs_its_point_only(qbench, monkeypatch):
     outcome = qbench("-m", *TINY, "quantizer=rtn", "quantizer.nbits=8", "runtime.rerun=true")
     assert outcome.status == 1
     assert recorded()[8] == finished
-    monkeypatch.setattr(child, "COMMAND", usual)
 
 
 def test_invalid_points_are_refused_all_at_once_before_the_first_starts(qbench, monkeypatch):
@@ -307,7 +310,8 @@ def test_concurrent_sweeps_share_points_and_baseline(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", ["joblib", "submitit_local"])
 def test_side_by_side(tmp_path, launcher):
-    pytest.importorskip("hydra_plugins", reason="pip install 'qbench-llm[launchers]'")
+    package = f"hydra_plugins.hydra_{launcher.partition('_')[0]}_launcher"
+    pytest.importorskip(package, reason="pip install 'qbench-llm[launchers]'")
     two = "hydra.launcher.n_jobs=2" if launcher == "joblib" else "hydra.launcher.cpus_per_task=1"
     sweep = ("-m", *TINY, f"hydra/launcher={launcher}", two, "quantizer=rtn", "quantizer.nbits=2,3,4")
     process = run(*sweep, "task.window=512", folder=tmp_path)
