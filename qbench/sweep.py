@@ -110,12 +110,13 @@ class Sweep(Callback):
         return list(dict.fromkeys(found))
 
     def _plan(self, found: list[tuple[str, ...]], where: str) -> list[Planned]:
+        from qbench.evaluate import measure
         from qbench.evaluate.text import read_text
         from qbench.models import load
         from qbench.run import prepare
 
         common = set(found[0]).intersection(*found[1:])
-        fingerprint, read = _remembered(load.fingerprint), _remembered(read_text)
+        shared = [_remembered(function) for function in (load.fingerprint, measure.read, read_text)]
         plan: dict[str, Planned] = {}
         refused: dict[str, list[str]] = {}  # sentence -> the points it is about
         exports: dict[Path, str] = {}
@@ -127,7 +128,7 @@ class Sweep(Callback):
                     raise RequestError(
                         "runtime.device=auto would mean this machine; with a Slurm launcher say cuda or cpu"
                     )
-                point = prepare(config, list(overrides), where != "slurm", fingerprint, read)
+                point = prepare(config, list(overrides), where != "slurm", *shared)
                 if point.export is not None and exports.setdefault(point.export, point.run_id) != point.run_id:
                     raise RequestError(
                         f"export.dir={point.export} would hold the checkpoint of another point of this sweep; use "
@@ -289,13 +290,13 @@ def _gpus() -> list[str]:
     return [str(i) for i in range(torch.cuda.device_count())]
 
 
-def _remembered(function: Callable[[Any], Any]) -> Callable[[Any], Any]:
+def _remembered(function: Callable[..., Any]) -> Callable[..., Any]:
     """Points of a sweep share models and texts: each is fingerprinted or read once."""
     known: dict[str, Any] = {}
 
-    def call(config: Any) -> Any:
-        if (name := repr(config)) not in known:
-            known[name] = function(config)
+    def call(*configs: Any) -> Any:
+        if (name := repr(configs)) not in known:
+            known[name] = function(*configs)
         return known[name]
 
     return call

@@ -42,7 +42,7 @@ class Attack:
     finished: dict[Path, bytes] = field(default_factory=dict)
     lost: set[str] = field(default_factory=set)  # run_ids that were recorded as killed
     lifetime: float = 10.0  # seconds of a point's process, renewed with each that ends by itself
-    generation: int = 0  # of points: another bootstrap seed makes other points
+    generation: int = 0  # of points: another seed of the model makes other points
 
     def run(self, kills: int, chance: random.Random) -> dict[str, int]:
         count = dict.fromkeys(("point", "sweep", "both"), 0)
@@ -92,7 +92,7 @@ class Attack:
     def start(self) -> subprocess.Popen:
         command = [sys.executable, "-m", "qbench", "-m", "model=tiny-dense", "task.max_windows=4", *POINTS]
         log = (self.folder / "log.txt").open("ab")
-        seed = f"runtime.seed={self.generation}"
+        seed = f"model.seed={self.generation}"
         return subprocess.Popen([*command, seed, *self.options], cwd=self.folder, stdout=log, stderr=log)
 
     def next_point(self, sweep: subprocess.Popen) -> psutil.Process | None:
@@ -117,9 +117,8 @@ class Attack:
                 self.lost.add(result.run_id)
                 continue
             assert self.finished.setdefault(path, content) == content, f"{path} was changed"
-            record = result.evaluation[0]
-            for name, values in load_file(path.parent / record.window_nll_file).items():
-                assert len(values) == record.windows, name
+            for name in result.files():
+                assert load_file(path.parent / name)
         if ended := re.findall(r": ok, .* ([\d.]+) s\n", (self.folder / "log.txt").read_text()):
             self.lifetime = float(ended[-1])
         for path in self.folder.glob("outputs/baselines/*"):
