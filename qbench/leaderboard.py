@@ -1,0 +1,101 @@
+"""`python -m qbench.leaderboard [OUTPUTS]`: the table of everything recorded, in one of six formats.
+
+One row per configuration (the latest record of each), one section per model and protocol. Files that cannot be read
+are named on stderr and left out. Exit status: 0 done, 2 the request is wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+from pathlib import Path
+
+from qbench.errors import RequestError, unknown
+from qbench.report import board, columns, entries, history, reference, table
+
+FORMATS = ("table", "md", "csv", "json", "tex", "html")
+SUFFIXES = {".md": "md", ".csv": "csv", ".json": "json", ".tex": "tex", ".html": "html", ".htm": "html"}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Writes the leaderboard that the command line asks for and returns the exit status."""
+    asked = _parser().parse_args(arguments)
+    try:
+        text = _report(asked)
+        _deliver(text, asked.output)
+    except RequestError as error:
+        print(f"qbench.leaderboard: {table.plain(str(error), 500)}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:  # `| head` has seen enough
+        sys.stderr.close()
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m qbench.leaderboard", description="What was recorded, side by side."
+    )
+    parser.add_argument(
+        "outputs", nargs="?", default="outputs", type=Path, help="the outputs folder of `python -m qbench`"
+    )
+    parser.add_argument("--format", choices=FORMATS, help="default: by the suffix of -o, else table")
+    parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="write there instead of stdout")
+    parser.add_argument("--metric", default="quality", help=f"what to sort by: {', '.join(columns.SORTABLE)}")
+    parser.add_argument("--protocol", help="only this protocol, such as mini:gptq-w512")
+    parser.add_argument("--where", action="append", default=[], metavar="KEY=VALUE", help="only rows with this setting")
+    parser.add_argument(
+        "--reference", action="append", default=[], metavar="NAME", help="published numbers beside ours"
+    )
+    parser.add_argument(
+        "--history", action="store_true", help="every record of each configuration, over versions and dates"
+    )
+    return parser
+
+
+def _report(asked: argparse.Namespace) -> str:
+    style = asked.format or SUFFIXES.get(asked.output.suffix if asked.output else "", "table")
+    if asked.metric not in columns.SORTABLE:
+        raise unknown("metric", asked.metric, columns.SORTABLE)
+    published = [number for name in asked.reference for number in reference.read(name)]
+    recorded = entries.read(asked.outputs)
+    for problem in recorded.problems:
+        print(f"qbench.leaderboard: {table.plain(problem, 500)}", file=sys.stderr)
+    kept = entries.where(recorded.entries, asked.where, asked.protocol)
+    if asked.history:
+        if style == "html" or published:
+            raise RequestError("--history has no HTML page and takes no --reference; use table, md, csv, json or tex")
+        tables = history.tables(kept, asked.metric)
+    else:
+        order, descending = columns.order(asked.metric)
+        sections = board.sections(entries.latest(kept), order, descending)
+        failed = entries.unresolved(recorded)
+        if style == "html":
+            from qbench.report import html
+
+            return html.page(sections, failed, recorded.problems, published)
+        tables = [columns.table(section, published) for section in sections]
+        for result in failed:
+            name = f"{' '.join(result.command)}: {result.error}"
+            print(f"qbench.leaderboard: failed point {table.plain(name, 300)}", file=sys.stderr)
+    return table.write(tables, style, shutil.get_terminal_size((160, 0)).columns)
+
+
+def _deliver(text: str, output: Path | None) -> None:
+    if output is None:
+        sys.stdout.reconfigure(encoding="utf-8", errors="replace")  # type: ignore[union-attr]
+        sys.stdout.write(text)
+        sys.stdout.flush()
+        return
+    from qbench.record.store import write_atomically
+
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(output, text.encode("utf-8", "replace"))
+    except OSError as error:
+        raise RequestError(f"cannot write {output}: {error.strerror}") from None
+    print(f"written to {output}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,170 @@
+"""The columns of a leaderboard: one list that every format writes from, with the unit in every key and title."""
+
+from __future__ import annotations
+
+import math
+import shlex
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from qbench.report.board import FRONT, NEAR_FRONT, Row, Section
+from qbench.report.reference import Published, beside
+from qbench.report.table import Table
+
+Value = float | int | str | None
+
+
+@dataclass(frozen=True)
+class Column:
+    key: str  # in CSV and JSON, and what --metric names
+    title: str
+    value: Callable[[Row], Value]
+    digits: int | None = None  # after the point, in the readable formats; None for text
+    descending: bool = False  # the larger, the better
+    people: bool = True  # in the readable formats
+    programs: bool = True  # in CSV and JSON
+    show: Callable[[Row], str] | None = None  # how people read it, where that is not just the value
+
+
+def _interval(row: Row) -> str:
+    if row.score.low is None or row.score.high is None:
+        return ""
+    return f"{row.score.low:+.3f} to {row.score.high:+.3f}"
+
+
+def _options(row: Row) -> str:
+    return " ".join(f"{key}={value}" for key, value in row.options.items())
+
+
+def command(row: Row) -> str:
+    """What reproduces the row, as one line for a shell."""
+    return shlex.join(["python", "-m", "qbench", *row.entry.result.command])
+
+
+def _quantization(name: str, scale: float = 1.0) -> Callable[[Row], Value]:
+    def read(row: Row) -> Value:
+        value = getattr(row.entry.result.quantization, name)
+        return value if value is None or scale == 1 else value * scale
+
+    return read
+
+
+def _rank(row: Row) -> str:
+    return "" if row.rank is None else f"{row.rank}{'=' if row.tied else ''}"
+
+
+MARKS = {FRONT: "●", NEAR_FRONT: "○"}
+LEGEND = (
+    "●: no other row is as good in quality and in bits per weight. ○: beaten, but inside the noise. "
+    "Rows with equal rank (=) cannot be told apart: the paired 95 % interval contains zero."
+)
+
+_SETTING: list[Column] = [
+    Column("rank", "rank", lambda row: row.rank, show=_rank),
+    Column("tied", "tied", lambda row: row.tied, people=False),
+    Column("front", "best", lambda row: row.front, show=lambda row: MARKS.get(row.front, "")),
+    Column("quantizer", "method", lambda row: row.entry.quantizer),
+    Column("nbits", "bits", lambda row: row.entry.settings.get("quantizer.nbits"), digits=0),
+    Column("group_size", "group", lambda row: row.entry.settings.get("quantizer.group_size"), digits=0),
+    Column("options", "differs in", _options),
+]
+_COST: list[Column] = [
+    Column("bits_per_weight", "bits/weight", _quantization("bits_per_weight"), digits=3),
+    Column("model_bytes", "model, bytes", _quantization("model_bytes"), digits=0, people=False),
+    Column("model_megabytes", "model, MB", _quantization("model_bytes", 1e-6), digits=1, programs=False),
+    Column("weight_error", "weight error", lambda row: row.entry.weight_error, digits=4),
+    Column("quant_seconds", "quantizing, s", _quantization("quant_seconds"), digits=1),
+    Column("peak_alloc_bytes", "peak GPU memory, bytes", _quantization("peak_alloc_bytes"), digits=0, people=False),
+    Column("coverage", "coverage, %", _quantization("coverage", 100), digits=1, descending=True, people=False),
+]
+_ORIGIN: list[Column] = [
+    Column("qbench_version", "qbench", lambda row: row.entry.result.qbench_version, people=False),
+    Column("created_utc", "measured, UTC", lambda row: row.entry.result.created_utc, people=False),
+    Column("run_id", "run", lambda row: row.entry.result.run_id, people=False),
+    Column("command", "command", command, people=False),
+]
+
+
+def columns(section: Section, published: Sequence[Published] = ()) -> list[Column]:
+    """Every column of a section; the quality columns are named after its metric.
+
+    Published numbers get columns of their own, if there is one for any row.
+    """
+    name = "perplexity" if section.metric == "ppl" else section.metric
+    quality = [
+        Column(section.metric, name, lambda row: row.score.value, digits=3),
+        Column(f"{section.metric}_delta", "to 16 bit", lambda row: row.score.delta, digits=3),
+        Column("interval", "95 %", _interval, programs=False),
+        Column(f"{section.metric}_delta_low", "low", lambda row: row.score.low, digits=3, people=False),
+        Column(f"{section.metric}_delta_high", "high", lambda row: row.score.high, digits=3, people=False),
+    ]
+    if any(beside(published, section, row) for row in section.rows):
+
+        def of(row: Row, name: str) -> Value:
+            return getattr(beside(published, section, row), name, None)
+
+        quality += [
+            Column("published", "published", lambda row: of(row, "value"), digits=3),
+            Column("published_in", "where", lambda row: _join(of(row, "source"), of(row, "where"))),
+        ]
+    return [*_SETTING, *quality, *_COST, *_ORIGIN]
+
+
+def _join(*parts: Value) -> str:
+    return ", ".join(str(part) for part in parts if part)
+
+
+def table(section: Section, published: Sequence[Published] = ()) -> Table:
+    """A section as every format but HTML writes it; columns that are empty in all rows are not shown to people."""
+    every = columns(section, published)
+    cells = {column.key: [text(column, row) for row in section.rows] for column in every if column.people}
+    shown = [column for column in every if any(cells.get(column.key, ()))]
+    kept = [column for column in every if column.programs]
+    baseline = f"16 bit: {section.baseline:.3f}. " if section.baseline is not None else ""
+    notes = [baseline + LEGEND]
+    for number in published:
+        if (number.quantizer, number.model, number.protocol, number.metric) == (
+            "none",
+            section.model,
+            section.protocol,
+            section.metric,
+        ):
+            notes.append(f"16 bit, published: {number.value:.3f} ({_join(number.source, number.where)}).")
+    if section.note:
+        notes.append(f"Model: {section.note}.")
+    return Table(
+        title=section.title,
+        facts={"model": section.model, "protocol": section.protocol, f"baseline_{section.metric}": section.baseline},
+        notes=notes,
+        keys=[column.key for column in kept],
+        values=[[column.value(row) for column in kept] for row in section.rows],
+        titles=[column.title for column in shown],
+        numeric=[column.digits is not None for column in shown],
+        cells=[list(row) for row in zip(*(cells[column.key] for column in shown), strict=True)],
+    )
+
+
+SORTABLE = ("quality", "delta", *(column.key for column in _COST if column.programs))
+
+
+def order(metric: str) -> tuple[Callable[[Row], float | None], bool]:
+    """The sorting key of a metric, and whether larger is better."""
+    if metric == "quality":
+        return (lambda row: row.score.value), False
+    if metric == "delta":
+        return (lambda row: row.score.delta), False
+    column = next(column for column in _COST if column.key == metric)
+    return column.value, column.descending  # type: ignore[return-value]
+
+
+def text(column: Column, row: Row) -> str:
+    """A cell as the readable formats show it; a value of a surprising type is shown as it is."""
+    if column.show is not None:
+        return column.show(row)
+    value: Any = column.value(row)
+    if value is None:
+        return ""
+    if column.digits is None or isinstance(value, bool) or not isinstance(value, int | float):
+        return str(value)
+    return f"{value:.{column.digits}f}" if math.isfinite(value) else str(value)

@@ -1,0 +1,209 @@
+"""Reads a folder of results into entries, and says which of them are the same configuration.
+
+A configuration is what was asked for: the settings that can change a number, the weights, the device type and the
+precision. The qbench version, the date, the CPU and the number of threads are not part of it: two records that differ
+only there are an earlier and a later measurement of one configuration.
+
+A file that cannot be read becomes a problem, one sentence for stderr, and never stops the report. Nothing read here is
+trusted: a file name inside a result must be plain, and every string is escaped where it is written.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load as load_tensors
+
+from qbench.errors import RequestError, unknown
+from qbench.record.result import EvaluationRecord, Result, ResultError
+
+NOT_COMPARED = ("tracker", "outputs", "export")
+NOT_COMPARED_RUNTIME = ("rerun", "device", "dtype", "threads", "min_coverage", "seed")
+
+
+@dataclass(frozen=True)
+class Score:
+    """One quality number of one entry, with the per-window values that its intervals come from."""
+
+    protocol: str
+    metric: str  # ppl: exp of the mean of the windows' NLLs, smaller is better
+    value: float
+    baseline: float | None
+    delta: float | None  # value - baseline, with its 95 % interval
+    low: float | None
+    high: float | None
+    text: str  # hash of the scored token ids: only equal ones are paired
+    windows: np.ndarray | None = field(compare=False)  # float64 [windows], nats; None when the file is missing
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One recorded point that succeeded."""
+
+    result: Result
+    settings: dict[str, Any]  # dotted key -> value: what makes the configuration
+    scores: tuple[Score, ...]
+
+    @property
+    def configuration(self) -> str:
+        return json.dumps(self.settings, sort_keys=True)
+
+    @property
+    def model(self) -> str:
+        return str(self.settings.get("model.name"))
+
+    @property
+    def quantizer(self) -> str:
+        return str(self.settings.get("quantizer.name"))
+
+    @property
+    def weight_error(self) -> float | None:
+        """Mean over the layers of ||W - dequantized|| / ||W||; None for a packed checkpoint."""
+        layers = self.result.quantization.layers if self.result.quantization else []
+        return float(np.mean([row.relative_error for row in layers])) if layers else None
+
+
+@dataclass(frozen=True)
+class Recorded:
+    entries: list[Entry]  # succeeded, oldest first
+    failed: list[Result]
+    problems: list[str]  # files that could not be read, one sentence each
+
+
+def latest(entries: Sequence[Entry]) -> list[Entry]:
+    """One entry per configuration: the one measured last."""
+    return list({entry.configuration: entry for entry in entries}.values())
+
+
+def where(entries: Sequence[Entry], conditions: Sequence[str], protocol: str | None = None) -> list[Entry]:
+    """The entries that have every `KEY=VALUE` and, if a protocol is given, a score under it.
+
+    A key is a dotted setting or the last part of one (`nbits`). Raises RequestError when nothing is left.
+    """
+    kept = list(entries)
+    for condition in conditions:
+        key, equals, value = condition.partition("=")
+        if not equals:
+            raise RequestError(f"--where takes KEY=VALUE, such as quantizer.nbits=4, got '{condition}'")
+        known = {k for entry in kept for k in entry.settings if k == key or k.endswith((f".{key}", f"{key}.name"))}
+        if not known:
+            raise unknown("setting", key, {k for entry in entries for k in entry.settings})
+        found = {str(entry.settings[k]) for entry in kept for k in known & entry.settings.keys()}
+        kept = [e for e in kept if any(str(e.settings[k]) == value for k in known & e.settings.keys())]
+        if not kept:
+            raise unknown(key, value, found)
+    if protocol is not None:
+        found = {score.protocol for entry in kept for score in entry.scores}
+        if protocol not in found:
+            raise unknown("protocol", protocol, found)
+        kept = [replace(e, scores=tuple(s for s in e.scores if s.protocol == protocol)) for e in kept]
+    return kept
+
+
+def unresolved(recorded: Recorded) -> list[Result]:
+    """The failed points that no later record of the same request has made good."""
+    done = {entry.result.run_id for entry in recorded.entries}
+    commands = {tuple(entry.result.command): entry.result.created_utc for entry in recorded.entries}
+    return [
+        result
+        for result in recorded.failed
+        if result.run_id not in done and commands.get(tuple(result.command), "") < result.created_utc
+    ]
+
+
+def read(outputs: Path) -> Recorded:
+    """Every result under `outputs`; raises RequestError when there is no such folder."""
+    folder = outputs / "results"
+    if not folder.is_dir():
+        raise RequestError(f"{outputs} holds no results/ folder; give the outputs folder of `python -m qbench`")
+    recorded = Recorded([], [], [])
+    collecting = gc.isenabled()
+    gc.disable()  # a thousand results make millions of objects, none of them garbage
+    try:
+        for path in sorted(folder.glob("*/result.json")):
+            _read_one(path, recorded)
+    finally:
+        if collecting:
+            gc.enable()
+    recorded.entries.sort(key=lambda entry: (entry.result.created_utc, entry.result.run_id))
+    recorded.failed.sort(key=lambda result: (result.created_utc, result.run_id))
+    return recorded
+
+
+def _read_one(path: Path, recorded: Recorded) -> None:
+    place = f"{path.parent.name}/{path.name}"
+    try:
+        if not path.is_file():
+            raise ResultError(f"{place} is not a file")
+        result = Result.from_json(path.read_bytes(), place)
+    except (OSError, ResultError) as error:
+        recorded.problems.append(f"left out: {error}")
+        return
+    if result.status == "failed":
+        recorded.failed.append(result)
+    elif result.quantization is None or result.model is None:
+        recorded.problems.append(f"left out: {place} is marked ok and has no model or no quantization")
+    else:
+        scores = tuple(_score(record, path.parent, recorded.problems) for record in result.evaluation)
+        recorded.entries.append(Entry(result, settings(result), scores))
+
+
+def settings(result: Result) -> dict[str, Any]:
+    """What makes the configuration of a result, flat: `quantizer.nbits` -> 4. Values that are None are left out."""
+    config = {key: value for key, value in result.config.items() if key not in NOT_COMPARED}
+    if result.quantization is not None and result.quantization.calibration is None:
+        config.pop("calibration", None)
+    flat = dict(_flatten(config))
+    for group in ("model", "task", "calibration"):
+        flat.pop(f"{group}.path", None)  # where the same content lies
+    for key in NOT_COMPARED_RUNTIME:
+        flat.pop(f"runtime.{key}", None)
+    flat["device"] = str(result.environment.get("device")).partition(":")[0]
+    flat["dtype"] = result.environment.get("dtype")
+    if result.model is not None:
+        flat["weights"] = result.model.fingerprint
+    return {key: value for key, value in flat.items() if value is not None}
+
+
+def _flatten(value: dict[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
+    for key, inner in value.items():
+        if isinstance(inner, dict):
+            yield from _flatten(inner, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", inner
+
+
+def _score(record: EvaluationRecord, folder: Path, problems: list[str]) -> Score:
+    windows = None
+    try:
+        windows = _windows(record, folder)
+    except (OSError, ValueError, SafetensorError, KeyError) as error:
+        problems.append(f"no intervals for {folder.name}, {record.protocol}: {error}")
+    return Score(
+        protocol=record.protocol,
+        metric="ppl",
+        value=record.ppl,
+        baseline=record.baseline_ppl,
+        delta=record.ppl_delta,
+        low=record.ppl_delta_low,
+        high=record.ppl_delta_high,
+        text=record.token_ids_sha256,
+        windows=windows,
+    )
+
+
+def _windows(record: EvaluationRecord, folder: Path) -> np.ndarray:
+    name = record.window_nll_file
+    if Path(name).name != name or name in ("", ".", ".."):
+        raise ValueError("its window file has a path instead of a name")
+    values = load_tensors((folder / name).read_bytes())["quantized"].astype(np.float64)
+    if values.shape != (record.windows,) or not np.isfinite(values).all():
+        raise ValueError(f"{name} does not hold {record.windows} finite window NLLs")
+    return values

@@ -1,0 +1,167 @@
+"""Writes tables: for the terminal (Rich), Markdown, CSV, JSON and LaTeX (booktabs).
+
+Every string comes from a result file that anyone may have written, so it is made harmless here, once per format:
+control characters are replaced, long texts shortened where people read, and each format's own syntax escaped.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table as RichTable
+from rich.text import Text
+
+LONGEST = 60  # characters of a cell that people read
+
+
+@dataclass(frozen=True)
+class Table:
+    """A titled table: cells as read by people, values as read by programs, under the same keys."""
+
+    title: str
+    facts: dict[str, Any]  # what is true of every row: model, protocol, baseline
+    notes: list[str]
+    keys: list[str]  # of the values
+    values: list[list[Any]]
+    titles: list[str]  # of the cells, which may be fewer than the values
+    numeric: list[bool]
+    cells: list[list[str]]
+
+
+def write(tables: Sequence[Table], style: str, width: int | None = None) -> str:
+    """The tables as one text in a style: table, md, csv, json or tex."""
+    return {"table": _rich, "md": _markdown, "csv": _csv, "json": _json, "tex": _latex}[style](tables, width)
+
+
+def plain(text: str, longest: int | None = LONGEST) -> str:
+    """One line without control characters (a terminal would obey them), direction marks or surrogates."""
+    kept = "".join(
+        "\N{REPLACEMENT CHARACTER}" if unicodedata.category(c)[0] == "C" and c != "\u200d" else c for c in text
+    )
+    return kept if longest is None or len(kept) <= longest else kept[: longest - 1] + "…"
+
+
+def _rich(tables: Sequence[Table], width: int | None) -> str:
+    buffer = io.StringIO()
+    console = Console(file=buffer, width=width or 200, highlight=False, force_terminal=False, color_system=None)
+    for number, table in enumerate(tables):
+        if number:
+            console.print()
+        console.print(Text(plain(table.title, 200), style="bold"), soft_wrap=True)
+        rich = RichTable(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+        for title, numeric in zip(table.titles, table.numeric, strict=True):
+            rich.add_column(Text(plain(title)), justify="right" if numeric else "left", no_wrap=numeric)
+        for row in table.cells:
+            rich.add_row(*(Text(plain(cell)) for cell in row))
+        console.print(rich)
+        for note in table.notes:
+            console.print(Text(plain(note, 500)), soft_wrap=True)
+    return "\n".join(line.rstrip() for line in buffer.getvalue().splitlines()) + "\n"
+
+
+def _markdown(tables: Sequence[Table], _: int | None) -> str:
+    parts = []
+    for table in tables:
+        lines = [f"### {_md(table.title, 200)}", "", *_md_rows(table)]
+        lines += [line for note in table.notes for line in ("", _md(note, 500))]
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts) + "\n"
+
+
+def _md_rows(table: Table) -> list[str]:
+    rule = ["---:" if numeric else "---" for numeric in table.numeric]
+    rows = [[_md(title) for title in table.titles], rule, *([_md(cell) for cell in row] for row in table.cells)]
+    return ["| " + " | ".join(row) + " |" for row in rows]
+
+
+def _md(text: str, longest: int = LONGEST) -> str:
+    """Markdown without markup: HTML as entities, punctuation that means something behind a backslash."""
+    escaped = plain(text, longest).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    return "".join(f"\\{c}" if c in "\\|`*[]_#~" else c for c in escaped)
+
+
+def _csv(tables: Sequence[Table], _: int | None) -> str:
+    keys = list(dict.fromkeys(key for table in tables for key in [*table.facts, *table.keys]))
+    buffer = io.StringIO()
+    writer = csv.DictWriter(buffer, keys, lineterminator="\n")
+    writer.writeheader()
+    for table in tables:
+        for row in table.values:
+            merged = table.facts | dict(zip(table.keys, row, strict=True))
+            writer.writerow({key: _csv_cell(value) for key, value in merged.items()})
+    return buffer.getvalue()
+
+
+def _csv_cell(value: Any) -> Any:
+    """A text that a spreadsheet would run as a formula gets an apostrophe in front."""
+    if not isinstance(value, str):
+        return value
+    text = plain(value, None)
+    return f"'{text}" if text[:1] in ("=", "+", "-", "@") else text
+
+
+def _json(tables: Sequence[Table], _: int | None) -> str:
+    document = [
+        table.facts | {"notes": table.notes, "rows": [dict(zip(table.keys, row, strict=True)) for row in table.values]}
+        for table in tables
+    ]
+    return json.dumps(finite(document), indent=1, allow_nan=False) + "\n"
+
+
+def finite(value: Any) -> Any:
+    """JSON has no NaN and no infinity: they become null."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {str(key): finite(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(inner) for inner in value]
+    return value
+
+
+def _latex(tables: Sequence[Table], _: int | None) -> str:
+    parts = ["% needs \\usepackage{booktabs}"]
+    for table in tables:
+        layout = "".join("r" if numeric else "l" for numeric in table.numeric)
+        rows = [" & ".join(map(_tex, row)) + r" \\" for row in table.cells]
+        parts += [
+            r"\begin{table}",
+            r"\centering",
+            rf"\caption{{{_tex(table.title, 200)}. {' '.join(_tex(note, 500) for note in table.notes)}}}",
+            rf"\begin{{tabular}}{{{layout}}}",
+            r"\toprule",
+            " & ".join(map(_tex, table.titles)) + r" \\",
+            r"\midrule",
+            *rows,
+            r"\bottomrule",
+            r"\end{tabular}",
+            r"\end{table}",
+        ]
+    return "\n".join(parts) + "\n"
+
+
+_TEX = {
+    "\\": r"\textbackslash{}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "<": r"\textless{}",
+    ">": r"\textgreater{}",
+    "|": r"\textbar{}",
+    "●": r"$\bullet$",
+    "○": r"$\circ$",
+    "…": r"\ldots{}",
+} | {c: f"\\{c}" for c in "&%$#_{}"}
+
+
+def _tex(text: str, longest: int = LONGEST) -> str:
+    """LaTeX that any engine reads: characters outside Latin-1 are named by their number."""
+    return "".join(_TEX.get(c) or (c if ord(c) < 256 else f"[U+{ord(c):04X}]") for c in plain(text, longest))
