@@ -65,7 +65,7 @@ _SETTING: list[Column] = [
     Column("tied", "tied", lambda row: row.tied, people=False),
     Column("front", "best", lambda row: row.front, show=lambda row: MARKS.get(row.front, "")),
     Column("quantizer", "method", lambda row: row.entry.quantizer),
-    Column("nbits", "bits", lambda row: row.entry.settings.get("quantizer.nbits"), digits=0),
+    Column("bits", "bits", lambda row: row.entry.bits, digits=0),
     Column("group_size", "group", lambda row: row.entry.settings.get("quantizer.group_size"), digits=0),
     Column("options", "differs in", _options),
 ]
@@ -76,7 +76,7 @@ _COST: list[Column] = [
     Column("weight_error", "weight error", lambda row: row.entry.weight_error, digits=4),
     Column("quant_seconds", "quantizing, s", _quantization("quant_seconds"), digits=1),
     Column("peak_alloc_bytes", "peak GPU memory, bytes", _quantization("peak_alloc_bytes"), digits=0, people=False),
-    Column("coverage", "coverage, %", _quantization("coverage", 100), digits=1, descending=True, people=False),
+    Column("coverage", "coverage", _quantization("coverage"), digits=3, descending=True, people=False),
 ]
 _ORIGIN: list[Column] = [
     Column("qbench_version", "qbench", lambda row: row.entry.result.qbench_version, people=False),

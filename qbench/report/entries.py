@@ -64,6 +64,12 @@ class Entry:
         return str(self.settings.get("quantizer.name"))
 
     @property
+    def bits(self) -> Any:
+        """Bits of a code: as configured or, for a method that has no such setting, the whole bits per weight."""
+        quantization = self.result.quantization
+        return self.settings.get("quantizer.nbits", int(quantization.bits_per_weight) if quantization else None)
+
+    @property
     def weight_error(self) -> float | None:
         """Mean over the layers of ||W - dequantized|| / ||W||; None for a packed checkpoint."""
         layers = self.result.quantization.layers if self.result.quantization else []

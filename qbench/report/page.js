@@ -1,0 +1,149 @@
+"use strict";
+// Makes the tables sortable and filterable and draws the plots. The tables are complete without it.
+(() => {
+  const data = JSON.parse(document.getElementById("data").textContent);
+  const boards = [...document.querySelectorAll("section.board")];
+  const started = new Map();
+  const PAGE = 100; // rows of the table on screen at once
+  const PICKED = 3; // rows whose layers are shown at first
+
+  function start(section) {
+    const number = Number(section.dataset.section);
+    const { rows, metric, baseline } = data.sections[number];
+    rows.forEach((row, index) => { row.index = index; row.shown = true; });
+    const find = (name) => section.querySelector(`[data-filter=${name}]`);
+    const picked = new Set(rows.filter((row) => row.front === "front" && row.layout !== null).slice(0, PICKED).map((row) => row.index));
+
+    section.querySelector(".controls").hidden = false;
+    const spread = rows.map((row) => row.quality).filter((value) => value > 0);
+    find("log").checked = Math.max(...spread) > 3 * Math.min(...spread);
+    const table = new DataTable(section.querySelector("table"), {
+      order: [],
+      orderMulti: true,
+      paging: rows.length > PAGE,
+      pageLength: PAGE,
+      autoWidth: false,
+      layout: { topStart: null, topEnd: null, bottomStart: null, bottomEnd: rows.length > PAGE ? "paging" : null },
+      columnDefs: [{ targets: [0, -1], orderable: false }],
+      language: { emptyTable: "no rows", zeroRecords: "no row fits the filters" },
+    });
+    const place = table.rows().nodes().toArray().map((node) => Number(node.dataset.row));
+
+    table.search.fixed("filters", (_text, _data, at) => {
+      const row = rows[place[at]];
+      const [method, bits] = [find("method").value, find("bits").value];
+      return (!method || row.method === method) && (!bits || row.bits === bits) && (!find("best").checked || row.front !== "");
+    });
+    const filter = () => { table.search(find("text").value).draw(); };
+    for (const name of ["text", "method", "bits", "best"]) find(name).addEventListener("input", filter);
+    find("log").addEventListener("input", () => { drawQuality(); });
+    table.on("draw", () => {
+      rows.forEach((row) => { row.shown = false; });
+      table.rows({ search: "applied" }).nodes().each((node) => { rows[Number(node.dataset.row)].shown = true; });
+      const count = rows.filter((row) => row.shown).length;
+      section.querySelector(".count").textContent = `${count} of ${rows.length} rows`;
+      drawQuality();
+    });
+
+    table.on("click", "button", (event) => { copy(event.target); });
+    table.on("change", "td.pick input", (event) => { pick(Number(event.target.closest("tr").dataset.row), event.target.checked); });
+    function pick(index, on) {
+      if (on) picked.add(index); else picked.delete(index);
+      const box = table.row((_i, _d, node) => Number(node.dataset.row) === index).node().querySelector("td.pick input");
+      box.checked = on;
+      drawLayers();
+    }
+
+    const color = { domain: [...new Set(rows.map((row) => row.method))], scheme: "observable10" };
+    function drawQuality() {
+      const y = { label: `↑ ${metric}`, type: find("log").checked ? "log" : "linear", grid: true, ticks: 6, tickFormat: number3 };
+      quality("size", "bpw", { label: "bits per weight →", grid: true, nice: true }, y, true);
+      quality("seconds", "seconds", { label: "seconds quantizing →", type: "log", grid: true, ticks: 5, tickFormat: number3 }, y, false);
+    }
+    function quality(name, x, xScale, y, frontier) {
+      const drawable = rows.filter((row) => row.quality !== null && (xScale.type !== "log" || row[x] > 0));
+      const best = drawable.filter((row) => row.front === "front").sort((a, b) => a[x] - b[x]);
+      const bars = drawable.filter((row) => row.low !== null && row.high !== null && (y.type !== "log" || row.low > 0));
+      const opacity = (row) => (row.shown ? 1 : 0.12);
+      const svg = Plot.plot({
+        width: 680, height: 400, marginLeft: 55, marginBottom: 42, inset: 10, x: xScale, y, color: { ...color, legend: true },
+        marks: [
+          baseline === null ? null : Plot.ruleY([baseline], { strokeDasharray: "4 3", strokeOpacity: 0.6 }),
+          baseline === null ? null : Plot.text([baseline], { y: (d) => d, frameAnchor: "right", text: () => "16 bit", dy: -7, fillOpacity: 0.6 }),
+          frontier ? Plot.line(best, { x, y: "quality", curve: "step-after", strokeOpacity: 0.45 }) : null,
+          Plot.ruleX(bars, { x, y1: "low", y2: "high", stroke: "method", strokeWidth: 1.5, strokeOpacity: (row) => 0.7 * opacity(row) }),
+          Plot.dot(drawable, {
+            x, y: "quality", fill: "method", r: (row) => (row.front === "front" ? 5.5 : 4), fillOpacity: opacity, sort: null,
+            stroke: (row) => (row.front === "front" ? "currentColor" : "none"), ariaLabel: "label",
+          }),
+          Plot.tip(drawable, Plot.pointer({ x, y: "quality", title: describe, fill: "var(--card)" })),
+        ],
+      });
+      svg.addEventListener("click", () => { if (svg.value) pick(svg.value.index, !picked.has(svg.value.index)); });
+      section.querySelector(`[data-plot=${name}]`).replaceChildren(svg);
+    }
+    function describe(row) {
+      const rank = row.rank === null ? "" : `, rank ${row.rank}`;
+      return `${row.label}${rank}\n${metric} ${number3(row.quality)}\n${row.bpw.toFixed(3)} bits per weight\n${number3(row.seconds)} s quantizing`;
+    }
+    function drawLayers() {
+      const chosen = rows.filter((row) => picked.has(row.index) && row.layout !== null);
+      const points = chosen.flatMap((row) => layers(row));
+      section.querySelector(".layers").hidden = points.length === 0;
+      if (points.length === 0) return;
+      const kinds = [...new Set(points.map((point) => point.kind))];
+      const svg = Plot.plot({
+        width: Math.max(section.clientWidth - 40, 150 * kinds.length), height: 300, marginLeft: 50, marginTop: 45, marginBottom: 40,
+        x: { label: "block →", ticks: 3 }, y: { label: "↑ relative error", grid: true, zero: true },
+        fx: { label: null, domain: kinds }, color: { legend: true, domain: chosen.map((row) => row.label), scheme: "observable10" },
+        marks: [
+          Plot.frame({ strokeOpacity: 0.15 }),
+          Plot.line(points, { x: "depth", y: "error", fx: "kind", stroke: "label", z: "label", strokeOpacity: 0.6 }),
+          Plot.dot(points, { x: "depth", y: "error", fx: "kind", fill: "label", r: 2 }),
+          Plot.tip(points, Plot.pointer({ x: "depth", y: "error", fx: "kind", fill: "var(--card)",
+            title: (point) => `${point.label}\nblock ${point.depth}, ${point.kind}\nerror ${point.error.toPrecision(4)}` })),
+        ],
+      });
+      section.querySelector("[data-plot=layers]").replaceChildren(svg);
+    }
+
+    for (const index of picked) table.row((_i, _d, node) => Number(node.dataset.row) === index).node().querySelector("td.pick input").checked = true;
+    table.draw();
+    drawLayers();
+    return table;
+  }
+
+  function layers(row) {
+    const [kinds, kindOf, depthOf] = data.layouts[row.layout];
+    const bytes = Uint8Array.from(atob(row.errors), (c) => c.charCodeAt(0));
+    const codes = new DataView(bytes.buffer);
+    return kindOf.map((kind, i) => {
+      const code = codes.getUint16(2 * i, true);
+      const error = code === 0 ? 0 : data.smallest * 10 ** ((code - 1) / data.steps);
+      return { kind: kinds[kind], depth: depthOf[i], error, label: row.label };
+    });
+  }
+
+  function number3(value) {
+    return value === null ? "" : Number(value.toPrecision(value >= 1000 ? 4 : 3)).toLocaleString("en", { maximumFractionDigits: 4 });
+  }
+
+  async function copy(button) {
+    const code = button.nextElementSibling;
+    try {
+      await navigator.clipboard.writeText(code.textContent);
+    } catch { // not allowed here, for instance in a page opened from a file
+      getSelection().selectAllChildren(code);
+      document.execCommand("copy");
+    }
+    button.textContent = "copied";
+    setTimeout(() => { button.textContent = "copy"; }, 1200);
+  }
+
+  function show(number) {
+    boards.forEach((section, index) => { section.hidden = index !== number; });
+    if (boards[number] && !started.has(number)) started.set(number, start(boards[number]));
+  }
+  document.getElementById("section")?.addEventListener("input", (event) => { show(Number(event.target.value)); });
+  show(0);
+})();

@@ -1,0 +1,293 @@
+"""The leaderboard's command line: formats, sections, ranks, marks, hostile files."""
+
+import csv
+import io
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from qbench.leaderboard import main
+from qbench.report import board, entries
+from qbench.report.columns import order
+from tests.report.examples import failed, nll, point, save
+
+ANY = ("table", "md", "csv", "json", "tex", "html")
+
+
+@pytest.fixture
+def outputs(tmp_path):
+    """Three clear places, of which the second is shared; one wins only by its size."""
+    return save(
+        tmp_path / "outputs",
+        point("sinq", 4, nll(0.20, 1), bits=4.52),
+        point("hqq", 4, nll(0.252, 2), bits=4.5),
+        point("rtn", 4, nll(0.250, 3), bits=4.5),
+        point("nf4", 4, nll(0.254, 5), bits=4.6),
+        point("rtn", 3, nll(1.50, 4), bits=3.5),
+    )
+
+
+@pytest.fixture
+def show(capsys):
+    def call(*arguments):
+        status = main([str(a) for a in arguments])
+        out, err = capsys.readouterr()
+        return status, out, err
+
+    return call
+
+
+def rows(text):
+    return list(csv.DictReader(io.StringIO(text)))
+
+
+def test_ranks_are_shared_inside_the_noise_and_the_front_is_marked(outputs, show):
+    status, out, _ = show(outputs, "--format", "csv")
+    assert status == 0
+    found = {(r["quantizer"], r["bits"]): (r["rank"], r["tied"], r["front"]) for r in rows(out)}
+    assert found == {
+        ("sinq", "4"): ("1", "False", "front"),
+        ("rtn", "4"): ("2", "True", "front"),
+        ("hqq", "4"): ("2", "True", "noise"),
+        ("nf4", "4"): ("2", "True", ""),  # clearly beaten by sinq, which is smaller
+        ("rtn", "3"): ("5", "False", "front"),
+    }
+
+
+def test_sorting_by_another_metric_keeps_the_ranks(outputs, show):
+    found = rows(show(outputs, "--format", "csv", "--metric", "bits_per_weight")[1])
+    assert [row["bits_per_weight"] for row in found] == ["3.5", "4.5", "4.5", "4.52", "4.6"]
+    assert found[0]["rank"] == "5"
+
+
+def test_two_protocols_never_share_a_section(outputs, show):
+    save(outputs, point("sinq", 4, nll(0.1, 9), protocol="wikitext2:gptq-w2048"), point("sinq", 4, model="other"))
+    document = json.loads(show(outputs, "--format", "json")[1])
+    assert [(s["model"], s["protocol"], len(s["rows"])) for s in document] == [
+        ("example", "mini:gptq-w512", 5),
+        ("example", "wikitext2:gptq-w2048", 1),
+        ("other", "mini:gptq-w512", 1),
+    ]
+    document = json.loads(show(outputs, "--format", "json", "--protocol", "wikitext2:gptq-w2048")[1])
+    assert len(document) == 1
+
+
+def test_one_row_per_configuration_the_latest(outputs, show):
+    again, windows = point("sinq", 4, nll(0.1, 1), bits=4.52, version="0.2.0", day=9)
+    again.config["runtime"]["threads"] = 7
+    save(outputs, (again, windows))
+    found = rows(show(outputs, "--format", "csv")[1])
+    assert [row["qbench_version"] for row in found if row["quantizer"] == "sinq"] == ["0.2.0"]
+    save(outputs, point("sinq", 4, nll(0.1, 1), options={"iterations": 2}), point("sinq", 4, options={"iterations": 3}))
+    found = rows(show(outputs, "--format", "csv")[1])
+    assert {row["options"] for row in found if row["quantizer"] == "sinq"} == {"", "iterations=2", "iterations=3"}
+
+
+def test_where_keeps_the_rows_with_a_setting(outputs, show):
+    assert len(rows(show(outputs, "--format", "csv", "--where", "quantizer=rtn")[1])) == 2
+    assert len(rows(show(outputs, "--format", "csv", "--where", "quantizer=rtn", "--where", "nbits=3")[1])) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--metric", "siz"], "unknown metric 'siz'"),
+        (["--protocol", "mini"], "unknown protocol 'mini'"),
+        (["--where", "quantizer=sink"], "unknown quantizer 'sink'; did you mean 'sinq'?"),
+        (["--where", "nbits"], "--where takes KEY=VALUE"),
+        (["--where", "nbit=3"], "unknown setting 'nbit'"),
+        (["--reference", "nowhere"], "unknown reference 'nowhere'"),
+        (["--history", "--format", "html"], "--history has no HTML page"),
+        (["-o", "/proc/nothing/x"], "cannot write"),
+    ],
+)
+def test_wrong_requests_are_one_sentence(outputs, show, arguments, sentence):
+    status, out, err = show(outputs, *arguments)
+    assert (status, out) == (2, "")
+    assert sentence in err
+    assert err.count("\n") == 1
+
+
+def test_a_folder_without_results(tmp_path, show):
+    assert show(tmp_path)[0] == 2
+    for style in ANY:
+        assert show(save(tmp_path / "empty"), "--format", style)[0] == 0
+
+
+def test_every_format_shows_every_row_and_the_suffix_chooses_it(outputs, show, tmp_path):
+    for style in ANY:
+        status, out, err = show(outputs, "--format", style)
+        assert (status, err) == (0, "")
+        assert all(out.count(name) >= 1 for name in ("sinq", "hqq", "rtn", "nf4"))
+        target = tmp_path / f"new/board.{'txt' if style == 'table' else style}"
+        assert show(outputs, "-o", target)[0] == 0
+        if style != "html":  # which names the minute
+            assert target.read_text() == out
+
+
+def test_latex_compiles_in_shape(outputs, show):
+    out = show(outputs, "--format", "tex")[1]
+    body = out.split(r"\midrule")[1].split(r"\bottomrule")[0].strip().splitlines()
+    assert len(body) == 5
+    columns = out.split(r"\begin{tabular}{")[1].split("}")[0]
+    assert all(line.count(" & ") == len(columns) - 1 and line.endswith(r"\\") for line in body)
+    assert r"95 \%" in out
+
+
+def test_failed_points_are_told_until_they_are_made_good(outputs, show):
+    save(outputs, failed(["model=example", "quantizer=gptq"], "out of memory"))
+    assert "failed point model=example quantizer=gptq: out of memory" in show(outputs)[2]
+    assert "out of memory" in show(outputs, "--format", "html")[1]
+    made_good, windows = point("gptq", day=2)
+    save(outputs, (replace(made_good, command=["model=example", "quantizer=gptq"]), windows))
+    assert show(outputs)[2] == ""
+
+
+HOSTILE = (
+    "<script>alert(1)</script>",
+    "</script><img src=x onerror=alert(1)>",
+    "../../etc/passwd",
+    "x" * 4000,
+    "\U0001f600\u202eemoji",
+    "a|b`c*d\n# e",
+    r"\input{/etc/passwd} & 50% $x$ _y_ {z}",
+    "=HYPERLINK(1)",
+    "[bold red]x[/]",
+    "\x1b[31mred\x07",
+    "{{ 7 * 7 }}",
+)
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_names_are_shown_harmlessly(outputs, show, name):
+    save(outputs, point(name, 4, nll(0.3, 7), model=name, options={name: name}))
+    for style in ANY:
+        status, out, err = show(outputs, "--format", style)
+        assert status == 0, err
+        assert "sinq" in out
+        readable = out.replace("\n", "")
+        if style not in ("json", "csv"):
+            assert "x" * 300 not in readable.partition('class="command"')[0]
+        if style in ("table", "md", "tex", "csv"):
+            assert all(c.isprintable() or c in " \u200d" for c in readable)
+        if style == "md":
+            assert "<script" not in out
+            assert "\n# e" not in out
+            assert "|b`c" not in out
+        if style == "tex":
+            assert r"\input" not in out
+            assert "\U0001f600" not in out
+        if style == "csv":
+            assert all(row["model"][:1] != "=" for row in rows(out))
+        if style == "html":
+            assert "<script>alert" not in out
+            assert "<img" not in out
+            assert out.count("</script>") == 6  # the data and five scripts of ours
+        if style == "json":
+            assert name in {section["model"] for section in json.loads(out)}
+
+
+def test_broken_files_are_named_and_never_stop_the_report(outputs, show):
+    whole = next((outputs / "results").glob("*/result.json")).read_text()
+
+    def put(folder, text):
+        path = outputs / "results" / folder / "result.json"
+        path.parent.mkdir()
+        path.write_text(text, encoding="utf-8", errors="surrogatepass")
+
+    put("truncated", whole[: len(whole) // 2])
+    put("later-schema", whole.replace('"schema_version": 1', '"schema_version": 2'))
+    put("empty", "")
+    put("no-object", "[1, 2]")
+    put("deep", "[" * 100_000)
+    put("surrogate", '{"run_id": "\udc80"}')
+    put("odd-config", json.dumps(json.loads(whole) | {"config": {"model": 3, "quantizer": ["x"], "runtime": None}}))
+    put(
+        "outside",
+        json.dumps(
+            json.loads(whole) | {"evaluation": [json.loads(whole)["evaluation"][0] | {"window_nll_file": "../../x"}]}
+        ),
+    )
+    (outputs / "results" / "folder" / "result.json").mkdir(parents=True)
+    for style in ANY:
+        status, out, err = show(outputs, "--format", style)
+        assert status == 0
+        assert "hqq" in out
+        for name in ("truncated", "later-schema", "empty", "no-object", "deep", "surrogate", "folder"):
+            assert f"{name}/result.json" in err, name
+        assert "schema_version" in err
+        assert "no intervals for outside" in err
+
+
+def test_numbers_that_are_none_stay_out_of_the_ranking(outputs, show):
+    result, windows = point("gptq", 4, nll(0.2))
+    broken = replace(result, evaluation=[replace(result.evaluation[0], ppl=float("nan"), ppl_delta=float("inf"))])
+    save(outputs, (broken, windows | {"quantized": windows["quantized"] * np.nan}))
+    for style in ANY:
+        assert show(outputs, "--format", style)[0] == 0
+    document = json.loads(show(outputs, "--format", "json")[1])
+    last = document[0]["rows"][-1]
+    assert (last["quantizer"], last["ppl"], last["rank"], last["front"]) == ("gptq", None, None, "")
+
+
+def test_single_windows_are_all_one_rank(tmp_path):
+    outputs = save(tmp_path, point("rtn", 4, nll(0.5)[:1].repeat(24)[:24]), point("sinq", 4, nll(0.2)))
+    sections = board.sections(entries.latest(entries.read(outputs).entries), *order("quality"))
+    assert [row.rank for row in sections[0].rows] == [1, 2]
+
+
+PUBLICATION = """
+source: A paper, arXiv 0000.00000v1
+entries:
+  - {model: example, quantizer: sinq, nbits: 4, group_size: 64, protocol: "mini:gptq-w512", value: 31.5, where: Table 1}
+  - {model: example, quantizer: rtn, nbits: 3, group_size: 128, protocol: "mini:gptq-w512", value: 99, where: Table 1}
+  - {model: example, quantizer: hqq, nbits: 4, protocol: "mini:gptq-w1024", value: 98, where: Table 1}
+  - {model: example, quantizer: none, protocol: "mini:gptq-w512", value: 27.5, where: Table 1}
+"""
+
+
+def test_published_numbers_stand_beside_ours_only_on_equal_terms(outputs, show, tmp_path):
+    path = tmp_path / "paper.yaml"
+    path.write_text(PUBLICATION)
+    found = rows(show(outputs, "--format", "csv", "--reference", path)[1])
+    assert [(r["quantizer"], r["published"], r["published_in"]) for r in found if r["published"]] == [
+        ("sinq", "31.5", "A paper, arXiv 0000.00000v1, Table 1")
+    ]
+    assert "16 bit, published: 27.500" in show(outputs, "--reference", path)[1]
+    path.write_text(PUBLICATION.replace("value: 31.5", "value: low"))
+    status, _, err = show(outputs, "--reference", path)
+    assert status == 2
+    assert "entries.0.value" in err
+    path.write_text("a: [")
+    assert "is not YAML" in show(outputs, "--reference", path)[2]
+
+
+def test_history_names_the_change_and_nothing_else(tmp_path, show):
+    outputs = save(
+        tmp_path,
+        point("sinq", 4, nll(0.20, 1), version="0.1.0", day=1),
+        point("sinq", 4, nll(0.20, 1) + 1e-6, version="0.1.0", day=2),  # another summation order
+        point("sinq", 4, nll(0.20, 5), version="0.2.0", day=3),  # moved, inside the noise
+        point("sinq", 4, nll(0.30, 5), version="0.3.0", day=4),
+        point("rtn", 4, nll(0.30, 5), version="0.3.0", day=5),
+    )
+    document = json.loads(show(outputs, "--history", "--format", "json", "--where", "quantizer=sinq")[1])
+    (line,) = document
+    assert [row["change_point"] for row in line["rows"]] == ["", "", "", "up: qbench 0.2.0 to 0.3.0"]
+    assert [row["qbench_version"] for row in line["rows"]] == ["0.1.0", "0.1.0", "0.2.0", "0.3.0"]
+    assert "1 change point in 4 records" in show(outputs, "--history")[1]
+
+
+def test_history_of_bytes_names_any_difference(tmp_path, show):
+    outputs = save(
+        tmp_path,
+        point("sinq", 4, bits=4.5, version="0.1.0", day=1),
+        point("sinq", 4, bits=4.5, version="0.2.0", day=2),
+        point("sinq", 4, bits=4.6, version="0.3.0", day=3),
+    )
+    document = json.loads(show(outputs, "--history", "--format", "json", "--metric", "model_bytes")[1])
+    assert [bool(row["change_point"]) for row in document[0]["rows"]] == [False, False, True]
+    seconds = json.loads(show(outputs, "--history", "--format", "json", "--metric", "quant_seconds")[1])
+    assert not any(row["change_point"] for row in seconds[0]["rows"])
