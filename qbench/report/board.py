@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from qbench.report.entries import Entry, Score
-from qbench.statistics import Resampled
+from qbench.report.noise import Paired
 
 FRONT, NEAR_FRONT, BEATEN = "front", "noise", ""
 
@@ -60,8 +60,8 @@ def sections(entries: Sequence[Entry], order: Callable[[Row], float | None], des
         def place(row: Row) -> tuple[bool, float, float]:
             value = order(row)
             if value is None or not np.isfinite(value):
-                return (True, 0.0, row.score.value)
-            return (False, -value if descending else value, row.score.value)
+                return (True, 0.0, row.score.loss)
+            return (False, -value if descending else value, row.score.loss)
 
         rows.sort(key=place)
         baselines = [score.baseline for _, score in pairs if score.baseline is not None]
@@ -75,18 +75,20 @@ def sections(entries: Sequence[Entry], order: Callable[[Row], float | None], des
 
 
 def _rank(pairs: list[tuple[Entry, Score]]) -> list[Row]:
-    pairs = sorted(pairs, key=lambda pair: pair[1].value)  # a NaN sorts anywhere: it has no windows either
+    pairs = sorted(pairs, key=lambda pair: pair[1].loss)  # a NaN sorts anywhere: it has no windows either
     usable = [i for i, (_, score) in enumerate(pairs) if score.windows is not None]
     lengths = {len(pairs[i][1].windows) for i in usable}  # type: ignore[arg-type]
     if len(lengths) > 1:  # one protocol, one text, two lengths: not comparable, whoever wrote that
         usable = []
     place = {i: at for at, i in enumerate(usable)}
-    resampled = Resampled(np.stack([pairs[i][1].windows for i in usable])) if usable else None  # type: ignore[misc]
+    score = pairs[0][1]
+    scores = [pairs[i][1].windows for i in usable]
+    paired = Paired(np.stack(scores), score.metric, score.weights) if scores else None  # type: ignore[arg-type]
 
     def differ(first: int, second: int) -> bool:
-        if resampled is None or first not in place or second not in place:
+        if paired is None or first not in place or second not in place:
             return pairs[first][1].value != pairs[second][1].value  # no intervals: the numbers are all there is
-        return resampled.differ(place[first], place[second])
+        return paired.difference(place[first], place[second]).is_real
 
     ranks: dict[int, int] = {}
     leader = None
@@ -106,7 +108,7 @@ def _rank(pairs: list[tuple[Entry, Score]]) -> list[Row]:
 
 
 def _front(pairs: list[tuple[Entry, Score]], differ: Callable[[int, int], bool]) -> list[str]:
-    quality = np.array([score.value for _, score in pairs])
+    quality = np.array([score.loss for _, score in pairs])
     bits = np.array([entry.result.quantization.bits_per_weight for entry, _ in pairs])  # type: ignore[union-attr]
     marks = []
     for i in range(len(pairs)):

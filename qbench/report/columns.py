@@ -151,11 +151,16 @@ SORTABLE = ("quality", "delta", *(column.key for column in _COST if column.progr
 def order(metric: str) -> tuple[Callable[[Row], float | None], bool]:
     """The sorting key of a metric, and whether larger is better."""
     if metric == "quality":
-        return (lambda row: row.score.value), False
+        return (lambda row: row.score.loss), False
     if metric == "delta":
-        return (lambda row: row.score.delta), False
+        return _change_for_the_worse, False
     column = next(column for column in _COST if column.key == metric)
     return column.value, column.descending  # type: ignore[return-value]
+
+
+def _change_for_the_worse(row: Row) -> float | None:
+    delta = row.score.delta
+    return -delta if delta is not None and row.score.higher_is_better else delta
 
 
 def text(column: Column, row: Row) -> str:

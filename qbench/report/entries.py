@@ -40,7 +40,14 @@ class Score:
     low: float | None
     high: float | None
     text: str  # hash of the scored token ids: only equal ones are paired
-    windows: np.ndarray | None = field(compare=False)  # float64 [windows], nats; None when the file is missing
+    windows: np.ndarray | None = field(compare=False)  # float64 [windows]; None when their file cannot be read
+    weights: np.ndarray | None = field(default=None, compare=False)  # tokens of each window, where they differ
+    higher_is_better: bool = False
+
+    @property
+    def loss(self) -> float:
+        """The value, turned so that smaller is better."""
+        return -self.value if self.higher_is_better else self.value
 
 
 @dataclass(frozen=True)

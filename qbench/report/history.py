@@ -13,8 +13,8 @@ import numpy as np
 from qbench.report.board import Row
 from qbench.report.columns import order
 from qbench.report.entries import Entry, Score
+from qbench.report.noise import Difference, difference
 from qbench.report.table import Table
-from qbench.statistics import Delta, paired_delta
 
 LEAST = 1e-4  # of the earlier value
 EXACT = ("bits_per_weight", "model_bytes", "coverage", "weight_error")
@@ -30,14 +30,16 @@ def tables(entries: list[Entry], metric: str) -> list[Table]:
 
 
 def _table(records: list[tuple[Entry, Score]], metric: str) -> Table:
-    read = order(metric)[0]
+    read = {"quality": lambda row: row.score.value, "delta": lambda row: row.score.delta}.get(metric) or order(metric)[
+        0
+    ]
     entry, score = records[0]
     name = score.metric if metric == "quality" else f"{score.metric}_delta" if metric == "delta" else metric
     keys = ["qbench_version", "created_utc", "run_id", name, "change", "low", "high", "change_point"]
     values = []
     for number, record in enumerate(records):
         now = read(Row(*record, None, False, "", {}))
-        change, named = Delta(np.nan, None, None), ""
+        change, named = Difference(np.nan, None, None), ""
         if number:
             before = records[number - 1]
             earlier = read(Row(*before, None, False, "", {}))
@@ -65,19 +67,19 @@ def _table(records: list[tuple[Entry, Score]], metric: str) -> Table:
     )
 
 
-def _change(metric: str, record: tuple[Entry, Score], before: tuple[Entry, Score], now: float, earlier: float) -> Delta:
+def _change(
+    metric: str, record: tuple[Entry, Score], before: tuple[Entry, Score], now: float, earlier: float
+) -> Difference:
     new, old = record[1].windows, before[1].windows
     if metric in ("quality", "delta") and new is not None and old is not None and new.shape == old.shape:
-        return paired_delta(new, old, seed=0)
-    return Delta(now - earlier, None, None)
+        return difference(new, old, record[1].metric, record[1].weights)
+    return Difference(now - earlier, None, None)
 
 
-def _is_change(metric: str, change: Delta, earlier: float) -> bool:
+def _is_change(metric: str, change: Difference, earlier: float) -> bool:
     if metric in EXACT:
         return abs(change.value) > (LEAST * abs(earlier) if metric == "weight_error" else 0)
-    if change.low is None or change.high is None:
-        return False
-    return abs(change.value) >= LEAST * abs(earlier) and not change.low <= 0 <= change.high
+    return change.is_real and abs(change.value) >= LEAST * abs(earlier)
 
 
 def _name(before: Entry, after: Entry, change: float) -> str:
