@@ -7,6 +7,8 @@ are named on stderr and left out. Exit status: 0 done, 2 the request is wrong.
 from __future__ import annotations
 
 import argparse
+import gc
+import io
 import shutil
 import sys
 from pathlib import Path
@@ -61,7 +63,9 @@ def _report(asked: argparse.Namespace) -> str:
     recorded = entries.read(asked.outputs)
     for problem in recorded.problems:
         print(f"qbench.leaderboard: {table.plain(problem, 500)}", file=sys.stderr)
-    kept = entries.where(recorded.entries, asked.where, asked.protocol)
+    kept = entries.where(recorded.entries, asked.where)
+    if asked.protocol is not None:
+        kept = entries.under(kept, asked.protocol)
     if asked.history:
         if style == "html" or published:
             raise RequestError("--history has no HTML page and takes no --reference; use table, md, csv, json or tex")
@@ -83,7 +87,8 @@ def _report(asked: argparse.Namespace) -> str:
 
 def _deliver(text: str, output: Path | None) -> None:
     if output is None:
-        sys.stdout.reconfigure(encoding="utf-8", errors="replace")  # type: ignore[union-attr]
+        if isinstance(sys.stdout, io.TextIOWrapper):  # a console of another encoding would refuse the marks
+            sys.stdout.reconfigure(errors="replace")
         sys.stdout.write(text)
         sys.stdout.flush()
         return
@@ -98,4 +103,5 @@ def _deliver(text: str, output: Path | None) -> None:
 
 
 if __name__ == "__main__":
+    gc.disable()  # a thousand results are millions of objects, and none of them is garbage before the end
     sys.exit(main())

@@ -10,12 +10,12 @@ trusted: a file name inside a result must be plain, and every string is escaped 
 
 from __future__ import annotations
 
-import gc
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from safetensors import SafetensorError
@@ -76,11 +76,11 @@ class Entry:
         quantization = self.result.quantization
         return self.settings.get("quantizer.nbits", int(quantization.bits_per_weight) if quantization else None)
 
-    @property
+    @cached_property
     def weight_error(self) -> float | None:
         """Mean over the layers of ||W - dequantized|| / ||W||; None for a packed checkpoint."""
         layers = self.result.quantization.layers if self.result.quantization else []
-        return float(np.mean([row.relative_error for row in layers])) if layers else None
+        return sum(row.relative_error for row in layers) / len(layers) if layers else None
 
 
 @dataclass(frozen=True)
@@ -90,34 +90,47 @@ class Recorded:
     problems: list[str]  # files that could not be read, one sentence each
 
 
+class HasSettings(Protocol):
+    @property
+    def settings(self) -> dict[str, Any]: ...
+
+
+Configured = TypeVar("Configured", bound=HasSettings)
+
+
 def latest(entries: Sequence[Entry]) -> list[Entry]:
     """One entry per configuration: the one measured last."""
     return list({entry.configuration: entry for entry in entries}.values())
 
 
-def where(entries: Sequence[Entry], conditions: Sequence[str], protocol: str | None = None) -> list[Entry]:
-    """The entries that have every `KEY=VALUE` and, if a protocol is given, a score under it.
+def where(items: Sequence[Configured], conditions: Sequence[str]) -> list[Configured]:
+    """The items that have every `KEY=VALUE` among their settings; a key is a dotted one or its last part (`nbits`).
 
-    A key is a dotted setting or the last part of one (`nbits`). Raises RequestError when nothing is left.
+    Raises RequestError, listing what there is, when nothing is left.
     """
-    kept = list(entries)
+    kept = list(items)
     for condition in conditions:
         key, equals, value = condition.partition("=")
         if not equals:
             raise RequestError(f"--where takes KEY=VALUE, such as quantizer.nbits=4, got '{condition}'")
-        known = {k for entry in kept for k in entry.settings if k == key or k.endswith((f".{key}", f"{key}.name"))}
-        if not known:
-            raise unknown("setting", key, {k for entry in entries for k in entry.settings})
-        found = {str(entry.settings[k]) for entry in kept for k in known & entry.settings.keys()}
-        kept = [e for e in kept if any(str(e.settings[k]) == value for k in known & e.settings.keys())]
+        present = {k for item in kept for k in item.settings}
+        named = {k for k in present if k == key or k.endswith(f".{key}") or k == f"{key}.name"}
+        if not named:
+            raise unknown("setting", key, present)
+        found = {str(item.settings[k]) for item in kept for k in named & item.settings.keys()}
+        kept = [item for item in kept if any(str(item.settings[k]) == value for k in named & item.settings.keys())]
         if not kept:
             raise unknown(key, value, found)
-    if protocol is not None:
-        found = {score.protocol for entry in kept for score in entry.scores}
-        if protocol not in found:
-            raise unknown("protocol", protocol, found)
-        kept = [replace(e, scores=tuple(s for s in e.scores if s.protocol == protocol)) for e in kept]
     return kept
+
+
+def under(entries: Sequence[Entry], protocol: str) -> list[Entry]:
+    """The entries with a score under a protocol, and with no other; raises RequestError when there is none."""
+    found = {score.protocol for entry in entries for score in entry.scores}
+    if protocol not in found:
+        raise unknown("protocol", protocol, found)
+    kept = (replace(e, scores=tuple(s for s in e.scores if s.protocol == protocol)) for e in entries)
+    return [entry for entry in kept if entry.scores]
 
 
 def unresolved(recorded: Recorded) -> list[Result]:
@@ -137,14 +150,8 @@ def read(outputs: Path) -> Recorded:
     if not folder.is_dir():
         raise RequestError(f"{outputs} holds no results/ folder; give the outputs folder of `python -m qbench`")
     recorded = Recorded([], [], [])
-    collecting = gc.isenabled()
-    gc.disable()  # a thousand results make millions of objects, none of them garbage
-    try:
-        for path in sorted(folder.glob("*/result.json")):
-            _read_one(path, recorded)
-    finally:
-        if collecting:
-            gc.enable()
+    for path in sorted(folder.glob("*/result.json")):
+        _read_one(path, recorded)
     recorded.entries.sort(key=lambda entry: (entry.result.created_utc, entry.result.run_id))
     recorded.failed.sort(key=lambda result: (result.created_utc, result.run_id))
     return recorded

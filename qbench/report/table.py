@@ -58,10 +58,12 @@ def _rich(tables: Sequence[Table], width: int | None) -> str:
             console.print()
         console.print(Text(plain(table.title, 200), style="bold"), soft_wrap=True)
         rich = RichTable(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
-        for title, numeric in zip(table.titles, table.numeric, strict=True):
-            rich.add_column(Text(plain(title)), justify="right" if numeric else "left", no_wrap=numeric)
-        for row in table.cells:
-            rich.add_row(*(Text(plain(cell)) for cell in row))
+        columns = zip(*table.cells, strict=True) if table.cells else [()] * len(table.titles)
+        blocks = []  # one cell of many lines per column: Rich takes a millisecond for a row of cells
+        for title, numeric, cells in zip(table.titles, table.numeric, columns, strict=True):
+            rich.add_column(Text(plain(title)), justify="right" if numeric else "left", no_wrap=True)
+            blocks.append(Text("\n".join(map(plain, cells))))
+        rich.add_row(*blocks)
         console.print(rich)
         for note in table.notes:
             console.print(Text(plain(note, 500)), soft_wrap=True)
@@ -71,19 +73,23 @@ def _rich(tables: Sequence[Table], width: int | None) -> str:
 def _markdown(tables: Sequence[Table], _: int | None) -> str:
     parts = []
     for table in tables:
-        lines = [f"### {_md(table.title, 200)}", "", *_md_rows(table)]
-        lines += [line for note in table.notes for line in ("", _md(note, 500))]
+        lines = [f"### {markdown_text(table.title, 200)}", "", *_md_rows(table)]
+        lines += [line for note in table.notes for line in ("", markdown_text(note, 500))]
         parts.append("\n".join(lines))
     return "\n\n".join(parts) + "\n"
 
 
 def _md_rows(table: Table) -> list[str]:
     rule = ["---:" if numeric else "---" for numeric in table.numeric]
-    rows = [[_md(title) for title in table.titles], rule, *([_md(cell) for cell in row] for row in table.cells)]
+    rows = [
+        [markdown_text(title) for title in table.titles],
+        rule,
+        *([markdown_text(cell) for cell in row] for row in table.cells),
+    ]
     return ["| " + " | ".join(row) + " |" for row in rows]
 
 
-def _md(text: str, longest: int = LONGEST) -> str:
+def markdown_text(text: str, longest: int = LONGEST) -> str:
     """Markdown without markup: HTML as entities, punctuation that means something behind a backslash."""
     escaped = plain(text, longest).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     return "".join(f"\\{c}" if c in "\\|`*[]_#~" else c for c in escaped)

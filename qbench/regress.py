@@ -1,0 +1,119 @@
+"""`python -m qbench.regress BASELINE [OUTPUTS]`: the gate for CI.
+
+Compares every point of the committed BASELINE with what is recorded in OUTPUTS, prints a Markdown summary (also to
+$GITHUB_STEP_SUMMARY, if that is set) and, with --junit FILE, JUnit XML. Exit status: 0 pass; 1 something regressed or a
+point failed; 2 wrong input, or points are missing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from qbench.errors import RequestError
+from qbench.record.store import write_atomically
+from qbench.report import entries, verdict
+from qbench.report.baseline import Baseline, Limits
+from qbench.report.regress import Finding, compare
+from qbench.report.table import plain
+
+PASS, REGRESSED, WRONG = 0, 1, 2
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the gate, or writes its baseline, and returns the exit status."""
+    asked = _parser().parse_args(arguments)
+    try:
+        recorded = entries.read(asked.outputs)
+        for problem in recorded.problems:
+            _say(problem)
+        return _update(asked, recorded) if asked.update else _gate(asked, recorded)
+    except RequestError as error:
+        _say(str(error))
+        return WRONG
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m qbench.regress", description="Did anything get worse?")
+    parser.add_argument("baseline", type=Path, help="the committed JSON file")
+    parser.add_argument(
+        "outputs", nargs="?", default="outputs", type=Path, help="the outputs folder of `python -m qbench`"
+    )
+    parser.add_argument(
+        "--update", action="store_true", help="write the baseline from what is recorded; limits are kept"
+    )
+    parser.add_argument(
+        "--where", action="append", default=[], metavar="KEY=VALUE", help="only points with this setting"
+    )
+    parser.add_argument("--junit", type=Path, metavar="FILE", help="also write the outcome as JUnit XML")
+    return parser
+
+
+def _gate(asked: argparse.Namespace, recorded: entries.Recorded) -> int:
+    baseline = Baseline.read(asked.baseline)
+    points = entries.where(baseline.points, asked.where)
+    if not points:
+        raise RequestError(f"{asked.baseline} holds no points; write some with --update")
+    findings = compare(Baseline(points, baseline.limits), recorded)
+    if asked.where:  # what is outside of the selection is not news
+        findings = [f for f in findings if f.verdict != "note" or f.check != "point"]
+    summary = verdict.markdown(findings)
+    print(summary, end="")
+    _write(asked.junit, verdict.junit(findings))
+    if target := os.environ.get("GITHUB_STEP_SUMMARY"):
+        try:
+            with open(target, "a", encoding="utf-8") as file:
+                file.write(summary + "\n")
+        except OSError as error:
+            _say(f"cannot write the summary to $GITHUB_STEP_SUMMARY: {error.strerror}")
+    return _status(findings)
+
+
+def _status(findings: list[Finding]) -> int:
+    verdicts = {finding.verdict for finding in findings}
+    if verdicts & {"regressed", "failed"}:
+        return REGRESSED
+    return WRONG if "missing" in verdicts else PASS
+
+
+def _update(asked: argparse.Namespace, recorded: entries.Recorded) -> int:
+    limits, known = Limits(), []
+    if asked.baseline.exists():
+        old = Baseline.read(asked.baseline)
+        limits, known = old.limits, old.points
+    if failures := entries.unresolved(recorded):
+        raise RequestError(f"no baseline from failed points: {' '.join(failures[0].command)}: {failures[0].error}")
+    chosen = entries.latest(entries.where(recorded.entries, asked.where))
+    if not chosen:
+        raise RequestError(f"{asked.outputs} holds no finished point to make a baseline from")
+    new = Baseline.of(chosen, limits)
+    if asked.where:
+        measured = [point.settings for point in new.points]
+        outside = [p for p in known if not any(p.same_request(one) for one in measured)]
+        new = Baseline.ordered([*new.points, *outside], limits)
+    for point in known:
+        if not any(point.same_request(kept.settings) for kept in new.points):
+            _say(f"no longer in the baseline, since it was not measured: {point.label}")
+    _write(asked.baseline, new.to_json())
+    _say(f"{len(new.points)} points written to {asked.baseline}")
+    return PASS
+
+
+def _write(path: Path | None, text: str) -> None:
+    if path is None:
+        return
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, text.encode())
+    except OSError as error:
+        raise RequestError(f"cannot write {path}: {error.strerror}") from None
+
+
+def _say(message: str) -> None:
+    print(f"qbench.regress: {plain(message, 500)}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

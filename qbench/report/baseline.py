@@ -1,0 +1,177 @@
+"""The committed baseline of the regression gate: what points measured, in one JSON file that reads well in a diff.
+
+    {"schema_version": 1,
+     "limits": {...},                           # how much worse is a regression; kept by --update, edited by hand
+     "points": [{"command": [...], "settings": {...}, "packed_bytes": ..., "scores": [...], "layers": {...}}, ...]}
+
+Points are known by their settings, not by a run_id: a new qbench version or another CPU measures the same point. The
+per-window scores are in the file, so that the gate's intervals are paired. Equal measurements give an equal file: keys
+and points are sorted, floats rounded to more digits than any limit needs, and seconds and memory are stored only where
+a limit asks for them.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, ClassVar, Literal, NamedTuple
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from qbench.errors import RequestError
+from qbench.record.result import LayerRow
+from qbench.report.entries import Entry, Score
+
+_STRICT = ConfigDict(extra="forbid")
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How much worse than the baseline is a regression. Bytes, bits per weight and methods must be equal."""
+
+    quality: float = 0.005  # share of the baseline's value that the whole interval of the difference must lie beyond
+    weight_error: float = 0.005  # share by which one layer's relative weight error may grow
+    imbalance: float = 0.02  # share by which one layer's imbalance after balancing may grow
+    seconds_ratio: float | None = None  # quantizing may take that many times as long; null on machines that are shared
+    memory_ratio: float | None = None  # the GPU's peak while quantizing may be that many times as high
+
+    __pydantic_config__: ClassVar[ConfigDict] = _STRICT
+
+
+class Layer(NamedTuple):
+    """What the gate compares of a layer; in the file, a list of the four."""
+
+    method: str
+    packed_bytes: int
+    relative_error: float
+    imbalance: float | None  # after balancing; None for methods that do not balance
+
+    @staticmethod
+    def of(row: LayerRow) -> Layer:
+        return Layer(row.method, row.packed_bytes, _round(row.relative_error), _round(row.imbalance_after))
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One quality number with its per-window scores."""
+
+    protocol: str
+    metric: str
+    higher_is_better: bool
+    text: str  # hash of the scored token ids
+    value: float
+    windows: list[float]
+    weights: list[float] | None = None
+
+    __pydantic_config__: ClassVar[ConfigDict] = _STRICT
+
+    @staticmethod
+    def of(score: Score) -> Measured:
+        """Raises RequestError for a score without its windows."""
+        if score.windows is None:
+            raise RequestError(f"the per-window scores under {score.protocol} cannot be read; measure the point again")
+        return Measured(
+            protocol=score.protocol,
+            metric=score.metric,
+            higher_is_better=score.higher_is_better,
+            text=score.text,
+            value=_round(score.value),
+            windows=[round(float(x), 8) for x in score.windows],
+            weights=None if score.weights is None else [float(x) for x in score.weights],
+        )
+
+
+@dataclass(frozen=True)
+class Point:
+    """One configuration and what it measured."""
+
+    command: list[str]
+    settings: dict[str, Any]
+    qbench_version: str
+    packed_bytes: int
+    model_bytes: int
+    bits_per_weight: float
+    coverage: float
+    scores: list[Measured]
+    layers: dict[str, Layer]
+    quant_seconds: float | None = None
+    peak_alloc_bytes: int | None = None
+
+    __pydantic_config__: ClassVar[ConfigDict] = _STRICT
+
+    @property
+    def label(self) -> str:
+        return " ".join(self.command) or "the default point"
+
+    @staticmethod
+    def of(entry: Entry) -> Point:
+        quantization = entry.result.quantization
+        assert quantization is not None
+        return Point(
+            command=[part for part in entry.result.command if not part.startswith(("outputs=", "runtime.", "tracker"))],
+            settings=entry.settings,
+            qbench_version=entry.result.qbench_version,
+            packed_bytes=quantization.packed_bytes,
+            model_bytes=quantization.model_bytes,
+            bits_per_weight=_round(quantization.bits_per_weight),
+            coverage=_round(quantization.coverage),
+            scores=[Measured.of(score) for score in entry.scores],
+            layers={row.name: Layer.of(row) for row in quantization.layers},
+            quant_seconds=_round(quantization.quant_seconds),
+            peak_alloc_bytes=quantization.peak_alloc_bytes,
+        )
+
+    def same_request(self, settings: dict[str, Any]) -> bool:
+        """Whether settings ask for this point; keys that only one side knows came or went with a version."""
+        common = (self.settings.keys() & settings.keys()) - {"weights"}
+        return all(self.settings[key] == settings[key] for key in common)
+
+
+@dataclass(frozen=True)
+class Baseline:
+    points: list[Point]
+    limits: Limits = field(default_factory=Limits)
+    schema_version: Literal[1] = 1
+
+    __pydantic_config__: ClassVar[ConfigDict] = _STRICT
+
+    @staticmethod
+    def read(path: Path) -> Baseline:
+        """Raises RequestError for a file that is missing or no baseline."""
+        try:
+            return TypeAdapter(Baseline).validate_json(path.read_bytes())
+        except OSError as error:
+            raise RequestError(f"cannot read the baseline {path}: {error.strerror}; --update writes it") from None
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            place = ".".join(map(str, first["loc"])) or "the file"
+            raise RequestError(f"{path} is not a baseline of schema version 1: {place}: {first['msg']}") from None
+
+    @staticmethod
+    def of(entries: Sequence[Entry], limits: Limits) -> Baseline:
+        """The baseline that these entries would be; times and memory only where a limit compares them."""
+        points = [Point.of(entry) for entry in entries]
+        if limits.seconds_ratio is None:
+            points = [replace(point, quant_seconds=None) for point in points]
+        if limits.memory_ratio is None:
+            points = [replace(point, peak_alloc_bytes=None) for point in points]
+        return Baseline.ordered(points, limits)
+
+    @staticmethod
+    def ordered(points: Sequence[Point], limits: Limits) -> Baseline:
+        return Baseline(sorted(points, key=lambda p: (p.label, json.dumps(p.settings, sort_keys=True))), limits)
+
+    def to_json(self) -> str:
+        text = json.dumps(asdict(self), indent=1, sort_keys=True, allow_nan=False)
+        return re.sub(r"\[\n[^\[\]{}]*\]", _on_one_line, text) + "\n"  # lists that hold no list
+
+
+def _on_one_line(found: re.Match[str]) -> str:
+    return re.sub(r"\n\s*", " ", found[0]).replace("[ ", "[").replace(" ]", "]")
+
+
+def _round(value: float | None) -> Any:
+    return None if value is None else float(f"{value:.7g}")

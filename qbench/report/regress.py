@@ -1,0 +1,209 @@
+"""Compares what was measured with the baseline, check by check, and says what got worse and by how much.
+
+A quality regresses when the paired 95 % interval of its difference lies beyond the allowance: a drop inside the noise
+is no regression, and a real but tiny one is none either. Everything that is counted must be equal: bytes, bits per
+weight, the method in effect on every layer. What is deterministic up to rounding has a small relative limit: every
+layer's weight error, every balanced layer's imbalance. One layer gone wrong moves a perplexity by less than the noise,
+but not its own error. What got better by as much is a note: `--update` makes it the new baseline.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from qbench.record.result import Result
+from qbench.report.baseline import Baseline, Layer, Limits, Measured, Point
+from qbench.report.entries import Entry, Recorded, settings
+from qbench.report.noise import difference
+
+Verdict = Literal["pass", "note", "regressed", "failed", "missing"]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """The outcome of one check of one point; the message says what is there and what should be."""
+
+    point: str
+    check: str
+    verdict: Verdict
+    message: str
+
+
+def compare(baseline: Baseline, recorded: Recorded) -> list[Finding]:
+    """Every check of every point of the baseline, and a note for each point that the baseline does not know."""
+    findings: list[Finding] = []
+    used: set[str] = set()
+    for point in baseline.points:
+        entry, failed = _find(point, recorded)
+        if entry is not None:
+            used.add(entry.configuration)
+            outcomes = list(_check(point, entry, baseline.limits))
+        elif failed is not None:
+            outcomes = [("point", "failed", f"it failed: {failed.error}")]
+        else:
+            outcomes = [("point", "missing", _why_missing(point, recorded))]
+        findings += [Finding(point.label, check, verdict, message) for check, verdict, message in outcomes]
+    for entry in recorded.entries:
+        if entry.configuration not in used:
+            used.add(entry.configuration)
+            label = Point.of(entry).label
+            if not any(point.same_request(entry.settings) for point in baseline.points):
+                findings.append(Finding(label, "point", "note", "not in the baseline; --update would add it"))
+    return findings
+
+
+Outcome = tuple[str, Verdict, str]
+
+
+def _find(point: Point, recorded: Recorded) -> tuple[Entry | None, Result | None]:
+    """The latest record of the point: the entry, or the failure that is later than any."""
+    fitting = [e for e in recorded.entries if point.same_request(e.settings)]
+    fitting = [e for e in fitting if e.settings.get("weights") == point.settings.get("weights")]
+    # settings that the baseline does not know may tell several apart: prefer the one asked for in the same words
+    fitting.sort(key=lambda e: (Point.of(e).command == point.command, e.result.created_utc))
+    failures = [result for result in recorded.failed if point.same_request(settings(result))]
+    entry, failed = (fitting or [None])[-1], (failures or [None])[-1]
+    if entry is not None and failed is not None and failed.created_utc > entry.result.created_utc:
+        return None, failed
+    return entry, None if entry is not None else failed
+
+
+def _why_missing(point: Point, recorded: Recorded) -> str:
+    others = {e.settings.get("weights") for e in recorded.entries if point.same_request(e.settings)}
+    if others:
+        wanted = point.settings.get("weights")
+        return f"only measured with other weights: {', '.join(map(str, others))} instead of {wanted}"
+    return "it was not measured"
+
+
+def _check(point: Point, entry: Entry, limits: Limits) -> Iterator[Outcome]:
+    now = Point.of(entry)
+    for score in point.scores:
+        yield _quality(score, now.scores, limits)
+    yield _methods(point, now)
+    yield _bytes(point, now)
+    yield _equal("bits per weight", point.bits_per_weight, now.bits_per_weight)
+    verdict: Verdict = (
+        "pass" if now.coverage == point.coverage else "note" if now.coverage > point.coverage else "regressed"
+    )
+    yield "coverage", verdict, f"{point.coverage:.4%} to {now.coverage:.4%}"
+    yield _grown("weight error", point, now, limits.weight_error, lambda layer: layer.relative_error)
+    if any(layer.imbalance is not None for layer in point.layers.values()):
+        yield _grown("imbalance", point, now, limits.imbalance, lambda layer: layer.imbalance)
+    for check, ratio, before, after in (
+        ("seconds", limits.seconds_ratio, point.quant_seconds, now.quant_seconds),
+        ("memory", limits.memory_ratio, point.peak_alloc_bytes, now.peak_alloc_bytes),
+    ):
+        if ratio is not None and before is not None:
+            worse = after is None or after > ratio * before
+            yield check, "regressed" if worse else "pass", f"{before} to {after}; the limit is {ratio} times"
+
+
+def _quality(score: Measured, measured: Sequence[Measured], limits: Limits) -> Outcome:
+    check = f"{score.metric}, {score.protocol}"
+    now = next((m for m in measured if (m.protocol, m.metric) == (score.protocol, score.metric)), None)
+    if now is None:
+        return check, "missing", "the point has no such score"
+    if now.text != score.text or len(now.windows) != len(score.windows):
+        return check, "missing", "the text, its tokens or its windows changed, so nothing can be paired; see --update"
+    change = difference(
+        np.array(now.windows),
+        np.array(score.windows),
+        score.metric,
+        None if score.weights is None else np.array(score.weights),
+    )
+    sign = -1 if score.higher_is_better else 1
+    allowed = limits.quality * abs(score.value)
+    told = f"{score.value:.5g} to {now.value:.5g}"
+    if change.low is None or change.high is None:  # one window: all there is
+        worst = best = sign * change.value
+    else:
+        told += f", {change.value:+.3g} (95 %: {change.low:+.3g} to {change.high:+.3g})"
+        worst, best = sorted((sign * change.low, sign * change.high))
+    told += f"; allowed {allowed:.3g}"
+    if worst > allowed:
+        return check, "regressed", told
+    return check, "note" if best < -allowed else "pass", told
+
+
+def _methods(point: Point, now: Point) -> Outcome:
+    gone = point.layers.keys() - now.layers.keys()
+    if gone:
+        return (
+            "method",
+            "regressed",
+            f"{len(gone)} of {len(point.layers)} layers are not quantized any more: {_some(gone)}",
+        )
+    other = [name for name, layer in point.layers.items() if now.layers[name].method != layer.method]
+    if other:
+        was, is_ = point.layers[other[0]].method, now.layers[other[0]].method
+        return "method", "regressed", f"{len(other)} of {len(point.layers)} layers ran {is_}, not {was}: {_some(other)}"
+    new = now.layers.keys() - point.layers.keys()
+    if new:
+        return "method", "note", f"{len(new)} layers are new: {_some(new)}"
+    return (
+        "method",
+        "pass",
+        ", ".join(sorted({layer.method for layer in point.layers.values()})) or "no layers recorded",
+    )
+
+
+def _bytes(point: Point, now: Point) -> Outcome:
+    if (now.packed_bytes, now.model_bytes) == (point.packed_bytes, point.model_bytes):
+        return "bytes", "pass", f"{point.packed_bytes} packed, {point.model_bytes} in all"
+    told = f"packed {point.packed_bytes} to {now.packed_bytes} ({now.packed_bytes - point.packed_bytes:+d})"
+    if now.packed_bytes == point.packed_bytes:
+        told = f"in all {point.model_bytes} to {now.model_bytes} ({now.model_bytes - point.model_bytes:+d})"
+    both = point.layers.keys() & now.layers.keys()
+    other = sorted(name for name in both if now.layers[name].packed_bytes != point.layers[name].packed_bytes)
+    if other:
+        was, is_ = point.layers[other[0]].packed_bytes, now.layers[other[0]].packed_bytes
+        told += f" in {len(other)} of {len(both)} layers, such as {other[0]}: {was} to {is_}"
+    return "bytes", "regressed", told
+
+
+def _equal(check: str, before: float, after: float) -> Outcome:
+    return check, "pass" if before == after else "regressed", f"{before:.7g} to {after:.7g}"
+
+
+def _grown(check: str, point: Point, now: Point, limit: float, read: Callable[[Layer], float | None]) -> Outcome:
+    """The layers whose number grew by more than the limit, or that have none any more."""
+    grown: dict[str, float] = {}
+    fallen, compared = 0, 0
+    for name, layer in point.layers.items():
+        before = read(layer)
+        if before is None or name not in now.layers:
+            continue
+        compared += 1
+        after = read(now.layers[name])
+        if after is None or not np.isfinite(after):
+            grown[name] = np.inf
+        elif before == 0:
+            grown |= {name: np.inf} if after > 0 else {}
+        elif after / before - 1 > limit:
+            grown[name] = after / before - 1
+        else:
+            fallen += after / before - 1 < -limit
+    if grown:
+        worst = max(grown, key=grown.__getitem__)
+        before, after = read(point.layers[worst]), read(now.layers[worst])
+        told = (
+            f"{len(grown)} of {compared} layers, most of all {worst}: {before} to {'none' if after is None else after}"
+        )
+        return (
+            check,
+            "regressed",
+            f"{told} ({grown[worst]:+.2%}, limit {limit:.2%})" if np.isfinite(grown[worst]) else told,
+        )
+    if fallen:
+        return check, "note", f"{fallen} of {compared} layers got better by more than {limit:.2%}"
+    return check, "pass", f"{compared} layers within {limit:.2%}"
+
+
+def _some(names: Iterable[str]) -> str:
+    ordered = sorted(names)
+    return ", ".join(ordered[:2]) + (", ..." if len(ordered) > 2 else "")
