@@ -1,0 +1,315 @@
+"""The regression gate: what turns it red, for which reason, and what does not."""
+
+import json
+import xml.etree.ElementTree as ET
+from dataclasses import replace
+
+import pytest
+import torch
+
+from qbench.plugins.sinq import SINQ
+from qbench.quant.aux import Aux
+from qbench.quant.diagnostics import mean_imbalance
+from qbench.quant.rounding import round_to_nearest
+from qbench.quant.weight import QuantizedWeight
+from qbench.regress import main
+from qbench.report.baseline import Baseline
+from tests.report.examples import failed, nll, point, save
+
+TINY = ("model=tiny-dense", "task.max_windows=3")
+
+
+@pytest.fixture
+def gate(capsys, monkeypatch):
+    monkeypatch.delenv("GITHUB_STEP_SUMMARY", raising=False)
+
+    def call(*arguments):
+        status = main([str(a) for a in arguments])
+        out, err = capsys.readouterr()
+        return status, out, err
+
+    return call
+
+
+@pytest.fixture
+def baseline(tmp_path, gate):
+    """A baseline of two points, made from results."""
+    outputs = save(tmp_path / "before", point("sinq", 4, nll(0.2, 1)), point("rtn", 4, nll(0.3, 2)))
+    path = tmp_path / "baseline.json"
+    assert gate(path, outputs, "--update")[0] == 0
+    return path
+
+
+def regressions(summary):
+    """Check -> message of everything under `Regressions`."""
+    section = summary.partition("### Regressions")[2].partition("\n### ")[0]
+    cells = [line.strip("| ").split(" | ") for line in section.splitlines() if line.startswith("| ")][2:]
+    return {check: message for _, check, _, message in cells}
+
+
+def changed(quantizer="sinq", windows=None, **changes):
+    result, scores = point(quantizer, 4, nll(0.2, 1) if windows is None else windows, version="0.2.0", day=5)
+    return replace(result, quantization=replace(result.quantization, **changes)), scores
+
+
+def layers_with(index, **changes):
+    result, _ = point("sinq", 4)
+    rows = list(result.quantization.layers)
+    rows[index] = replace(rows[index], **changes)
+    return rows
+
+
+RTN = ("rtn", 4, nll(0.3, 2))
+
+
+def test_an_equal_measurement_by_a_later_version_passes(baseline, tmp_path, gate):
+    outputs = save(tmp_path / "now", changed(), point(*RTN, version="0.2.0", day=5))
+    status, out, err = gate(baseline, outputs)
+    assert (status, err) == (0, "")
+    assert "gate: passed" in out
+    assert regressions(out) == {}
+
+
+@pytest.mark.parametrize(
+    ("change", "check", "words"),
+    [
+        ({"windows": nll(0.2, 1) + 0.02}, "ppl, mini:gptq-w512", "allowed"),
+        ({"packed_bytes": 1}, "bytes", "to 1 "),
+        ({"model_bytes": 1}, "bytes", "in all"),
+        ({"bits_per_weight": 4.625}, "bits per weight", "4.5 to 4.625"),
+        ({"coverage": 0.97}, "coverage", "100.0000% to 97.0000%"),
+        ({"layers": layers_with(3, relative_error=0.0918)}, "weight error", "1 of 24 layers"),
+        ({"layers": layers_with(3, relative_error=float("nan"))}, "weight error", "1 of 24 layers"),
+        ({"layers": layers_with(3, imbalance_after=1.6)}, "imbalance", "+6.67%"),
+        ({"layers": layers_with(3, imbalance_after=None)}, "imbalance", "1.5 to none"),
+        ({"layers": layers_with(3, method="rtn")}, "method", "1 of 24 layers ran rtn, not sinq"),
+        ({"layers": layers_with(3)[:-1]}, "method", "1 of 24 layers are not quantized any more"),
+    ],
+)
+def test_what_got_worse_is_named_and_nothing_else(baseline, tmp_path, gate, change, check, words):
+    status, out, _ = gate(baseline, save(tmp_path / "now", changed(**change), point(*RTN)))
+    assert status == 1
+    found = regressions(out)
+    assert list(found) == [check]
+    assert words in found[check].replace("\\", "")
+
+
+def test_worse_inside_the_noise_or_inside_the_allowance_is_no_regression(baseline, tmp_path, gate):
+    noisy = changed(windows=nll(0.202, 9, noise=0.05))
+    assert gate(baseline, save(tmp_path / "noisy", noisy, point(*RTN)))[0] == 0
+    tiny = changed(windows=nll(0.2, 1) + 0.003)  # every window: the interval excludes zero by far
+    assert gate(baseline, save(tmp_path / "tiny", tiny, point(*RTN)))[0] == 0
+
+
+def test_better_is_a_note(baseline, tmp_path, gate):
+    status, out, _ = gate(baseline, save(tmp_path / "now", changed(windows=nll(0.1, 1)), point(*RTN)))
+    assert status == 0
+    assert "| note |" in out
+
+
+def test_missing_and_failed_points(baseline, tmp_path, gate):
+    outputs = save(tmp_path / "now", changed())
+    status, out, _ = gate(baseline, outputs)
+    assert status == 2
+    assert regressions(out) == {"point": "it was not measured"}
+    result, _ = failed(["model=example", "quantizer=rtn", "quantizer.nbits=4"], "out of memory")
+    save(outputs, (replace(result, config=point(*RTN)[0].config), None))
+    status, out, _ = gate(baseline, outputs)
+    assert status == 1
+    assert regressions(out) == {"point": "it failed: out of memory"}
+    save(outputs, point(*RTN, day=9))
+    assert gate(baseline, outputs)[0] == 0
+
+
+def test_other_weights_or_another_text_are_missing_points(baseline, tmp_path, gate):
+    result, scores = changed()
+    other = replace(result, model=replace(result.model, fingerprint="random:other"))
+    status, out, _ = gate(baseline, save(tmp_path / "weights", (other, scores), point(*RTN)))
+    assert status == 2
+    assert "other weights: random:other instead of random:example" in out
+    other = replace(result, evaluation=[replace(result.evaluation[0], token_ids_sha256="another")])
+    status, out, _ = gate(baseline, save(tmp_path / "text", (other, scores), point(*RTN)))
+    assert status == 2
+    assert "nothing can be paired" in out
+
+
+def test_a_point_is_known_by_its_settings(baseline, tmp_path, gate):
+    result, scores = changed()
+    result.config["task"]["a_key_of_a_later_version"] = 1
+    result.config["runtime"]["threads"] = 8
+    renamed = replace(result, run_id="f" * 16)
+    assert gate(baseline, save(tmp_path / "now", (renamed, scores), point(*RTN)))[0] == 0
+    result.config["quantizer"]["group_size"] = 128
+    assert gate(baseline, save(tmp_path / "other", (result, scores), point(*RTN)))[0] == 2
+
+
+def test_update_is_deterministic_and_keeps_limits(baseline, tmp_path, gate):
+    first = baseline.read_bytes()
+    assert gate(baseline, tmp_path / "before", "--update")[0] == 0
+    assert baseline.read_bytes() == first
+    document = json.loads(first)
+    document["limits"] |= {"quality": 0.1, "seconds_ratio": 2.0}
+    baseline.write_text(json.dumps(document))
+    assert gate(baseline, tmp_path / "before", "--update")[0] == 0
+    limits = Baseline.read(baseline).limits
+    assert (limits.quality, limits.seconds_ratio) == (0.1, 2.0)
+    result, scores = changed(windows=nll(0.25, 1), quant_seconds=4.1)
+    status, out, _ = gate(baseline, save(tmp_path / "slow", (result, scores), point(*RTN)))
+    assert status == 1
+    assert list(regressions(out)) == ["seconds"]
+
+
+def test_a_part_can_be_gated_and_updated(baseline, tmp_path, gate):
+    outputs = save(tmp_path / "now", changed(windows=nll(0.4, 1)))
+    assert gate(baseline, outputs, "--where", "quantizer=sinq")[0] == 1
+    assert gate(baseline, outputs, "--where", "quantizer=sinq", "--update")[0] == 0
+    assert gate(baseline, outputs, "--where", "quantizer=sinq")[0] == 0
+    assert len(Baseline.read(baseline).points) == 2
+    status, _, err = gate(baseline, outputs, "--update")
+    assert status == 0
+    assert "no longer in the baseline" in err
+    assert len(Baseline.read(baseline).points) == 1
+
+
+def test_junit_and_the_step_summary(baseline, tmp_path, gate, monkeypatch):
+    summary = tmp_path / "summary.md"
+    summary.write_text("before\n")
+    monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(summary))
+    hostile = replace(changed(packed_bytes=1)[0], command=["quantizer=<&\x00\x1b|`"])
+    outputs = save(tmp_path / "now", (hostile, changed()[1]))
+    status, out, _ = gate(baseline, outputs, "--junit", tmp_path / "reports" / "gate.xml")
+    assert status == 1
+    assert summary.read_text() == "before\n" + out + "\n"
+    suite = ET.parse(tmp_path / "reports" / "gate.xml").getroot()
+    cases = suite.findall("testcase")
+    assert suite.get("tests") == str(len(cases))
+    assert (suite.get("failures"), suite.get("errors")) == ("1", "1")
+    assert [case.get("name") for case in cases if case.find("failure") is not None] == ["bytes"]
+    assert [case.get("name") for case in cases if case.find("error") is not None] == ["point"]
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("{", "is not a baseline of schema version 1"),
+        ('{"points": [], "schema_version": 2}', "schema_version"),
+        ('{"points": [], "limits": {"quallity": 1}}', "limits.quallity"),
+        ('{"points": []}', "holds no points"),
+        (None, "cannot read the baseline"),
+    ],
+)
+def test_wrong_baselines(tmp_path, gate, content, words):
+    path = tmp_path / "wrong.json"
+    if content is not None:
+        path.write_text(content)
+    status, out, err = gate(path, save(tmp_path / "outputs", changed()))
+    assert (status, out) == (2, "")
+    assert words in err
+
+
+def test_nothing_to_update_from(tmp_path, gate):
+    assert gate(tmp_path / "b.json", tmp_path, "--update")[0] == 2
+    outputs = save(tmp_path / "outputs", changed(), failed(["quantizer=rtn"], "out of memory"))
+    status, _, err = gate(tmp_path / "b.json", outputs, "--update")
+    assert status == 2
+    assert "no baseline from failed points" in err
+    assert not (tmp_path / "b.json").exists()
+
+
+def as_rtn(self, weight, stats=None):
+    """What RTN does, and says so."""
+    return round_to_nearest(weight, nbits=self.nbits, group_size=self.columns(weight), method="rtn")
+
+
+def as_rtn_in_disguise(self, weight, stats=None):
+    """RTN that claims to be SINQ and stores a second scale that does nothing."""
+    return round_to_nearest(
+        weight,
+        nbits=self.nbits,
+        group_size=self.columns(weight),
+        input_scale=torch.ones(weight.shape[1]),
+        method="sinq",
+        diagnostics={"imbalance_after": mean_imbalance(weight, self.group_size)},
+    )
+
+
+class OneLayerOff:
+    """SINQ whose fifth layer has scales that are 2 % too large."""
+
+    def __init__(self):
+        self.calls, self.honest = 0, SINQ.quantize_one
+
+    def __get__(self, quantizer, _):
+        def quantize_one(weight, stats=None):
+            self.calls += 1
+            result = self.honest(quantizer, weight, stats)
+            if self.calls != 5:
+                return result
+            return replace(result, scale=Aux.compress(result.scale.dense() * 1.02, quantizer.aux_dtype))
+
+        return quantize_one
+
+
+class TestPlantedRegressions:
+    """Real points of the tiny model, measured by a quantizer that has gone wrong in one way."""
+
+    @pytest.fixture
+    def tiny_baseline(self, qbench, gate, tmp_path):
+        assert qbench(*TINY).status == 0
+        assert gate("baseline.json", "outputs", "--update")[0] == 0
+
+    def gate_again(self, qbench, gate):
+        assert qbench(*TINY, "outputs=again").status == 0
+        status, out, _ = gate("baseline.json", "again")
+        return status, regressions(out)
+
+    def test_none(self, tiny_baseline, qbench, gate):
+        assert self.gate_again(qbench, gate) == (0, {})
+
+    def test_rtn_presented_as_sinq(self, tiny_baseline, qbench, gate, monkeypatch):
+        monkeypatch.setattr(SINQ, "quantize_one", as_rtn)
+        status, found = self.gate_again(qbench, gate)
+        assert status == 1
+        assert "14 of 14 layers ran rtn, not sinq" in found["method"]
+        assert "to none" in found["imbalance"]
+        assert "in 14 of 14 layers" in found["bytes"]  # no second scale is stored
+
+    def test_rtn_in_disguise(self, tiny_baseline, qbench, gate, monkeypatch):
+        monkeypatch.setattr(SINQ, "quantize_one", as_rtn_in_disguise)
+        status, found = self.gate_again(qbench, gate)
+        assert status == 1
+        assert "14 of 14 layers" in found["imbalance"]
+        assert not {"method", "bytes", "bits per weight"} & found.keys()
+
+    def test_one_layers_scale_off_by_two_percent(self, tiny_baseline, qbench, gate, monkeypatch):
+        monkeypatch.setattr(SINQ, "quantize_one", OneLayerOff())
+        status, found = self.gate_again(qbench, gate)
+        assert status == 1
+        assert list(found) == ["weight error"]
+        assert "1 of 14 layers" in found["weight error"]
+
+    def test_one_more_byte_per_group(self, tiny_baseline, qbench, gate, monkeypatch):
+        honest = QuantizedWeight.nbytes
+        more = property(lambda self: honest.fget(self) + self.scale.stored.numel())
+        monkeypatch.setattr(QuantizedWeight, "nbytes", more)
+        status, found = self.gate_again(qbench, gate)
+        assert status == 1
+        assert set(found) == {"bytes", "bits per weight"}
+        before, after = map(float, found["bits per weight"].split(" to "))
+        assert after - before == pytest.approx(8 / 64)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("quantizer", ["sinq", "hqq", "gptq", "awq"])
+def test_honest_reruns_with_other_thread_counts_stay_green(qbench, gate, quantizer):
+    point = (*TINY, f"quantizer={quantizer}")
+    threads = torch.get_num_threads()
+    try:
+        assert qbench(*point, "runtime.threads=1").status == 0
+        assert gate("baseline.json", "outputs", "--update")[0] == 0
+        for count in range(1, 11):
+            assert qbench(*point, f"runtime.threads={count}", f"outputs=with-{count}").status == 0
+            status, out, _ = gate("baseline.json", f"with-{count}")
+            assert status == 0, out
+    finally:
+        torch.set_num_threads(threads)
