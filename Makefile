@@ -3,12 +3,28 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN     = $(VENV)/bin
 READY   = $(VENV)/.ready
+BASELINE = .github/quality-baseline.json
 PIP     = $(BIN)/python -m pip install -q --disable-pip-version-check
 
-.PHONY: run test test-slow test-oracle oracle lint clean
+.PHONY: run demo gate gate-baseline measure-gate test test-slow test-oracle oracle lint clean
 
 run: $(READY)                 ## quantize the reference model with SINQ at 4 bits and evaluate it
 	$(BIN)/python -m qbench
+
+demo: $(READY)                ## eight methods at 4 and 3 bits on the reference model, and a page of them; repeating it skips what is there
+	$(BIN)/python -m qbench -m experiment=demo; status=$$?; \
+	$(BIN)/python -m qbench.leaderboard --where model=smollm2-135m -o outputs/leaderboard.html && exit $$status
+
+gate: measure-gate            ## measure what the regression gate compares, and compare it
+	$(BIN)/python -m qbench.regress $(BASELINE) outputs/gate --junit outputs/gate/junit.xml
+
+gate-baseline: measure-gate   ## the same, and make it the new baseline
+	$(BIN)/python -m qbench.regress $(BASELINE) outputs/gate --update
+
+# Measured afresh every time; a point that fails is the gate's to report, hence the leading minus.
+measure-gate: $(READY)
+	rm -rf outputs/gate/results && mkdir -p outputs/gate outputs/models && ln -sfn ../models outputs/gate/models
+	-$(BIN)/python -m qbench -m experiment=gate outputs=outputs/gate
 
 test: $(READY)                ## lint, then the fast tests
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

@@ -11,9 +11,9 @@ trusted: a file name inside a result must be plain, and every string is escaped 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -22,10 +22,13 @@ from safetensors import SafetensorError
 from safetensors.numpy import load as load_tensors
 
 from qbench.errors import RequestError, unknown
-from qbench.record.result import EvaluationRecord, Result, ResultError
+from qbench.record.result import Result, ResultError
 
 NOT_COMPARED = ("tracker", "outputs", "export")
 NOT_COMPARED_RUNTIME = ("rerun", "device", "dtype", "threads", "min_coverage", "seed")
+
+
+Windows = tuple[np.ndarray | None, np.ndarray | None]  # values per window, and the weight of each if they differ
 
 
 @dataclass(frozen=True)
@@ -33,7 +36,7 @@ class Score:
     """One quality number of one entry, with the per-window values that its intervals come from."""
 
     protocol: str
-    metric: str  # ppl: exp of the mean of the windows' NLLs, smaller is better
+    metric: str  # ppl: exp of the mean of the windows' NLLs; any other: the mean of the documents' values
     value: float
     baseline: float | None
     delta: float | None  # value - baseline, with its 95 % interval
@@ -171,7 +174,7 @@ def _read_one(path: Path, recorded: Recorded) -> None:
     elif result.quantization is None or result.model is None:
         recorded.problems.append(f"left out: {place} is marked ok and has no model or no quantization")
     else:
-        scores = tuple(_score(record, path.parent, recorded.problems) for record in result.evaluation)
+        scores = tuple(_scores(result, path.parent, recorded.problems))
         recorded.entries.append(Entry(result, settings(result), scores))
 
 
@@ -200,30 +203,66 @@ def _flatten(value: dict[str, Any], prefix: str = "") -> Iterable[tuple[str, Any
             yield f"{prefix}{key}", inner
 
 
-def _score(record: EvaluationRecord, folder: Path, problems: list[str]) -> Score:
-    windows = None
-    try:
-        windows = _windows(record, folder)
-    except (OSError, ValueError, SafetensorError, KeyError) as error:
-        problems.append(f"no intervals for {folder.name}, {record.protocol}: {error}")
-    return Score(
-        protocol=record.protocol,
-        metric="ppl",
-        value=record.ppl,
-        baseline=record.baseline_ppl,
-        delta=record.ppl_delta,
-        low=record.ppl_delta_low,
-        high=record.ppl_delta_high,
-        text=record.token_ids_sha256,
-        windows=windows,
-    )
+def _scores(result: Result, folder: Path, problems: list[str]) -> Iterator[Score]:
+    """A perplexity per evaluation, and every metric of every task."""
+
+    def values(file: str, protocol: str, read: Callable[[Mapping[str, np.ndarray]], Windows]) -> Windows:
+        try:
+            return read(_tensors(folder, file))
+        except (OSError, ValueError, SafetensorError, KeyError) as error:
+            problems.append(f"no intervals for {folder.name}, {protocol}: {error}")
+            return None, None
+
+    for record in result.evaluation:
+        windows, weights = values(record.window_nll_file, record.protocol, partial(_nll, count=record.windows))
+        yield Score(
+            protocol=record.protocol,
+            metric="ppl",
+            value=record.ppl,
+            baseline=record.baseline_ppl,
+            delta=record.ppl_delta,
+            low=record.ppl_delta_low,
+            high=record.ppl_delta_high,
+            text=record.token_ids_sha256,
+            windows=windows,
+            weights=weights,
+        )
+    for record in getattr(result, "tasks", ()):
+        for metric in record.metrics:
+            windows, weights = values(record.scores_file, record.protocol, partial(_documents, metric=metric.name))
+            yield Score(
+                protocol=record.protocol,
+                metric=metric.name,
+                value=metric.value,
+                baseline=metric.baseline,
+                delta=metric.delta,
+                low=metric.delta_low,
+                high=metric.delta_high,
+                text=record.documents_sha256,
+                windows=windows,
+                weights=weights,
+                higher_is_better=metric.higher_is_better,
+            )
 
 
-def _windows(record: EvaluationRecord, folder: Path) -> np.ndarray:
-    name = record.window_nll_file
+def _tensors(folder: Path, name: str) -> dict[str, np.ndarray]:
     if Path(name).name != name or name in ("", ".", ".."):
-        raise ValueError("its window file has a path instead of a name")
-    values = load_tensors((folder / name).read_bytes())["quantized"].astype(np.float64)
-    if values.shape != (record.windows,) or not np.isfinite(values).all():
-        raise ValueError(f"{name} does not hold {record.windows} finite window NLLs")
-    return values
+        raise ValueError("its file of scores has a path instead of a name")
+    return load_tensors((folder / name).read_bytes())
+
+
+def _nll(tensors: Mapping[str, np.ndarray], count: int) -> Windows:
+    """Mean NLL per window and, where windows differ in length, the tokens of each."""
+    nll, tokens = tensors["quantized"].astype(np.float64), tensors.get("tokens")
+    if nll.shape != (count,) or not np.isfinite(nll).all() or (tokens is not None and tokens.shape != nll.shape):
+        raise ValueError(f"its file does not hold {count} finite window NLLs")
+    return nll, tokens
+
+
+def _documents(tensors: Mapping[str, np.ndarray], metric: str) -> Windows:
+    """The metric per document, over all tasks of a group; lm-eval's name of the absent filter is `none`."""
+    key = metric if "," in metric else f"{metric},none"
+    found = [v for k, v in sorted(tensors.items()) if k.startswith("quantized/") and k.rpartition("/")[2] == key]
+    if not found:  # a metric of the whole task, not a mean over its documents
+        return None, None
+    return np.concatenate(found).astype(np.float64), None
