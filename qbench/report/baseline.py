@@ -26,6 +26,7 @@ from qbench.record.result import LayerRow
 from qbench.report.entries import Entry, Score
 
 _STRICT = ConfigDict(extra="forbid")
+UNNAMED = ("outputs=", "runtime.", "tracker", "experiment=")  # what a point's label does not repeat
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,7 @@ class Point:
         quantization = entry.result.quantization
         assert quantization is not None
         return Point(
-            command=[part for part in entry.result.command if not part.startswith(("outputs=", "runtime.", "tracker"))],
+            command=[part for part in entry.result.command if not part.startswith(UNNAMED)],
             settings=entry.settings,
             qbench_version=entry.result.qbench_version,
             packed_bytes=quantization.packed_bytes,
