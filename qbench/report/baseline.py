@@ -26,7 +26,16 @@ from qbench.record.result import LayerRow
 from qbench.report.entries import Entry, Score
 
 _STRICT = ConfigDict(extra="forbid")
-UNNAMED = ("outputs=", "runtime.", "tracker", "experiment=")  # what a point's label does not repeat
+UNNAMED = ("outputs=", "runtime.", "tracker", "experiment=")
+
+
+def named(command: Sequence[str]) -> list[str]:
+    """The part of a command that names its point."""
+    return [part for part in command if not part.startswith(UNNAMED)]
+
+
+def label(command: Sequence[str]) -> str:
+    return " ".join(named(command)) or "the default point"
 
 
 @dataclass(frozen=True)
@@ -105,14 +114,14 @@ class Point:
 
     @property
     def label(self) -> str:
-        return " ".join(self.command) or "the default point"
+        return label(self.command)
 
     @staticmethod
     def of(entry: Entry) -> Point:
         quantization = entry.result.quantization
         assert quantization is not None
         return Point(
-            command=[part for part in entry.result.command if not part.startswith(UNNAMED)],
+            command=named(entry.result.command),
             settings=entry.settings,
             qbench_version=entry.result.qbench_version,
             packed_bytes=quantization.packed_bytes,

@@ -16,7 +16,7 @@ from typing import Literal
 import numpy as np
 
 from qbench.record.result import Result
-from qbench.report.baseline import Baseline, Layer, Limits, Measured, Point
+from qbench.report.baseline import Baseline, Layer, Limits, Measured, Point, label, named
 from qbench.report.entries import Entry, Recorded, settings
 from qbench.report.noise import difference
 
@@ -50,9 +50,10 @@ def compare(baseline: Baseline, recorded: Recorded) -> list[Finding]:
     for entry in recorded.entries:
         if entry.configuration not in used:
             used.add(entry.configuration)
-            label = Point.of(entry).label
             if not any(point.same_request(entry.settings) for point in baseline.points):
-                findings.append(Finding(label, "point", "note", "not in the baseline; --update would add it"))
+                findings.append(
+                    Finding(label(entry.result.command), "point", "note", "not in the baseline; --update would add it")
+                )
     return findings
 
 
@@ -64,7 +65,7 @@ def _find(point: Point, recorded: Recorded) -> tuple[Entry | None, Result | None
     fitting = [e for e in recorded.entries if point.same_request(e.settings)]
     fitting = [e for e in fitting if e.settings.get("weights") == point.settings.get("weights")]
     # settings that the baseline does not know may tell several apart: prefer the one asked for in the same words
-    fitting.sort(key=lambda e: (Point.of(e).command == point.command, e.result.created_utc))
+    fitting.sort(key=lambda e: (named(e.result.command) == point.command, e.result.created_utc))
     failures = [result for result in recorded.failed if point.same_request(settings(result))]
     entry, failed = (fitting or [None])[-1], (failures or [None])[-1]
     if entry is not None and failed is not None and failed.created_utc > entry.result.created_utc:

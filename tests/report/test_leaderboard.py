@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from qbench.leaderboard import main
-from qbench.report import board, entries
+from qbench.report import board, entries, reference
 from qbench.report.columns import order
 from tests.report.examples import failed, nll, point, save
 
@@ -262,6 +262,11 @@ def test_published_numbers_stand_beside_ours_only_on_equal_terms(outputs, show, 
     assert "entries.0.value" in err
     path.write_text("a: [")
     assert "is not YAML" in show(outputs, "--reference", path)[2]
+
+
+def test_the_publications_that_come_along_can_be_read():
+    for name in reference.available():
+        assert reference.read(name)
 
 
 def test_history_names_the_change_and_nothing_else(tmp_path, show):
