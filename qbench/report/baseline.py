@@ -43,7 +43,7 @@ class Limits:
     """How much worse than the baseline is a regression. Bytes, bits per weight and methods must be equal."""
 
     quality: float = 0.005  # share of the baseline's value that the whole interval of the difference must lie beyond
-    weight_error: float = 0.005  # share by which one layer's relative weight error may grow
+    weight_error: float = 0.001  # share by which one layer's relative weight error may grow
     imbalance: float = 0.02  # share by which one layer's imbalance after balancing may grow
     seconds_ratio: float | None = None  # quantizing may take that many times as long; null on machines that are shared
     memory_ratio: float | None = None  # the GPU's peak while quantizing may be that many times as high
