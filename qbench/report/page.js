@@ -80,7 +80,10 @@
         ],
       });
       svg.addEventListener("click", () => { if (svg.value) pick(svg.value.index, !picked.has(svg.value.index)); });
-      section.querySelector(`[data-plot=${name}]`).replaceChildren(svg);
+      const place = section.querySelector(`[data-plot=${name}]`);
+      place.replaceChildren(svg);
+      const without = rows.length - drawable.length;
+      place.parentNode.querySelector(".without").textContent = without ? ` Not drawn, for want of a number: ${without}.` : "";
     }
     function describe(row) {
       const rank = row.rank === null ? "" : `, rank ${row.rank}`;
