@@ -11,7 +11,9 @@ import gc
 import io
 import shutil
 import sys
+from collections.abc import Collection
 from pathlib import Path
+from typing import TextIO
 
 from qbench.errors import RequestError, unknown
 from qbench.report import board, columns, entries, history, reference, table
@@ -32,6 +34,17 @@ def main(arguments: list[str] | None = None) -> int:
     except BrokenPipeError:  # `| head` has seen enough
         sys.stderr.close()
     return 0
+
+
+def show(outputs: Path, run_ids: Collection[str], file: TextIO) -> None:
+    """The leaderboard of some points alone, such as those of a sweep that has just ended."""
+    kept = entries.latest(entries.read(outputs, run_ids).entries)
+    sections = board.sections(kept, *columns.order("quality"))
+    file.write(table.write([columns.table(section) for section in sections], "table", _width()))
+
+
+def _width() -> int:
+    return shutil.get_terminal_size((160, 0)).columns
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -82,7 +95,7 @@ def _report(asked: argparse.Namespace) -> str:
         for result in failed:
             name = f"{' '.join(result.command)}: {result.error}"
             print(f"qbench.leaderboard: failed point {table.plain(name, 300)}", file=sys.stderr)
-    return table.write(tables, style, shutil.get_terminal_size((160, 0)).columns)
+    return table.write(tables, style, _width())
 
 
 def _deliver(text: str, output: Path | None) -> None:

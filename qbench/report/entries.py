@@ -11,7 +11,7 @@ trusted: a file name inside a result must be plain, and every string is escaped 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -147,14 +147,15 @@ def unresolved(recorded: Recorded) -> list[Result]:
     ]
 
 
-def read(outputs: Path) -> Recorded:
-    """Every result under `outputs`; raises RequestError when there is no such folder."""
+def read(outputs: Path, run_ids: Collection[str] | None = None) -> Recorded:
+    """Every result under `outputs`, or those of `run_ids`; raises RequestError when there is no such folder."""
     folder = outputs / "results"
     if not folder.is_dir():
         raise RequestError(f"{outputs} holds no results/ folder; give the outputs folder of `python -m qbench`")
     recorded = Recorded([], [], [])
     for path in sorted(folder.glob("*/result.json")):
-        _read_one(path, recorded)
+        if run_ids is None or path.parent.name in run_ids:
+            _read_one(path, recorded)
     recorded.entries.sort(key=lambda entry: (entry.result.created_utc, entry.result.run_id))
     recorded.failed.sort(key=lambda result: (result.created_utc, result.run_id))
     return recorded

@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from qbench import leaderboard
 from qbench.leaderboard import main
 from qbench.report import board, entries, reference
 from qbench.report.columns import order
@@ -83,6 +84,14 @@ def test_one_row_per_configuration_the_latest(outputs, show):
     save(outputs, point("sinq", 4, nll(0.1, 1), options={"iterations": 2}), point("sinq", 4, options={"iterations": 3}))
     found = rows(show(outputs, "--format", "csv")[1])
     assert {row["options"] for row in found if row["quantizer"] == "sinq"} == {"", "iterations=2", "iterations=3"}
+
+
+def test_some_points_alone(outputs):
+    chosen = [entry.result.run_id for entry in entries.read(outputs).entries if entry.quantizer == "rtn"]
+    file = io.StringIO()
+    leaderboard.show(outputs, chosen, file)
+    assert file.getvalue().count("rtn") == 2
+    assert "sinq" not in file.getvalue()
 
 
 def test_where_keeps_the_rows_with_a_setting(outputs, show):
