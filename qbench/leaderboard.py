@@ -40,11 +40,11 @@ def show(outputs: Path, run_ids: Collection[str], file: TextIO) -> None:
     """The leaderboard of some points alone, such as those of a sweep that has just ended."""
     kept = entries.latest(entries.read(outputs, run_ids).entries)
     sections = board.sections(kept, *columns.order("quality"))
-    file.write(table.write([columns.table(section) for section in sections], "table", _width()))
+    file.write(table.write([columns.table(section) for section in sections], "table", _width(file)))
 
 
-def _width() -> int:
-    return shutil.get_terminal_size((160, 0)).columns
+def _width(file: TextIO) -> int | None:
+    return shutil.get_terminal_size().columns if file.isatty() else None
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -95,7 +95,7 @@ def _report(asked: argparse.Namespace) -> str:
         for result in failed:
             name = f"{' '.join(result.command)}: {result.error}"
             print(f"qbench.leaderboard: failed point {table.plain(name, 300)}", file=sys.stderr)
-    return table.write(tables, style, _width())
+    return table.write(tables, style, None if asked.output else _width(sys.stdout))
 
 
 def _deliver(text: str, output: Path | None) -> None:

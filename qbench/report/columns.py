@@ -69,10 +69,12 @@ _SETTING: list[Column] = [
     Column("group_size", "group", lambda row: row.entry.settings.get("quantizer.group_size"), digits=0),
     Column("options", "differs in", _options),
 ]
-_COST: list[Column] = [
+_SIZE: list[Column] = [
     Column("bits_per_weight", "bits/weight", _quantization("bits_per_weight"), digits=3),
     Column("model_bytes", "model, bytes", _quantization("model_bytes"), digits=0, people=False),
     Column("model_megabytes", "model, MB", _quantization("model_bytes", 1e-6), digits=1, programs=False),
+]
+_COST: list[Column] = [
     Column("weight_error", "weight error", lambda row: row.entry.weight_error, digits=4),
     Column("quant_seconds", "quantizing, s", _quantization("quant_seconds"), digits=1),
     Column("peak_alloc_bytes", "peak GPU memory, bytes", _quantization("peak_alloc_bytes"), digits=0, people=False),
@@ -95,6 +97,8 @@ def columns(section: Section, published: Sequence[Published] = ()) -> list[Colum
     quality = [
         Column(section.metric, name, lambda row: row.score.value, digits=3),
         Column(f"{section.metric}_delta", "to 16 bit", lambda row: row.score.delta, digits=3),
+    ]
+    interval = [
         Column("interval", "95 %", _interval, programs=False),
         Column(f"{section.metric}_delta_low", "low", lambda row: row.score.low, digits=3, people=False),
         Column(f"{section.metric}_delta_high", "high", lambda row: row.score.high, digits=3, people=False),
@@ -104,11 +108,11 @@ def columns(section: Section, published: Sequence[Published] = ()) -> list[Colum
         def of(row: Row, name: str) -> Value:
             return getattr(beside(published, section, row), name, None)
 
-        quality += [
+        interval += [
             Column("published", "published", lambda row: of(row, "value"), digits=3),
             Column("published_in", "where", lambda row: _join(of(row, "source"), of(row, "where"))),
         ]
-    return [*_SETTING, *quality, *_COST, *_ORIGIN]
+    return [*_SETTING, *quality, *_SIZE, *interval, *_COST, *_ORIGIN]
 
 
 def _join(*parts: Value) -> str:
@@ -145,7 +149,7 @@ def table(section: Section, published: Sequence[Published] = ()) -> Table:
     )
 
 
-SORTABLE = ("quality", "delta", *(column.key for column in _COST if column.programs))
+SORTABLE = ("quality", "delta", *(column.key for column in [*_SIZE, *_COST] if column.programs))
 
 
 def order(metric: str) -> tuple[Callable[[Row], float | None], bool]:
@@ -154,7 +158,7 @@ def order(metric: str) -> tuple[Callable[[Row], float | None], bool]:
         return (lambda row: row.score.loss), False
     if metric == "delta":
         return _change_for_the_worse, False
-    column = next(column for column in _COST if column.key == metric)
+    column = next(column for column in [*_SIZE, *_COST] if column.key == metric)
     return column.value, column.descending  # type: ignore[return-value]
 
 

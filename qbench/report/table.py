@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rich import box
+from rich.cells import cell_len
 from rich.console import Console
 from rich.table import Table as RichTable
 from rich.text import Text
@@ -51,22 +52,31 @@ def plain(text: str, longest: int | None = LONGEST) -> str:
 
 
 def _rich(tables: Sequence[Table], width: int | None) -> str:
+    """As wide as the table, or as many columns from the left as fit into `width` characters."""
     buffer = io.StringIO()
-    console = Console(file=buffer, width=width or 200, highlight=False, force_terminal=False, color_system=None)
+    console = Console(file=buffer, width=10_000, highlight=False, force_terminal=False, color_system=None)
     for number, table in enumerate(tables):
         if number:
             console.print()
-        console.print(Text(plain(table.title, 200), style="bold"), soft_wrap=True)
+        console.print(Text(plain(table.title, 200)))
         rich = RichTable(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
-        columns = zip(*table.cells, strict=True) if table.cells else [()] * len(table.titles)
+        columns = list(zip(*table.cells, strict=True)) if table.cells else [()] * len(table.titles)
         blocks = []  # one cell of many lines per column: Rich takes a millisecond for a row of cells
+        room = width or 10_000
         for title, numeric, cells in zip(table.titles, table.numeric, columns, strict=True):
+            lines = [plain(cell) for cell in cells]
+            room -= max(map(cell_len, [title, *lines])) + 2
+            if room < 0:
+                break
             rich.add_column(Text(plain(title)), justify="right" if numeric else "left", no_wrap=True)
-            blocks.append(Text("\n".join(map(plain, cells))))
+            blocks.append(Text("\n".join(lines)))
         rich.add_row(*blocks)
         console.print(rich)
-        for note in table.notes:
-            console.print(Text(plain(note, 500)), soft_wrap=True)
+        notes = list(table.notes)
+        if left_out := table.titles[len(blocks) :]:
+            notes.insert(0, f"No room for: {'; '.join(left_out)}. A wider terminal or another --format shows them.")
+        for note in notes:
+            console.print(Text(plain(note, 500)))
     return "\n".join(line.rstrip() for line in buffer.getvalue().splitlines()) + "\n"
 
 

@@ -136,6 +136,18 @@ def test_every_format_shows_every_row_and_the_suffix_chooses_it(outputs, show, t
             assert target.read_text() == out
 
 
+def test_a_narrow_terminal_gets_the_first_columns_whole(outputs, capsys, monkeypatch):
+    monkeypatch.setattr("qbench.leaderboard._width", lambda file: 80)
+    assert main([str(outputs)]) == 0
+    text = capsys.readouterr().out
+    head = next(line for line in text.splitlines() if "rank" in line)
+    assert "perplexity" in head
+    assert len(head) <= 80
+    assert "quantizing" not in head
+    assert "…" not in text
+    assert "No room for: " in text
+
+
 def test_latex_compiles_in_shape(outputs, show):
     out = show(outputs, "--format", "tex")[1]
     body = out.split(r"\midrule")[1].split(r"\bottomrule")[0].strip().splitlines()
