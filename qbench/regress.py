@@ -15,7 +15,7 @@ from pathlib import Path
 from qbench.errors import RequestError
 from qbench.record.store import write_atomically
 from qbench.report import entries, verdict
-from qbench.report.baseline import Baseline, Limits
+from qbench.report.baseline import Baseline, Limits, label
 from qbench.report.regress import Finding, compare
 from qbench.report.table import plain
 
@@ -88,6 +88,13 @@ def _update(asked: argparse.Namespace, recorded: entries.Recorded) -> int:
     chosen = entries.latest(entries.where(recorded.entries, asked.where))
     if not chosen:
         raise RequestError(f"{asked.outputs} holds no finished point to make a baseline from")
+    for entry in chosen:
+        name = label(entry.result.command)
+        without = [score for score in entry.scores if score.windows is None]
+        if len(without) == len(entry.scores):
+            raise RequestError(f"{name} has no scores per window or document to compare; measure it again")
+        for score in without:
+            _say(f"{name}: {score.metric} under {score.protocol} has no values per document, so it is left out")
     new = Baseline.of(chosen, limits)
     if asked.where:
         measured = [point.settings for point in new.points]

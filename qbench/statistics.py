@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-from scipy import stats
+from scipy import special  # not scipy.stats, whose import alone takes as long as a whole leaderboard
 
 Verdict = Literal["better", "worse", "not distinguishable"]
 
@@ -62,7 +62,7 @@ def jackknife(statistic: Callable[..., np.ndarray], *columns: np.ndarray, level:
         return Estimate(value, None, None)
     left_out = statistic(*((column.sum() - column) / (n - 1) for column in columns))
     error = np.sqrt((n - 1) / n * np.square(left_out - left_out.mean()).sum())
-    reach = float(stats.t.ppf((1 + level) / 2, n - 1) * error)
+    reach = float(special.stdtrit(n - 1, (1 + level) / 2) * error)
     return Estimate(value, value - reach, value + reach)
 
 
@@ -81,7 +81,7 @@ def positive_mean(values: np.ndarray, power: float = 1.0, level: float = 0.95) -
 
 def share(successes: int, n: int, level: float = 0.95) -> Estimate:
     """successes / n with Wilson's score interval, for a flip rate or an accuracy."""
-    z = float(stats.norm.ppf((1 + level) / 2))
+    z = float(special.ndtri((1 + level) / 2))
     center = (successes + z**2 / 2) / (n + z**2)
     reach = z / (n + z**2) * np.sqrt(successes * (n - successes) / n + z**2 / 4)
     value = successes / n  # within the bounds, but for rounding at 0 and 1
@@ -98,7 +98,7 @@ def paired_shares(correct: np.ndarray, baseline_correct: np.ndarray, level: floa
     gained = int(((correct == 1) & (baseline_correct == 0)).sum())
     lost = int(((correct == 0) & (baseline_correct == 1)).sum())
     up, down = (gained + 1) / (n + 2), (lost + 1) / (n + 2)
-    reach = float(stats.norm.ppf((1 + level) / 2) * np.sqrt((up + down - (up - down) ** 2) / (n + 2)))
+    reach = float(special.ndtri((1 + level) / 2) * np.sqrt((up + down - (up - down) ** 2) / (n + 2)))
     return Estimate((gained - lost) / n, max(-1.0, up - down - reach), min(1.0, up - down + reach))
 
 

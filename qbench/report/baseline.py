@@ -80,9 +80,8 @@ class Measured:
 
     @staticmethod
     def of(score: Score) -> Measured:
-        """Raises RequestError for a score without its windows."""
-        if score.windows is None:
-            raise RequestError(f"the per-window scores under {score.protocol} cannot be read; measure the point again")
+        """Of a score that has its windows."""
+        assert score.windows is not None
         return Measured(
             protocol=score.protocol,
             metric=score.metric,
@@ -128,7 +127,7 @@ class Point:
             model_bytes=quantization.model_bytes,
             bits_per_weight=_round(quantization.bits_per_weight),
             coverage=_round(quantization.coverage),
-            scores=[Measured.of(score) for score in entry.scores],
+            scores=[Measured.of(score) for score in entry.scores if score.windows is not None],
             layers={row.name: Layer.of(row) for row in quantization.layers},
             quant_seconds=_round(quantization.quant_seconds),
             peak_alloc_bytes=quantization.peak_alloc_bytes,

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from qbench.report.entries import Entry, Score
-from qbench.report.noise import Paired
+from qbench.report.noise import Paired, is_real
 
 FRONT, NEAR_FRONT, BEATEN = "front", "noise", ""
 
@@ -88,7 +88,7 @@ def _rank(pairs: list[tuple[Entry, Score]]) -> list[Row]:
     def differ(first: int, second: int) -> bool:
         if paired is None or first not in place or second not in place:
             return pairs[first][1].value != pairs[second][1].value  # no intervals: the numbers are all there is
-        return paired.difference(place[first], place[second]).is_real
+        return is_real(paired.difference(place[first], place[second]))
 
     ranks: dict[int, int] = {}
     leader = None

@@ -50,6 +50,15 @@ def _quantization(name: str, scale: float = 1.0) -> Callable[[Row], Value]:
     return read
 
 
+def _divergence(name: str) -> Callable[[Row], Value]:
+    """A mean over tokens of how far the next-token distributions are from the 16-bit model's."""
+
+    def read(row: Row) -> Value:
+        return None if row.score.divergence is None else getattr(row.score.divergence, name).value
+
+    return read
+
+
 def _rank(row: Row) -> str:
     return "" if row.rank is None else f"{row.rank}{'=' if row.tied else ''}"
 
@@ -68,6 +77,10 @@ _SETTING: list[Column] = [
     Column("bits", "bits", lambda row: row.entry.bits, digits=0),
     Column("group_size", "group", lambda row: row.entry.settings.get("quantizer.group_size"), digits=0),
     Column("options", "differs in", _options),
+]
+_DIVERGENCE: list[Column] = [
+    Column("kl", "KL, nats", _divergence("kl"), digits=4),
+    Column("top1_agreement", "same top token", _divergence("top1_agreement"), digits=4, descending=True),
 ]
 _SIZE: list[Column] = [
     Column("bits_per_weight", "bits/weight", _quantization("bits_per_weight"), digits=3),
@@ -95,7 +108,7 @@ def columns(section: Section, published: Sequence[Published] = ()) -> list[Colum
     """
     name = "perplexity" if section.metric == "ppl" else section.metric
     quality = [
-        Column(section.metric, name, lambda row: row.score.value, digits=3),
+        Column(section.metric, name, lambda row: row.score.value, digits=3 if section.metric == "ppl" else 4),
         Column(f"{section.metric}_delta", "to 16 bit", lambda row: row.score.delta, digits=3),
     ]
     interval = [
@@ -112,7 +125,7 @@ def columns(section: Section, published: Sequence[Published] = ()) -> list[Colum
             Column("published", "published", lambda row: of(row, "value"), digits=3),
             Column("published_in", "where", lambda row: _join(of(row, "source"), of(row, "where"))),
         ]
-    return [*_SETTING, *quality, *_SIZE, *interval, *_COST, *_ORIGIN]
+    return [*_SETTING, *quality, *_SIZE, *interval, *_DIVERGENCE, *_COST, *_ORIGIN]
 
 
 def _join(*parts: Value) -> str:
@@ -149,7 +162,7 @@ def table(section: Section, published: Sequence[Published] = ()) -> Table:
     )
 
 
-SORTABLE = ("quality", "delta", *(column.key for column in [*_SIZE, *_COST] if column.programs))
+SORTABLE = ("quality", "delta", *(column.key for column in [*_DIVERGENCE, *_SIZE, *_COST] if column.programs))
 
 
 def order(metric: str) -> tuple[Callable[[Row], float | None], bool]:
@@ -158,7 +171,7 @@ def order(metric: str) -> tuple[Callable[[Row], float | None], bool]:
         return (lambda row: row.score.loss), False
     if metric == "delta":
         return _change_for_the_worse, False
-    column = next(column for column in [*_SIZE, *_COST] if column.key == metric)
+    column = next(column for column in [*_DIVERGENCE, *_SIZE, *_COST] if column.key == metric)
     return column.value, column.descending  # type: ignore[return-value]
 
 

@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load as load_tensors
 
 from qbench.errors import RequestError, unknown
-from qbench.record.result import Result, ResultError
+from qbench.record.result import DivergenceRecord, Result, ResultError
 
 NOT_COMPARED = ("tracker", "outputs", "export")
 NOT_COMPARED_RUNTIME = ("rerun", "device", "dtype", "threads", "min_coverage", "seed")
@@ -46,6 +46,7 @@ class Score:
     windows: np.ndarray | None = field(compare=False)  # float64 [windows]; None when their file cannot be read
     weights: np.ndarray | None = field(default=None, compare=False)  # tokens of each window, where they differ
     higher_is_better: bool = False
+    divergence: DivergenceRecord | None = None  # from the 16-bit model's distributions
 
     @property
     def loss(self) -> float:
@@ -227,8 +228,9 @@ def _scores(result: Result, folder: Path, problems: list[str]) -> Iterator[Score
             text=record.token_ids_sha256,
             windows=windows,
             weights=weights,
+            divergence=record.divergence,
         )
-    for record in getattr(result, "tasks", ()):
+    for record in result.tasks:
         for metric in record.metrics:
             windows, weights = values(record.scores_file, record.protocol, partial(_documents, metric=metric.name))
             yield Score(

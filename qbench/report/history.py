@@ -13,8 +13,9 @@ import numpy as np
 from qbench.report.board import Row
 from qbench.report.columns import order
 from qbench.report.entries import Entry, Score
-from qbench.report.noise import Difference, difference
+from qbench.report.noise import difference, is_real
 from qbench.report.table import Table
+from qbench.statistics import Estimate
 
 LEAST = 1e-4  # of the earlier value
 EXACT = ("bits_per_weight", "model_bytes", "coverage", "weight_error")
@@ -39,7 +40,7 @@ def _table(records: list[tuple[Entry, Score]], metric: str) -> Table:
     values = []
     for number, record in enumerate(records):
         now = read(Row(*record, None, False, "", {}))
-        change, named = Difference(np.nan, None, None), ""
+        change, named = Estimate(np.nan, None, None), ""
         if number:
             before = records[number - 1]
             earlier = read(Row(*before, None, False, "", {}))
@@ -69,17 +70,17 @@ def _table(records: list[tuple[Entry, Score]], metric: str) -> Table:
 
 def _change(
     metric: str, record: tuple[Entry, Score], before: tuple[Entry, Score], now: float, earlier: float
-) -> Difference:
+) -> Estimate:
     new, old = record[1].windows, before[1].windows
     if metric in ("quality", "delta") and new is not None and old is not None and new.shape == old.shape:
         return difference(new, old, record[1].metric, record[1].weights)
-    return Difference(now - earlier, None, None)
+    return Estimate(now - earlier, None, None)
 
 
-def _is_change(metric: str, change: Difference, earlier: float) -> bool:
+def _is_change(metric: str, change: Estimate, earlier: float) -> bool:
     if metric in EXACT:
         return abs(change.value) > (LEAST * abs(earlier) if metric == "weight_error" else 0)
-    return change.is_real and abs(change.value) >= LEAST * abs(earlier)
+    return is_real(change) and abs(change.value) >= LEAST * abs(earlier)
 
 
 def _name(before: Entry, after: Entry, change: float) -> str:

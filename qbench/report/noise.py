@@ -1,31 +1,20 @@
 """Which of many models can be told apart, from their scores on the same windows or documents.
 
-The interval of a difference is the paired jackknife's: leave each window out of both models at once, take the spread
-of the results as the standard error (Efron and Stein 1981), scale it by Student's t with n - 1 degrees of freedom.
-What varies with the text and not with the model cancels. A thousand models need one `[models, windows]` array of
-left-one-out values, and any two of them then compare in microseconds.
+The intervals are those of `qbench.statistics.paired_delta`, the paired jackknife's. A thousand models need one
+`[models, windows]` array of left-one-out values, and any two of them then compare in microseconds.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
-from scipy import special  # not scipy.stats, whose import alone takes as long as a whole leaderboard
+from scipy import special
+
+from qbench.statistics import Estimate
 
 
-@dataclass(frozen=True)
-class Difference:
-    """A difference with its 95 % interval; the bounds are None for a single window."""
-
-    value: float
-    low: float | None
-    high: float | None
-
-    @property
-    def is_real(self) -> bool:
-        """Whether the interval excludes zero."""
-        return self.low is not None and self.high is not None and not self.low <= 0 <= self.high
+def is_real(difference: Estimate) -> bool:
+    """Whether the interval excludes zero; never without an interval."""
+    return difference.low is not None and difference.high is not None and not difference.low <= 0 <= difference.high
 
 
 class Paired:
@@ -48,18 +37,18 @@ class Paired:
             self.left_out = reading((totals - scores * weights) / (weights.sum() - weights))
             self.reach = float(special.stdtrit(n - 1, (1 + level) / 2)) * np.sqrt((n - 1) / n)
 
-    def difference(self, first: int, second: int) -> Difference:
+    def difference(self, first: int, second: int) -> Estimate:
         """Value of the first minus value of the second."""
         value = float(self.values[first] - self.values[second])
         if self.reach is None:
-            return Difference(value, None, None)
+            return Estimate(value, None, None)
         left_out = self.left_out[first] - self.left_out[second]
         reach = float(self.reach * np.sqrt(np.square(left_out - left_out.mean()).sum()))
-        return Difference(value, value - reach, value + reach)
+        return Estimate(value, value - reach, value + reach)
 
 
 def difference(
     first: np.ndarray, second: np.ndarray, metric: str = "ppl", weights: np.ndarray | None = None
-) -> Difference:
+) -> Estimate:
     """The difference of two models from their scores on the same windows, each `[windows]`."""
     return Paired(np.stack([first, second]), metric, weights).difference(0, 1)

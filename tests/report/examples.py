@@ -8,7 +8,15 @@ from typing import Any
 
 import numpy as np
 
-from qbench.record.result import EvaluationRecord, LayerRow, ModelRecord, QuantizationRecord, Result
+from qbench.record.result import (
+    EvaluationRecord,
+    LayerRow,
+    MetricRecord,
+    ModelRecord,
+    QuantizationRecord,
+    Result,
+    TaskRecord,
+)
 from qbench.record.store import Store, identity
 from qbench.statistics import paired_delta, perplexity
 
@@ -68,7 +76,7 @@ def point(
         "outputs": "outputs",
     }
     run_id = identity(config, version, protocol, day)
-    delta = paired_delta(windows, BASELINE, 0)
+    delta = paired_delta(windows, BASELINE)
     rows = layers(quantizer, blocks, error, bits)
     record = EvaluationRecord(
         protocol=protocol,
@@ -108,11 +116,35 @@ def point(
     return result, {"quantized": windows, "baseline": BASELINE}
 
 
+def tasked(quantizer: str, correct: np.ndarray, **changes: Any) -> tuple[Result, dict[str, np.ndarray]]:
+    """A finished point of an accuracy task with two subtasks; `correct` is 0 or 1 per document."""
+    result, _ = point(quantizer, protocol="lmeval", **changes)
+    metric = MetricRecord("acc", True, float(correct.mean()), baseline=0.75, delta=float(correct.mean()) - 0.75)
+    other = MetricRecord("f1", True, 0.5)  # of the whole task: no documents to pair
+    record = TaskRecord(
+        protocol="lmeval:pair-v1-0shot",
+        task="pair",
+        version="1",
+        documents=len(correct),
+        documents_sha256="ef",
+        num_fewshot=0,
+        max_length=2048,
+        bos_policy="none",
+        text_source="pair",
+        baseline_cached=False,
+        metrics=[metric, other],
+        scores_file=f"scores-{result.run_id}.safetensors",
+    )
+    half = len(correct) // 2
+    scores = {"quantized/a/acc,none": correct[:half], "quantized/b/acc,none": correct[half:]}
+    return replace(result, evaluation=[], tasks=[record]), scores
+
+
 def save(folder: Path, *points: tuple[Result, dict[str, np.ndarray]]) -> Path:
     """Writes the points under `folder` and returns it."""
     store = Store(folder)
     for result, windows in points:
-        store.save(result, windows)
+        store.save(result, {name: windows for name in result.files()})
     return folder
 
 

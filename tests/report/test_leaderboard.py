@@ -10,9 +10,10 @@ import pytest
 
 from qbench import leaderboard
 from qbench.leaderboard import main
+from qbench.record.result import DivergenceRecord, IntervalRecord
 from qbench.report import board, entries, reference
 from qbench.report.columns import order
-from tests.report.examples import failed, nll, point, save
+from tests.report.examples import failed, nll, point, save, tasked
 
 ANY = ("table", "md", "csv", "json", "tex", "html")
 
@@ -92,6 +93,33 @@ def test_some_points_alone(outputs):
     leaderboard.show(outputs, chosen, file)
     assert file.getvalue().count("rtn") == 2
     assert "sinq" not in file.getvalue()
+
+
+def test_accuracies_are_sections_of_their_own_and_the_largest_comes_first(outputs, show):
+    right = (np.arange(200) % 4 != 0).astype(float)
+    wrong = right * (np.arange(200) % 3 != 0)
+    save(outputs, tasked("rtn", wrong, nbits=3), tasked("sinq", right), tasked("hqq", np.roll(right, 1), bits=4.4))
+    document = json.loads(show(outputs, "--format", "json", "--protocol", "lmeval:pair-v1-0shot")[1])
+    acc, f1 = document
+    assert [(r["quantizer"], r["acc"], r["rank"]) for r in acc["rows"]] == [
+        ("hqq", 0.75, 1),
+        ("sinq", 0.75, 1),
+        ("rtn", 0.5, 3),
+    ]
+    assert [row["front"] for row in acc["rows"]] == ["front", "noise", "front"]
+    assert [row["rank"] for row in f1["rows"]] == [None] * 3
+    assert show(outputs, "--format", "html")[0] == 0
+
+
+def test_divergence_has_columns_where_it_was_measured(outputs, show):
+    result, windows = point("awq", 4, nll(0.25, 8))
+    mean = IntervalRecord(0.0123, 0.01, 0.02)
+    divergence = DivergenceRecord(64, 0.0, 1000, mean, mean, 0.3, IntervalRecord(0.91, 0.9, 0.92), mean)
+    save(outputs, (replace(result, evaluation=[replace(result.evaluation[0], divergence=divergence)]), windows))
+    found = {row["quantizer"]: (row["kl"], row["top1_agreement"]) for row in rows(show(outputs, "--format", "csv")[1])}
+    assert found["awq"] == ("0.0123", "0.91")
+    assert found["sinq"] == ("", "")
+    assert "0.0123" in show(outputs, "--metric", "kl")[1].splitlines()[4]
 
 
 def test_where_keeps_the_rows_with_a_setting(outputs, show):

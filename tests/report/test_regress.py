@@ -5,6 +5,7 @@ import shutil
 import xml.etree.ElementTree as ET
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
@@ -15,7 +16,7 @@ from qbench.quant.rounding import round_to_nearest
 from qbench.quant.weight import QuantizedWeight
 from qbench.regress import main
 from qbench.report.baseline import Baseline
-from tests.report.examples import failed, nll, point, save
+from tests.report.examples import failed, nll, point, save, tasked
 
 TINY = ("model=tiny-dense", "task.max_windows=3")
 
@@ -170,6 +171,23 @@ def test_a_part_can_be_gated_and_updated(baseline, tmp_path, gate):
     assert status == 0
     assert "no longer in the baseline" in err
     assert len(Baseline.read(baseline).points) == 1
+
+
+def test_accuracies_regress_downwards(tmp_path, gate):
+    right = (np.arange(400) % 4 != 0).astype(float)
+    path = tmp_path / "baseline.json"
+    status, _, err = gate(path, save(tmp_path / "before", tasked("sinq", right)), "--update")
+    assert status == 0
+    assert "f1" in err  # nothing to pair: said, and left out
+    assert gate(path, tmp_path / "before")[0] == 0
+    few = right.copy()
+    few[1:6] = 0
+    assert gate(path, save(tmp_path / "few", tasked("sinq", few, day=2)))[0] == 0
+    status, out, _ = gate(path, save(tmp_path / "many", tasked("sinq", right * (np.arange(400) % 9 != 1), day=2)))
+    assert status == 1
+    assert list(regressions(out)) == ["acc, lmeval:pair-v1-0shot"]
+    better = save(tmp_path / "better", tasked("sinq", np.ones(400), day=2))
+    assert gate(path, better)[0] == 0
 
 
 def test_junit_and_the_step_summary(baseline, tmp_path, gate, monkeypatch):
