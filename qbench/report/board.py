@@ -124,15 +124,24 @@ def _front(pairs: list[tuple[Entry, Score]], differ: Callable[[int, int], bool])
 
 
 def _varying(entries: Sequence[Entry]) -> dict[str, set[str]]:
-    """Quantizer -> its keys in which its entries differ; "" -> the other keys, in which any entries differ."""
-    owners: dict[str, list[dict[str, Any]]] = {}
+    """Quantizer -> its keys in which its entries differ; "" -> the other keys, in which any entries differ.
+
+    A quantizer's setting that is not there is a value (None). Another group's is not: calibration-free methods have
+    no calibration text, which does not make that of the others a difference between them.
+    """
+    seen: dict[str, dict[str, set[str]]] = {"": {}}
+    count = Counter(entry.quantizer for entry in entries)
+    holders: Counter[tuple[str, str]] = Counter()
     for entry in entries:
-        for owner in ("", entry.quantizer):
-            kept = {k: v for k, v in entry.settings.items() if k.startswith("quantizer.") == bool(owner)}
-            owners.setdefault(owner, []).append(kept)
+        for key, value in entry.settings.items():
+            owner = entry.quantizer if key.startswith("quantizer.") else ""
+            seen.setdefault(owner, {}).setdefault(key, set()).add(repr(value))
+            holders[owner, key] += 1
     return {
-        owner: {key for key in set().union(*several) if len({repr(one.get(key)) for one in several}) > 1}
-        for owner, several in owners.items()
+        owner: {
+            key for key, values in keys.items() if len(values) > 1 or (owner and holders[owner, key] < count[owner])
+        }
+        for owner, keys in seen.items()
     }
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from qbench import leaderboard
 from qbench.leaderboard import main
-from qbench.record.result import DivergenceRecord, IntervalRecord
+from qbench.record.result import CalibrationRecord, DivergenceRecord, IntervalRecord
 from qbench.report import board, entries, reference
 from qbench.report.columns import order
 from tests.report.examples import failed, nll, point, save, tasked
@@ -85,6 +85,19 @@ def test_one_row_per_configuration_the_latest(outputs, show):
     save(outputs, point("sinq", 4, nll(0.1, 1), options={"iterations": 2}), point("sinq", 4, options={"iterations": 3}))
     found = rows(show(outputs, "--format", "csv")[1])
     assert {row["options"] for row in found if row["quantizer"] == "sinq"} == {"", "iterations=2", "iterations=3"}
+
+
+def test_calibration_is_no_difference_to_methods_that_have_none(outputs, show):
+    one, windows = point("gptq", 4, nll(0.1, 1))
+    calibration = CalibrationRecord("mini", "ab", "cd", 4, 2048)
+    one = replace(one, quantization=replace(one.quantization, calibration=calibration))
+    one.config["calibration"] = {"name": "mini", "sequences": 4}
+    save(outputs, (one, windows))
+    assert {row["options"] for row in rows(show(outputs, "--format", "csv")[1])} == {""}
+    other = replace(one, run_id="e" * 16, config=one.config | {"calibration": {"name": "mini", "sequences": 8}})
+    save(outputs, (other, {**windows}))
+    found = {row["options"] for row in rows(show(outputs, "--format", "csv")[1])}
+    assert found == {"", "calibration.sequences=4", "calibration.sequences=8"}
 
 
 def test_some_points_alone(outputs):
