@@ -253,10 +253,10 @@ def as_rtn_in_disguise(self, weight, stats=None):
 
 
 class OneLayerOff:
-    """SINQ whose fifth layer has scales that are 2 % too large."""
+    """SINQ whose fifth layer has scales that are 2 % too large or too small."""
 
-    def __init__(self):
-        self.calls, self.honest = 0, SINQ.quantize_one
+    def __init__(self, factor):
+        self.calls, self.honest, self.factor = 0, SINQ.quantize_one, factor
 
     def __get__(self, quantizer, _):
         def quantize_one(weight, stats=None):
@@ -264,7 +264,7 @@ class OneLayerOff:
             result = self.honest(quantizer, weight, stats)
             if self.calls != 5:
                 return result
-            return replace(result, scale=Aux.compress(result.scale.dense() * 1.02, quantizer.aux_dtype))
+            return replace(result, scale=Aux.compress(result.scale.dense() * self.factor, quantizer.aux_dtype))
 
         return quantize_one
 
@@ -304,8 +304,9 @@ class TestPlantedRegressions:
         assert "14 of 14 layers" in found["imbalance"]
         assert not {"method", "bytes", "bits per weight"} & found.keys()
 
-    def test_one_layers_scale_off_by_two_percent(self, tiny_baseline, qbench, gate, monkeypatch):
-        monkeypatch.setattr(SINQ, "quantize_one", OneLayerOff())
+    @pytest.mark.parametrize("factor", [1.02, 0.98])
+    def test_one_layers_scale_off_by_two_percent(self, tiny_baseline, qbench, gate, monkeypatch, factor):
+        monkeypatch.setattr(SINQ, "quantize_one", OneLayerOff(factor))
         status, found = self.gate_again(qbench, gate)
         assert status == 1
         assert list(found) == ["weight error"]
