@@ -11,7 +11,7 @@ from rich.table import Table
 
 from qbench.registry import conf_packages, quantizer_names
 
-GROUPS = ("model", "quantizer", "task", "calibration", "runtime", "tracker", "experiment")
+GROUPS = ("model", "quantizer", "task", "calibration", "runtime", "speed", "tracker", "experiment")
 
 
 def options(group: str) -> dict[str, str]:

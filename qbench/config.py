@@ -71,6 +71,18 @@ class RuntimeConfig:
 
 
 @dataclass
+class SpeedConfig:
+    """What to time, apart from quality; all fields are None for speed=none."""
+
+    name: str = "none"
+    batch_size: int | None = None
+    prefill_tokens: int | None = None
+    context_tokens: int | None = None
+    decode_tokens: int | None = None
+    repeats: int | None = None
+
+
+@dataclass
 class TrackerConfig:
     name: str = "none"
     project: str = "qbench"
@@ -92,6 +104,7 @@ class Config:
     task: TaskConfig = field(default_factory=TaskConfig)
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
+    speed: SpeedConfig = field(default_factory=SpeedConfig)
     tracker: TrackerConfig = field(default_factory=TrackerConfig)
     export: ExportConfig = field(default_factory=ExportConfig)
     outputs: str = "outputs"

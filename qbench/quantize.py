@@ -205,6 +205,7 @@ def _describe(
         kurtosis_before=tails,
         kurtosis_after=tails if t is None else kurtosis(weight.float() / t.float()),
         diagnostics={k: float(v) for k, v in quantized.diagnostics.items() if k != "imbalance_after"},
+        stored_bytes=quantized.stored_bytes(),
     )
 
 

@@ -18,7 +18,7 @@ from omegaconf import DictConfig
 from qbench.errors import unknown
 from qbench.registry import conf_packages
 
-GROUPS = ("model", "quantizer", "task", "calibration", "runtime", "tracker", "experiment")
+GROUPS = ("model", "quantizer", "task", "calibration", "runtime", "speed", "tracker", "experiment")
 
 
 class ThirdPartyConf(SearchPathPlugin):

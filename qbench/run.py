@@ -20,8 +20,9 @@ from qbench import __version__, packed
 from qbench.calibrate import Calibration, cut_sequences
 from qbench.config import CalibrationConfig, Config, ModelConfig, RuntimeConfig, TaskConfig
 from qbench.errors import PointError, RequestError
-from qbench.evaluate import measure
+from qbench.evaluate import measure, speed
 from qbench.evaluate.measure import Evaluation
+from qbench.evaluate.memory import weight_bytes
 from qbench.evaluate.text import Text, read_text
 from qbench.evaluate.windowed import Scores
 from qbench.models import load
@@ -105,6 +106,7 @@ def prepare(
     device = pick_device(config.runtime, here)
     dtype = pick_dtype(config.runtime, device)
     source = read_task(config.task, config.runtime)
+    speed.check(config.speed)
     if config.tracker.name == "wandb":
         wandb_tracker.check(config.tracker)
     store = Store(config.outputs)
@@ -198,10 +200,14 @@ def _measure(
                 parameters=parameters,
                 linear_weights=linear_weights(model),
                 baseline_bytes=2 * parameters,
+                weight_bytes=None if quantizer is None else weight_bytes(model),
             ),
         )
-        baseline, cached = None, False
+        timed, baseline, baseline_speed, cached = config.speed.name != "none", None, None, False
         if quantizer is not None:
+            if timed:
+                with clock.phase("baseline_speed"):
+                    baseline_speed = speed.measure(model, config.speed)
             with clock.phase("baseline"):
                 baseline, cached = measure.baseline(evaluation, model, loaded.fingerprint, result.environment, store)
 
@@ -211,6 +217,11 @@ def _measure(
             left = [SkippedRow(s.name, s.weights, s.reason) for s in find_linears(model).skipped]
             quantization = _describe(model, config, parameters, None, [], left, wall_seconds=0)
         result = replace(result, quantization=quantization)
+
+        if timed:
+            with clock.phase("speed"):
+                quantized_speed = speed.measure(model, config.speed)
+            result = replace(result, speed=speed.record(config.speed, quantized_speed, baseline_speed))
 
         with clock.phase("evaluate"):
             scores = evaluation.score(model, baseline)
@@ -280,6 +291,7 @@ def _describe(
         peak_rss_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         layers=layers,
         skipped=skipped,
+        weight_bytes=weight_bytes(model),
     )
 
 
@@ -295,4 +307,6 @@ def _what_matters(config: Config, quantizer: Quantizer | None) -> dict[str, Any]
     del settings["task"]["include_path"]
     if quantizer is None or not quantizer.needs:
         del settings["calibration"]
+    if config.speed.name == "none":
+        del settings["speed"]
     return settings

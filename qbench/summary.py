@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from qbench.record.result import MetricRecord, Result
+from qbench.record.result import MetricRecord, PhaseRecord, Result, SpeedRecord
 
 
 def show(result: Result) -> None:
@@ -51,6 +51,8 @@ def show(result: Result) -> None:
         error = sum(row.relative_error for row in quantization.layers) / len(quantization.layers)
         table.add_row("relative weight error, mean", "0", f"{error:.4f}", f"{len(quantization.layers)} linears")
     table.add_row("quantizing, s", "", f"{quantization.quant_seconds:.1f}", f"coverage {quantization.coverage:.1%}")
+    if result.speed is not None:
+        _add_speed(table, result.speed)
     console.print(f"{model.name}, {settings['name']} ({options})", style="bold", markup=False)
     if model.note:
         console.print(f"model: {model.note}", markup=False)
@@ -87,3 +89,31 @@ def show_sweep(results: Sequence[Result]) -> None:
         )  # fmt: skip
     if rows:
         console.print(table)
+
+
+def _add_speed(table: Table, speed: SpeedRecord) -> None:
+    shapes = {"prefill": f"{speed.prefill_tokens} tokens", "decode": f"after {speed.context_tokens} tokens"}
+    for phase, shape in shapes.items():
+        ours = getattr(speed.quantized, phase)
+        base = getattr(speed.baseline, phase) if speed.baseline is not None else None
+        ratio = ""
+        if base is not None:
+            times = ours.tokens_per_second.median / base.tokens_per_second.median
+            ratio = f"{times:.2f} times as fast; "
+        method = "" if ours.method == "eager" and ours.eager_because is None else f", {ours.method}"
+        batch = f"batch {speed.batch_size}, median of {speed.repeats}{method}"
+        table.add_row(f"{phase}, tokens/s, {shape}", _rate(base), _rate(ours), ratio + batch)
+        if ours.joules_per_token is not None:
+            other = "" if base is None or base.joules_per_token is None else f"{base.joules_per_token:.3g}"
+            table.add_row(f"{phase}, joules/token", other, f"{ours.joules_per_token:.3g}", "the whole GPU, by NVML")
+        whose = "of the process" if ours.peak_alloc_bytes is None else "allocated, weights and cache included"
+        table.add_row(f"{phase}, peak memory, MB", _peak(base), _peak(ours), whose)
+
+
+def _rate(phase: PhaseRecord | None) -> str:
+    return "" if phase is None else f"{phase.tokens_per_second.median:.1f}"
+
+
+def _peak(phase: PhaseRecord | None) -> str:
+    peak = phase and (phase.peak_alloc_bytes or phase.peak_rss_bytes)
+    return f"{peak / 1e6:.0f}" if peak else ""

@@ -141,6 +141,14 @@ class QuantizedWeight:
         """Stored bytes, codes and aux, counted from the buffers."""
         return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors().values())
 
+    def stored_bytes(self) -> dict[str, int]:
+        """Bytes by component: codes, scale, zero, input_scale, codebook, permutation, those that are stored."""
+        counted: dict[str, int] = {}
+        for name, tensor in self.tensors().items():
+            part = "codes" if name.startswith("codes_") else name.removesuffix("_step").removesuffix("_offset")
+            counted[part] = counted.get(part, 0) + tensor.numel() * tensor.element_size()
+        return counted
+
     @property
     def bits_per_weight(self) -> float:
         return 8 * self.nbytes / self.numel

@@ -35,6 +35,9 @@ class LayerRow:
     kurtosis_before: float
     kurtosis_after: float  # of W / t; as before without an input scale
     diagnostics: dict[str, float] = field(default_factory=dict)  # what else the method reports, such as a chosen ratio
+    # by stored tensor: codes, scale, zero, input_scale, codebook, permutation; an input scale that is listed here is
+    # stored with the codes, as that of every method is: none is folded into the layer before
+    stored_bytes: dict[str, int] = field(default_factory=dict)
 
     __pydantic_config__: ClassVar[ConfigDict] = _STRICT
 
@@ -51,6 +54,32 @@ class SkippedRow:
 
 
 @dataclass(frozen=True)
+class WeightBytes:
+    """Bytes of a loaded model by component, counted from the buffers as stored, each once: tied weights are shared."""
+
+    codes: int = 0
+    scale: int = 0
+    zero: int = 0
+    input_scale: int = 0
+    codebook: int = 0
+    permutation: int = 0
+    linears: int = 0  # linear weights that are not quantized, in the precision of the run
+    embeddings: int = 0
+    head: int = 0  # 0 when it is tied to the embeddings
+    rest: int = 0  # norms, biases, rotary frequencies
+
+    __pydantic_config__: ClassVar[ConfigDict] = _STRICT
+
+    @property
+    def aux(self) -> int:
+        return self.scale + self.zero + self.input_scale + self.codebook + self.permutation
+
+    @property
+    def total(self) -> int:
+        return sum(vars(self).values())
+
+
+@dataclass(frozen=True)
 class ModelRecord:
     name: str
     fingerprint: str
@@ -58,6 +87,7 @@ class ModelRecord:
     parameters: int
     linear_weights: int  # that count for coverage
     baseline_bytes: int  # every parameter at 16 bit, tied ones once
+    weight_bytes: WeightBytes | None = None  # of the baseline as loaded; None for a packed checkpoint
 
     __pydantic_config__: ClassVar[ConfigDict] = _STRICT
 
@@ -89,6 +119,7 @@ class QuantizationRecord:
     peak_rss_bytes: int  # of the whole process until quantizing ended
     layers: list[LayerRow]  # empty for a packed checkpoint: errors are measured against the original
     skipped: list[SkippedRow]
+    weight_bytes: WeightBytes | None = None  # of the quantized model as it ran
 
     __pydantic_config__: ClassVar[ConfigDict] = _STRICT
 
@@ -193,6 +224,54 @@ class TaskRecord:
 
 
 @dataclass(frozen=True)
+class SpreadRecord:
+    """Over the repeats of a measurement."""
+
+    median: float
+    min: float
+    max: float
+
+    __pydantic_config__: ClassVar[ConfigDict] = _STRICT
+
+
+@dataclass(frozen=True)
+class PhaseRecord:
+    """Prefill or decode of one model; tokens are counted over the whole batch."""
+
+    tokens_per_second: SpreadRecord
+    method: Literal["eager", "cuda graph"]
+    eager_because: str | None  # why a decode on a GPU is not a CUDA graph; None otherwise
+    peak_alloc_bytes: int | None  # of the CUDA allocator, weights included; None on a CPU
+    peak_rss_bytes: int | None  # of the whole process, on a CPU; None on a GPU and where it cannot be reset
+    joules_per_token: float | None  # of the whole GPU, by NVML; None where there is none
+
+    __pydantic_config__: ClassVar[ConfigDict] = _STRICT
+
+
+@dataclass(frozen=True)
+class InferenceRecord:
+    prefill: PhaseRecord
+    decode: PhaseRecord
+
+    __pydantic_config__: ClassVar[ConfigDict] = _STRICT
+
+
+@dataclass(frozen=True)
+class SpeedRecord:
+    """Both models in one run, at the same shapes, so that their ratio means something."""
+
+    batch_size: int  # sequences
+    prefill_tokens: int  # of each sequence, in one forward pass
+    context_tokens: int  # in the cache of each sequence when decoding starts
+    decode_tokens: int  # of each sequence, one after the other
+    repeats: int  # timed, after a warm-up
+    quantized: InferenceRecord
+    baseline: InferenceRecord | None  # None for a packed checkpoint, whose original is not at hand
+
+    __pydantic_config__: ClassVar[ConfigDict] = _STRICT
+
+
+@dataclass(frozen=True)
 class Result:
     run_id: str
     status: Literal["ok", "failed"]
@@ -207,7 +286,7 @@ class Result:
     quantization: QuantizationRecord | None = None
     evaluation: list[EvaluationRecord] = field(default_factory=list)
     tasks: list[TaskRecord] = field(default_factory=list)
-    speed: dict[str, float] | None = None  # measured apart from quality
+    speed: SpeedRecord | None = None  # measured apart from quality, and only if asked for
     schema_version: Literal[1] = SCHEMA_VERSION
 
     __pydantic_config__: ClassVar[ConfigDict] = _STRICT
@@ -258,6 +337,14 @@ class Result:
             for key in ("bits_per_weight", "packed_bytes", "model_bytes", "coverage", "quant_seconds"):
                 flat[key] = getattr(q, key)
             flat["baseline_bytes"] = self.model.baseline_bytes if self.model else None
+        for whose in ("quantized", "baseline"):
+            record = getattr(self.speed, whose, None)
+            for phase in ("prefill", "decode") if record else ():
+                measured, name = getattr(record, phase), phase if whose == "quantized" else f"baseline_{phase}"
+                flat[f"{name}_tokens_per_second"] = measured.tokens_per_second.median
+                for key in ("peak_alloc_bytes", "peak_rss_bytes", "joules_per_token"):
+                    if (value := getattr(measured, key)) is not None:
+                        flat[f"{name}_{key}"] = value
         return flat
 
 

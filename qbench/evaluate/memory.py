@@ -1,0 +1,94 @@
+"""What a model takes: the bytes of its weights by component, and the peak of the memory while something runs.
+
+Weights are counted from the buffers as stored. What an allocator or the kernel reports holds caches and whatever else
+is alive; it is good for one thing, a peak, and is read for that alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import gc
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from qbench.models.experts import stacked_parameters
+from qbench.models.linears import find_linears, quantized_weights
+from qbench.quant.linear import PackedWeight
+from qbench.record.result import WeightBytes
+
+
+def weight_bytes(model: Any) -> WeightBytes:
+    """Bytes of the model's parameters and buffers by component; a tensor that several modules share counts once.
+
+    Linear weights that are not quantized (all of them in a baseline, the routers of a mixture) are `linears`.
+    """
+    counted = dict.fromkeys((field.name for field in fields(WeightBytes)), 0)
+    for weight in quantized_weights(model):
+        for part, size in weight.stored_bytes().items():
+            counted[part] += size
+    packed = {id(b) for m in model.modules() if isinstance(m, PackedWeight) for b in m.buffers(recurse=False)}
+    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    head = id(getattr(model.get_output_embeddings(), "weight", None))
+    linears = _linear_names(model)
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if id(tensor) in packed:
+            continue
+        if id(tensor) in embeddings:
+            place = "embeddings"
+        elif id(tensor) == head:
+            place = "head"
+        else:
+            place = "linears" if name in linears else "rest"
+        counted[place] += tensor.numel() * tensor.element_size()
+    return WeightBytes(**counted)
+
+
+def _linear_names(model: Any) -> set[str]:
+    """Names of the parameters that are linear weights and not quantized."""
+    found = find_linears(model)
+    names = {f"{name}.weight" for name in found.layers} | {s.name for s in found.skipped}
+    names |= {f"{s.name}.weight" for s in found.skipped}  # a linear is listed by its own name, a raw parameter by its
+    return names | {f"{name}.{key}" for name, module in found.experts.items() for key in stacked_parameters(module)}
+
+
+class Peak:
+    """The peak of what is in use from `Peak(device)` on: the CUDA allocator's, or the resident memory of the process.
+
+    Both count everything alive, weights included. Resident memory needs Linux, whose high-water mark can be reset.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(device)
+        else:
+            self.reset = _reset_resident_peak()
+
+    @property
+    def alloc_bytes(self) -> int | None:
+        return torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else None
+
+    @property
+    def rss_bytes(self) -> int | None:
+        if self.device.type == "cuda" or not self.reset:
+            return None
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next((1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM:")), None)
+
+
+def _reset_resident_peak() -> bool:
+    """Sets the process's high-water mark to what is resident now; False where that cannot be done."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)  # freed memory that glibc keeps is not in use
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True

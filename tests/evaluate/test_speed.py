@@ -1,0 +1,173 @@
+"""The timed decode really decodes, a step of it can be captured, and what is recorded is what was asked for."""
+
+import math
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from qbench.config import SpeedConfig
+from qbench.errors import PointError, RequestError
+from qbench.evaluate import energy, speed
+from qbench.models import tiny
+from qbench.quantize import quantize_model
+from qbench.record.result import Result
+from qbench.registry import make_quantizer
+
+SMALL = SpeedConfig("default", batch_size=2, prefill_tokens=12, context_tokens=8, decode_tokens=6, repeats=3)
+
+
+def model(architecture="dense", quantizer=None):
+    built, _ = tiny.build(architecture, 0)
+    built.eval().requires_grad_(False)
+    if quantizer is not None:
+        quantize_model(built, make_quantizer({"name": quantizer, "nbits": 4, "group_size": 64}))
+    return built
+
+
+def prompt(batch=2, tokens=8):
+    return torch.randint(256, (batch, tokens), generator=torch.Generator().manual_seed(1))
+
+
+@torch.inference_mode()
+def decoded(decoder, steps):
+    tokens = [decoder.token.clone()]
+    for _ in range(steps):
+        decoder.step()
+        tokens.append(decoder.token.clone())
+    return torch.cat(tokens, 1)
+
+
+@pytest.mark.parametrize("quantizer", [None, "sinq"])
+@torch.inference_mode()
+def test_the_timed_decode_is_greedy_generation(quantizer):
+    tested, ids = model(quantizer=quantizer), prompt()
+    decoder = speed.Decoder(tested, ids, steps=6)
+    found = decoded(decoder, 5)
+    assert len(found.unique()) > 2
+    options = dict(max_new_tokens=6, min_new_tokens=6, do_sample=False, pad_token_id=0)
+    expected = tested.generate(ids, attention_mask=torch.ones_like(ids), **options)[:, ids.shape[1] :]
+    assert torch.equal(found, expected)
+    decoder.rewind()
+    assert torch.equal(decoded(decoder, 5), expected)  # every repeat does the same work
+
+
+class Forbidden(TorchDispatchMode):
+    """Refuses what a CUDA graph cannot hold: a value of the GPU that Python asks for, a shape that depends on data."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = str(function)
+        assert not any(word in name for word in ("_local_scalar_dense", "nonzero", "unique", "masked_select")), name
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("quantizer", [None, "rtn", "sinq", "nf4"])
+@torch.inference_mode()
+def test_a_step_can_be_captured(quantizer, monkeypatch):
+    built = model()
+    if quantizer is not None:
+        settings = {"name": quantizer, "group_size": 64} | ({} if quantizer == "nf4" else {"nbits": 4})
+        quantize_model(built, make_quantizer(settings))
+    decoder = speed.Decoder(built, prompt(), steps=6)
+    expected = decoded(decoder, 4)
+    decoder.rewind()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with Forbidden():
+        found = decoded(decoder, 4)
+    assert torch.equal(found, expected)
+
+
+def test_what_is_measured():
+    found = speed.measure(model(), SMALL)
+    for phase in (found.prefill, found.decode):
+        rates = phase.tokens_per_second
+        assert 0 < rates.min <= rates.median <= rates.max < math.inf
+        assert (phase.method, phase.eager_because, phase.peak_alloc_bytes) == ("eager", None, None)
+        assert phase.joules_per_token is None
+
+
+def test_rates_are_tokens_over_seconds(monkeypatch):
+    clock = iter([0.0, 9.0, 10.0, 12.0, 20.0, 21.0, 30.0, 34.0])
+    monkeypatch.setattr(speed.time, "perf_counter", lambda: next(clock))
+    prepared = []
+    rates = speed._time(lambda: 8, lambda: prepared.append(1), 3, torch.device("cpu"))
+    assert (rates.median, rates.min, rates.max) == (4.0, 2.0, 8.0)  # the first run, of 9 s, is the warm-up
+    assert len(prepared) == 4
+
+
+def test_a_sequence_that_is_too_long():
+    with pytest.raises(PointError, match=r"speed asks for 2049 tokens in a sequence, this model takes 2048"):
+        speed.measure(model(), SpeedConfig("default", 1, 8, 2048, 1, 1))
+
+
+@pytest.mark.parametrize(
+    ("config", "sentence"),
+    [
+        (SpeedConfig("none", batch_size=4), "speed.batch_size=4, but speed=none measures nothing; add speed=default"),
+        (SpeedConfig("default", 1, 8, 8, 8, 0), "speed.repeats must be at least 1, got 0"),
+        (SpeedConfig("fast"), "unknown speed 'fast'"),
+    ],
+)
+def test_refusals(config, sentence):
+    with pytest.raises(RequestError, match=sentence):
+        speed.check(config)
+
+
+def test_a_point_records_both_models(qbench, tmp_path):
+    plain = qbench("model=tiny-dense", "task.max_windows=2").summary
+    sizes = [f"speed.{k}={getattr(SMALL, k)}" for k in speed.SIZES]
+    outcome = qbench("model=tiny-dense", "task.max_windows=2", "speed=default", *sizes)
+    assert outcome.status == 0
+    assert outcome.summary["decode_tokens_per_second"] > 0
+    assert outcome.summary["run_id"] != plain["run_id"]
+    assert outcome.summary["ppl"] == plain["ppl"]
+    assert "decode, tokens/s" in outcome.stderr
+    result = Result.from_json((tmp_path / f"outputs/results/{outcome.summary['run_id']}/result.json").read_bytes())
+    assert result.speed.baseline.decode.tokens_per_second.median > 0
+    assert (result.speed.batch_size, result.speed.context_tokens, result.speed.repeats) == (2, 8, 3)
+    assert {"baseline_speed", "speed"} <= set(result.seconds)
+    assert result.model.weight_bytes.linears > 0
+    assert result.quantization.weight_bytes.codes > 0
+    without = Result.from_json((tmp_path / f"outputs/results/{plain['run_id']}/result.json").read_bytes())
+    assert without.speed is None
+    assert without.quantization.weight_bytes == result.quantization.weight_bytes
+
+
+def test_joules_per_token(monkeypatch):
+    """The counter is in millijoules; work is repeated until enough of it has passed."""
+    counter, clock = iter([1000, 6000]), iter([0.0, 0.0, 1.5, 2.5])
+    pynvml = type("pynvml", (), {"nvmlDeviceGetTotalEnergyConsumption": staticmethod(lambda handle: next(counter))})
+    monkeypatch.setitem(__import__("sys").modules, "pynvml", pynvml)
+    monkeypatch.setattr(energy, "_handle", lambda device: "handle")
+    monkeypatch.setattr(energy.torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(energy.time, "perf_counter", lambda: next(clock))
+    assert energy.joules_per_token(lambda: 10, torch.device("cuda")) == pytest.approx(5.0 / 20)
+
+
+@pytest.mark.gpu
+def test_graph_decode_is_the_eager_decode():
+    tested = model(quantizer="sinq").to("cuda", torch.bfloat16)
+    with torch.inference_mode():
+        decoder = speed.Decoder(tested, prompt().cuda(), steps=6)
+        expected = decoded(decoder, 5)
+        replay, refused = decoder.capture()
+        assert refused is None
+        decoder.rewind()
+        tokens = [decoder.token.clone()]
+        for _ in range(5):
+            replay()
+            tokens.append(decoder.token.clone())
+    assert torch.equal(torch.cat(tokens, 1), expected)
+    found = speed.measure(tested, SMALL)
+    assert found.decode.method == "cuda graph"
+    assert found.decode.peak_alloc_bytes > 0
+    assert found.decode.peak_rss_bytes is None
+
+
+@pytest.mark.gpu
+def test_a_model_that_cannot_be_captured_decodes_eagerly_and_says_so():
+    found = speed.measure(model("moe", "rtn").to("cuda", torch.bfloat16), SMALL)
+    assert found.decode.method == "eager"
+    assert found.decode.eager_because
+    assert found.decode.tokens_per_second.median > 0
