@@ -6,19 +6,24 @@ import pytest
 from qbench.record.result import (
     DivergenceRecord,
     EvaluationRecord,
+    InferenceRecord,
     IntervalRecord,
     LayerRow,
     MetricRecord,
     ModelRecord,
+    PhaseRecord,
     QuantizationRecord,
     Result,
     ResultError,
+    SpeedRecord,
+    SpreadRecord,
     TaskRecord,
 )
 
 
 def example(run_id="0123456789abcdef", **changes) -> Result:
     layer = LayerRow("model.layers.0.q", (8, 16), "sinq", "cpu", 0.1, 4.5, 72, 0.09, 20.0, 1.5, 3.2, 3.0)
+    layer = replace(layer, stored_bytes={"codes": 36, "scale": 2, "zero": 2, "input_scale": 32})
     return replace(
         Result(
             run_id=run_id,
@@ -58,9 +63,32 @@ def example(run_id="0123456789abcdef", **changes) -> Result:
     )
 
 
+def timed() -> SpeedRecord:
+    phase = PhaseRecord(SpreadRecord(20.0, 18.0, 21.0), "cuda graph", None, 10**9, None, 0.5)
+    slow = replace(phase, tokens_per_second=SpreadRecord(10.0, 9.0, 11.0), joules_per_token=None)
+    return SpeedRecord(1, 512, 512, 64, 5, InferenceRecord(phase, phase), InferenceRecord(slow, slow))
+
+
 def test_json_round_trip_is_exact():
-    result = example()
-    assert Result.from_json(result.to_json()) == result
+    for result in (example(), example(speed=timed())):
+        assert Result.from_json(result.to_json()) == result
+
+
+def test_speed_in_the_summary():
+    summary = example(speed=timed()).summary()
+    assert (summary["decode_tokens_per_second"], summary["baseline_decode_tokens_per_second"]) == (20.0, 10.0)
+    assert summary["prefill_joules_per_token"] == 0.5
+    assert summary["prefill_peak_alloc_bytes"] == 10**9
+    assert not {"baseline_prefill_joules_per_token", "prefill_peak_rss_bytes"} & set(summary)  # what was not measured
+
+
+def test_results_of_earlier_versions_are_read():
+    document = json.loads(example().to_json())
+    del document["speed"], document["model"]["weight_bytes"], document["quantization"]["weight_bytes"]
+    del document["quantization"]["layers"][0]["stored_bytes"]
+    old = Result.from_json(json.dumps(document))
+    assert old.quantization.layers[0].stored_bytes == {}
+    assert old.quantization.weight_bytes is None
 
 
 def test_frozen_and_summarized():

@@ -4,12 +4,17 @@ import builtins
 import json
 import struct
 import time
+from dataclasses import replace
 
+import numpy as np
 import pytest
+from safetensors.numpy import save
 
 from qbench.config import TrackerConfig
 from qbench.errors import RequestError
-from qbench.record.wandb_tracker import check, track
+from qbench.record.pareto import front, plots
+from qbench.record.store import write_atomically
+from qbench.record.wandb_tracker import check, sweep_name, track, track_sweep
 from tests.record.test_result import example
 
 wandb = pytest.importorskip("wandb", reason="pip install 'qbench-llm[wandb]'")
@@ -36,9 +41,9 @@ def records(path):
 
 
 def read_back(folder):
-    """{run, config, summary, history} of the only offline run below `folder`."""
+    """{run, config, summary, history, files} of the only offline run below `folder`."""
     (path,) = folder.glob("wandb/offline-run-*/*.wandb")
-    found = {"config": {}, "summary": {}, "history": []}
+    found = {"config": {}, "summary": {}, "history": {}, "files": path.parent / "files"}
     for record in records(path):
         if record.HasField("run"):
             found["run"] = record.run
@@ -46,20 +51,34 @@ def read_back(folder):
         for update in record.summary.update:
             found["summary"][update.key or "/".join(update.nested_key)] = json.loads(update.value_json)
         if record.HasField("history"):
-            found["history"].append({item.key or "/".join(item.nested_key) for item in record.history.item})
+            for item in record.history.item:
+                place = found["history"]
+                *path, last = item.nested_key or [item.key]
+                for key in path:
+                    place = place.setdefault(key, {})
+                place[last] = json.loads(item.value_json)
     return found
 
 
-def read_back_when_written(folder, seconds=20):
+def read_back_when_written(folder, seconds=20, last="ppl"):
     """wandb's writer is a process of its own, and on a loaded machine it may still be writing after finish()."""
     for _ in range(seconds * 4):
-        if "ppl" in (found := read_back(folder))["summary"] and "run" in found:
+        if last in (found := read_back(folder))["summary"] and "run" in found:
             break
         time.sleep(0.25)
     return found
 
 
+def table(found, key):
+    """A logged table as a list of rows by column."""
+    content = json.loads((found["files"] / found["history"][key]["path"]).read_text())
+    return [dict(zip(content["columns"], row, strict=True)) for row in content["data"]]
+
+
 def test_offline_run_holds_config_summary_and_layers(tmp_path, caplog):
+    nll = {"quantized": np.array([2.0, 2.5, 2.5, 4.0]), "baseline": np.array([2.0, 2.1, 2.2, 2.3])}
+    (tmp_path / "results" / example().run_id).mkdir(parents=True)
+    write_atomically(tmp_path / "results" / example().run_id / "w.safetensors", save(nll))
     track(example(), OFFLINE, tmp_path)
     assert "failed" not in caplog.text
     found = read_back_when_written(tmp_path)
@@ -68,7 +87,76 @@ def test_offline_run_holds_config_summary_and_layers(tmp_path, caplog):
     assert found["config"]["quantizer"]["nbits"] == 4
     assert found["summary"]["ppl"] == 9.0
     assert found["summary"]["bits_per_weight"] == 4.5
-    assert any("layers" in key for keys in found["history"] for key in keys)
+    columns = ("model_name", "quantizer_name", "nbits", "group_size", "protocol")
+    assert [found["config"][key] for key in columns] == ["tiny", "sinq", 4, 64, "mini:gptq-w512"]
+    assert set(found["run"].tags) == {"ok", "tiny", "sinq", "mini:gptq-w512"}
+    (layer,) = table(found, "layers")
+    assert layer["name"] == "model.layers.0.q"
+    assert layer["stored_bytes.input_scale"] == 32
+    histogram = found["history"]["window_nll"]
+    assert histogram["_type"] == "histogram"
+    assert sum(histogram["values"]) == 4
+    assert (histogram["bins"][0], histogram["bins"][-1]) == (2.0, 4.0)
+    assert found["history"]["baseline_window_nll"]["bins"][-1] == 2.3
+
+
+def test_a_point_that_is_measured_again_replaces_its_run(tmp_path):
+    track(example(), OFFLINE, tmp_path)
+    (first,) = tmp_path.glob("wandb/offline-run-*")
+    first.rename(first.with_name("offline-run-20260101_000000-0123456789abcdef"))
+    track(example(run_id="fedcba9876543210"), OFFLINE, tmp_path)
+    track(example(), OFFLINE, tmp_path)
+    names = sorted(path.name.rpartition("-")[2] for path in tmp_path.glob("wandb/offline-run-*"))
+    assert names == ["0123456789abcdef", "fedcba9876543210"]
+
+
+def sweep():
+    """Three points of one model, and one that failed."""
+    points = []
+    for number, (nbits, bits, ppl) in enumerate([(2, 2.5, 30.0), (3, 3.5, 12.0), (4, 4.5, 13.0)]):
+        point = example(run_id=f"point{number}")
+        config = point.config | {"quantizer": {"name": "sinq", "nbits": nbits, "group_size": 64}}
+        evaluation = [replace(point.evaluation[0], ppl=ppl)]
+        quantization = replace(point.quantization, bits_per_weight=bits)
+        points.append(replace(point, config=config, evaluation=evaluation, quantization=quantization))
+    return [*points, example(run_id="broken", status="failed", error="why", evaluation=[], quantization=None)]
+
+
+def test_sweep_summary_holds_the_leaderboard_and_the_plot(tmp_path, caplog):
+    pytest.importorskip("matplotlib")
+    track_sweep(sweep(), OFFLINE, tmp_path)
+    assert "failed" not in caplog.text
+    found = read_back_when_written(tmp_path, last="points")
+    assert found["run"].run_id == sweep_name(["broken", "point2", "point1", "point0"])
+    assert (found["run"].job_type, found["run"].run_group) == ("sweep", found["run"].run_id)
+    assert (found["summary"]["points"], found["summary"]["ok"], found["summary"]["failed"]) == (4, 3, 1)
+    rows = table(found, "leaderboard")
+    assert [row["ppl"] for row in rows] == [12.0, 13.0, 30.0, None]
+    assert rows[3]["error"] == "why"
+    (key,) = (key for key in found["history"] if key.startswith("pareto"))
+    image = (found["files"] / found["history"][key]["path"]).read_bytes()
+    assert image.startswith(b"\x89PNG")
+    assert len(image) > 10_000
+
+
+def test_the_same_sweep_again_is_the_same_run(tmp_path):
+    track_sweep(sweep(), OFFLINE, tmp_path)
+    (first,) = tmp_path.glob("wandb/offline-run-*")
+    first.rename(first.with_name(first.name.replace(first.name.split("-")[2], "20260101_000000")))
+    track_sweep(sweep()[::-1], OFFLINE, tmp_path)
+    assert len(list(tmp_path.glob("wandb/offline-run-*"))) == 1
+
+
+def test_front_and_plots():
+    assert front([(4.5, 13.0), (2.5, 30.0), (3.5, 12.0), (3.5, 14.0)]) == [(2.5, 30.0), (3.5, 12.0)]
+    pytest.importorskip("matplotlib")
+    summaries = [result.summary() for result in sweep()]
+    drawn = plots(summaries)
+    assert list(drawn) == ["tiny, mini:gptq-w512"]
+    image = np.asarray(drawn["tiny, mini:gptq-w512"].convert("RGB"))
+    blue = (np.abs(image.astype(int) - [0x1F, 0x77, 0xB4]).sum(-1) < 30).sum()
+    assert blue > 100  # the points
+    assert plots([summary | {"ppl": float("nan")} for summary in summaries]) == {}
 
 
 def test_a_failing_tracker_warns_and_returns(tmp_path, monkeypatch, caplog):
