@@ -3,8 +3,9 @@
 Prefill: one forward pass over `[batch, prefill_tokens]` that fills the cache and gives the last position's logits.
 Decode: `decode_tokens` greedy steps of `[batch, 1]` after a context of `context_tokens`. Both use transformers'
 StaticCache, so every step has the same shape. On a GPU one decode step is captured as a CUDA graph and replayed, as
-serving engines do: otherwise launching kernels from Python is what one would time. Where a model cannot be captured
-(its forward asks the GPU for a value, as the routing of some mixtures does) it decodes eagerly, and the record says so.
+serving engines do: otherwise launching kernels from Python is what one would time. A model that cannot be captured
+decodes eagerly, and the record says so. Mixtures always do, quantized or not, so that both are timed alike: the loop
+over the experts that were chosen asks the GPU which those are.
 
 The tokens are seeded random ones. Each number is the median of `repeats` runs after a warm-up.
 """
@@ -14,6 +15,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from statistics import median
 from typing import Any
 
@@ -24,6 +26,7 @@ from qbench.config import SpeedConfig
 from qbench.errors import PointError, RequestError, unknown
 from qbench.evaluate.energy import joules_per_token
 from qbench.evaluate.memory import Peak
+from qbench.models.experts import QuantExperts, stacked_parameters
 from qbench.record.result import InferenceRecord, PhaseRecord, SpeedRecord, SpreadRecord
 
 log = logging.getLogger(__name__)
@@ -61,10 +64,11 @@ def measure(model: Any, config: SpeedConfig) -> InferenceRecord:
     generator = torch.Generator().manual_seed(0)
     shape = (config.batch_size, max(config.prefill_tokens, config.context_tokens))
     tokens = torch.randint(text.vocab_size, shape, generator=generator).to(model.device)
-    return InferenceRecord(
-        prefill=_prefill(model, tokens[:, : config.prefill_tokens], config.repeats),
-        decode=_decode(model, tokens[:, : config.context_tokens], config.decode_tokens, config.repeats),
-    )
+    with torch.cuda.device(model.device) if model.device.type == "cuda" else nullcontext():  # a graph is captured there
+        return InferenceRecord(
+            prefill=_prefill(model, tokens[:, : config.prefill_tokens], config.repeats),
+            decode=_decode(model, tokens[:, : config.context_tokens], config.decode_tokens, config.repeats),
+        )
 
 
 def _prefill(model: Any, prompt: Tensor, repeats: int) -> PhaseRecord:
@@ -148,6 +152,8 @@ class Decoder:
         """`step` as a CUDA graph; or `step` itself, and why."""
         if not self.rewinds_freely:
             return self.step, "the model has sliding-window layers"
+        if any(isinstance(module, QuantExperts) or stacked_parameters(module) for module in self.model.modules()):
+            return self.step, "the model is a mixture of experts"
         try:
             aside = torch.cuda.Stream(self.model.device)  # libraries allocate and kernels are tuned before a capture
             aside.wait_stream(torch.cuda.current_stream(self.model.device))

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
 from qbench.config import SpeedConfig
 from qbench.errors import PointError, RequestError
@@ -76,6 +77,29 @@ def test_a_step_can_be_captured(quantizer, monkeypatch):
     with Forbidden():
         found = decoded(decoder, 4)
     assert torch.equal(found, expected)
+
+
+@torch.inference_mode()
+def test_what_is_not_captured():
+    for quantizer in (None, "rtn"):
+        decoder = speed.Decoder(model("moe", quantizer), prompt(), steps=6)
+        assert decoder.capture() == (decoder.step, "the model is a mixture of experts")
+
+
+@torch.inference_mode()
+def test_sliding_windows_are_filled_again():
+    """Their layers overwrite what they hold, so there is no rewinding: every repeat starts from the prompt."""
+    config = Gemma3TextConfig(
+        vocab_size=258, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=16, sliding_window=4, layer_types=["sliding_attention", "full_attention"],
+    )  # fmt: skip
+    torch.manual_seed(0)
+    tested, ids = Gemma3ForCausalLM(config).eval().requires_grad_(False), prompt()
+    decoder = speed.Decoder(tested, ids, steps=6)
+    first = decoded(decoder, 5)
+    decoder.rewind()
+    assert torch.equal(decoded(decoder, 5), first)
+    assert decoder.capture() == (decoder.step, "the model has sliding-window layers")
 
 
 def test_what_is_measured():
@@ -167,7 +191,7 @@ def test_graph_decode_is_the_eager_decode():
 
 @pytest.mark.gpu
 def test_a_model_that_cannot_be_captured_decodes_eagerly_and_says_so():
-    found = speed.measure(model("moe", "rtn").to("cuda", torch.bfloat16), SMALL)
-    assert found.decode.method == "eager"
-    assert found.decode.eager_because
-    assert found.decode.tokens_per_second.median > 0
+    for quantizer in (None, "rtn"):  # both alike
+        found = speed.measure(model("moe", quantizer).to("cuda", torch.bfloat16), SMALL)
+        assert (found.decode.method, found.decode.eager_because) == ("eager", "the model is a mixture of experts")
+        assert found.decode.tokens_per_second.median > 0
