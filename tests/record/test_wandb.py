@@ -162,7 +162,8 @@ def test_front_and_plots():
 def test_a_failing_tracker_warns_and_returns(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(wandb, "init", lambda **_: (_ for _ in ()).throw(RuntimeError("no route")))
     track(example(), OFFLINE, tmp_path)
-    assert "the result is saved, but Weights & Biases failed: no route" in caplog.text
+    track_sweep(sweep(), OFFLINE, tmp_path)
+    assert caplog.text.count("the result is saved, but Weights & Biases failed: no route") == 2
 
 
 def test_auto_is_offline_without_a_key_and_never_prompts(tmp_path, monkeypatch):
