@@ -74,10 +74,6 @@ class WeightBytes:
     def aux(self) -> int:
         return self.scale + self.zero + self.input_scale + self.codebook + self.permutation
 
-    @property
-    def total(self) -> int:
-        return sum(vars(self).values())
-
 
 @dataclass(frozen=True)
 class ModelRecord:
@@ -336,6 +332,7 @@ class Result:
         if (q := self.quantization) is not None:
             for key in ("bits_per_weight", "packed_bytes", "model_bytes", "coverage", "quant_seconds"):
                 flat[key] = getattr(q, key)
+            flat["aux_bytes"] = q.weight_bytes.aux if q.weight_bytes else None
             flat["baseline_bytes"] = self.model.baseline_bytes if self.model else None
         for whose in ("quantized", "baseline"):
             record = getattr(self.speed, whose, None)

@@ -89,6 +89,7 @@ def test_results_of_earlier_versions_are_read():
     old = Result.from_json(json.dumps(document))
     assert old.quantization.layers[0].stored_bytes == {}
     assert old.quantization.weight_bytes is None
+    assert old.summary()["aux_bytes"] is None
 
 
 def test_frozen_and_summarized():
