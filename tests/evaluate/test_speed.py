@@ -53,12 +53,15 @@ def test_the_timed_decode_is_greedy_generation(quantizer):
     assert torch.equal(decoded(decoder, 5), expected)  # every repeat does the same work
 
 
+FORBIDDEN = ("_local_scalar_dense", "nonzero", "unique", "masked_select", "lift_fresh")
+
+
 class Forbidden(TorchDispatchMode):
-    """Refuses what a CUDA graph cannot hold: a value of the GPU that Python asks for, a shape that depends on data."""
+    """Refuses what a CUDA graph cannot hold: values that Python asks of the GPU or hands to it, shapes made of data."""
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         name = str(function)
-        assert not any(word in name for word in ("_local_scalar_dense", "nonzero", "unique", "masked_select")), name
+        assert not any(word in name for word in FORBIDDEN), name
         return function(*args, **(kwargs or {}))
 
 
