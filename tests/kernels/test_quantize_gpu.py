@@ -23,6 +23,13 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
     pytest.mark.skipif(not gpu.has_triton(), reason="Triton is not installed"),
 ]
+
+
+@pytest.fixture(autouse=True)
+def _every_kernel(monkeypatch):
+    monkeypatch.setenv("QBENCH_KERNELS", "all")
+
+
 SHAPES = [(1024, 4096), (1536, 1100), (300, 576)]
 
 
@@ -95,6 +102,6 @@ def test_calibrated_methods_reach_the_same_output_error(quantizer):
 
 def test_plain_torch_can_be_asked_for(monkeypatch):
     weight = uneven(64, 128).cuda()
-    assert gpu.fused(weight, 64)
+    assert gpu.fused(weight, 64, True)
     monkeypatch.setenv("QBENCH_KERNELS", "0")
-    assert not gpu.fused(weight, 64)
+    assert not gpu.fused(weight, 64, True)
