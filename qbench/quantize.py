@@ -21,7 +21,7 @@ from qbench.errors import PointError
 from qbench.models.experts import PROJECTIONS, QuantExperts, expert_weights, gated
 from qbench.models.linears import Linears, find_linears, replace_module
 from qbench.quant.diagnostics import kurtosis, mean_imbalance
-from qbench.quant.linear import QuantLinear, relative_error
+from qbench.quant.linear import QuantLinear, backend, relative_error
 from qbench.quant.quantizer import InputStatistics, Quantizer
 from qbench.quant.stack import stack
 from qbench.quant.weight import QuantizedWeight
@@ -105,7 +105,7 @@ def quantize_linears(
 ) -> dict[str, tuple[QuantLinear, LayerRow]]:
     """Quantizes the linears of one group, which read the same input, and describes each result."""
     weights = [layer.weight.detach() for layer in group.values()]
-    results, rows = quantize_group(list(group), weights, quantizer, QuantLinear.backend, stats)
+    results, rows = quantize_group(list(group), weights, quantizer, stats)
     return {
         name: (QuantLinear(quantized, layer.bias), row)
         for (name, layer), quantized, row in zip(group.items(), results, rows, strict=True)
@@ -129,10 +129,10 @@ def quantize_experts(
     for index in range(module.num_experts):
         names, weights = _expert_names(name, index), expert_weights(module, index)
         stats = inputs.of_gate_and_up(index) if inputs else None
-        pair, new = quantize_group(names[:2], weights[:2], quantizer, QuantExperts.backend, stats)
+        pair, new = quantize_group(names[:2], weights[:2], quantizer, stats)
         if inputs:
             stats = inputs.of_down(index, gated(*pair, module.act_fn, inputs.x.dtype))
-        down, of_down = quantize_group(names[2:], weights[2:], quantizer, QuantExperts.backend, stats)
+        down, of_down = quantize_group(names[2:], weights[2:], quantizer, stats)
         three, new = [*pair, *down], [*new, *of_down]
         if inputs:
             three, new = _say_what_calibrated(three, new, inputs, index)
@@ -165,7 +165,6 @@ def quantize_group(
     names: list[str],
     weights: list[Tensor],
     quantizer: Quantizer,
-    backend: str,
     stats: InputStatistics | None = None,
 ) -> tuple[list[QuantizedWeight], list[LayerRow]]:
     """Quantizes the weights `[out, in]` of one linear group and describes each result; the seconds are shared out."""
@@ -182,20 +181,18 @@ def quantize_group(
     rows = []
     for name, weight, quantized in zip(names, weights, results, strict=True):
         _check(name, weight, quantized, method)
-        rows.append(_describe(name, weight, quantized, method, backend, seconds * weight.numel() / total))
+        rows.append(_describe(name, weight, quantized, method, seconds * weight.numel() / total))
     return results, rows
 
 
-def _describe(
-    name: str, weight: Tensor, quantized: QuantizedWeight, method: str, backend: str, seconds: float
-) -> LayerRow:
+def _describe(name: str, weight: Tensor, quantized: QuantizedWeight, method: str, seconds: float) -> LayerRow:
     tails = kurtosis(weight)
     t = quantized.input_scale
     return LayerRow(
         name=name,
         shape=quantized.shape,
         method=quantized.method or method.lower(),
-        backend=backend,
+        backend=backend(quantized, weight.dtype),
         seconds=seconds,
         bits_per_weight=quantized.bits_per_weight,
         packed_bytes=quantized.nbytes,

@@ -28,6 +28,7 @@ from qbench.evaluate.windowed import Scores
 from qbench.models import load
 from qbench.models.linears import coverage, find_linears, linear_weights, quantized_weights
 from qbench.models.load import LoadedModel
+from qbench.quant.linear import use_kernels
 from qbench.quant.quantizer import Quantizer
 from qbench.quantize import quantize_model, require_finite
 from qbench.record import wandb_tracker
@@ -217,6 +218,7 @@ def _measure(
             left = [SkippedRow(s.name, s.weights, s.reason) for s in find_linears(model).skipped]
             quantization = _describe(model, config, parameters, None, [], left, wall_seconds=0)
         result = replace(result, quantization=quantization)
+        use_kernels(model)
 
         if timed:
             with clock.phase("speed"):

@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from qbench.kernels import ops
+from qbench.kernels.tiles import Tiles
 from qbench.quant.linear import PackedWeight
 from qbench.quant.stack import select
 from qbench.quant.weight import QuantizedWeight
@@ -101,11 +103,10 @@ def is_router(path: str, rows: int, experts: int) -> bool:
 class QuantExperts(nn.Module):
     """The experts of one block, packed in stacks `[experts, out, in]`; a drop-in for the module they came from.
 
-    x `[tokens, hidden]`, top_k_index and top_k_weights `[tokens, k]` -> `[tokens, hidden]` in x's dtype. One expert
-    at a time is dequantized, and only those that some token is sent to.
+    x `[tokens, hidden]`, top_k_index and top_k_weights `[tokens, k]` -> `[tokens, hidden]` in x's dtype. In the
+    kernels' layout (see quant/linear.py) few tokens take one launch per projection, whatever their experts, and nothing
+    is read back from the GPU. Else one expert at a time is multiplied, and only those that some token is sent to.
     """
-
-    backend = "dequantize + matmul per expert"
 
     def __init__(self, gate: QuantizedWeight, up: QuantizedWeight, down: QuantizedWeight, act_fn: Any) -> None:
         super().__init__()
@@ -118,6 +119,9 @@ class QuantExperts(nn.Module):
         return {f"{name}.": getattr(self, name).weight for name in PROJECTIONS}
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        tiles = [getattr(self, name).tiles for name in PROJECTIONS]
+        if None not in tiles:
+            return self._on_kernels(hidden_states, top_k_index, top_k_weights, *tiles)
         stacks = [getattr(self, name).weight for name in PROJECTIONS]
         output = torch.zeros_like(hidden_states)
         for index in top_k_index.unique().tolist():
@@ -128,5 +132,22 @@ class QuantExperts(nn.Module):
             gate, up, down = (select(weight, index) for weight in stacks)
             y = F.linear(gated(gate, up, self.act_fn, x.dtype)(x), down.dequantize(x.dtype))
             y = y * top_k_weights[token, slot, None]
+            output.index_add_(0, token, y.to(output.dtype))
+        return output
+
+    def _on_kernels(
+        self, x: Tensor, index: Tensor, weights: Tensor, gate_tiles: Tiles, up_tiles: Tiles, down_tiles: Tiles
+    ) -> Tensor:
+        here = index < self.num_experts  # transformers' mark for an expert that lives elsewhere
+        index, weights = index.clamp_max(self.num_experts - 1), weights * here
+        if index.numel() <= ops.EXPERT_PAIRS:
+            gate, up = (ops.linear_experts(x, index, tiles) for tiles in (gate_tiles, up_tiles))
+            y = ops.linear_experts((self.act_fn(gate) * up).flatten(0, 1), index.reshape(-1, 1), down_tiles)
+            return (y.view(*index.shape, -1) * weights.unsqueeze(-1)).sum(1).to(x.dtype)
+        output = torch.zeros_like(x)
+        for expert in index[here].unique().tolist():
+            token, slot = torch.where((index == expert) & here)
+            gate, up = (ops.linear(x[token], ops.select(tiles, expert)) for tiles in (gate_tiles, up_tiles))
+            y = ops.linear(self.act_fn(gate) * up, ops.select(down_tiles, expert)) * weights[token, slot, None]
             output.index_add_(0, token, y.to(output.dtype))
         return output

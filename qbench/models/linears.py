@@ -117,8 +117,11 @@ def coverage(model: Any) -> float:
 
 
 def quantized_weights(model: Any) -> list[QuantizedWeight]:
-    """Every quantized weight of a model, one per linear and one stack per projection of fused experts."""
-    return [module.weight for module in model.modules() if isinstance(module, PackedWeight)]
+    """Every quantized weight of a model, one per linear and one stack per projection of fused experts.
+
+    For counting: those that are laid out for the GPU's kernels are described by tensors on the meta device.
+    """
+    return [module.format for module in model.modules() if isinstance(module, PackedWeight)]
 
 
 def replace_module(model: Any, name: str, new: nn.Module) -> None:

@@ -27,7 +27,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from qbench.errors import RequestError
-from qbench.quant.linear import QuantLinear
+from qbench.quant.linear import PackedWeight, QuantLinear
 from qbench.quant.manifest import FORMAT, MANIFEST, VERSION, describe, file_sha256, read, rebuild, seal, verify
 from qbench.quant.weight import QuantizedWeight
 
@@ -86,6 +86,9 @@ def save(
     restore.
     """
     check_target(folder)
+    for module in model.modules():
+        if isinstance(module, PackedWeight):
+            module.restore()  # what is stored is the packed format, not the layout of a GPU's kernels
     layers = _layers(model)
     tensors, tied = _unique_tensors(model)
     with new_folder(folder) as partial:

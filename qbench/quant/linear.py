@@ -1,12 +1,25 @@
-"""QuantLinear: the layer that stands where an nn.Linear stood, and holds only packed buffers."""
+"""QuantLinear: the layer that stands where an nn.Linear stood, and holds only packed buffers.
+
+On a GPU, `use_kernels(model)` lays the packed buffers out once as the fused kernels read them (qbench.kernels); the
+packed format is given up for it, so memory does not double, and comes back exactly with `restore()`.
+"""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from qbench.kernels import ops
+from qbench.kernels.tiles import Tiles, from_tiles, to_tiles, unsupported
 from qbench.quant.weight import QuantizedWeight
+
+DEQUANTIZE = "dequantize + matmul"
+
+
+TILE_BUFFERS = {"tiles_data": "data", "tiles_input_scale": "input_scale", "tiles_permutation": "permutation"}
 
 
 class PackedWeight(nn.Module):
@@ -17,11 +30,69 @@ class PackedWeight(nn.Module):
         self._format = weight  # describes the format; its tensors are replaced by the module's buffers below
         for name, tensor in weight.tensors().items():
             self.register_buffer(name, tensor)
+        if weight.codebook is None:
+            self.register_buffer("codebook", None)
+        self._numbers: tuple[int, ...] | None = None  # of the tiles, while the weight is laid out for the kernels
+        for name in TILE_BUFFERS:
+            self.register_buffer(name, None, persistent=False)
 
     @property
     def weight(self) -> QuantizedWeight:
-        """The weight over the buffers as they are now (moved, loaded)."""
-        return self._format.with_tensors(dict(self.named_buffers(recurse=False)))
+        """The weight over the buffers as they are now (moved, loaded); rebuilt bit for bit from the kernels' layout."""
+        held = dict(self.named_buffers(recurse=False))
+        if (tiles := self.tiles) is None:
+            return self._format.with_tensors(held)
+        kept = {name: held[name] for name in self._format.tensors() if name in held}
+        if tiles.permutation is not None:
+            kept["permutation"] = tiles.permutation
+        return from_tiles(tiles, self._format.with_tensors(self._format.tensors() | kept))
+
+    @property
+    def format(self) -> QuantizedWeight:
+        """The weight for counting its bytes: in the kernels' layout its tensors are on the meta device."""
+        return self.weight if self._numbers is None else self._format
+
+    @property
+    def tiles(self) -> Tiles | None:
+        """The weight as the kernels read it; None while it is in the packed format."""
+        if self._numbers is None:
+            return None
+        return Tiles.over(
+            self.tiles_data, self.tiles_input_scale, self.codebook, self.tiles_permutation, *self._numbers
+        )
+
+    def lay_out(self) -> bool:
+        """Replaces the packed buffers by the kernels' layout; False, changing nothing, if they cannot hold it."""
+        if self._numbers is not None:
+            return True
+        weight = self.weight
+        if unsupported(weight):
+            return False
+        tiles = to_tiles(weight)
+        if tiles.data.is_cuda:  # the kernels may read weights before the kernel in front of them has ended
+            torch.cuda.synchronize(tiles.data.device)
+        tensors = weight.tensors()
+        self._format = weight.with_tensors({name: tensor.to("meta") for name, tensor in tensors.items()})
+        for name in tensors:
+            held = name.startswith("codes_") or (name in ("scale", "zero") and f"{name}_step" not in tensors)
+            if held or name == "permutation":
+                del self._buffers[name]
+        for name, field in TILE_BUFFERS.items():
+            self.register_buffer(name, getattr(tiles, field), persistent=False)
+        self._numbers = tiles.numbers
+        return True
+
+    def restore(self) -> None:
+        """Back to the packed format, as it was before `lay_out`."""
+        if self._numbers is None:
+            return
+        weight = self.weight
+        for name in TILE_BUFFERS:
+            self._buffers[name] = None
+        self._numbers, self._format = None, weight
+        for name, tensor in weight.tensors().items():
+            self._buffers.pop(name, None)
+            self.register_buffer(name, tensor)
 
     def _apply(self, fn, recurse: bool = True):
         """Devices may change; the stored precision may not: `.half()` and `.to(dtype)` leave the buffers alone."""
@@ -32,7 +103,8 @@ class PackedWeight(nn.Module):
 
         super()._apply(keep_dtype, recurse)
         # the description must not keep the buffers alive on the device they came from
-        self._format = self.weight
+        if self._numbers is None:
+            self._format = self.weight
         return self
 
     def extra_repr(self) -> str:
@@ -43,10 +115,9 @@ class PackedWeight(nn.Module):
 class QuantLinear(PackedWeight):
     """y = x W^T + b with `W` `[out, in]` kept packed; x is `[..., in]`, y is `[..., out]` in x's dtype.
 
-    The weight is dequantized anew in every call: the packed buffers are all that stays in memory.
+    In the kernels' layout one fused op multiplies; in the packed format the weight is dequantized anew in every call.
+    Either way the packed buffers are all that stays in memory.
     """
-
-    backend = "dequantize + matmul"
 
     def __init__(self, weight: QuantizedWeight, bias: Tensor | None = None) -> None:
         super().__init__(weight)
@@ -58,6 +129,9 @@ class QuantLinear(PackedWeight):
         return {"": self.weight}
 
     def forward(self, x: Tensor) -> Tensor:
+        if self._numbers is not None:
+            tiles = self.tiles_data, self.tiles_input_scale, self.codebook, self.tiles_permutation
+            return ops.dual_linear(x, *tiles, self.bias, *self._numbers)
         return F.linear(x, self.weight.dequantize(x.dtype), self.bias)
 
     def _apply(self, fn, recurse: bool = True):
@@ -69,6 +143,23 @@ class QuantLinear(PackedWeight):
     def extra_repr(self) -> str:
         w = self._format
         return f"in_features={self.in_features}, out_features={self.out_features}, nbits={w.nbits}, method={w.method}"
+
+
+def use_kernels(model: Any) -> None:
+    """Lays every packed weight on a GPU out for the fused kernels; one that they cannot hold stays packed."""
+    for module in model.modules():
+        if isinstance(module, PackedWeight) and next(module.buffers()).is_cuda:
+            module.lay_out()
+
+
+def backend(weight: QuantizedWeight, dtype: torch.dtype) -> str:
+    """What multiplies with a packed weight once `use_kernels` has seen it, for activations of `dtype`."""
+    device = weight.planes[0].device
+    if device.type != "cuda":
+        return DEQUANTIZE
+    if reason := unsupported(weight):
+        return f"{DEQUANTIZE} (no fused kernel for {reason})"
+    return ops.backend(device, dtype)
 
 
 def relative_error(weight: Tensor, quantized: QuantizedWeight) -> float:

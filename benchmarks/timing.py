@@ -1,0 +1,102 @@
+"""Timing on a GPU: the median of CUDA-graph replays over weights that do not fit into the cache."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from qbench.quant.aux import Aux
+from qbench.quant.weight import QuantizedWeight
+
+ROTATED_BYTES = 400e6  # distinct weights per measurement; an H200's L2 holds 60 MB
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Microseconds per call: the median replay, and the fastest and slowest of them."""
+
+    us: float
+    low: float
+    high: float
+
+
+def time_calls(calls: Sequence[Callable[[], object]], replays: int = 21) -> Timing:
+    """Captures all calls, one per set of weights, in one CUDA graph and times its replays."""
+    for call in calls[:2]:
+        call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    graph.replay()
+    torch.cuda.synchronize()
+    times = []
+    for _ in range(replays):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) * 1e3 / len(calls))
+    return Timing(statistics.median(times), min(times), max(times))
+
+
+def copies(nbytes: float) -> int:
+    """How many sets of weights of `nbytes` to rotate through."""
+    return max(4, int(ROTATED_BYTES / nbytes) + 1)
+
+
+def copy_bandwidth() -> float:
+    """Bytes per second of a large device copy, read plus written: the ceiling that shares are of."""
+    source = torch.empty(2**30, dtype=torch.uint8, device="cuda").random_()
+    target = torch.empty_like(source)
+    return 2 * source.numel() / (time_calls([lambda: target.copy_(source)] * 4).us * 1e-6)
+
+
+def random_weight(
+    rows: int,
+    columns: int,
+    nbits: int,
+    group_size: int = 64,
+    *,
+    codebook: bool = False,
+    zero: bool = True,
+    input_scale: bool = True,
+    permutation: bool = False,
+    device: str = "cuda",
+) -> QuantizedWeight:
+    """A weight `[rows, columns]` of random codes, scales, zero points and t, made on the device itself."""
+    groups = -(-columns // group_size)
+    planes = {2: (2,), 3: (2, 1), 4: (4,), 8: (8,)}[nbits]
+    scale = (torch.rand(rows, groups, device=device) + 0.5) * 2.0**-nbits / columns**0.5 * 4
+    zeros = torch.rand(rows, groups, device=device) * 2 + 2 ** (nbits - 1) - 1
+    tail = (-columns) % 8  # unused bits of a row's last byte stay zero, as pack leaves them
+    packed = [torch.randint(0, 256, (rows, -(-columns * w // 8)), dtype=torch.uint8, device=device) for w in planes]
+    if tail:
+        for plane, width in zip(packed, planes, strict=True):
+            used = columns * width % 8
+            if used:
+                plane[:, -1] &= 2**used - 1
+    return QuantizedWeight(
+        (rows, columns),
+        nbits,
+        group_size,
+        tuple(packed),
+        Aux(scale.half()),
+        Aux(zeros.half()) if zero and not codebook else None,
+        (torch.randn(columns, device=device) * 0.3).exp().half() if input_scale else None,
+        torch.randn(16, device=device).sort().values if codebook else None,
+        torch.randperm(columns, device=device).int() if permutation else None,
+    )
+
+
+def relative_error(y: Tensor, x: Tensor, weight: QuantizedWeight) -> float:
+    """||y - x W^T|| / ||x W^T|| against fp64; inf when y holds NaN or Inf."""
+    reference = x.double() @ weight.dequantize().double().T
+    error = float((y.double() - reference).norm() / reference.norm())
+    return error if error == error else float("inf")

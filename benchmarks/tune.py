@@ -1,0 +1,90 @@
+"""Finds the block shape of every linear of the benchmarked models: python benchmarks/tune.py
+
+Times a fixed set of candidates by CUDA-graph replay over rotated weights and writes the fastest ones to
+qbench/kernels/plans/GPU.json, which the launcher reads. Never run by the library itself.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator
+from dataclasses import astuple, replace
+from pathlib import Path
+
+import torch
+from shapes import FORMATS, SHAPES
+from timing import copies, random_weight, time_calls
+
+from qbench.kernels import cuda
+from qbench.kernels.cuda import BUCKETS, Plan
+from qbench.kernels.tiles import COLUMNS, ROWS, Tiles, to_tiles
+
+PLANS = Path(cuda.__file__).with_name("plans")
+
+
+def candidates(M: int, N: int, K: int, tiles: Tiles) -> Iterator[Plan]:
+    blocks = next(size for size in (1, 2, 4, 8) if 8 * size >= M)
+    chunks, strips = -(-K // COLUMNS), -(-N // ROWS)
+    sms = torch.cuda.get_device_properties(0).multi_processor_count
+    limit = torch.cuda.get_device_properties(0).shared_memory_per_block_optin
+    for rt in (1,) if blocks == 1 else (1, 2):
+        for wr, wk in (
+            (1, 4),
+            (1, 8),
+            (1, 16),
+            (2, 2),
+            (2, 4),
+            (2, 8),
+            (4, 1),
+            (4, 2),
+            (4, 4),
+            (8, 1),
+            (8, 2),
+            (16, 1),
+        ):
+            for splits in (1, 2, 4, 8):
+                for stages, ring in ((2, True), (3, True), (6, True), (2, False)):
+                    found = Plan(blocks, rt, wr, wk, splits, stages, ring)
+                    grid, warps = -(-strips // (rt * wr)) * splits, wr * wk
+                    if blocks * rt >= 8 and (warps > 8 or not ring):
+                        continue
+                    if found.shared_bytes(M, chunks, tiles.nbits, tiles.group_size, tiles.has_zero) > limit:
+                        continue
+                    if grid < sms // 3 or grid * warps > 64 * sms or chunks < splits * wk * (1 if stages == 2 else 4):
+                        continue
+                    yield found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shapes", default="8b,32b")
+    parser.add_argument("--formats", default="W4,W3,W2,W8")
+    parser.add_argument("--batches", default=",".join(map(str, BUCKETS)))
+    chosen = parser.parse_args()
+    path = PLANS / f"{torch.cuda.get_device_name().replace(' ', '-').lower()}.json"
+    table = json.loads(path.read_text()) if path.is_file() else {}
+    shapes = {shape for model in chosen.shapes.split(",") for shape in SHAPES[model].values()}
+    for N, K in sorted(shapes):
+        for name in chosen.formats.split(","):
+            first = to_tiles(random_weight(N, K, FORMATS[name][0]))
+            rotated = [first] + [replace(first, data=first.data.clone()) for _ in range(copies(first.nbytes) - 1)]
+            torch.cuda.synchronize()
+            for M in map(int, chosen.batches.split(",")):
+                x = torch.randn(M, K, dtype=torch.bfloat16, device="cuda")
+                timed = []
+                for plan in candidates(M, N, K, first):
+                    calls = [lambda w=w, x=x, plan=plan: cuda.linear(x, w, None, plan) for w in rotated]
+                    timed.append((time_calls(calls, replays=3).us, plan))
+                if not timed:
+                    continue
+                us, best = min(timed, key=lambda pair: pair[0])
+                table[cuda.table_key(M, N, K, first.nbits)] = [int(value) for value in astuple(best)]
+                print(f"{name} {N}x{K} batch {M}: {us:.1f} us {best} of {len(timed)}", flush=True)
+    path.parent.mkdir(exist_ok=True)
+    lines = ",\n".join(f"{json.dumps(key)}: {json.dumps(value)}" for key, value in sorted(table.items()))
+    path.write_text("{\n" + lines + "\n}\n")
+
+
+if __name__ == "__main__":
+    main()

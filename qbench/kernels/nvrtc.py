@@ -1,0 +1,187 @@
+"""Compiles and launches the CUDA C++ kernels with what torch itself brings: NVRTC and the driver, through ctypes.
+
+No compiler is needed on the machine. A compiled kernel is cached in `$XDG_CACHE_HOME/qbench/kernels` (default
+`~/.cache`), named by the hash of its source, options and NVRTC's version; a cache that cannot be written only costs
+the second process its time. Compiling is never done inside a CUDA-graph capture that was preceded by one eager call.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import tempfile
+from functools import cache
+from pathlib import Path
+
+SOURCE = Path(__file__).with_name("dual_linear.cu")
+
+
+class KernelError(RuntimeError):
+    """A kernel could not be compiled or launched; the message carries the compiler's or driver's own words."""
+
+
+def compile_cubin(arch: str, defines: dict[str, int]) -> bytes:
+    """Machine code of dual_linear.cu under `defines` for `arch` (such as `sm_90`); raises KernelError."""
+    source = SOURCE.read_bytes()
+    options = [f"-arch={arch}", "-std=c++17", "-default-device", *(f"-D{k}={v}" for k, v in sorted(defines.items()))]
+    version = _nvrtc_version()
+    key = hashlib.sha256(repr((source, options, version)).encode()).hexdigest()[:32]
+    cached = cache_folder() / f"{arch}-{key}.cubin"
+    if cached.is_file():
+        return cached.read_bytes()
+    code = _compile(source, options)
+    try:
+        cached.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=cached.parent, delete=False) as file:
+            file.write(code)
+        os.replace(file.name, cached)
+    except OSError:
+        pass
+    return code
+
+
+def cache_folder() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qbench" / "kernels"
+
+
+@cache
+def _nvrtc() -> ctypes.CDLL:
+    import torch
+
+    major = (torch.version.cuda or "13").split(".")[0]
+    name = f"libnvrtc.so.{major}"
+    candidates = [name]
+    for root in {Path(torch.__file__).parent.parent, *map(Path, _site_packages())}:
+        candidates += [str(path) for path in root.glob(f"nvidia/*/lib/{name}")]
+    for candidate in candidates:
+        try:
+            for builtins in sorted(Path(candidate).parent.glob("libnvrtc-builtins.so.*")) if "/" in candidate else ():
+                ctypes.CDLL(str(builtins))  # NVRTC opens it by name, which finds it only if it is loaded already
+            return ctypes.CDLL(candidate)
+        except OSError:
+            continue
+    raise KernelError(f"{name} was not found; it comes with torch's CUDA wheels (nvidia-cuda-nvrtc)")
+
+
+def _site_packages() -> list[str]:
+    import sys
+
+    return [path for path in sys.path if path.endswith("site-packages")]
+
+
+@cache
+def _nvrtc_version() -> tuple[int, int]:
+    major, minor = ctypes.c_int(), ctypes.c_int()
+    _nvrtc().nvrtcVersion(ctypes.byref(major), ctypes.byref(minor))
+    return major.value, minor.value
+
+
+def _compile(source: bytes, options: list[str]) -> bytes:
+    nvrtc, program = _nvrtc(), ctypes.c_void_p()
+    nvrtc.nvrtcCreateProgram(ctypes.byref(program), source, SOURCE.name.encode(), 0, None, None)
+    try:
+        arguments = (ctypes.c_char_p * len(options))(*(option.encode() for option in options))
+        if nvrtc.nvrtcCompileProgram(program, len(options), arguments):
+            size = ctypes.c_size_t()
+            nvrtc.nvrtcGetProgramLogSize(program, ctypes.byref(size))
+            log = ctypes.create_string_buffer(size.value)
+            nvrtc.nvrtcGetProgramLog(program, log)
+            raise KernelError(f"NVRTC refused {' '.join(options)}: {log.value.decode(errors='replace')}")
+        size = ctypes.c_size_t()
+        nvrtc.nvrtcGetCUBINSize(program, ctypes.byref(size))
+        code = ctypes.create_string_buffer(size.value)
+        nvrtc.nvrtcGetCUBIN(program, code)
+        return code.raw
+    finally:
+        nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
+
+
+# ------------------------------------------------------------------------------------------------ the driver
+
+MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+CLUSTER_DIMENSION = 4  # CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
+EARLY_START = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+
+
+class _Attribute(ctypes.Structure):
+    _fields_ = [("id", ctypes.c_int), ("pad", ctypes.c_char * 4), ("value", ctypes.c_uint * 16)]
+
+
+class _Config(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_uint) for name in ("gx", "gy", "gz", "bx", "by", "bz", "shared_bytes")),
+        ("stream", ctypes.c_void_p),
+        ("attributes", ctypes.POINTER(_Attribute)),
+        ("count", ctypes.c_uint),
+    ]
+
+
+@cache
+def _driver() -> ctypes.CDLL:
+    try:
+        return ctypes.CDLL("libcuda.so.1")
+    except OSError as error:
+        raise KernelError(f"the CUDA driver is missing: {error}") from error
+
+
+def _check(status: int, what: str) -> None:
+    if status:
+        text = ctypes.c_char_p()
+        _driver().cuGetErrorString(status, ctypes.byref(text))
+        raise KernelError(f"{what}: {text.value.decode() if text.value else status}")
+
+
+@cache
+def _module(device: int, defines: tuple[tuple[str, int], ...]) -> ctypes.c_void_p:
+    import torch
+
+    major, minor = torch.cuda.get_device_capability(device)
+    code, module = compile_cubin(f"sm_{major}{minor}", dict(defines)), ctypes.c_void_p()
+    with torch.cuda.device(device):
+        torch.cuda.current_stream()  # the driver's calls need torch's context to be current
+        _check(_driver().cuModuleLoadData(ctypes.byref(module), code), "loading a kernel")
+    return module
+
+
+@cache
+def load(entry: str, device: int, defines: tuple[tuple[str, int], ...]) -> ctypes.c_void_p:
+    """The kernel `entry` on CUDA device `device`, compiled if need be; raises KernelError."""
+    import torch
+
+    function = ctypes.c_void_p()
+    module = _module(device, defines)
+    with torch.cuda.device(device):
+        _check(_driver().cuModuleGetFunction(ctypes.byref(function), module, entry.encode()), f"finding {entry}")
+        if entry == "dual_linear":
+            limit = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+            _check(_driver().cuFuncSetAttribute(function, MAX_DYNAMIC_SHARED, limit), "raising the shared memory limit")
+    return function
+
+
+def launch(
+    function: ctypes.c_void_p,
+    grid: tuple[int, int, int],
+    threads: int,
+    shared_bytes: int,
+    stream: int,
+    arguments: list[ctypes._SimpleCData | ctypes.Structure],
+    cluster: int = 1,
+    early: bool = False,
+) -> None:
+    """Launches on `stream` (a raw handle) with `cluster` blocks along x per cluster; raises KernelError.
+
+    `early` lets the kernel start before the one in front has ended (programmatic dependent launch); it must wait itself
+    (griddepcontrol.wait) before it touches anything that an earlier kernel writes or reads.
+    """
+    attributes = (_Attribute * 2)()
+    count = 0
+    if cluster > 1:
+        attributes[count].id, attributes[count].value[:3] = CLUSTER_DIMENSION, (cluster, 1, 1)
+        count += 1
+    if early:
+        attributes[count].id, attributes[count].value[0] = EARLY_START, 1
+        count += 1
+    config = _Config(*grid, threads, 1, 1, shared_bytes, stream, attributes, count)
+    pointers = (ctypes.c_void_p * len(arguments))(*(ctypes.addressof(argument) for argument in arguments))
+    _check(_driver().cuLaunchKernelEx(ctypes.byref(config), function, pointers, None), f"launching {grid}x{threads}")
