@@ -1,10 +1,10 @@
 """Decoding speed of a Qwen3-8B-shaped model at batch 1: python benchmarks/decode.py [-o results.json]
 
 The model is transformers' Qwen3ForCausalLM with random weights, built on the GPU: bf16, or quantized from the start.
-One token is one CUDA graph over a static cache: its linears (bf16 cuBLAS, or the fused kernels), and two Triton kernels for
-everything else, the same for both. First it is compared with transformers' own forward on a small configuration.
-`merged` computes q/k/v and gate/up as one matrix each, as inference engines do; with a t per input channel that
-needs one t for the merged matrices (SINQ with a shared t), so the separate form is what the harness itself runs.
+One token is one CUDA graph over a static cache: its linears (bf16 cuBLAS, or the fused kernels), and three small
+Triton kernels for everything else, the same for both. First it is compared with transformers' own forward on a small
+configuration. `merged` computes q/k/v and gate/up as one matrix each, as inference engines do; with a t per input
+channel that needs one t for the merged matrices (SINQ with a shared t), so `separate` is what the harness itself runs.
 """
 
 from __future__ import annotations

@@ -120,10 +120,11 @@ def _plan(M: int, N: int, K: int, form: tuple[int, int, bool], gpu: str, limit: 
         shapes = [(2, 8, 1), (2, 4, 1)] if blocks == 8 else [(2, 4, 2), (2, 4, 1)]
     for rt, wr, wk in shapes:
         for splits in (1, 2, 4, 8):
-            found = Plan(blocks, rt, wr, wk, splits, 2, True)
-            enough = -(-strips // (rt * wr)) * splits >= 120 or splits == 8 or chunks < 4 * splits * wk
-            if enough and found.shared_bytes(M, chunks, *form) <= limit:
-                return found
+            for stages, ring in ((2, True), (1, False)):
+                found = Plan(blocks, rt, wr, wk, splits, stages, ring)
+                enough = -(-strips // (rt * wr)) * splits >= 120 or splits == 8 or chunks < 4 * splits * wk
+                if enough and found.shared_bytes(M, chunks, *form) <= limit:
+                    return found
     return None
 
 
@@ -154,7 +155,7 @@ def _launch_linear(
     N, K = tiles.shape[-2:]
     M = len(x) if index is None else 1
     strips, chunks = tiles.data.shape[-3:-1]
-    device, stream = x.device.index, torch.cuda.current_stream(x.device).cuda_stream
+    device, stream = x.device.index, _stream(x.device)
     defines = _defines(
         tiles.nbits,
         tiles.group_size,
@@ -205,6 +206,10 @@ def _launch_linear(
     )
 
 
+def _stream(device: torch.device) -> int:
+    return torch.cuda.current_stream(device).cuda_stream
+
+
 def _pointer(tensor: Tensor | None) -> ctypes.c_void_p:
     return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
 
@@ -219,7 +224,7 @@ def dequantize(tiles: Tiles, dtype: torch.dtype) -> Tensor:
     function = nvrtc.load("dequantize", w.device.index, defines)
     arguments = [*map(_pointer, (tiles.data, tiles.input_scale, tiles.codebook, w))]
     arguments += [ctypes.c_int(value) for value in (N, K, strips, chunks)]
-    stream = torch.cuda.current_stream(w.device).cuda_stream
+    stream = _stream(w.device)
     nvrtc.launch(function, (-(-strips * chunks // 8), 1, 1), 256, 0, stream, arguments)
     return w
 

@@ -59,6 +59,12 @@ typedef unsigned long long u64;
 #define OFFSET 0.f
 #endif
 
+// ---------------------------------------------------------------- what PTX is needed for; tests/kernels/emulator.h has
+// the same in plain C++, which runs the rest of this file on a CPU
+#ifdef EMULATE
+#include "emulator.h"
+#else
+#define SHARED_MEMORY(name) extern __shared__ __align__(128) u8 name[]
 __device__ __forceinline__ float from_half(u16 v) {
   float f;
   asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(v));
@@ -69,12 +75,107 @@ __device__ __forceinline__ u16 to_half(float f) {
   asm("cvt.rn.f16.f32 %0, %1;" : "=h"(v) : "f"(f));
   return v;
 }
-__device__ __forceinline__ float from_bf16(u16 v) { return __uint_as_float(u32(v) << 16); }
 __device__ __forceinline__ u16 to_bf16(float f) {
   u16 v;
   asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(v) : "f"(f));
   return v;
 }
+template <u32 MASK> __device__ __forceinline__ u32 select_or(u32 w, u32 bits) {  // (w & MASK) | bits, one instruction
+  u32 d;
+  asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(d) : "r"(w), "n"(MASK), "r"(bits));
+  return d;
+}
+__device__ __forceinline__ u32 two_bf16(float low, float high) {
+  u32 v;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(v) : "f"(high), "f"(low));
+  return v;
+}
+__device__ __forceinline__ u32 cluster_size() {
+  u32 v;
+  asm("mov.u32 %0, %%cluster_nctarank;" : "=r"(v));
+  return v;
+}
+__device__ __forceinline__ u32 cluster_rank() {
+  u32 v;
+  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(v));
+  return v;
+}
+__device__ __forceinline__ void publish_barriers() {
+  asm volatile("fence.mbarrier_init.release.cluster;\nfence.proxy.async.shared::cta;" ::: "memory");
+}
+__device__ __forceinline__ void await_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+__device__ __forceinline__ void cluster_part() {  // orders no memory, unlike cluster_sync
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
+}
+
+// STREAM: from global memory, read once and not kept in L1.
+template <bool STREAM> __device__ __forceinline__ uint4 load4(const u8* p) {
+  uint4 v;
+  if constexpr (STREAM)
+    asm volatile("ld.global.nc.L1::no_allocate.L2::256B.v4.u32 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p));
+  else v = *reinterpret_cast<const uint4*>(p);
+  return v;
+}
+template <bool STREAM> __device__ __forceinline__ uint2 load2(const u8* p) {
+  uint2 v;
+  if constexpr (STREAM)
+    asm volatile("ld.global.nc.L1::no_allocate.L2::256B.v2.u32 {%0,%1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(p));
+  else v = *reinterpret_cast<const uint2*>(p);
+  return v;
+}
+template <bool STREAM> __device__ __forceinline__ u32 load1(const u8* p) {
+  u32 v;
+  if constexpr (STREAM) asm volatile("ld.global.nc.L1::no_allocate.u32 %0, [%1];" : "=r"(v) : "l"(p));
+  else v = *reinterpret_cast<const u32*>(p);
+  return v;
+}
+
+__device__ __forceinline__ u32 shared(const void* p) { return u32(__cvta_generic_to_shared(p)); }
+__device__ __forceinline__ void barrier_init(u32 bar) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(bar) : "memory");
+}
+__device__ __forceinline__ void barrier_expect(u32 bar, u32 bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(bar), "r"(bytes) : "memory");
+}
+__device__ __forceinline__ void barrier_wait(u32 bar, u32 parity) {
+  asm volatile(
+      "{\n.reg .pred done;\nagain:\n"
+      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+      "@done bra finished;\nbra again;\nfinished:\n}" ::"r"(bar), "r"(parity) : "memory");
+}
+__device__ __forceinline__ void bulk_copy(u32 to, const void* from, u32 bytes, u32 bar) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
+               "l"(from), "r"(bytes), "r"(bar) : "memory");
+}
+__device__ __forceinline__ void copy16(u32 to, const void* from) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
+}
+__device__ __forceinline__ void await_previous_kernel() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+__device__ __forceinline__ void allow_next_kernel() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
+__device__ __forceinline__ void cluster_sync() {
+  asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
+}
+__device__ __forceinline__ float remote(u32 address, u32 rank) {
+  float v;
+  asm volatile("{\n.reg .u32 there;\nmapa.shared::cluster.u32 there, %1, %2;\nld.shared::cluster.f32 %0, [there];\n}"
+               : "=f"(v) : "r"(address), "r"(rank) : "memory");
+  return v;
+}
+__device__ __forceinline__ void mma(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32."
+#if BF16
+      "bf16.bf16"
+#else
+      "f16.f16"
+#endif
+      ".f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+#endif
+
+__device__ __forceinline__ float from_bf16(u16 v) { return __uint_as_float(u32(v) << 16); }
 __device__ __forceinline__ float load16(u16 v) { return BF16 ? from_bf16(v) : from_half(v); }
 __device__ __forceinline__ u16 store16(float f) { return BF16 ? to_bf16(f) : to_half(f); }
 
@@ -106,12 +207,6 @@ __device__ __forceinline__ void look_up(const Table& t, u32 w, u32& first, u32& 
   second = __byte_perm(low, high, 0x7362);
 }
 
-template <u32 MASK> __device__ __forceinline__ u32 select_or(u32 w, u32 bits) {  // (w & MASK) | bits, one instruction
-  u32 d;
-  asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(d) : "r"(w), "n"(MASK), "r"(bits));
-  return d;
-}
-
 template <int FROM, int TO>
 __device__ __forceinline__ u32 move_bits(u32 w) {
   if constexpr (FROM >= TO) return w >> (FROM - TO);
@@ -122,29 +217,6 @@ __device__ __forceinline__ u32 move_bits(u32 w) {
 #define WORDS (2 * BITS)
 #define AUX_WORDS (PER_CHUNK * AUX / 2)             // scale and zero of rows g and g + 8, per group
 struct Codes { u32 w[WORDS], aux[AUX_WORDS]; };
-
-// STREAM: from global memory, read once and not kept in L1.
-template <bool STREAM> __device__ __forceinline__ uint4 load4(const u8* p) {
-  uint4 v;
-  if constexpr (STREAM)
-    asm volatile("ld.global.nc.L1::no_allocate.L2::256B.v4.u32 {%0,%1,%2,%3}, [%4];"
-                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p));
-  else v = *reinterpret_cast<const uint4*>(p);
-  return v;
-}
-template <bool STREAM> __device__ __forceinline__ uint2 load2(const u8* p) {
-  uint2 v;
-  if constexpr (STREAM)
-    asm volatile("ld.global.nc.L1::no_allocate.L2::256B.v2.u32 {%0,%1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(p));
-  else v = *reinterpret_cast<const uint2*>(p);
-  return v;
-}
-template <bool STREAM> __device__ __forceinline__ u32 load1(const u8* p) {
-  u32 v;
-  if constexpr (STREAM) asm volatile("ld.global.nc.L1::no_allocate.u32 %0, [%1];" : "=r"(v) : "l"(p));
-  else v = *reinterpret_cast<const u32*>(p);
-  return v;
-}
 
 __device__ __forceinline__ int lane_codes(int lane) { return lane * (BITS == 3 ? 8 : 16); }
 __device__ __forceinline__ int lane_aux(int lane) { return CODES + lane / 4 * 2 * AUX; }
@@ -193,8 +265,7 @@ __device__ __forceinline__ void unpack(const Codes& c, int r, const Table& t, u3
 #pragma unroll
     for (int j = 0; j < 4; j++)
       f[j] = __uint_as_float(__byte_perm(w[i], 0x4b000000u, 0x7540 | j)) - 8388736.f;  // 2^23 + 128
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(out[2 * i]) : "f"(f[1]), "f"(f[0]));
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(out[2 * i + 1]) : "f"(f[3]), "f"(f[2]));
+    out[2 * i] = two_bf16(f[0], f[1]), out[2 * i + 1] = two_bf16(f[2], f[3]);
 #else
     out[2 * i] = __byte_perm(w[i], 0x64646464u, 0x4140);
     out[2 * i + 1] = __byte_perm(w[i], 0x64646464u, 0x4342);
@@ -246,51 +317,6 @@ __device__ __forceinline__ void decode_aux(const Codes& c, int group, float offs
 }
 
 #ifdef GEMM
-// ---------------------------------------------------------------- asynchronous copies, clusters, tensor cores
-
-__device__ __forceinline__ u32 shared(const void* p) { return u32(__cvta_generic_to_shared(p)); }
-__device__ __forceinline__ void barrier_init(u32 bar) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(bar) : "memory");
-}
-__device__ __forceinline__ void barrier_expect(u32 bar, u32 bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(bar), "r"(bytes) : "memory");
-}
-__device__ __forceinline__ void barrier_wait(u32 bar, u32 parity) {
-  asm volatile(
-      "{\n.reg .pred done;\nagain:\n"
-      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
-      "@done bra finished;\nbra again;\nfinished:\n}" ::"r"(bar), "r"(parity) : "memory");
-}
-__device__ __forceinline__ void bulk_copy(u32 to, const void* from, u32 bytes, u32 bar) {
-  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
-               "l"(from), "r"(bytes), "r"(bar) : "memory");
-}
-__device__ __forceinline__ void copy16(u32 to, const void* from) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
-}
-__device__ __forceinline__ void await_previous_kernel() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
-__device__ __forceinline__ void allow_next_kernel() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
-__device__ __forceinline__ void cluster_sync() {
-  asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
-}
-__device__ __forceinline__ float remote(u32 address, u32 rank) {
-  float v;
-  asm volatile("{\n.reg .u32 there;\nmapa.shared::cluster.u32 there, %1, %2;\nld.shared::cluster.f32 %0, [there];\n}"
-               : "=f"(v) : "r"(address), "r"(rank) : "memory");
-  return v;
-}
-__device__ __forceinline__ void mma(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
-  asm("mma.sync.aligned.m16n8k16.row.col.f32."
-#if BF16
-      "bf16.bf16"
-#else
-      "f16.f16"
-#endif
-      ".f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
-}
-
 struct Problem {
   const u8* tiles;        // [experts][strips][chunks][CHUNK]
   const u16* x;           // [M, K], rows x_stride apart
@@ -395,11 +421,9 @@ scale_input(const u16* x, const u16* t, const int* permutation, u16* scaled_x, f
 }
 
 extern "C" __global__ void __launch_bounds__(MB * RT >= 8 ? 256 : 512) dual_linear(const __grid_constant__ Problem p) {
-  extern __shared__ __align__(128) u8 smem[];
+  SHARED_MEMORY(smem);
   allow_next_kernel();
-  u32 splits, rank;
-  asm("mov.u32 %0, %%cluster_nctarank;" : "=r"(splits));
-  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  const u32 splits = cluster_size(), rank = cluster_rank();
   const int warps = blockDim.x / 32, warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
   const int g = lane / 4, tig = lane % 4;
   const int WK = p.splits_in_block, WR = warps / WK, wr = warp / WK, wk = warp % WK;
@@ -438,7 +462,7 @@ extern "C" __global__ void __launch_bounds__(MB * RT >= 8 ? 256 : 512) dual_line
   if (lane == 0) {
 #pragma unroll 1
     for (int s = 0; s < p.stages; s++) barrier_init(bar + 8 * s);
-    asm volatile("fence.mbarrier_init.release.cluster;\nfence.proxy.async.shared::cta;" ::: "memory");
+    publish_barriers();
 #pragma unroll 1
     for (int s = 0; s < min(p.stages, mine); s++) fetch(s, s);
   }
@@ -466,7 +490,7 @@ extern "C" __global__ void __launch_bounds__(MB * RT >= 8 ? 256 : 512) dual_line
         copy16(shared(xs + m * x_stride + v * 16), p.x + (m0 + m) * width + lo * 128 + v * 8);
     const float* from = p.sums + (u64(blockIdx.y) * p.chunks + lo) * SUBS * 8 * MB;
     for (int v = threadIdx.x; v < (hi - lo) * SUBS * 2 * MB; v += blockDim.x) copy16(shared(sums + 4 * v), from + 4 * v);
-    asm volatile("cp.async.wait_all;" ::: "memory");
+    await_copies();
   } else {
     const u16* t = p.t ? p.t + u64(expert) * p.chunks * 128 : nullptr;
     const int* permutation = p.permutation ? p.permutation + u64(expert) * p.K : nullptr;
@@ -565,8 +589,7 @@ extern "C" __global__ void __launch_bounds__(MB * RT >= 8 ? 256 : 512) dual_line
     if (p.bias) value += load16(p.bias[row0 + row]);
     y[u64(m) * p.N + row0 + row] = store16(value);
   }
-  if (splits > 1)  // nobody leaves while others read its memory
-    asm volatile("barrier.cluster.arrive.relaxed.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
+  if (splits > 1) cluster_part();  // nobody leaves while others read its memory
 }
 
 #else

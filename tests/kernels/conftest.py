@@ -1,0 +1,59 @@
+"""The CUDA C++ kernels on a CPU: dual_linear.cu compiled with emulator.h, launched by the library's own code."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is first imported
+
+from qbench.kernels import cuda, nvrtc
+
+HERE = Path(__file__).parent
+
+
+@pytest.fixture(scope="session")
+def compiled(tmp_path_factory):
+    """defines -> the emulated kernels as a library; compiled once per session."""
+    compiler = shutil.which("g++")
+    if compiler is None:
+        pytest.skip("g++ is not on this machine; it compiles the CUDA kernels for the CPU")
+    folder, libraries = tmp_path_factory.mktemp("emulated"), {}
+
+    def build(defines: tuple[tuple[str, int], ...]) -> ctypes.CDLL:
+        if defines not in libraries:
+            target = folder / f"{len(libraries)}.so"
+            flags = [f"-D{name}={value}" for name, value in defines]
+            command = [compiler, "-std=c++20", "-O1", "-fPIC", "-shared", "-pthread", "-w", *flags]
+            command += [f"-I{nvrtc.SOURCE.parent}", f"-I{HERE}", str(HERE / "emulator.cpp"), "-o", str(target)]
+            done = subprocess.run(command, capture_output=True, text=True)
+            if "unrecognized command" in done.stderr or "<barrier>" in done.stderr:
+                pytest.skip("this g++ is too old for C++20's barriers")
+            assert done.returncode == 0, done.stderr
+            libraries[defines] = ctypes.CDLL(str(target))
+        return libraries[defines]
+
+    return build
+
+
+@pytest.fixture
+def emulated(monkeypatch, compiled):
+    """Makes qbench.kernels.cuda launch the emulated kernels on CPU tensors; returns the list of launches."""
+    launches = []
+
+    def launch(library, grid, threads, shared_bytes, stream, arguments, cluster=1, early=False):
+        launches.append((grid, threads, shared_bytes, cluster))
+        pointers = (ctypes.c_void_p * len(arguments))(*(ctypes.addressof(argument) for argument in arguments))
+        library.launch((ctypes.c_uint * 3)(*grid), threads, shared_bytes, cluster, pointers)
+
+    monkeypatch.setattr(nvrtc, "load", lambda entry, device, defines: compiled(defines))
+    monkeypatch.setattr(nvrtc, "launch", launch)
+    monkeypatch.setattr(cuda, "_stream", lambda device: 0)
+    return launches

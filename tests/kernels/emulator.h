@@ -1,0 +1,161 @@
+// The PTX that dual_linear.cu uses, in C++20: one thread of the CPU per thread of a cluster, barriers where the GPU has
+// them, copies that are done at once. For small problems only: the test of the kernels' logic where there is no GPU.
+#include <atomic>
+#include <barrier>
+#include <cmath>
+#include <cstring>
+#include <memory>
+#include <thread>
+#include <vector>
+
+#define __device__
+#define __global__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+#define __grid_constant__
+#define SHARED_MEMORY(name) u8* name = here.block->memory.data()
+
+struct uint2 { unsigned x, y; };
+struct alignas(16) uint4 { unsigned x, y, z, w; };
+struct float2 { float x, y; };
+struct dim3 { unsigned x, y, z; };
+
+struct Warp {
+  std::barrier<> sync{32};
+  float values[32];
+  unsigned a[32][4], b[32][2];
+};
+struct Block {
+  std::vector<unsigned char> memory;
+  std::barrier<> sync;
+  std::vector<std::unique_ptr<Warp>> warps;
+  Block(int threads, int bytes) : memory(bytes, 0xff), sync(threads) {  // 0xff..: what nobody wrote reads as NaN
+    for (int i = 0; i < threads / 32; i++) warps.push_back(std::make_unique<Warp>());
+  }
+};
+struct Cluster {
+  std::vector<std::unique_ptr<Block>> blocks;
+  std::barrier<> sync;
+  Cluster(int count, int threads, int bytes) : sync(count * threads) {
+    for (int i = 0; i < count; i++) blocks.push_back(std::make_unique<Block>(threads, bytes));
+  }
+};
+struct Place {
+  Cluster* cluster;
+  Block* block;
+  Warp* warp;
+  unsigned rank;
+};
+static thread_local Place here;
+static thread_local dim3 threadIdx, blockIdx, blockDim;
+
+inline int min(int a, int b) { return a < b ? a : b; }
+inline int max(int a, int b) { return a > b ? a : b; }
+inline float __uint_as_float(unsigned v) { float f; memcpy(&f, &v, 4); return f; }
+inline unsigned __byte_perm(unsigned a, unsigned b, unsigned selector) {
+  unsigned long long pool = (unsigned long long)b << 32 | a;
+  unsigned v = 0;
+  for (int i = 0; i < 4; i++) v |= unsigned(pool >> (8 * (selector >> (4 * i) & 7)) & 0xff) << (8 * i);
+  return v;
+}
+inline unsigned lane_id() { return threadIdx.x % 32; }
+inline unsigned __activemask() { return 0; }
+inline void __syncwarp() { here.warp->sync.arrive_and_wait(); }
+inline void __syncthreads() { here.block->sync.arrive_and_wait(); }
+inline float from_lane(float value, int lane) {
+  here.warp->values[lane_id()] = value;
+  __syncwarp();
+  float found = here.warp->values[lane];
+  __syncwarp();
+  return found;
+}
+inline float __shfl_xor_sync(unsigned, float value, int step) { return from_lane(value, lane_id() ^ step); }
+inline float __shfl_sync(unsigned, float value, int lane) { return from_lane(value, lane); }
+inline int __shfl_sync(unsigned, unsigned value, int lane) { return int(from_lane(float(value), lane)); }
+
+inline float from_half(u16 v) { _Float16 h; memcpy(&h, &v, 2); return float(h); }
+inline u16 to_half(float f) { _Float16 h = _Float16(f); u16 v; memcpy(&v, &h, 2); return v; }
+inline u16 to_bf16(float f) {
+  unsigned v;
+  memcpy(&v, &f, 4);
+  return u16((v + 0x7fff + (v >> 16 & 1)) >> 16);
+}
+inline u32 two_bf16(float low, float high) { return to_bf16(low) | u32(to_bf16(high)) << 16; }
+template <u32 MASK> inline u32 select_or(u32 w, u32 bits) { return (w & MASK) | bits; }
+template <bool STREAM> inline uint4 load4(const u8* p) { uint4 v; memcpy(&v, p, 16); return v; }
+template <bool STREAM> inline uint2 load2(const u8* p) { uint2 v; memcpy(&v, p, 8); return v; }
+template <bool STREAM> inline u32 load1(const u8* p) { u32 v; memcpy(&v, p, 4); return v; }
+
+inline u32 shared(const void* p) { return u32(static_cast<const unsigned char*>(p) - here.block->memory.data()); }
+inline u32 cluster_size() { return u32(here.cluster->blocks.size()); }
+inline u32 cluster_rank() { return here.rank; }
+inline void cluster_sync() { here.cluster->sync.arrive_and_wait(); }
+inline void cluster_part() { cluster_sync(); }
+inline void publish_barriers() {}
+inline void await_copies() {}
+inline void await_previous_kernel() {}
+inline void allow_next_kernel() {}
+inline void copy16(u32 to, const void* from) { memcpy(here.block->memory.data() + to, from, 16); }
+inline float remote(u32 address, u32 rank) {
+  float v;
+  memcpy(&v, here.cluster->blocks[rank]->memory.data() + address, 4);
+  return v;
+}
+
+// An mbarrier: completed phases in the low word, bytes still expected in the high one (touched by one lane only).
+inline std::atomic<u32>* phases(u32 bar) { return reinterpret_cast<std::atomic<u32>*>(here.block->memory.data() + bar); }
+inline void barrier_init(u32 bar) { phases(bar)[0] = 0, phases(bar)[1] = 0; }
+inline void barrier_expect(u32 bar, u32 bytes) { phases(bar)[1] += bytes; }
+inline void bulk_copy(u32 to, const void* from, u32 bytes, u32 bar) {
+  memcpy(here.block->memory.data() + to, from, bytes);
+  if ((phases(bar)[1] -= bytes) == 0) phases(bar)[0]++;
+}
+inline void barrier_wait(u32 bar, u32 parity) {
+  while ((phases(bar)[0] & 1) == parity) std::this_thread::yield();
+}
+
+inline float element(u32 pair, int which);
+inline void mma(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+  Warp& warp = *here.warp;
+  const unsigned lane = lane_id(), g = lane / 4, tig = lane % 4;
+  const u32 a[4] = {a0, a1, a2, a3};
+  memcpy(warp.a[lane], a, 16);
+  warp.b[lane][0] = b0, warp.b[lane][1] = b1;
+  __syncwarp();
+  for (int i = 0; i < 4; i++) {
+    const unsigned row = i / 2, column = 2 * tig + i % 2;  // of the two rows g, g + 8; of the batch
+    float sum = c[i];
+    for (unsigned k = 0; k < 16; k++)  // k = 8 * high + 2 * owner + low
+      sum += element(warp.a[4 * g + k % 8 / 2][row + 2 * (k / 8)], k % 2) *
+             element(warp.b[4 * column + k % 8 / 2][k / 8], k % 2);
+    c[i] = sum;
+  }
+  __syncwarp();
+}
+inline float element(u32 pair, int which) {
+  const u16 v = u16(pair >> (16 * which));
+#if BF16
+  return __uint_as_float(u32(v) << 16);
+#else
+  return from_half(v);
+#endif
+}
+
+template <class Kernel> void run(dim3 grid, int threads, int bytes, int cluster, Kernel kernel) {
+  for (unsigned z = 0; z < grid.z; z++)
+    for (unsigned y = 0; y < grid.y; y++)
+      for (unsigned first = 0; first < grid.x; first += cluster) {
+        Cluster blocks(cluster, threads, bytes);
+        std::vector<std::thread> running;
+        for (int rank = 0; rank < cluster; rank++)
+          for (int thread = 0; thread < threads; thread++)
+            running.emplace_back([&, rank, thread] {
+              Block* block = blocks.blocks[rank].get();
+              here = {&blocks, block, block->warps[thread / 32].get(), unsigned(rank)};
+              threadIdx = {unsigned(thread), 0, 0}, blockIdx = {first + rank, y, z}, blockDim = {unsigned(threads), 1, 1};
+              kernel();
+              here.warp->sync.arrive_and_drop();
+            });
+        for (auto& thread : running) thread.join();
+      }
+}

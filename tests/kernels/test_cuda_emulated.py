@@ -1,0 +1,124 @@
+"""dual_linear.cu and its launch code against fp64, on the CPU: every unpacking, split, tail and option."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from qbench.kernels import cuda
+from qbench.kernels.cuda import Plan
+from qbench.kernels.ops import select
+from qbench.kernels.tiles import to_tiles
+from tests.kernels.cases import FORMATS, random_weight, relative_error
+
+LIMITS = {torch.float16: 1e-3, torch.bfloat16: 1e-2}
+
+
+def check(generator, weight, batch, dtype, plan, bias=None, x=None):
+    x = torch.randn(batch, weight.shape[1], generator=generator).to(dtype) if x is None else x
+    y = cuda.linear(x, to_tiles(weight), bias, plan)
+    assert y.dtype == dtype
+    assert relative_error(y, x, weight, bias) <= LIMITS[dtype]
+
+
+def test_one_row_through_registers(emulated, generator):
+    check(generator, random_weight((40, 300), 4, 64, generator), 1, torch.bfloat16, Plan(1, 1, 1, 2, 1, 2))
+    ((grid, threads, _, cluster),) = emulated
+    assert (grid, threads, cluster) == ((3, 1, 1), 64, 1)
+
+
+def test_a_batch_through_the_ring_and_a_cluster(emulated, generator):
+    bias = torch.randn(40, generator=generator).half()
+    weight = random_weight((40, 600), 3, 64, generator)
+    check(generator, weight, 5, torch.float16, Plan(1, 1, 1, 1, 2, 2, True), bias)
+    assert len(emulated) == 2  # x * t first
+    assert emulated[1][3] == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("group_size", "dtype"), [(32, torch.float16), (64, torch.bfloat16), (64, torch.float16), (128, torch.bfloat16)]
+)
+@pytest.mark.parametrize(("nbits", "codebook"), FORMATS)
+def test_every_format(emulated, generator, nbits, codebook, group_size, dtype):
+    weight = random_weight((24, 330), nbits, group_size, generator, codebook=codebook)
+    check(generator, weight, 1, dtype, Plan(1, 1, 1, 2, 1, 1))
+    check(generator, weight, 3, dtype, Plan(1, 1, 2, 1, 2, 2, True))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("batch", "plan"),
+    [
+        (9, Plan(2, 1, 2, 2, 1, 1)),
+        (16, Plan(2, 2, 1, 1, 2, 2, True)),
+        (33, Plan(8, 2, 1, 1, 1, 2, True)),
+        (70, Plan(8, 1, 2, 1, 2, 1)),  # two passes over the weights
+    ],
+)
+def test_every_batch_shape(emulated, generator, batch, plan):
+    check(generator, random_weight((72, 520), 4, 64, generator), batch, torch.bfloat16, plan)
+
+
+@pytest.mark.slow
+def test_options(emulated, generator):
+    plan = Plan(1, 1, 1, 1, 1, 1)
+    for options in ({"zero": False}, {"t": False}, {"permuted": True}, {"zero": False, "codebook": True}):
+        for batch in (1, 2):
+            check(generator, random_weight((16, 200), 4, 64, generator, **options), batch, torch.float16, plan)
+    weight = random_weight((16, 130), 4, 64, generator)
+    strided = torch.randn(4, 261, generator=generator).half()[:, :130]
+    check(generator, weight, 4, torch.float16, plan, x=strided)
+    large = torch.randn(1, 130, generator=generator).half() * 2e4  # x * t exceeds fp16 unless t is scaled down
+    weight.input_scale.mul_(8)
+    weight.scale.stored.mul_(1e-4)
+    check(generator, weight, 1, torch.float16, plan, x=large)
+
+
+@pytest.mark.slow
+def test_experts_in_one_launch(emulated, generator):
+    weight = random_weight((3, 24, 200), 4, 64, generator)
+    tiles = to_tiles(weight)
+    x = torch.randn(2, 200, generator=generator).bfloat16()
+    index = torch.tensor([[2, 0], [1, 1]])
+    y = cuda.experts(x, index, tiles, Plan(1, 1, 1, 2, 1, 1)).view(2, 2, 24)
+    assert len(emulated) == 1
+    dense = weight.dequantize().double()
+    for token in range(2):
+        for slot in range(2):
+            expected = dense[index[token, slot]] @ x[token].double()
+            assert (y[token, slot].double() - expected).norm() / expected.norm() < 1e-2
+    assert select(tiles, 1).shape == (24, 200)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(("nbits", "codebook"), FORMATS)
+def test_dequantize_bit_for_bit(emulated, generator, nbits, codebook, dtype):
+    for group_size, columns in ((32, 136), (64, 130), (128, 264)):
+        weight = random_weight((24, columns), nbits, group_size, generator, codebook=codebook)
+        assert torch.equal(cuda.dequantize(to_tiles(weight), dtype), weight.dequantize(dtype))
+
+
+def test_plans_fit(monkeypatch):
+    """Every shape and batch gets a plan whose shared memory an H200 has, tuned entries included."""
+    for gpu in ("NVIDIA H200", "another GPU"):
+        for M in (1, 2, 8, 9, 17, 33, 64):
+            for N, K in (
+                (4096, 4096),
+                (12288, 4096),
+                (4096, 12288),
+                (1024, 4096),
+                (5120, 25600),
+                (25600, 5120),
+                (40, 65),
+            ):
+                for form in ((4, 64, True), (8, 32, True), (2, 128, False)):
+                    plan = cuda._plan(M, N, K, form, gpu, 232448)
+                    if plan is None:
+                        assert min(K - 12288, M - 16) > 0, (M, N, K)  # x alone does not fit: dequantize + cuBLAS
+                        continue
+                    assert plan.shared_bytes(M, -(-K // 128), *form) <= 232448
+                    assert plan.batch_blocks * 8 >= M
+                    warps = plan.strips * plan.splits_in_block
+                    assert warps <= (8 if plan.batch_blocks * plan.strips_per_warp >= 8 else 16)

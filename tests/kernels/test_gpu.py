@@ -1,0 +1,90 @@
+"""On a GPU: every bit-width, group, batch and tail against fp64; graphs; compilation; whole layers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from qbench.kernels import cuda, ops
+from qbench.kernels.tiles import to_tiles
+from qbench.quant.linear import QuantLinear, use_kernels
+from tests.kernels.cases import FORMATS, random_weight, relative_error
+
+pytestmark = pytest.mark.gpu
+LIMITS = {torch.float16: 1e-3, torch.bfloat16: 1e-2}
+
+
+@pytest.fixture(autouse=True)
+def gpu():
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device here")
+
+
+def on_gpu(weight):
+    return weight.with_tensors({name: tensor.cuda() for name, tensor in weight.tensors().items()})
+
+
+@pytest.mark.parametrize("group_size", [32, 64, 128])
+@pytest.mark.parametrize(("nbits", "codebook"), FORMATS)
+def test_every_batch(generator, nbits, codebook, group_size):
+    for shape in ((256, 1024), (40, 577), (1000, 4104)):
+        weight = on_gpu(random_weight(shape, nbits, group_size, generator, codebook=codebook))
+        tiles, bias = to_tiles(weight), torch.randn(shape[0], device="cuda")
+        torch.cuda.synchronize()
+        batches = range(1, 130) if shape == (40, 577) else (1, 2, 3, 7, 8, 9, 16, 17, 33, 64, 65, 129)
+        for dtype, limit in LIMITS.items():
+            for batch in batches:
+                x = torch.randn(batch, shape[1], device="cuda", dtype=dtype)
+                poison = torch.full((2**20,), float("nan"), device="cuda")
+                del poison
+                y = ops.linear(x, tiles, bias.to(dtype))
+                assert relative_error(y, x, weight, bias.to(dtype)) <= limit, (shape, batch, dtype)
+                assert torch.equal(y, ops.linear(x, tiles, bias.to(dtype))), "not deterministic"
+
+
+def test_dequantize_is_the_formats_own(generator):
+    for nbits, codebook in FORMATS:
+        weight = on_gpu(random_weight((256, 1000), nbits, 64, generator, codebook=codebook))
+        tiles = to_tiles(weight)
+        torch.cuda.synchronize()
+        for dtype in (torch.float16, torch.bfloat16, torch.float32):
+            assert torch.equal(cuda.dequantize(tiles, dtype), weight.dequantize(dtype))
+
+
+def test_experts(generator):
+    weight = on_gpu(random_weight((8, 256, 512), 4, 64, generator))
+    tiles = to_tiles(weight)
+    torch.cuda.synchronize()
+    for tokens in (1, 5, 40):  # 40 x 2 pairs go expert by expert
+        x = torch.randn(tokens, 512, device="cuda", dtype=torch.bfloat16)
+        index = torch.randint(0, 8, (tokens, 2), device="cuda")
+        expected = torch.einsum("tkoi,ti->tko", weight.dequantize()[index], x.float())
+        y = ops.linear_experts(x, index, tiles).float()
+        assert (y - expected).norm() / expected.norm() < 1e-2
+
+
+def test_graph_and_compilation(generator):
+    layer = QuantLinear(on_gpu(random_weight((1024, 2048), 4, 64, generator)))
+    use_kernels(layer)
+    x = torch.randn(1, 2048, device="cuda", dtype=torch.bfloat16)
+    with torch.no_grad():
+        layer(x)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = layer(x)
+        x.normal_()
+        graph.replay()
+        assert torch.equal(y, layer(x))
+        assert torch.equal(torch.compile(layer, fullgraph=True)(x), layer(x))
+
+
+def test_a_layer_agrees_with_the_packed_format(generator):
+    for permuted in (False, True):
+        weight = random_weight((512, 1000), 4, 64, generator, permuted=permuted)
+        layer = QuantLinear(weight, torch.randn(512, generator=generator)).cuda()
+        x = torch.randn(300, 1000, device="cuda", dtype=torch.float32)
+        before = layer(x)
+        use_kernels(layer)
+        torch.testing.assert_close(layer(x), before, rtol=1e-5, atol=1e-4)
+        layer.restore()
+        assert torch.equal(layer(x), before)
