@@ -12,6 +12,7 @@ from torch import Tensor
 from qbench.quant.aux import Aux
 from qbench.quant.weight import QuantizedWeight
 
+DEVICE = "cuda"
 ROTATED_BYTES = 400e6  # distinct weights per measurement; an H200's L2 holds 60 MB
 
 
@@ -53,7 +54,7 @@ def copies(nbytes: float) -> int:
 
 def copy_bandwidth() -> float:
     """Bytes per second of a large device copy, read plus written: the ceiling that shares are of."""
-    source = torch.empty(2**30, dtype=torch.uint8, device="cuda").random_()
+    source = torch.empty(2**30, dtype=torch.uint8, device=DEVICE).random_()
     target = torch.empty_like(source)
     return 2 * source.numel() / (time_calls([lambda: target.copy_(source)] * 4).us * 1e-6)
 
@@ -68,7 +69,7 @@ def random_weight(
     zero: bool = True,
     input_scale: bool = True,
     permutation: bool = False,
-    device: str = "cuda",
+    device: str = DEVICE,
 ) -> QuantizedWeight:
     """A weight `[rows, columns]` of random codes, scales, zero points and t, made on the device itself."""
     groups = -(-columns // group_size)

@@ -103,9 +103,9 @@ def is_router(path: str, rows: int, experts: int) -> bool:
 class QuantExperts(nn.Module):
     """The experts of one block, packed in stacks `[experts, out, in]`; a drop-in for the module they came from.
 
-    x `[tokens, hidden]`, top_k_index and top_k_weights `[tokens, k]` -> `[tokens, hidden]` in x's dtype. In the
-    kernels' layout (see quant/linear.py) few tokens take one launch per projection, whatever their experts, and nothing
-    is read back from the GPU. Else one expert at a time is multiplied, and only those that some token is sent to.
+    x `[tokens, hidden]`, top_k_index and top_k_weights `[tokens, k]` -> `[tokens, hidden]` in x's dtype. One
+    expert at a time is multiplied, and only those that some token is sent to; in the kernels' layout (see
+    quant/linear.py) up to EXPERT_PAIRS pairs of token and expert take one launch per projection instead.
     """
 
     def __init__(self, gate: QuantizedWeight, up: QuantizedWeight, down: QuantizedWeight, act_fn: Any) -> None:
