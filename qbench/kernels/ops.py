@@ -11,6 +11,8 @@ call of the same shape before the capture, which compiles the kernels.
 
 from __future__ import annotations
 
+import os
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -20,9 +22,9 @@ from qbench.kernels import tiles as layout
 from qbench.kernels.tiles import Tiles
 
 FUSED_BATCH = 64  # above it, dequantizing once and cuBLAS is faster on an H200 (docs/performance.md)
-# (token, expert) pairs that one grouped launch serves; more go expert by expert. 0: never, since the grouped launch is
-# tested on the emulated kernels only and has not been timed on a GPU yet.
-EXPERT_PAIRS = 0
+# (token, expert) pairs that one grouped launch serves; more go expert by expert. Only QBENCH_KERNELS=all turns it on: it
+# is tested on the emulated kernels and has not run on a GPU yet.
+EXPERT_PAIRS = 64 if os.environ.get("QBENCH_KERNELS") == "all" else 0
 HALF = (torch.float16, torch.bfloat16)
 
 
@@ -34,6 +36,11 @@ def linear(x: Tensor, tiles: Tiles, bias: Tensor | None = None) -> Tensor:
 def linear_experts(x: Tensor, index: Tensor, tiles: Tiles) -> Tensor:
     """x `[tokens, in]` times matrices index `[tokens, k]` of a stack `[experts, out, in]`: `[tokens, k, out]`."""
     return dual_linear_experts(x, index, *_parts(tiles), *tiles.numbers)
+
+
+def wanted() -> bool:
+    """Whether the environment lets the kernels run: QBENCH_KERNELS=0 asks for plain torch."""
+    return os.environ.get("QBENCH_KERNELS", "1") != "0"
 
 
 def backend(device: torch.device, dtype: torch.dtype) -> str:

@@ -146,7 +146,12 @@ class QuantLinear(PackedWeight):
 
 
 def use_kernels(model: Any) -> None:
-    """Lays every packed weight on a GPU out for the fused kernels; one that they cannot hold stays packed."""
+    """Lays every packed weight on a GPU out for the fused kernels; one that they cannot hold stays packed.
+
+    QBENCH_KERNELS=0 in the environment leaves all of them packed, on plain torch.
+    """
+    if not ops.wanted():
+        return
     for module in model.modules():
         if isinstance(module, PackedWeight) and next(module.buffers()).is_cuda:
             module.lay_out()
@@ -155,7 +160,7 @@ def use_kernels(model: Any) -> None:
 def backend(weight: QuantizedWeight, dtype: torch.dtype) -> str:
     """What multiplies with a packed weight once `use_kernels` has seen it, for activations of `dtype`."""
     device = weight.planes[0].device
-    if device.type != "cuda":
+    if device.type != "cuda" or not ops.wanted():
         return DEQUANTIZE
     if reason := unsupported(weight):
         return f"{DEQUANTIZE} (no fused kernel for {reason})"
