@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
 
 from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 
 from qbench.record.result import MetricRecord, PhaseRecord, Result, SpeedRecord
 
@@ -68,27 +66,6 @@ def _add_metric(table: Table, name: str, metric: MetricRecord) -> None:
         change += f"; {metric.flip_rate:.1%} flipped"
     baseline = "" if metric.baseline is None else f"{metric.baseline:.4f}"
     table.add_row(name, baseline, f"{metric.value:.4f}", change)
-
-
-def show_sweep(results: Sequence[Result]) -> None:
-    """One row per point, those that ended well by their perplexity, best first within each model and protocol."""
-    console = Console(file=sys.stderr, highlight=False, width=None if sys.stderr.isatty() else 160)
-    table = Table(box=None, pad_edge=False)
-    for name in ("model", "method", "protocol", "perplexity", "difference", "bits/weight", "MB", "quantizing, s"):
-        table.add_column(name, justify="left" if name in ("model", "method", "protocol") else "right")
-    rows = [result.summary() for result in results if result.status == "ok"]
-    rows.sort(key=lambda row: (str(row["model"]), str(row.get("protocol")), row.get("ppl") or float("inf")))
-    for row in rows:
-        method = " ".join(str(row[k]) for k in ("quantizer", "nbits", "group_size") if row[k] is not None)
-        numbers = (("ppl", ".3f"), ("ppl_delta", "+.3f"), ("bits_per_weight", ".3f"))
-        cells = [format(row[k], spec) if row.get(k) is not None else "" for k, spec in numbers]
-        size = f"{row['model_bytes'] / 1e6:.1f}"
-        table.add_row(
-            Text(str(row["model"])), Text(method), Text(str(row.get("protocol", ""))),
-            *cells, size, f"{row['quant_seconds']:.1f}",
-        )  # fmt: skip
-    if rows:
-        console.print(table)
 
 
 def _add_speed(table: Table, speed: SpeedRecord) -> None:

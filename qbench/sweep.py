@@ -90,6 +90,7 @@ class Sweep(Callback):
             f"sweep: {len(plan)} points, {len(plan) - len(todo)} recorded already, {len(todo)} to run"
             + (f", {words}" if todo else "")
         )
+        _name_group(plan)
         outcomes = {outcome.point.run_id: outcome for outcome in self._launch(points, where)} if points else {}
         return _conclude(plan, outcomes, time.perf_counter() - started)
 
@@ -310,12 +311,24 @@ def _refusal(refused: Mapping[str, list[str]], total: int) -> str:
     return "\n".join([f"{count} of {total} points cannot run, so none was started:", *lines])
 
 
+def _name_group(plan: list[Planned]) -> None:
+    """Tells the points' trackers, through the environment, which sweep they belong to."""
+    from qbench.record.wandb_tracker import sweep_name
+
+    os.environ.setdefault("WANDB_RUN_GROUP", sweep_name([p.point.run_id for p in plan]))
+
+
 def _conclude(plan: list[Planned], outcomes: Mapping[str, Outcome], seconds: float) -> int:
-    """The table and the failures on stderr, one JSON line on stdout; returns the exit status."""
-    from qbench import summary
+    """The leaderboard and the failures on stderr, one JSON line on stdout; returns the exit status."""
+    from qbench import leaderboard
+    from qbench.record import wandb_tracker
 
     results = [p.recorded or outcomes[p.point.run_id].result for p in plan]
-    summary.show_sweep(results)
+    for outputs in dict.fromkeys(p.point.config.outputs for p in plan):
+        leaderboard.show(Path(outputs), {p.point.run_id for p in plan}, sys.stderr)
+    config = plan[0].point.config
+    if config.tracker.name == "wandb":
+        wandb_tracker.track_sweep(results, config.tracker, Path(config.outputs))
     failed = [o for o in outcomes.values() if o.result.status != "ok"]
     if failed:
         _say(f"{len(failed)} of {len(plan)} points failed; the same command tries them again:")
