@@ -25,16 +25,16 @@ MODEL = ModelConfig(name="smollm2-135m", source="smollm2")
 
 
 def protocols(wikitext: str, c4: str) -> list[TaskConfig]:
-    cut = {"protocol": "windows", "window": 1024, "max_windows": 4}
-    rolling = {"protocol": "lmeval", "window": 1024}
+    cut = {"protocol": "windows", "window": 512, "max_windows": 4}
+    rolling = {"protocol": "lmeval", "window": 512}
     return [
-        TaskConfig(name="mini", protocol="windows", window=512, max_windows=8),
+        TaskConfig(name="mini", **cut),
         TaskConfig(name="wikitext2", path=wikitext, separator="\n\n", **cut),
         TaskConfig(name="text", path=wikitext, **cut),
         TaskConfig(name="c4_gptq", path=c4, **cut | {"protocol": "crops"}),
         TaskConfig(name="c4_new", path=c4, pages=1000, **cut | {"protocol": "pages"}),
         TaskConfig(name="wikitext_lmeval", names=["wikitext"], path=wikitext, limit=1, **rolling),
-        TaskConfig(name="c4_lmeval", names=["c4"], path=c4, limit=8, **rolling),
+        TaskConfig(name="c4_lmeval", names=["c4"], path=c4, limit=3, **rolling),
     ]
 
 

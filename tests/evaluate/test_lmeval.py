@@ -51,6 +51,12 @@ metadata:
 """
 
 
+@pytest.fixture(autouse=True)
+def _no_inventory(monkeypatch):
+    """simple_evaluate lists every installed package in its result, which takes longer than all the rest."""
+    monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda results: None)
+
+
 @pytest.fixture
 def wikitext(tmp_path):
     (tmp_path / "wiki.raw").write_text(ARTICLES)
@@ -59,14 +65,14 @@ def wikitext(tmp_path):
 
 @pytest.fixture
 def own_tasks(tmp_path, monkeypatch):
-    """A folder with two tasks over the same 30 questions, in lm-eval's format."""
+    """A folder with two tasks over the same 12 questions, in lm-eval's format."""
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     folder = tmp_path / "tasks"
     folder.mkdir()
     draw = np.random.default_rng(0)
     rows = [
         {"question": f"Is {a} more than {b}?", "choices": ["yes", "nay", "hmm"], "answer": int(a <= b)}
-        for a, b in draw.integers(0, 99, (30, 2)).tolist()
+        for a, b in draw.integers(0, 99, (12, 2)).tolist()
     ]
     data = folder / "questions.json"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -147,16 +153,16 @@ def test_accuracy_differences_and_flips_are_counted_by_document(own_tasks):
 
     (base, tokenizer), (other, _) = build("dense", 0), build("dense", 1)
     task = TaskConfig(name="t", protocol="lmeval", names=["colours", "both"], include_path=str(own_tasks), window=256)
-    evaluation = prepare(task, tokenizer, batch_size=4)
+    evaluation = prepare(task, tokenizer, batch_size=18)
     baseline = evaluation.score_baseline(base.eval())
     scores = evaluation.score(other.eval(), baseline)
     [], records, files = evaluation.records(scores, baseline, True)
     colours, both = records
     assert colours.protocol == "colours:lmeval-v3.0-0shot-w256"
-    assert (colours.documents, both.documents) == (30, 60)
+    assert (colours.documents, both.documents) == (12, 24)
     results = [
         simple_evaluate(
-            wrap(model, tokenizer, task, RuntimeConfig(batch_size=4)),
+            wrap(model, tokenizer, task, RuntimeConfig(batch_size=18)),
             tasks=[*evaluation.tasks[0].leaves.values()],
             bootstrap_iters=0,
         )
@@ -167,7 +173,7 @@ def test_accuracy_differences_and_flips_are_counted_by_document(own_tasks):
         theirs = [r["results"]["colours"][f"{name},none"] for r in results]
         assert (metric.baseline, metric.value) == tuple(theirs)
         right = [[s[name] for s in r["samples"]["colours"]] for r in results]
-        flips = sum(a != b for a, b in zip(*right, strict=True)) / 30
+        flips = sum(a != b for a, b in zip(*right, strict=True)) / 12
         assert metric.flip_rate == flips > 0
         assert metric.delta == pytest.approx(theirs[1] - theirs[0])
         assert metric.delta_low <= metric.delta <= metric.delta_high
@@ -181,7 +187,8 @@ def test_accuracy_differences_and_flips_are_counted_by_document(own_tasks):
 
 
 def test_a_point_with_a_task_of_ones_own(qbench, own_tasks):
-    request = ("model=tiny-dense", "task=lmeval", "task.names=[colours]", f"task.include_path={own_tasks}")
+    request = ("model=tiny-dense", "runtime.batch_size=18", "task=lmeval", "task.names=[colours]")
+    request += (f"task.include_path={own_tasks}",)
     outcome = qbench(*request, "quantizer.nbits=2")
     assert outcome.status == 0, outcome.stderr
     summary = outcome.summary
