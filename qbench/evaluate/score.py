@@ -2,7 +2,7 @@
 
 A forward pass gives logits `[windows, tokens, vocabulary]` in the model's dtype; in 16 bit their log-softmax alone
 would move a perplexity by up to 0.1 %. So they are widened, CHUNK_BYTES at a time. Peak memory beside the model's own
-forward pass: its logits in its dtype, and two to three chunks (the wide logits, their exponentials, a work copy). For one
+forward pass: its logits in its dtype, and two to three chunks (wide logits, their exponentials, a work copy). For one
 window of 2048 tokens and a vocabulary of 150k in bfloat16 that is 0.6 GB and 0.1 GB; a log-softmax of the whole window
 in fp32, as lm-eval's model layer does it, takes another 1.2 GB for every tensor it makes.
 
