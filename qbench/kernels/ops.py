@@ -109,12 +109,7 @@ def dual_linear_experts(
 ) -> Tensor:
     """The op behind `linear_experts`: expert by expert, reading back which are needed."""
     tiles = Tiles.over(data, input_scale, codebook, permutation, rows, columns, nbits, group_size, has_zero, exponent)
-    _check(x, columns)
-    y = x.new_empty(*index.shape, rows)
-    for expert in index.unique().tolist():
-        token, slot = torch.where(index == expert)
-        y[token, slot] = linear(x[token], select(tiles, expert))
-    return y
+    return _expert_by_expert(x, index, tiles)
 
 
 @dual_linear_experts.register_fake
@@ -131,9 +126,16 @@ def _(x, index, data, input_scale, codebook, permutation, rows, columns, nbits, 
         if plan is not None:
             with torch.cuda.device(x.device):
                 return cuda.experts(_unit_stride(x), index, tiles, plan).view(*index.shape, rows)
-    return dual_linear_experts._init_fn(
-        x, index, data, input_scale, codebook, permutation, rows, columns, nbits, group_size, has_zero, exponent
-    )
+    return _expert_by_expert(x, index, tiles)
+
+
+def _expert_by_expert(x: Tensor, index: Tensor, tiles: Tiles) -> Tensor:
+    _check(x, tiles.shape[-1])
+    y = x.new_empty(*index.shape, tiles.shape[-2])
+    for expert in index.unique().tolist():
+        token, slot = torch.where(index == expert)
+        y[token, slot] = linear(x[token], select(tiles, expert))
+    return y
 
 
 def select(tiles: Tiles, index: int) -> Tiles:

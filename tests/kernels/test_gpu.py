@@ -51,7 +51,8 @@ def test_dequantize_is_the_formats_own(generator):
             assert torch.equal(cuda.dequantize(tiles, dtype), weight.dequantize(dtype))
 
 
-def test_experts(generator):
+def test_experts(generator, monkeypatch):
+    monkeypatch.setattr(ops, "EXPERT_PAIRS", 64)
     weight = on_gpu(random_weight((8, 256, 512), 4, 64, generator))
     tiles = to_tiles(weight)
     torch.cuda.synchronize()
