@@ -235,38 +235,42 @@ def test_nothing_to_update_from(tmp_path, gate):
     assert not (tmp_path / "b.json").exists()
 
 
-def as_rtn(self, weight, stats=None):
+def as_rtn(self, weights, stats=None):
     """What RTN does, and says so."""
-    return round_to_nearest(weight, nbits=self.nbits, group_size=self.columns(weight), method="rtn")
+    return [
+        round_to_nearest(weight, nbits=self.nbits, group_size=self.columns(weight), method="rtn") for weight in weights
+    ]
 
 
-def as_rtn_in_disguise(self, weight, stats=None):
+def as_rtn_in_disguise(self, weights, stats=None):
     """RTN that claims to be SINQ and stores a second scale that does nothing."""
-    return round_to_nearest(
-        weight,
-        nbits=self.nbits,
-        group_size=self.columns(weight),
-        input_scale=torch.ones(weight.shape[1]),
-        method="sinq",
-        diagnostics={"imbalance_after": mean_imbalance(weight, self.group_size)},
-    )
+    return [
+        round_to_nearest(
+            weight,
+            nbits=self.nbits,
+            group_size=self.columns(weight),
+            input_scale=torch.ones(weight.shape[1]),
+            method="sinq",
+            diagnostics={"imbalance_after": mean_imbalance(weight, self.group_size)},
+        )
+        for weight in weights
+    ]
 
 
-class OneLayerOff:
-    """SINQ whose fifth layer has scales that are 2 % too large or too small."""
+def one_layer_off(factor):
+    """SINQ whose fifth layer has scales that are too large or too small by a factor."""
+    honest, done = SINQ.quantize, []
 
-    def __init__(self, factor):
-        self.calls, self.honest, self.factor = 0, SINQ.quantize_one, factor
+    def quantize(self, weights, stats=None):
+        results = honest(self, weights, stats)
+        for index, result in enumerate(results):
+            done.append(result)
+            if len(done) == 5:
+                scale = Aux.compress(result.scale.dense() * factor, self.aux_dtype)
+                results[index] = replace(result, scale=scale)
+        return results
 
-    def __get__(self, quantizer, _):
-        def quantize_one(weight, stats=None):
-            self.calls += 1
-            result = self.honest(quantizer, weight, stats)
-            if self.calls != 5:
-                return result
-            return replace(result, scale=Aux.compress(result.scale.dense() * self.factor, quantizer.aux_dtype))
-
-        return quantize_one
+    return quantize
 
 
 class TestPlantedRegressions:
@@ -290,7 +294,7 @@ class TestPlantedRegressions:
         assert self.gate_again(qbench, gate) == (0, {})
 
     def test_rtn_presented_as_sinq(self, tiny_baseline, qbench, gate, monkeypatch):
-        monkeypatch.setattr(SINQ, "quantize_one", as_rtn)
+        monkeypatch.setattr(SINQ, "quantize", as_rtn)
         status, found = self.gate_again(qbench, gate)
         assert status == 1
         assert "14 of 14 layers ran rtn, not sinq" in found["method"]
@@ -298,7 +302,7 @@ class TestPlantedRegressions:
         assert "in 14 of 14 layers" in found["bytes"]  # no second scale is stored
 
     def test_rtn_in_disguise(self, tiny_baseline, qbench, gate, monkeypatch):
-        monkeypatch.setattr(SINQ, "quantize_one", as_rtn_in_disguise)
+        monkeypatch.setattr(SINQ, "quantize", as_rtn_in_disguise)
         status, found = self.gate_again(qbench, gate)
         assert status == 1
         assert "14 of 14 layers" in found["imbalance"]
@@ -306,7 +310,7 @@ class TestPlantedRegressions:
 
     @pytest.mark.parametrize("factor", [1.02, 0.98])
     def test_one_layers_scale_off_by_two_percent(self, tiny_baseline, qbench, gate, monkeypatch, factor):
-        monkeypatch.setattr(SINQ, "quantize_one", OneLayerOff(factor))
+        monkeypatch.setattr(SINQ, "quantize", one_layer_off(factor))
         status, found = self.gate_again(qbench, gate)
         assert status == 1
         assert list(found) == ["weight error"]
