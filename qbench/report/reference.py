@@ -8,19 +8,20 @@
         quantizer: sinq                    # as in conf/quantizer/; `none` for the 16-bit model
         nbits: 4                           # bits; left out for `none`
         group_size: 64                     # left out where the publication does not say
+        settings: {codebook: null}         # other fields of the quantizer that tell its variants apart; null: not set
         protocol: wikitext2:gptq-w2048     # as our results name it; another protocol is another number
         metric: ppl
         value: 17.16
         where: Table 1                     # page, table or figure
 
-A number is put beside a row only if every field that it states is equal: model, quantizer, bits, group size, protocol
-and metric. There is no interval: the publication's windows are not known.
+A number is put beside a row only if every field that it states is equal: model, quantizer, bits, group size, other
+settings, protocol and metric. There is no interval: the publication's windows are not known.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,7 @@ class Published:
     where: str
     nbits: int | None = None
     group_size: int | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
     metric: str = "ppl"
     source: str = ""  # filled in from the file
 
@@ -50,8 +52,10 @@ class Published:
         wanted = (self.model, self.protocol, self.metric, self.quantizer)
         if wanted != (section.model, section.protocol, section.metric, row.entry.quantizer):
             return False
-        stated = {"nbits": self.nbits, "group_size": self.group_size}
-        return all(v is None or row.entry.settings.get(f"quantizer.{key}") == v for key, v in stated.items())
+        ours = row.entry.settings.get
+        bits = self.nbits is None or row.entry.bits == self.nbits
+        group = self.group_size is None or ours("quantizer.group_size") == self.group_size
+        return bits and group and all(ours(f"quantizer.{key}") == value for key, value in self.settings.items())
 
 
 @dataclass(frozen=True)
@@ -98,4 +102,6 @@ def read(name: str) -> list[Published]:
 def beside(published: Sequence[Published], section: Section, row: Row) -> Published | None:
     """The published number of a row: the one that states most, if several fit."""
     fitting = [entry for entry in published if entry.matches(section, row)]
-    return max(fitting, key=lambda e: (e.nbits is not None) + (e.group_size is not None), default=None)
+    return max(
+        fitting, key=lambda e: (e.nbits is not None) + (e.group_size is not None) + len(e.settings), default=None
+    )

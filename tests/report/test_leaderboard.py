@@ -306,6 +306,8 @@ entries:
   - {model: example, quantizer: sinq, nbits: 4, group_size: 64, protocol: "mini:gptq-w512", value: 31.5, where: Table 1}
   - {model: example, quantizer: rtn, nbits: 3, group_size: 128, protocol: "mini:gptq-w512", value: 99, where: Table 1}
   - {model: example, quantizer: hqq, nbits: 4, protocol: "mini:gptq-w1024", value: 98, where: Table 1}
+  - {model: example, quantizer: sinq, settings: {codebook: nf4}, protocol: "mini:gptq-w512", value: 97, where: Table 2}
+  - {model: example, quantizer: nf4, settings: {codebook: null}, protocol: "mini:gptq-w512", value: 40, where: Table 2}
   - {model: example, quantizer: none, protocol: "mini:gptq-w512", value: 27.5, where: Table 1}
 """
 
@@ -315,7 +317,8 @@ def test_published_numbers_stand_beside_ours_only_on_equal_terms(outputs, show, 
     path.write_text(PUBLICATION)
     found = rows(show(outputs, "--format", "csv", "--reference", path)[1])
     assert [(r["quantizer"], r["published"], r["published_in"]) for r in found if r["published"]] == [
-        ("sinq", "31.5", "A paper, arXiv 0000.00000v1, Table 1")
+        ("sinq", "31.5", "A paper, arXiv 0000.00000v1, Table 1"),
+        ("nf4", "40.0", "A paper, arXiv 0000.00000v1, Table 2"),
     ]
     assert "16 bit, published: 27.500" in show(outputs, "--reference", path)[1]
     path.write_text(PUBLICATION.replace("value: 31.5", "value: low"))
