@@ -59,6 +59,19 @@ def _divergence(name: str) -> Callable[[Row], Value]:
     return read
 
 
+def _decode(row: Row) -> Value:
+    speed = row.entry.result.speed
+    return None if speed is None else speed.quantized.decode.tokens_per_second.median
+
+
+def _decode_times(row: Row) -> Value:
+    """Decode speed over the 16-bit model's, timed in the same run at the same shapes."""
+    speed = row.entry.result.speed
+    if speed is None or speed.baseline is None:
+        return None
+    return speed.quantized.decode.tokens_per_second.median / speed.baseline.decode.tokens_per_second.median
+
+
 def _rank(row: Row) -> str:
     return "" if row.rank is None else f"{row.rank}{'=' if row.tied else ''}"
 
@@ -91,6 +104,8 @@ _COST: list[Column] = [
     Column("weight_error", "weight error", lambda row: row.entry.weight_error, digits=4),
     Column("quant_seconds", "quantizing, s", _quantization("quant_seconds"), digits=1),
     Column("peak_alloc_bytes", "peak GPU memory, bytes", _quantization("peak_alloc_bytes"), digits=0, people=False),
+    Column("decode_tokens_per_second", "decode, tokens/s", _decode, digits=1, descending=True),
+    Column("decode_times", "times 16 bit", _decode_times, digits=2, descending=True),
     Column("coverage", "coverage", _quantization("coverage"), digits=3, descending=True, people=False),
 ]
 _ORIGIN: list[Column] = [
@@ -121,8 +136,13 @@ def columns(section: Section, published: Sequence[Published] = ()) -> list[Colum
         def of(row: Row, name: str) -> Value:
             return getattr(beside(published, section, row), name, None)
 
+        def difference(row: Row) -> Value:
+            theirs = beside(published, section, row)
+            return None if theirs is None else row.score.value - theirs.value
+
         interval += [
             Column("published", "published", lambda row: of(row, "value"), digits=3),
+            Column("published_difference", "ours minus it", difference, digits=3),
             Column("published_in", "where", lambda row: _join(of(row, "source"), of(row, "where"))),
         ]
     return [*_SETTING, *quality, *_SIZE, *interval, *_DIVERGENCE, *_COST, *_ORIGIN]

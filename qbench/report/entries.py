@@ -24,7 +24,7 @@ from safetensors.numpy import load as load_tensors
 from qbench.errors import RequestError, unknown
 from qbench.record.result import DivergenceRecord, Result, ResultError
 
-NOT_COMPARED = ("tracker", "outputs", "export")
+NOT_COMPARED = ("tracker", "outputs", "export", "speed")
 NOT_COMPARED_RUNTIME = ("rerun", "device", "dtype", "threads", "min_coverage", "seed")
 
 

@@ -13,6 +13,7 @@ from qbench.leaderboard import main
 from qbench.record.result import CalibrationRecord, DivergenceRecord, IntervalRecord
 from qbench.report import board, entries, reference
 from qbench.report.columns import order
+from tests.record.test_result import timed
 from tests.report.examples import failed, nll, point, save, tasked
 
 ANY = ("table", "md", "csv", "json", "tex", "html")
@@ -320,6 +321,8 @@ def test_published_numbers_stand_beside_ours_only_on_equal_terms(outputs, show, 
         ("sinq", "31.5", "A paper, arXiv 0000.00000v1, Table 1"),
         ("nf4", "40.0", "A paper, arXiv 0000.00000v1, Table 2"),
     ]
+    (ours,) = (r for r in found if r["published"])
+    assert float(ours["published_difference"]) == pytest.approx(float(ours["ppl"]) - 31.5)
     assert "16 bit, published: 27.500" in show(outputs, "--reference", path)[1]
     path.write_text(PUBLICATION.replace("value: 31.5", "value: low"))
     status, _, err = show(outputs, "--reference", path)
@@ -327,6 +330,41 @@ def test_published_numbers_stand_beside_ours_only_on_equal_terms(outputs, show, 
     assert "entries.0.value" in err
     path.write_text("a: [")
     assert "is not YAML" in show(outputs, "--reference", path)[2]
+
+
+VARIANTS = """
+source: A paper
+entries:
+  - {model: example, quantizer: sinq, nbits: 4, settings: {codebook: null}, protocol: "mini:gptq-w512", value: 31.5, where: uniform}
+  - {model: example, quantizer: sinq, nbits: 4, settings: {codebook: nf4}, protocol: "mini:gptq-w512", value: 30.5, where: nf4}
+"""  # noqa: E501
+
+
+def test_variants_of_a_method_have_numbers_of_their_own(tmp_path, show):
+    (tmp_path / "paper.yaml").write_text(VARIANTS)
+    options = [{"codebook": None}, {"codebook": "nf4"}, {"codebook": "fp4"}]
+    outputs = save(tmp_path / "outputs", *(point("sinq", 4, nll(0.2, i), options=o) for i, o in enumerate(options)))
+    found = rows(show(outputs, "--format", "csv", "--reference", tmp_path / "paper.yaml")[1])
+    assert sorted(r["published_in"] for r in found) == ["", "A paper, nf4", "A paper, uniform"]
+
+
+def test_speed_has_columns_where_it_was_measured(tmp_path, show):
+    outputs = save(tmp_path, point("rtn", 4, nll(0.3, 1)))
+    assert "decode, tokens/s" not in show(outputs)[1]
+    result, scores = point("sinq", 4, nll(0.2))
+    save(outputs, (replace(result, speed=timed()), scores))
+    (sinq, rtn) = rows(show(outputs, "--format", "csv", "--metric", "decode_tokens_per_second")[1])
+    assert (sinq["decode_tokens_per_second"], sinq["decode_times"]) == ("20.0", "2.0")
+    assert rtn["decode_times"] == ""
+    assert "decode, tokens/s" in show(outputs)[1]
+
+
+def test_a_point_measured_again_with_its_speed_is_the_same_configuration(tmp_path):
+    result, scores = point("rtn", 4, nll(0.3, 1), day=1)
+    again, _ = point("rtn", 4, nll(0.3, 1), day=2)
+    again = replace(again, config=again.config | {"speed": {"name": "default", "batch_size": 8}})
+    found = entries.latest(entries.read(save(tmp_path, (result, scores), (again, scores))).entries)
+    assert [entry.result.run_id for entry in found] == [again.run_id]
 
 
 def test_the_publications_that_come_along_can_be_read():

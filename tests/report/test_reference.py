@@ -1,0 +1,63 @@
+"""Published numbers: what they name exists, and a few of them are what the paper prints."""
+
+import pytest
+
+from qbench.catalog import options
+from qbench.config import TaskConfig
+from qbench.evaluate.windows import protocol_name
+from qbench.report import reference
+from tests.conftest import ROOT
+
+NOT_SCORED = "quantizing"
+
+
+@pytest.fixture(scope="module")
+def sinq():
+    return reference.read("sinq_v4")
+
+
+def protocols():
+    """The protocol names of the tasks that ship, at their defaults."""
+    import yaml
+
+    fields = TaskConfig.__dataclass_fields__
+    names = set()
+    for path in (ROOT / "conf" / "task").glob("*.yaml"):
+        task = yaml.safe_load(path.read_text(encoding="utf-8"))
+        if task["protocol"] != "lmeval":
+            names.add(protocol_name(TaskConfig(**{k: v for k, v in task.items() if k in fields})))
+    return names
+
+
+@pytest.mark.parametrize("name", sorted(reference.available()))
+def test_what_it_names_exists(name):
+    models, quantizers, known = options("model"), options("quantizer"), protocols() | {NOT_SCORED}
+    for number in reference.read(name):
+        assert number.model in models, number
+        assert number.quantizer == "none" or number.quantizer in quantizers, number
+        assert number.protocol in known, number
+        assert (number.protocol == NOT_SCORED) == (number.metric != "ppl"), number
+        assert number.source
+        assert number.where
+        assert number.value > 0
+
+
+def test_no_number_is_given_twice(sinq):
+    keys = [tuple(sorted((k, str(v)) for k, v in vars(n).items() if k not in ("value", "where"))) for n in sinq]
+    assert len(keys) == len(set(keys))
+
+
+@pytest.mark.parametrize(
+    ("wanted", "value"),
+    [
+        ({"model": "qwen3-1.7b", "quantizer": "none", "protocol": "wikitext2:gptq-w2048"}, 16.67),
+        ({"model": "qwen3-14b", "quantizer": "sinq", "nbits": 3, "protocol": "wikitext2:gptq-w2048"}, 9.33),
+        ({"model": "qwen3-32b", "quantizer": "rtn", "nbits": 3, "protocol": "c4_gptq:crops256-w2048"}, 35.83),
+        ({"model": "qwen3-1.7b", "quantizer": "awq", "nbits": 4, "protocol": "c4_gptq:crops256-w2048"}, 19.95),
+        ({"model": "qwen3-32b", "quantizer": "gptq", "metric": "quant_seconds"}, 3064.62),
+        ({"model": "qwen3-30b-a3b", "quantizer": "hqq", "nbits": 3, "metric": "model_gigabytes"}, 15.10),
+    ],
+)
+def test_spot_checks(sinq, wanted, value):
+    found = [n for n in sinq if all(getattr(n, key) == v for key, v in ({"metric": "ppl"} | wanted).items())]
+    assert [n.value for n in found] == [value]

@@ -1,0 +1,76 @@
+"""Every experiment that ships composes, and each of its points could start."""
+
+from functools import cache
+
+import pytest
+from hydra import compose, initialize_config_module
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import OmegaConf
+
+from qbench.catalog import options
+from qbench.config import register
+from qbench.evaluate import speed, windows
+from qbench.registry import make_quantizer
+from qbench.report import reference
+from tests.conftest import ROOT
+
+EXPERIMENTS = sorted(path.stem for path in (ROOT / "conf" / "experiment").glob("*.yaml"))
+
+
+@cache
+def points(experiment):
+    """(models, configuration) of every point, as the sweep expands them; models share all the rest of a point.
+
+    Composing takes a tenth of a second, so it is done for the first model, and the others are only looked up.
+    """
+    register()
+    found = []
+    with initialize_config_module("qbench.conf", version_base="1.3"):
+        sweeper = compose("config", [f"experiment={experiment}"], return_hydra_config=True).hydra.sweeper
+        for product in ([sweeper.params] if sweeper.params else []) + list(sweeper.also):
+            product = dict(product)
+            models = product.get("model", "").split(",")
+            if models != [""]:
+                product["model"] = models[0]
+            parsed = OverridesParser.create().parse_overrides([f"{key}={value}" for key, value in product.items()])
+            for overrides in BasicSweeper.split_arguments(parsed, None)[0]:
+                config = OmegaConf.to_object(compose("config", [f"experiment={experiment}", *overrides]))
+                found.append((models if models != [""] else [config.model.name], config))
+    return found
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_every_point_is_valid(experiment):
+    found = points(experiment)
+    assert sum(len(models) for models, _ in found) > 1
+    for models, config in found:
+        assert set(models) <= set(options("model"))
+        quantizer = make_quantizer(config.quantizer)
+        windows.check(config.task, config.runtime)
+        speed.check(config.speed)
+        assert config.model.source != "hub" or (config.model.id and config.model.revision)
+        assert not quantizer.needs or config.calibration.name
+
+
+@pytest.mark.parametrize(
+    ("experiment", "tables", "size"),
+    [("sinq_table1", ["Table 1"], 36), ("sinq_table3", ["Table 3", "Table 18"], 24), ("sinq_table4", ["Table 4"], 30)],
+)
+def test_the_papers_sweeps_measure_every_number_that_is_published(experiment, tables, size):
+    """Every published perplexity of the table belongs to a point of the sweep, under the same protocol."""
+    measured = [
+        {"model": model, "protocol": windows.protocol_name(config.task)}
+        | {f"quantizer.{key}": value for key, value in config.quantizer.items() if value is not None}
+        for models, config in points(experiment)
+        for model in models
+    ]
+    published = [n for n in reference.read("sinq_v4") if n.where in tables and n.metric == "ppl"]
+    numbers = [n for n in published if n.quantizer != "none"]
+    assert len(measured) == len(numbers) == size
+    for number in numbers:
+        wanted = {"name": number.quantizer, "nbits": number.nbits, "group_size": number.group_size}
+        stated = {f"quantizer.{key}": value for key, value in wanted.items() if value is not None}
+        stated |= {f"quantizer.{key}": value for key, value in number.settings.items()}
+        stated |= {"model": number.model, "protocol": number.protocol}
+        assert any(all(point.get(key) == value for key, value in stated.items()) for point in measured), number
