@@ -60,7 +60,7 @@ def read_back(folder):
     return found
 
 
-def read_back_when_written(folder, seconds=20, last="ppl"):
+def read_back_when_written(folder, seconds=60, last="ppl"):
     """wandb's writer is a process of its own, and on a loaded machine it may still be writing after finish()."""
     for _ in range(seconds * 4):
         if last in (found := read_back(folder))["summary"] and "run" in found:
