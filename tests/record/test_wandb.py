@@ -122,8 +122,9 @@ def sweep():
     return [*points, example(run_id="broken", status="failed", error="why", evaluation=[], quantization=None)]
 
 
-def test_sweep_summary_holds_the_leaderboard_and_the_plot(tmp_path, caplog):
+def test_sweep_summary_holds_the_leaderboard_and_the_plot(tmp_path, caplog, monkeypatch):
     pytest.importorskip("matplotlib")
+    monkeypatch.delenv("WANDB_RUN_GROUP", raising=False)
     track_sweep(sweep(), OFFLINE, tmp_path)
     assert "failed" not in caplog.text
     found = read_back_when_written(tmp_path, last="points")
