@@ -5,9 +5,10 @@ SINQ balances the weights alone; AWQ looks at the inputs. Here both act in turn.
 t = mu / s is stored. s = mean|x|^ratio / mean|w|^(1 - ratio); the ratio out of 0, 1/20, .., 19/20 is the one with
 the least mean |error| of the output X W^T on a sample of inputs X `[tokens, in]` (the paper's; "l2" squares it).
 
-Follows the authors' code rather than the paper's Eq. 6, which lacks the weights' part of s: every linear has a ratio
-of its own, also within a group that reads the same tensor, and nothing is clipped. Not taken over: their five
-built-in calibration prompts (all calibrated methods get the same tokens here), the kurtosis gate and fp16 arithmetic.
+Follows the authors' code, in which s has a weights' part that the paper's Eq. 6 lacks (`weight_part=False` is Eq. 6,
+whose first candidate is SINQ itself; docs/methods.md compares them). Every linear has a ratio of its own, also within
+a group that reads the same tensor, and nothing is clipped. Not taken over: their five built-in calibration prompts
+(all calibrated methods get the same tokens here), the kurtosis gate and fp16 arithmetic.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from qbench.quant.channel_scale import T_RANGE, OutputError, calibration, channel_scale
@@ -38,6 +40,7 @@ class ASINQ(Quantizer):
     step_max: float = 2.0
     ratios: int = 20
     loss: str = "l1"
+    weight_part: bool = True
     needs: ClassVar[frozenset[Statistic]] = frozenset({Statistic.INPUT_ABSMEAN, Statistic.INPUTS})
 
     def __post_init__(self) -> None:
@@ -62,7 +65,7 @@ class ASINQ(Quantizer):
         self, weight: Tensor, mu: Tensor, after: float, absmean: Tensor, output_error: OutputError
     ) -> QuantizedWeight:
         width = self.columns(weight)
-        magnitude = weight.abs().mean(0)
+        magnitude = weight.abs().mean(0) if self.weight_part else torch.ones_like(mu)
 
         rounding = {
             "nbits": self.nbits,

@@ -52,6 +52,18 @@ def brute_force(weight: Tensor, inputs: Tensor, nbits: int, loss: str) -> tuple[
     return ratio, t, error
 
 
+@torch.no_grad()
+def test_without_the_weights_part_the_first_candidate_is_sinq():
+    weight, inputs = uneven_weight(96, 192), uneven_inputs(192, 256)
+    [plain] = SINQ().quantize([weight], None)
+    [first] = ASINQ(weight_part=False, ratios=1).quantize([weight], statistics(inputs))
+    [best] = ASINQ(weight_part=False).quantize([weight], statistics(inputs))
+    torch.testing.assert_close(first.input_scale, plain.input_scale, rtol=1e-3, atol=0)
+    assert output_error(inputs, weight, best, "l1") <= output_error(inputs, weight, first, "l1")
+    [with_part] = ASINQ(ratios=1).quantize([weight], statistics(inputs))
+    assert not torch.allclose(with_part.input_scale, plain.input_scale, rtol=1e-2)
+
+
 @pytest.mark.parametrize("nbits", [3, 4])
 @pytest.mark.parametrize("loss", ["l1", "l2"])
 @pytest.mark.parametrize("tokens", [80, 600])  # fewer and more than channels: both ways to the square
