@@ -132,14 +132,15 @@ def test_weights_of_16_bit_are_quantized_in_fp32(name):
     assert torch.equal(half.dequantize(), full.dequantize())
 
 
-def test_a_sweep_of_them_leaves_stdout_to_the_summaries(tmp_path):
+def test_a_sweep_of_them_leaves_stdout_to_the_summary(tmp_path):
     names = ["hqq", "upstream/hqq", "upstream/nf4", "upstream/sinq"]
     command = [sys.executable, "-m", "qbench", "-m", f"quantizer={','.join(names)}"]
     done = subprocess.run(
         [*command, "model=tiny-dense", "task.max_windows=1"], cwd=tmp_path, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    points = [json.loads(line) for line in done.stdout.splitlines()]
+    (line,) = done.stdout.splitlines()
+    points = json.loads(line)["results"]
     assert [point["quantizer"] for point in points] == names
     assert len({point["run_id"] for point in points}) == 4
     assert all(point["status"] == "ok" for point in points)
