@@ -103,7 +103,7 @@ def peer_rows(shape: tuple[int, int], inputs: dict[int, Tensor], missing: list[s
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("-o", "--output", type=Path, help="write all rows as JSON")
-    parser.add_argument("--shapes", default="8b,32b", help="which models' layers: 8b,32b")
+    parser.add_argument("--shapes", default="8b,32b", help="which models' layers: 8b,8b merged,32b")
     parser.add_argument("--batches", default=",".join(map(str, BATCHES)))
     chosen = parser.parse_args()
     torch.manual_seed(0)
@@ -129,17 +129,17 @@ def main() -> None:
                     | {"stored_bytes": stored, "us": timing.us, "us_low": timing.low, "us_high": timing.high}
                     | {"speedup": speedup, "bandwidth_share": share}
                 )
+            if chosen.output:  # after every layer: a run that is cut off keeps what it has
+                result = {
+                    "gpu": name,
+                    "torch": torch.__version__,
+                    "copy_bytes_per_second": ceiling,
+                    "worst_error_share_of_limit": worst,
+                    "not_measured": missing,
+                    "rows": rows,
+                }
+                chosen.output.write_text(json.dumps(result, indent=1) + "\n")
     print(f"not measured: {'; '.join(missing) or 'nothing'}")
-    if chosen.output:
-        result = {
-            "gpu": name,
-            "torch": torch.__version__,
-            "copy_bytes_per_second": ceiling,
-            "worst_error_share_of_limit": worst,
-            "not_measured": missing,
-            "rows": rows,
-        }
-        chosen.output.write_text(json.dumps(result, indent=1) + "\n")
 
 
 def gpu_name() -> str:

@@ -47,7 +47,7 @@ def candidates(M: int, N: int, K: int, tiles: Tiles) -> Iterator[Plan]:
                 for stages, ring in ((2, True), (3, True), (6, True), (2, False)):
                     found = Plan(blocks, rt, wr, wk, splits, stages, ring)
                     grid, warps = -(-strips // (rt * wr)) * splits, wr * wk
-                    if blocks * rt >= 8 and (warps > 8 or not ring):
+                    if warps > found.most_warps or (blocks * rt >= 16 and not ring):
                         continue
                     if found.shared_bytes(M, chunks, tiles.nbits, tiles.group_size, tiles.has_zero) > limit:
                         continue

@@ -38,6 +38,11 @@ class Plan:
     stages: int  # chunks in flight per warp
     ring: bool = False  # in flight to shared memory by bulk copies, instead of to registers
 
+    @property
+    def most_warps(self) -> int:
+        """In a block: what its accumulators leave of the registers (launch bounds in dual_linear.cu)."""
+        return 8 if self.batch_blocks * self.strips_per_warp >= (16 if self.ring else 8) else 16
+
     def shared_bytes(self, batch: int, chunks: int, nbits: int, group_size: int, has_zero: bool) -> int:
         chunk = chunk_bytes(nbits, group_size, has_zero)
         warps = self.strips * self.splits_in_block
@@ -45,7 +50,7 @@ class Plan:
         rings = -(-warps * self.stages * (self.strips_per_warp * chunk + 8) // 128) * 128 if self.ring else 0
         rows_of_x = batch if self.batch_blocks == 1 and batch < 8 else 8 * self.batch_blocks
         x = rows_of_x * (per * 256 + 64)
-        sums = per * (COLUMNS // min(group_size, 64)) * 8 * self.batch_blocks * 4
+        sums = per * (COLUMNS // min(group_size, 64)) * 8 * self.batch_blocks * 8
         rows = ROWS * self.strips_per_warp * self.strips
         partial = self.splits_in_block * 8 * self.batch_blocks * (rows + 4) * 4
         return max(rings + x + sums, partial)
@@ -172,7 +177,7 @@ def _launch_linear(
     if M > 1:  # x * t once for all blocks; a single row is scaled by each block while its weights are on their way
         subs = COLUMNS // min(tiles.group_size, 64)
         scaled = x.new_empty(M, chunks * COLUMNS)
-        sums = torch.empty(blocks_m * chunks * subs * 8 * chosen.batch_blocks, dtype=torch.float32, device=x.device)
+        sums = torch.empty(blocks_m * chunks * subs * 8 * chosen.batch_blocks, 2, dtype=torch.float32, device=x.device)
         arguments = [*map(_pointer, (x, t, permutation, scaled, sums)), ctypes.c_uint64(stride)]
         arguments += [ctypes.c_int(K), ctypes.c_int(chunks), ctypes.c_float(down)]
         scale_input = nvrtc.load("scale_input", device, defines)

@@ -5,11 +5,12 @@
 // 0 fp16, 1 bf16, 2 fp32).
 //
 // How it reaches memory bandwidth. The weights are the A operand of mma.m16n8k16, the batch its narrow side of 8, so
-// batch 1 to 8 cost the same and nothing is padded to 64. A weight costs one shift and one lop3: its bits are put on
-// top of the mantissa of a constant 2^b, which makes the 16-bit float 2^b + q exactly, two at a time. The products of
-// one group are summed by the tensor core in fp32, starting from -(zero + 2^b) * sum(x t), so the zero point and the
-// 2^b cost one multiplication per group and output; scale is applied to that sum. t is multiplied into x once per
-// block, while the first weights are on their way. Every warp streams its own chunks through a ring in shared memory
+// batch 1 to 8 cost the same and nothing is padded to 64. Two weights cost one lop3 and at most one shift: their bits
+// are left where they are in the word as long as that is within a mantissa, under the exponent that makes their lowest
+// bit count as 1, which is the 16-bit float 2^e + q exactly; e depends on the place alone. The products of one group are
+// summed by the tensor core in fp32, starting from -zero * sum(x t) - sum(2^e x t), so the zero point and the 2^e cost
+// one FMA per group and output; scale is applied to that sum. t is multiplied into x once per block, while the first
+// weights are on their way. Every warp streams its own chunks through a ring in shared memory
 // filled by bulk copies (no barrier between warps), and the K splits are summed in a fixed order: within a block
 // through shared memory, between the blocks of a cluster through distributed shared memory. No atomics: results
 // are the same in every run.
@@ -34,6 +35,7 @@ typedef unsigned long long u64;
 #ifndef DEPTH
 #define DEPTH 1
 #endif
+#define OVERLAP (MB < 4 ? MB : 4)
 
 #define PER_CHUNK (128 / GROUP)                     // groups in one chunk
 #define AUX (ZERO ? 4 : 2)                          // bytes of scale and zero per row and group
@@ -42,22 +44,7 @@ typedef unsigned long long u64;
 #define SUB (GROUP < 64 ? GROUP : 64)               // columns summed by the tensor core before a scale is applied
 #define SUBS (128 / SUB)
 
-// The constant 2^b under whose leading bit a code is placed, in both halves of a register, and where its field goes.
-#if BITS == 8
-#define OFFSET (BF16 ? -128.f : 1024.f)
-#elif BF16
-#define FIELD (7 - BITS)
-#define ONE (BITS == 4 ? 0x41804180u : BITS == 3 ? 0x41004100u : 0x40804080u)
-#define OFFSET float(1 << BITS)
-#else
-#define FIELD (10 - BITS)
-#define ONE (BITS == 4 ? 0x4c004c00u : BITS == 3 ? 0x48004800u : 0x44004400u)
-#define OFFSET float(1 << BITS)
-#endif
-#if CODEBOOK
-#undef OFFSET
-#define OFFSET 0.f
-#endif
+#define MANTISSA (BF16 ? 7 : 10)                   // bits
 
 // ---------------------------------------------------------------- what PTX is needed for; tests/kernels/emulator.h has
 // the same in plain C++, which runs the rest of this file on a CPU
@@ -207,10 +194,38 @@ __device__ __forceinline__ void look_up(const Table& t, u32 w, u32& first, u32& 
   second = __byte_perm(low, high, 0x7362);
 }
 
-template <int FROM, int TO>
-__device__ __forceinline__ u32 move_bits(u32 w) {
-  if constexpr (FROM >= TO) return w >> (FROM - TO);
-  else return w << (TO - FROM);
+// A field at bit AT of each half word: how far the word is shifted so that it lies within the mantissa. The same for
+// as many fields as fit, which is what saves shifts.
+constexpr int word_shift(int at) {
+  int shift = 0;
+  while (at - shift > MANTISSA - BITS) shift += ((MANTISSA - BITS) / BITS + 1) * BITS;
+  return shift;
+}
+
+// Where pair i (columns 2i, 2i + 1) of a lane's 8 columns in unit U of 32 lies: its field in a half word.
+constexpr int field_of(int unit, int pair) {
+  return BITS == 4 ? 4 * pair : BITS == 2 ? 8 * (unit & 1) + 2 * pair : 3 * ((4 * unit + pair) % 5);
+}
+
+constexpr bool spread(int unit, int pair) { return BITS == 3 && unit == 3 && pair == 3; }
+
+// What `unpack` adds to the codes of a pair: 2^e, so that the lowest bit of the field counts as 1.
+constexpr float offset(int unit, int pair) {
+  if (CODEBOOK) return 0.f;
+  if (BITS == 8) return BF16 ? -128.f : 1024.f;
+  const int at = spread(unit, pair) ? 0 : field_of(unit, pair);
+  return float(1 << (MANTISSA - at + word_shift(at)));
+}
+
+// The 16-bit float 2^e of a field that starts at bit `low` of the mantissa, in both halves of a register.
+constexpr u32 power(int low) {
+  return u32((BF16 ? 127 : 15) + MANTISSA - low) << MANTISSA | u32((BF16 ? 127 : 15) + MANTISSA - low) << (MANTISSA + 16);
+}
+
+template <int AT> __device__ __forceinline__ u32 field(u32 w) {
+  constexpr int shift = word_shift(AT), low = AT - shift;
+  constexpr u32 mask = (((1u << BITS) - 1) << low) * 0x10001u;
+  return select_or<mask>(w >> shift, power(low));
 }
 
 // The words that a lane holds of one strip's chunk: rows g and g + 8, 32 columns each.
@@ -271,48 +286,32 @@ __device__ __forceinline__ void unpack(const Codes& c, int r, const Table& t, u3
     out[2 * i + 1] = __byte_perm(w[i], 0x64646464u, 0x4342);
 #endif
   }
-#elif BITS == 4
-  constexpr u32 mask = 0x000f000fu << FIELD;
-  u32 w = c.w[2 * U + r];
-  out[0] = select_or<mask>(move_bits<0, FIELD>(w), ONE);
-  out[1] = select_or<mask>(move_bits<4, FIELD>(w), ONE);
-  out[2] = select_or<mask>(move_bits<8, FIELD>(w), ONE);
-  out[3] = select_or<mask>(move_bits<12, FIELD>(w), ONE);
-#elif BITS == 2
-  constexpr u32 mask = 0x00030003u << FIELD;
-  constexpr int at = 8 * (U & 1);
-  u32 w = c.w[2 * (U >> 1) + r];
-  out[0] = select_or<mask>(move_bits<at, FIELD>(w), ONE);
-  out[1] = select_or<mask>(move_bits<at + 2, FIELD>(w), ONE);
-  out[2] = select_or<mask>(move_bits<at + 4, FIELD>(w), ONE);
-  out[3] = select_or<mask>(move_bits<at + 6, FIELD>(w), ONE);
-#else  // 3 bits: five fields per half word; the sixteenth pair in the three words' spare bits
-  constexpr u32 mask = 0x00070007u << FIELD;
-  constexpr int h = 4 * U;
-  out[0] = select_or<mask>(move_bits<3 * (h % 5), FIELD>(c.w[2 * (h / 5) + r]), ONE);
-  out[1] = select_or<mask>(move_bits<3 * ((h + 1) % 5), FIELD>(c.w[2 * ((h + 1) / 5) + r]), ONE);
-  out[2] = select_or<mask>(move_bits<3 * ((h + 2) % 5), FIELD>(c.w[2 * ((h + 2) / 5) + r]), ONE);
-  if constexpr (U < 3) {
-    out[3] = select_or<mask>(move_bits<3 * ((h + 3) % 5), FIELD>(c.w[2 * ((h + 3) / 5) + r]), ONE);
-  } else {
-    constexpr u32 bit = 0x00010001u << FIELD;
-    out[3] = select_or<bit>(move_bits<15, FIELD>(c.w[r]), ONE);
-    out[3] = select_or<(bit << 1)>(move_bits<15, FIELD + 1>(c.w[2 + r]), out[3]);
-    out[3] = select_or<(bit << 2)>(move_bits<15, FIELD + 2>(c.w[4 + r]), out[3]);
+#else
+  // 4 bits: four fields in each half word; 2 bits: two units share a word; 3 bits: five fields per half word, and the
+  // sixteenth pair in the three words' spare bits
+  auto word = [&](int pair) { return BITS == 4 ? 2 * U + r : BITS == 2 ? 2 * (U >> 1) + r : 2 * ((4 * U + pair) / 5) + r; };
+  out[0] = field<field_of(U, 0)>(c.w[word(0)]);
+  out[1] = field<field_of(U, 1)>(c.w[word(1)]);
+  out[2] = field<field_of(U, 2)>(c.w[word(2)]);
+  if constexpr (!spread(U, 3)) out[3] = field<field_of(U, 3)>(c.w[word(3)]);
+  else {
+    out[3] = select_or<0x00010001u>(c.w[r] >> 15, power(0));
+    out[3] = select_or<0x00020002u>(c.w[2 + r] >> 14, out[3]);
+    out[3] = select_or<0x00040004u>(c.w[(BITS == 3 ? 4 : 0) + r] >> 13, out[3]);
   }
 #endif
 }
 
-// Scale and zero + offset of rows g and g + 8 in group `group` of the chunk.
-__device__ __forceinline__ void decode_aux(const Codes& c, int group, float offset, float (&scale)[2], float (&zero)[2]) {
+// Scale and zero of rows g and g + 8 in group `group` of the chunk.
+__device__ __forceinline__ void decode_aux(const Codes& c, int group, float (&scale)[2], float (&zero)[2]) {
 #if ZERO
   u32 v[2] = {c.aux[2 * group], c.aux[2 * group + 1]};
 #pragma unroll
-  for (int r = 0; r < 2; r++) scale[r] = from_half(u16(v[r])), zero[r] = from_half(u16(v[r] >> 16)) + offset;
+  for (int r = 0; r < 2; r++) scale[r] = from_half(u16(v[r])), zero[r] = from_half(u16(v[r] >> 16));
 #else
   u32 v = c.aux[group];
   scale[0] = from_half(u16(v)), scale[1] = from_half(u16(v >> 16));
-  zero[0] = zero[1] = CODEBOOK ? 0.f : float(1 << (BITS - 1)) + offset;
+  zero[0] = zero[1] = CODEBOOK ? 0.f : float(1 << (BITS - 1));
 #endif
 }
 
@@ -325,7 +324,7 @@ struct Problem {
   const float* codebook;  // [16] or null
   const u16* bias;        // [N] or null
   const int* experts;     // [pairs]: row p of x goes to expert experts[p] (M is 1 then), or null
-  const float* sums;      // x is already x * t, [M, 128 * chunks], and these are its sums; or null
+  const float* sums;      // x is already x * t, [M, 128 * chunks], and these are its sums (struct Sums); or null
   u16* y;                 // [M, N]
   u64 x_stride;
   float t_down, t_up;     // a power of two that keeps x * t finite in fp16, and its inverse
@@ -348,43 +347,76 @@ __device__ __forceinline__ void subgroup(const Codes (&codes)[RT], const Table& 
       unpack<S * units + units - 1>(codes[r], 0, table, a[r][units - 1][0]);
       unpack<S * units + units - 1>(codes[r], 1, table, a[r][units - 1][1]);
     }
-    decode_aux(codes[r], S * SUB / GROUP, OFFSET, scale[r], zero[r]);
+    decode_aux(codes[r], S * SUB / GROUP, scale[r], zero[r]);
   }
+  // OVERLAP blocks of the batch at a time: the chains of mma that sum one group each are independent of each other.
 #pragma unroll
-  for (int n = 0; n < MB; n++) {
-    float c[RT][4];
+  for (int n = 0; n < MB; n += OVERLAP) {
+    float c[OVERLAP][RT][4];
+#pragma unroll
+    for (int j = 0; j < OVERLAP; j++) {
 #if CODEBOOK
 #pragma unroll
-    for (int r = 0; r < RT; r++) c[r][0] = c[r][1] = c[r][2] = c[r][3] = 0.f;
+      for (int r = 0; r < RT; r++) c[j][r][0] = c[j][r][1] = c[j][r][2] = c[j][r][3] = 0.f;
 #else
-    float2 sum = *reinterpret_cast<const float2*>(sums + S * 8 * MB + 8 * n);
+      float4 sum = *reinterpret_cast<const float4*>(sums + 2 * (S * 8 * MB + 8 * (n + j)));
 #pragma unroll
-    for (int r = 0; r < RT; r++) {
-      c[r][0] = -zero[r][0] * sum.x, c[r][1] = -zero[r][0] * sum.y;
-      c[r][2] = -zero[r][1] * sum.x, c[r][3] = -zero[r][1] * sum.y;
-    }
+      for (int r = 0; r < RT; r++) {
+        c[j][r][0] = sum.y - zero[r][0] * sum.x, c[j][r][1] = sum.w - zero[r][0] * sum.z;
+        c[j][r][2] = sum.y - zero[r][1] * sum.x, c[j][r][3] = sum.w - zero[r][1] * sum.z;
+      }
 #endif
+    }
 #pragma unroll
     for (int u = 0; u < units; u++) {
-      uint4 b = *reinterpret_cast<const uint4*>(x_row + n * x_block + (S * units + u) * 64);
+      uint4 b[OVERLAP];
 #pragma unroll
-      for (int r = 0; r < RT; r++) mma(c[r], a[r][u][0][0], a[r][u][1][0], a[r][u][0][1], a[r][u][1][1], b.x, b.y);
+      for (int j = 0; j < OVERLAP; j++)
+        b[j] = *reinterpret_cast<const uint4*>(x_row + (n + j) * x_block + (S * units + u) * 64);
 #pragma unroll
-      for (int r = 0; r < RT; r++) mma(c[r], a[r][u][0][2], a[r][u][1][2], a[r][u][0][3], a[r][u][1][3], b.z, b.w);
+      for (int j = 0; j < OVERLAP; j++)
+#pragma unroll
+        for (int r = 0; r < RT; r++)
+          mma(c[j][r], a[r][u][0][0], a[r][u][1][0], a[r][u][0][1], a[r][u][1][1], b[j].x, b[j].y);
+#pragma unroll
+      for (int j = 0; j < OVERLAP; j++)
+#pragma unroll
+        for (int r = 0; r < RT; r++)
+          mma(c[j][r], a[r][u][0][2], a[r][u][1][2], a[r][u][0][3], a[r][u][1][3], b[j].z, b[j].w);
     }
 #pragma unroll
-    for (int r = 0; r < RT; r++) {
-      acc[r][n][0] += scale[r][0] * c[r][0], acc[r][n][1] += scale[r][0] * c[r][1];
-      acc[r][n][2] += scale[r][1] * c[r][2], acc[r][n][3] += scale[r][1] * c[r][3];
-    }
+    for (int j = 0; j < OVERLAP; j++)
+#pragma unroll
+      for (int r = 0; r < RT; r++) {
+        acc[r][n + j][0] += scale[r][0] * c[j][r][0], acc[r][n + j][1] += scale[r][0] * c[j][r][1];
+        acc[r][n + j][2] += scale[r][1] * c[j][r][2], acc[r][n + j][3] += scale[r][1] * c[j][r][3];
+      }
   }
 }
 
-// Eight columns of x * t, rounded once to 16 bits, and their sum. t is fp16 and padded; x may be unaligned or permuted.
+// Of x * t over one group, per row of the batch: what the zero point and the offsets of the codes are multiplied with.
+struct Sums { float plain, offset; };                                  // sum(x t), -sum(2^e x t)
+
+template <int U> __device__ __forceinline__ float offset_sum(const float (&v)[8]) {
+  float sum = 0.f;
+#pragma unroll
+  for (int j = 0; j < 8; j++) sum -= offset(U, j / 2) * v[j];
+  return sum;
+}
+
+__device__ __forceinline__ Sums over_lanes(Sums sums, u32 lanes) {
+#pragma unroll
+  for (int step = 1; step < SUB / 8; step *= 2) {
+    sums.plain += __shfl_xor_sync(lanes, sums.plain, step);
+    sums.offset += __shfl_xor_sync(lanes, sums.offset, step);
+  }
+  return sums;
+}
+
+// Eight columns of x * t, rounded once to 16 bits, and their sums. t is fp16 and padded; x may be unaligned or permuted.
 __device__ __forceinline__ uint4 scaled(const u16* x, const u16* t, const int* permutation, int k, int K, bool wide,
-                                        float t_down, float& sum) {
+                                        float t_down, Sums& sums) {
   u16 values[8] = {0, 0, 0, 0, 0, 0, 0, 0};
-  sum = 0.f;
   if (wide && k < K) *reinterpret_cast<uint4*>(values) = *reinterpret_cast<const uint4*>(x + k);
   if (!wide) {
 #pragma unroll
@@ -397,30 +429,35 @@ __device__ __forceinline__ uint4 scaled(const u16* x, const u16* t, const int* p
 #pragma unroll
     for (int j = 0; j < 8; j++) values[j] = store16(load16(values[j]) * (from_half(factors[j]) * t_down));
   }
+  float v[8];
+  sums.plain = 0.f;
 #pragma unroll
-  for (int j = 0; j < 8; j++) sum += load16(values[j]);
+  for (int j = 0; j < 8; j++) sums.plain += v[j] = load16(values[j]);
+  const int unit = k / 32 % 4;
+  if (BITS == 4 || BITS == 8 || unit == 0) sums.offset = offset_sum<0>(v);
+  else if (unit == 1) sums.offset = offset_sum<1>(v);
+  else if (unit == 2) sums.offset = offset_sum<2>(v);
+  else sums.offset = offset_sum<3>(v);
   return *reinterpret_cast<uint4*>(values);
 }
 
-// x * t `[M, 128 * chunks]` and its sums `[M / (8 MB)][sub][8 MB]`, for batches above one; a warp per 256 columns.
+// x * t `[M, 128 * chunks]` and its Sums `[M / (8 MB)][sub][8 MB]`, for batches above one; a warp per 256 columns.
 extern "C" __global__ void __launch_bounds__(128)
-scale_input(const u16* x, const u16* t, const int* permutation, u16* scaled_x, float* sums, u64 x_stride, int K, int chunks,
+scale_input(const u16* x, const u16* t, const int* permutation, u16* scaled_x, Sums* sums, u64 x_stride, int K, int chunks,
             float t_down) {
   allow_next_kernel();
   await_previous_kernel();
   const int v = blockIdx.x * 128 + threadIdx.x, m = blockIdx.y, k = v * 8;
   if (v / 16 >= chunks) return;                                         // whole half warps
   const bool wide = !permutation && K % 8 == 0 && x_stride % 8 == 0 && (u64(x) & 15) == 0;
-  float sum;
+  Sums sum;
   const uint4 values = scaled(x + m * x_stride, t, permutation, k, K, wide, t_down, sum);
   *reinterpret_cast<uint4*>(scaled_x + u64(m) * chunks * 128 + k) = values;
-#pragma unroll
-  for (int step = 1; step < SUB / 8; step *= 2) sum += __shfl_xor_sync(__activemask(), sum, step);
-  if (v % (SUB / 8) == 0)
-    sums[(u64(m / (8 * MB)) * chunks * SUBS + v / (SUB / 8)) * 8 * MB + m % (8 * MB)] = sum;
+  sum = over_lanes(sum, __activemask());
+  if (v % (SUB / 8) == 0) sums[(u64(m / (8 * MB)) * chunks * SUBS + v / (SUB / 8)) * 8 * MB + m % (8 * MB)] = sum;
 }
 
-extern "C" __global__ void __launch_bounds__(MB * RT >= 8 ? 256 : 512) dual_linear(const __grid_constant__ Problem p) {
+extern "C" __global__ void __launch_bounds__(MB * RT >= (RING ? 16 : 8) ? 256 : 512) dual_linear(const __grid_constant__ Problem p) {
   SHARED_MEMORY(smem);
   allow_next_kernel();
   const u32 splits = cluster_size(), rank = cluster_rank();
@@ -488,8 +525,8 @@ extern "C" __global__ void __launch_bounds__(MB * RT >= 8 ? 256 : 512) dual_line
     for (int m = warp; m < batch; m += warps)
       for (int v = lane; v < vectors; v += 32)
         copy16(shared(xs + m * x_stride + v * 16), p.x + (m0 + m) * width + lo * 128 + v * 8);
-    const float* from = p.sums + (u64(blockIdx.y) * p.chunks + lo) * SUBS * 8 * MB;
-    for (int v = threadIdx.x; v < (hi - lo) * SUBS * 2 * MB; v += blockDim.x) copy16(shared(sums + 4 * v), from + 4 * v);
+    const float* from = p.sums + (u64(blockIdx.y) * p.chunks + lo) * SUBS * 16 * MB;
+    for (int v = threadIdx.x; v < (hi - lo) * SUBS * 4 * MB; v += blockDim.x) copy16(shared(sums + 4 * v), from + 4 * v);
     await_copies();
   } else {
     const u16* t = p.t ? p.t + u64(expert) * p.chunks * 128 : nullptr;
@@ -499,12 +536,11 @@ extern "C" __global__ void __launch_bounds__(MB * RT >= 8 ? 256 : 512) dual_line
     const int total = (hi - lo) * 16;
     for (int base = warp * 32; base < total; base += blockDim.x) {      // one row: batch is 1 here
       const int v = base + lane;
-      float sum = 0.f;
+      Sums sum = {0.f, 0.f};
       if (v < total)
         *reinterpret_cast<uint4*>(xs + v * 16) = scaled(x, t, permutation, lo * 128 + v * 8, p.K, wide, p.t_down, sum);
-#pragma unroll
-      for (int step = 1; step < SUB / 8; step *= 2) sum += __shfl_xor_sync(0xffffffffu, sum, step);
-      if (v < total && v % (SUB / 8) == 0) sums[v / (SUB / 8) * 8 * MB] = sum;
+      sum = over_lanes(sum, 0xffffffffu);
+      if (v < total && v % (SUB / 8) == 0) reinterpret_cast<Sums*>(sums)[v / (SUB / 8) * 8 * MB] = sum;
     }
   }
   Table table = {};
@@ -521,11 +557,11 @@ extern "C" __global__ void __launch_bounds__(MB * RT >= 8 ? 256 : 512) dual_line
 
   // What the last block of 8 computes beyond the batch is garbage of its own columns, and nobody reads it.
   const char* x_lane = xs + (g % (batch < 8 && MB == 1 ? batch : 8)) * x_stride + tig * 16 + wk * 256;
-  const float* sum_lane = sums + wk * SUBS * 8 * MB + 2 * tig;
+  const float* sum_lane = sums + 2 * (wk * SUBS * 8 * MB + 2 * tig);
   auto multiply = [&](const Codes (&codes)[RT]) {
     const char* x_row = x_lane;
     const float* sub_sums = sum_lane;
-    x_lane += WK * 256, sum_lane += WK * SUBS * 8 * MB;
+    x_lane += WK * 256, sum_lane += WK * SUBS * 16 * MB;
     subgroup<0>(codes, table, x_row, 8 * x_stride, sub_sums, acc);
     subgroup<1>(codes, table, x_row, 8 * x_stride, sub_sums, acc);
     if constexpr (SUBS == 4) {
@@ -633,7 +669,7 @@ dequantize(const u8* tiles, const u16* t, const float* codebook, void* w, int N,
       unpack<U>(codes, r, table, pairs);
 #pragma unroll
       for (int j = 0; j < 8; j++)  // q - zero first, as QuantizedWeight.dequantize: bit for bit the same weights
-        v[j] = (from_half(u16(pairs[j / 2] >> (16 * (j % 2)))) - OFFSET - zero[r]) * scale[r] * factors[j];
+        v[j] = (from_half(u16(pairs[j / 2] >> (16 * (j % 2)))) - offset(U, j / 2) - zero[r]) * scale[r] * factors[j];
 #endif
       if (row >= N) continue;
       const u64 at = u64(row) * K + k;
@@ -658,13 +694,13 @@ dequantize(const u8* tiles, const u16* t, const float* codebook, void* w, int N,
     }
   };
   float scale[2], zero[2];
-  decode_aux(codes, 0, 0.f, scale, zero);
+  decode_aux(codes, 0, scale, zero);
   unit(Index<0>{}, scale, zero);
-  if (GROUP < 64) decode_aux(codes, 1 % PER_CHUNK, 0.f, scale, zero);
+  if (GROUP < 64) decode_aux(codes, 1 % PER_CHUNK, scale, zero);
   unit(Index<1>{}, scale, zero);
-  if (GROUP < 128) decode_aux(codes, PER_CHUNK / 2, 0.f, scale, zero);
+  if (GROUP < 128) decode_aux(codes, PER_CHUNK / 2, scale, zero);
   unit(Index<2>{}, scale, zero);
-  if (GROUP < 64) decode_aux(codes, 3 % PER_CHUNK, 0.f, scale, zero);
+  if (GROUP < 64) decode_aux(codes, 3 % PER_CHUNK, scale, zero);
   unit(Index<3>{}, scale, zero);
 }
 #endif

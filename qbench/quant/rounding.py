@@ -79,18 +79,9 @@ def round_to_nearest(
         return QuantizedWeight(
             tuple(weight.shape), nbits, group_size, planes, scale, zero, t, method=method, diagnostics=diagnostics or {}
         )
-    values = weight.float() if input_scale is None else weight.float() / input_scale.float().unsqueeze(-2)
-    scale, zero, divisor = grid(*group_extremes(values, group_size), nbits, symmetric, aux_dtype)
-    top = 2**nbits - 1
-    steps = values.clone() if input_scale is None else values
-    per_group(steps, group_size, divisor, torch.Tensor.div_)
-    if zero is None:
-        steps += 2.0 ** (nbits - 1)
-    else:
-        per_group(steps, group_size, zero.dense(), torch.Tensor.add_)
-    codes = steps.round_().clamp_(0, top).to(torch.uint8)
+    codes, scale, zero = _round(weight, nbits, group_size, symmetric, aux_dtype, input_scale)
     return QuantizedWeight.build(
-        codes,
+        codes.to(torch.uint8),
         scale,
         nbits=nbits,
         group_size=group_size,
@@ -99,6 +90,21 @@ def round_to_nearest(
         method=method,
         diagnostics=diagnostics,
     )
+
+
+def _round(
+    weight: Tensor, nbits: int, group_size: int, symmetric: bool, aux_dtype: str, input_scale: Tensor | None
+) -> tuple[Tensor, Aux, Aux | None]:
+    """Codes `[..., out, in]` as fp32, scale and zero."""
+    values = weight.float() if input_scale is None else weight.float() / input_scale.float().unsqueeze(-2)
+    scale, zero, divisor = grid(*group_extremes(values, group_size), nbits, symmetric, aux_dtype)
+    steps = values.clone() if input_scale is None else values
+    per_group(steps, group_size, divisor, torch.Tensor.div_)
+    if zero is None:
+        steps += 2.0 ** (nbits - 1)
+    else:
+        per_group(steps, group_size, zero.dense(), torch.Tensor.add_)
+    return steps.round_().clamp_(0, 2**nbits - 1), scale, zero
 
 
 def rounding_error(
@@ -116,15 +122,14 @@ def rounding_error(
             scale, zero, divisor = grid(*kernels.extremes(weight, group_size, input_scale), nbits, symmetric, aux_dtype)
             given = scale.dense(), _centre(zero, divisor, nbits), divisor
         return kernels.uniform_error(weight, group_size, nbits, symmetric, input_scale, given)
-    rounded = round_to_nearest(
-        weight,
-        nbits=nbits,
-        group_size=group_size,
-        symmetric=symmetric,
-        aux_dtype=aux_dtype,
-        input_scale=input_scale,
-    )
-    return rounded.dequantize().sub_(weight)
+    values, scale, zero = _round(weight, nbits, group_size, symmetric, aux_dtype, input_scale)
+    # as QuantizedWeight.dequantize, step by step, but codes that only a search looks at need not be packed
+    if zero is None:
+        values -= 2.0 ** (nbits - 1)
+    else:
+        per_group(values, group_size, zero.dense(), torch.Tensor.sub_)
+    per_group(values, group_size, scale.dense(), torch.Tensor.mul_)
+    return values.mul_(input_scale.half().float()).sub_(weight)
 
 
 def _fused(

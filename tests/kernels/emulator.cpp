@@ -7,7 +7,7 @@ extern "C" void launch(const unsigned* grid, int threads, int bytes, int cluster
   if (threads == 128 && bytes == 0) {
     run({grid[0], grid[1], grid[2]}, threads, 0, 1, [&] {
       scale_input(*(const u16**)arguments[0], *(const u16**)arguments[1], *(const int**)arguments[2],
-                  *(u16**)arguments[3], *(float**)arguments[4], *(u64*)arguments[5], *(int*)arguments[6],
+                  *(u16**)arguments[3], *(Sums**)arguments[4], *(u64*)arguments[5], *(int*)arguments[6],
                   *(int*)arguments[7], *(float*)arguments[8]);
     });
     return;
