@@ -1,4 +1,4 @@
-"""The fused linear against bf16 and its peers on one GPU: python benchmarks/gpu.py [-o results.json] [--shapes 8b,32b]
+"""The fused linear against bf16 and its peers on one GPU: python benchmarks/gpu.py [-o FILE] [--shapes 8b,32b]
 
 Correctness first: every format on fresh random inputs against fp64, twice, with the allocator's memory poisoned; a
 kernel that is wrong is not timed. Then microseconds per call by CUDA-graph replay over more than 400 MB of rotated
@@ -87,9 +87,10 @@ def our_rows(shape: tuple[int, int], inputs: dict[int, Tensor]) -> Iterator[Row]
                     yield batch, "W4, dequantize + cuBLAS", stored, time_calls(unfused)
 
 
-def peer_rows(shape: tuple[int, int], inputs: dict[int, Tensor], missing: list[str]) -> Iterator[Row]:
+def peer_rows(names: list[str], shape: tuple[int, int], inputs: dict[int, Tensor], missing: list[str]) -> Iterator[Row]:
     stored = shape[0] * shape[1] * 4.5 / 8
-    for name, (package, prepare) in PEERS.items():
+    for name in names:
+        package, prepare = PEERS[name]
         try:
             importlib.import_module(package)
             calls: Callable[[Tensor], list[Callable]] = prepare(shape, copies(stored))
@@ -103,9 +104,11 @@ def peer_rows(shape: tuple[int, int], inputs: dict[int, Tensor], missing: list[s
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("-o", "--output", type=Path, help="write all rows as JSON")
-    parser.add_argument("--shapes", default="8b,32b", help="which models' layers: 8b,8b merged,32b")
+    parser.add_argument("--shapes", default=",".join(SHAPES), help="which models' layers")
     parser.add_argument("--batches", default=",".join(map(str, BATCHES)))
+    parser.add_argument("--peers", default=",".join(PEERS), help="the first use of gemlite tunes itself for minutes")
     chosen = parser.parse_args()
+    peers = [name for name in chosen.peers.split(",") if name]
     torch.manual_seed(0)
     worst = check()
     print(f"correct: largest error {worst:.2f} of the limit (fp16 1e-3, bf16 1e-2), every run twice the same")
@@ -116,7 +119,8 @@ def main() -> None:
         for layer, shape in SHAPES[model].items():
             batches = map(int, chosen.batches.split(","))
             inputs = {batch: torch.randn(batch, shape[1], dtype=torch.bfloat16, device=DEVICE) for batch in batches}
-            found = [*bf16_rows(shape, inputs), *our_rows(shape, inputs), *peer_rows(shape, inputs, missing)]
+            found = [*bf16_rows(shape, inputs), *our_rows(shape, inputs)]
+            found += peer_rows(peers, shape, inputs, missing)
             base = {batch: timing.us for batch, kernel, _, timing in found if kernel == "bf16"}
             for batch, kernel, stored, timing in sorted(found, key=lambda row: row[0]):
                 share = (stored + 2 * batch * sum(shape)) / (timing.us * 1e-6) / ceiling

@@ -59,6 +59,6 @@ def bitsandbytes(shape: tuple[int, int], count: int) -> Callable[[Tensor], list[
 PEERS: dict[str, tuple[str, Prepare]] = {
     "tinygemm W4": ("torch", tinygemm),
     "gemlite W4": ("gemlite", gemlite),
-    "t * x, gemlite W4 (sinq)": ("gemlite", gemlite_with_t),
+    "t * x then gemlite W4 (as sinq)": ("gemlite", gemlite_with_t),
     "bitsandbytes NF4": ("bitsandbytes", bitsandbytes),
 }

@@ -58,7 +58,7 @@ def candidates(M: int, N: int, K: int, tiles: Tiles) -> Iterator[Plan]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--shapes", default="8b,32b")
+    parser.add_argument("--shapes", default=",".join(SHAPES))
     parser.add_argument("--formats", default="W4,W3,W2,W8")
     parser.add_argument("--batches", default=",".join(map(str, BUCKETS)))
     chosen = parser.parse_args()
@@ -81,9 +81,9 @@ def main() -> None:
                 us, best = min(timed, key=lambda pair: pair[0])
                 table[cuda.table_key(M, N, K, first.nbits)] = [int(value) for value in astuple(best)]
                 print(f"{name} {N}x{K} batch {M}: {us:.1f} us {best} of {len(timed)}", flush=True)
-    path.parent.mkdir(exist_ok=True)
-    lines = ",\n".join(f"{json.dumps(key)}: {json.dumps(value)}" for key, value in sorted(table.items()))
-    path.write_text("{\n" + lines + "\n}\n")
+            path.parent.mkdir(exist_ok=True)
+            lines = ",\n".join(f"{json.dumps(key)}: {json.dumps(value)}" for key, value in sorted(table.items()))
+            path.write_text("{\n" + lines + "\n}\n")
 
 
 if __name__ == "__main__":
