@@ -135,7 +135,7 @@ class GPTQ(Quantizer):
         Without `fixed` grids each group takes its own on arrival. Returns the codes, uint8 `[in, rows]`, and
         then the extremes `[rows, 1]` of every group too.
         """
-        if gpu.enabled(values, gpu.usual(self.nbits, width, self.symmetric, "fp16") and fixed is None):
+        if gpu.enabled(values):
             return self._sweep_fused(values, unit, width, members, fixed)
         values = values.clone()
         codes = torch.empty_like(values, dtype=torch.uint8)

@@ -317,12 +317,11 @@ class QuantizerConformance:
             moved = replace(stats, **{name: tensor.cuda() for name, tensor in tensors.items()})
         cpu = self.one(weight, "on the CPU", stats=stats)
         gpu = self.one(weight.cuda(), "on the GPU", stats=moved)
-        if not self.make().needs:
-            check_agreement(gpu, cpu, "GPU and CPU")
-            return
-        # two candidates of a search can be equally good: what must agree is how good the choice is
+        # two candidates of a search can be equally good, and one step of an int8 scale apart: what must agree is how
+        # good the choice is
         gpu = gpu.with_tensors({name: tensor.cpu() for name, tensor in gpu.tensors().items()})
         errors = self.error(weight, gpu), self.error(weight, cpu)
-        assert abs(errors[0] / errors[1] - 1) < 0.02, (
-            f"output error on the GPU {errors[0]:.2e}, on the CPU {errors[1]:.2e}"
+        allowed = 0.02 if self.make().needs else 0.005
+        assert abs(errors[0] / errors[1] - 1) < allowed, (
+            f"error on the GPU {errors[0]:.3e}, on the CPU {errors[1]:.3e}: they must agree to {allowed:.1%}"
         )

@@ -143,10 +143,12 @@ __device__ __forceinline__ void allow_next_kernel() { asm volatile("griddepcontr
 __device__ __forceinline__ void cluster_sync() {
   asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
 }
-__device__ __forceinline__ float remote(u32 address, u32 rank) {
-  float v;
-  asm volatile("{\n.reg .u32 there;\nmapa.shared::cluster.u32 there, %1, %2;\nld.shared::cluster.f32 %0, [there];\n}"
-               : "=f"(v) : "r"(address), "r"(rank) : "memory");
+__device__ __forceinline__ float4 remote(u32 address, u32 rank) {
+  float4 v;
+  asm volatile(
+      "{\n.reg .u32 there;\nmapa.shared::cluster.u32 there, %4, %5;\n"
+      "ld.shared::cluster.v4.f32 {%0,%1,%2,%3}, [there];\n}"
+      : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "r"(address), "r"(rank) : "memory");
   return v;
 }
 __device__ __forceinline__ void mma(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
@@ -332,6 +334,8 @@ struct Problem {
   int splits_in_block, stages, pairs_per_row;
 };
 
+__device__ __forceinline__ void add(float4& sum, float4 v) { sum.x += v.x, sum.y += v.y, sum.z += v.z, sum.w += v.w; }
+
 template <int S>
 __device__ __forceinline__ void subgroup(const Codes (&codes)[RT], const Table& table,
                                          const char* x_row, int x_block, const float* sums,
@@ -398,10 +402,8 @@ __device__ __forceinline__ void subgroup(const Codes (&codes)[RT], const Table& 
 struct Sums { float plain, offset; };                                  // sum(x t), -sum(2^e x t)
 
 template <int U> __device__ __forceinline__ float offset_sum(const float (&v)[8]) {
-  float sum = 0.f;
-#pragma unroll
-  for (int j = 0; j < 8; j++) sum -= offset(U, j / 2) * v[j];
-  return sum;
+  constexpr float first = offset(U, 0), second = offset(U, 1), third = offset(U, 2), fourth = offset(U, 3);
+  return -(first * (v[0] + v[1]) + second * (v[2] + v[3])) - (third * (v[4] + v[5]) + fourth * (v[6] + v[7]));
 }
 
 __device__ __forceinline__ Sums over_lanes(Sums sums, u32 lanes) {
@@ -433,8 +435,8 @@ __device__ __forceinline__ uint4 scaled(const u16* x, const u16* t, const int* p
   sums.plain = 0.f;
 #pragma unroll
   for (int j = 0; j < 8; j++) sums.plain += v[j] = load16(values[j]);
-  const int unit = k / 32 % 4;
-  if (BITS == 4 || BITS == 8 || unit == 0) sums.offset = offset_sum<0>(v);
+  const int unit = BITS == 2 ? k / 32 % 2 : BITS == 3 ? k / 32 % 4 : 0;
+  if (unit == 0) sums.offset = offset_sum<0>(v);
   else if (unit == 1) sums.offset = offset_sum<1>(v);
   else if (unit == 2) sums.offset = offset_sum<2>(v);
   else sums.offset = offset_sum<3>(v);
@@ -611,19 +613,32 @@ extern "C" __global__ void __launch_bounds__(MB * RT >= (RING ? 16 : 8) ? 256 : 
   if (splits > 1) cluster_sync();
   else __syncthreads();
   u16* y = p.y + u64(p.experts ? blockIdx.z : m0) * p.N;
-  for (int e = rank * blockDim.x + threadIdx.x; e < batch * rows; e += splits * blockDim.x) {
-    const int m = e / rows, row = e - m * rows;
-    if (row0 + row >= p.N) continue;
-    float value = 0.f;
+  const int vectors = rows / 4;
+  for (int e = rank * blockDim.x + threadIdx.x; e < batch * vectors; e += splits * blockDim.x) {
+    const int m = e / vectors, row = 4 * (e - m * vectors), n = row0 + row;
+    if (n >= p.N) continue;
+    float4 sum = {0.f, 0.f, 0.f, 0.f};
     for (int w = 0; w < WK; w++) {
       const float* at = partial + (w * 8 * MB + m) * stride + row;
-      if (splits == 1) value += *at;
+      if (splits == 1) add(sum, *reinterpret_cast<const float4*>(at));
       else
-        for (u32 q = 0; q < splits; q++) value += remote(shared(at), q);
+        for (u32 q = 0; q < splits; q += 2) {  // two loads under way: they take some 200 cycles
+          const float4 first = remote(shared(at), q), second = remote(shared(at), q + 1);
+          add(sum, first), add(sum, second);
+        }
     }
-    value *= p.t_up;
-    if (p.bias) value += load16(p.bias[row0 + row]);
-    y[u64(m) * p.N + row0 + row] = store16(value);
+    const float value[4] = {sum.x, sum.y, sum.z, sum.w};
+    u16 rounded[4];
+#pragma unroll
+    for (int j = 0; j < 4; j++)
+      rounded[j] = store16(value[j] * p.t_up + (p.bias && n + j < p.N ? load16(p.bias[n + j]) : 0.f));
+    u16* to = y + u64(m) * p.N + n;
+    if (p.N % 4 == 0) *reinterpret_cast<uint2*>(to) = *reinterpret_cast<const uint2*>(rounded);
+    else {
+#pragma unroll
+      for (int j = 0; j < 4; j++)
+        if (n + j < p.N) to[j] = rounded[j];
+    }
   }
   if (splits > 1) cluster_part();  // nobody leaves while others read its memory
 }
@@ -647,6 +662,7 @@ dequantize(const u8* tiles, const u16* t, const float* codebook, void* w, int N,
 #endif
   auto unit = [&](auto index, float (&scale)[2], float (&zero)[2]) {
     constexpr int U = decltype(index)::value;
+    constexpr float offsets[4] = {offset(U, 0), offset(U, 1), offset(U, 2), offset(U, 3)};
     const int k = chunk * 128 + U * 32 + tig * 8;
     float factors[8];
 #pragma unroll
@@ -669,7 +685,7 @@ dequantize(const u8* tiles, const u16* t, const float* codebook, void* w, int N,
       unpack<U>(codes, r, table, pairs);
 #pragma unroll
       for (int j = 0; j < 8; j++)  // q - zero first, as QuantizedWeight.dequantize: bit for bit the same weights
-        v[j] = (from_half(u16(pairs[j / 2] >> (16 * (j % 2)))) - offset(U, j / 2) - zero[r]) * scale[r] * factors[j];
+        v[j] = (from_half(u16(pairs[j / 2] >> (16 * (j % 2)))) - offsets[j / 2] - zero[r]) * scale[r] * factors[j];
 #endif
       if (row >= N) continue;
       const u64 at = u64(row) * K + k;

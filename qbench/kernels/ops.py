@@ -22,9 +22,7 @@ from qbench.kernels import tiles as layout
 from qbench.kernels.tiles import Tiles
 
 FUSED_BATCH = 64  # above it, dequantizing once and cuBLAS is faster on an H200 (docs/performance.md)
-# (token, expert) pairs that one grouped launch serves; more go expert by expert. Only QBENCH_KERNELS=all turns it on:
-# it is tested on the emulated kernels and has not run on a GPU yet.
-EXPERT_PAIRS = 64 if os.environ.get("QBENCH_KERNELS") == "all" else 0
+EXPERT_PAIRS = 64  # (token, expert) pairs that one grouped launch serves; more go expert by expert
 HALF = (torch.float16, torch.bfloat16)
 
 

@@ -41,7 +41,7 @@ def round_to_levels(
     diagnostics: Mapping[str, float] | None = None,
 ) -> QuantizedWeight:
     """Quantizes `weight / input_scale`, `[out, in]`, to 16 `levels` within [-1, 1] times a scale per group, in fp32."""
-    if gpu.fused(weight, group_size, gpu.usual(4, group_size, False, aux_dtype) and input_scale is None):
+    if gpu.fused(weight, group_size):
         planes, scale = _fused(weight, levels, group_size, aux_dtype, input_scale)
         return QuantizedWeight(
             tuple(weight.shape),

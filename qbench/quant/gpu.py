@@ -1,9 +1,7 @@
 """Decides between the fused Triton kernels of qbench.kernels and plain torch, which is the reference for them.
 
-The kernels take weights on a CUDA device when Triton can be imported, by default with the settings that were compared
-with a CPU on a real GPU. QBENCH_KERNELS=all in the environment adds what so far agreed in Triton's interpreter alone
-(other bits and groups, aux in int8, GPTQ on fixed grids; `pytest -m gpu tests/kernels` proves it), QBENCH_KERNELS=0
-keeps everything on plain torch. The choice never changes what is computed.
+The kernels take weights on a CUDA device when Triton can be imported; QBENCH_KERNELS=0 in the environment keeps
+everything on plain torch. The choice never changes what is computed: `pytest -m gpu tests/kernels` compares both.
 """
 
 from __future__ import annotations
@@ -25,24 +23,18 @@ def has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-def enabled(tensor: Tensor, proved: bool) -> bool:
-    """Whether a kernel may run on this tensor, with settings that were `proved` on a GPU or not."""
-    wanted = os.environ.get("QBENCH_KERNELS", "1")
-    return tensor.is_cuda and has_triton() and (wanted == "all" or (wanted != "0" and proved))
+def enabled(tensor: Tensor) -> bool:
+    """Whether a kernel may run on this tensor."""
+    return tensor.is_cuda and has_triton() and os.environ.get("QBENCH_KERNELS", "1") != "0"
 
 
-def usual(nbits: int, group_size: int, symmetric: bool, aux_dtype: str) -> bool:
-    """The settings of rounding that were proved on a GPU: those of the benchmark."""
-    return (nbits, group_size, symmetric, aux_dtype) == (4, 64, False, "fp16")
-
-
-def fused(weight: Tensor, width: int, proved: bool) -> bool:
+def fused(weight: Tensor, width: int) -> bool:
     """Whether the kernels take a weight `[out, in]` in groups of `width` columns.
 
     A group must start on a byte of packed codes at every bit-width, hence whole bytes of one bit per code.
     """
     return (
-        enabled(weight, proved)
+        enabled(weight)
         and weight.ndim == 2
         and weight.dtype in FLOATS
         and weight.stride(1) == 1

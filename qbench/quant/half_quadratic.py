@@ -62,8 +62,7 @@ def round_half_quadratic(
     diagnostics: Mapping[str, float] | None = None,
 ) -> QuantizedWeight:
     """Quantizes `weight / input_scale`, `[out, in]`, on the device it is on, in fp32."""
-    proved = gpu.usual(nbits, group_size, False, aux_dtype) and input_scale is None
-    fused, top = gpu.fused(weight, group_size, proved), 2**nbits - 1
+    fused, top = gpu.fused(weight, group_size), 2**nbits - 1
     if fused:
         from qbench.kernels import hqq, rounding
 

@@ -24,7 +24,7 @@ ZERO_LIMIT = {"fp16": 2048, "int8": 100}
 
 def group_extremes(weight: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
     """Least and largest value of every group: `[..., in]` -> two `[..., groups]`."""
-    if gpu.fused(weight, group_size, group_size == 64):
+    if gpu.fused(weight, group_size):
         from qbench.kernels import rounding as kernels
 
         return kernels.extremes(weight, group_size)
@@ -73,7 +73,7 @@ def round_to_nearest(
     With aux in int8 the codes are rounded against the scales as stored, so that what the storage loses is not lost
     a second time. In fp16 that loss is 2**-12 and the codes come from the fp32 scales, as published ones do.
     """
-    if gpu.fused(weight, group_size, gpu.usual(nbits, group_size, symmetric, aux_dtype)):
+    if gpu.fused(weight, group_size):
         planes, scale, zero = _fused(weight, nbits, group_size, symmetric, aux_dtype, input_scale)
         t = None if input_scale is None else input_scale.half()
         return QuantizedWeight(
@@ -114,7 +114,7 @@ def rounding_error(
 
     fp32; in bf16 where the kernels compute it, since only sums over it are compared.
     """
-    if gpu.fused(weight, group_size, gpu.usual(nbits, group_size, symmetric, aux_dtype)):
+    if gpu.fused(weight, group_size):
         from qbench.kernels import rounding as kernels
 
         given = None

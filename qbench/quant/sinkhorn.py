@@ -39,8 +39,7 @@ def column_factors(
     """
     settings = (width, iterations, step_min, step_max)
     alike = len({weight.dtype for weight in weights}) == 1
-    proved = width in (64, 128)
-    if not (alike and width <= gpu.WIDEST_TILE and all(gpu.fused(weight, width, proved) for weight in weights)):
+    if not (alike and width <= gpu.WIDEST_TILE and all(gpu.fused(weight, width) for weight in weights)):
         return [_column_factors(weight, *settings) for weight in weights]
     from qbench.kernels import sinkhorn as kernels
 

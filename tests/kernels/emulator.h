@@ -97,9 +97,9 @@ inline void await_copies() {}
 inline void await_previous_kernel() {}
 inline void allow_next_kernel() {}
 inline void copy16(u32 to, const void* from) { memcpy(here.block->memory.data() + to, from, 16); }
-inline float remote(u32 address, u32 rank) {
-  float v;
-  memcpy(&v, here.cluster->blocks[rank]->memory.data() + address, 4);
+inline float4 remote(u32 address, u32 rank) {
+  float4 v;
+  memcpy(&v, here.cluster->blocks[rank]->memory.data() + address, 16);
   return v;
 }
 

@@ -51,8 +51,7 @@ def test_dequantize_is_the_formats_own(generator):
             assert torch.equal(cuda.dequantize(tiles, dtype), weight.dequantize(dtype))
 
 
-def test_experts(generator, monkeypatch):
-    monkeypatch.setattr(ops, "EXPERT_PAIRS", 64)
+def test_experts(generator):
     weight = on_gpu(random_weight((8, 256, 512), 4, 64, generator))
     tiles = to_tiles(weight)
     torch.cuda.synchronize()
@@ -86,6 +85,6 @@ def test_a_layer_agrees_with_the_packed_format(generator):
         x = torch.randn(300, 1000, device="cuda", dtype=torch.float32)
         before = layer(x)
         use_kernels(layer)
-        torch.testing.assert_close(layer(x), before, rtol=1e-5, atol=1e-4)
+        assert (layer(x) - before).norm() < 1e-5 * before.norm()  # fp32, but for the order of the sums
         layer.restore()
         assert torch.equal(layer(x), before)
