@@ -30,7 +30,9 @@ from qbench.config import CalibrationConfig
 from qbench.errors import PointError, RequestError
 from qbench.evaluate.text import Text
 from qbench.models.linears import find_linears
+from qbench.models.offload import runs_offloaded
 from qbench.quant.quantizer import InputStatistics, Quantizer, Statistic
+from qbench.stream import fetching
 
 
 @dataclass(frozen=True)
@@ -73,26 +75,39 @@ def quantize_blocks(
     calibration: Calibration,
     quantize: QuantizeGroup,
     quantize_experts: QuantizeExperts,
+    offloaded: bool = False,
 ) -> None:
     """Hands every linear group and every module of fused experts, with its statistics, to one of the functions.
 
-    In the model's order, within a block first the linears; the functions replace the layers.
+    In the model's order, within a block first the linears; the functions replace the layers. Of an offloaded model,
+    the weights of one block are brought to the device while those of the block before are quantized.
     Raises PointError for a model whose blocks cannot be found, or linears outside of them.
     """
     blocks = decoder_blocks(model)
-    hidden, arguments = _first_inputs(model, [block for _, block in blocks], calibration)
-    for (name, block), kwargs in zip(tqdm(blocks, desc="calibrating", unit="block"), arguments, strict=True):
-        groups, experts = _collect(model, name, block, hidden, kwargs, quantizer.needs)
-        while groups:
-            group, collector = groups.pop(0)
-            quantize(group, collector.statistics(next(iter(group))))
-            del group, collector  # no second layer's original and no statistics outlive their turn
-        while experts:
-            expert_name, inputs = experts.popitem()
-            quantize_experts(expert_name, model.get_submodule(expert_name), inputs.all_seen(expert_name))
-            del inputs
-        for i in range(len(hidden)):
-            hidden[i] = _forward(block, hidden[i], kwargs)
+    with runs_offloaded(model, offloaded):
+        hidden, arguments = _first_inputs(model, [block for _, block in blocks], calibration)
+    with fetching(model.device, offloaded) as fetch:
+        arrivals = fetch(_weights(model, name) for name, _ in blocks)
+        for (name, block), kwargs in zip(tqdm(blocks, desc="calibrating", unit="block"), arguments, strict=True):
+            next(arrivals)
+            groups, experts = _collect(model, name, block, hidden, kwargs, quantizer.needs)
+            while groups:
+                group, collector = groups.pop(0)
+                quantize(group, collector.statistics(next(iter(group))))
+                del group, collector  # no second layer's original and no statistics outlive their turn
+            while experts:
+                expert_name, inputs = experts.popitem()
+                quantize_experts(expert_name, model.get_submodule(expert_name), inputs.all_seen(expert_name))
+                del inputs
+            for i in range(len(hidden)):
+                hidden[i] = _forward(block, hidden[i], kwargs)
+
+
+def _weights(model: Any, prefix: str) -> list[Tensor]:
+    """The parameters of the block's linears and fused experts: what an offloaded model keeps in host memory."""
+    found = find_linears(model)
+    modules = {n: m for n, m in (found.layers | found.experts).items() if n.startswith(f"{prefix}.")}
+    return [parameter for module in modules.values() for parameter in module.parameters()]
 
 
 def _collect(

@@ -64,6 +64,7 @@ class CalibrationConfig(TextConfig):
 class RuntimeConfig:
     device: str = "auto"
     dtype: str = "auto"
+    offload: bool = False
     batch_size: int = 1
     threads: int = 0
     min_coverage: float = 0.95

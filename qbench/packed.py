@@ -88,6 +88,8 @@ def as_recorded(config: Config, command: list[str]) -> Config:
         raise RequestError(f"model=packed is quantized already; leave out {' '.join(chosen)}")
     if config.export.dir:
         raise RequestError("model=packed is a packed checkpoint already; leave out export.dir")
+    if config.runtime.offload:
+        raise RequestError("model=packed is loaded as it is packed, in full; leave out runtime.offload")
     origin = manifest.read(load.packed_folder(config.model))["origin"]
     name = origin.get("model", {}).get("name", "unknown")
     model = replace(config.model, name=f"{name}-packed") if config.model.name == "packed" else config.model

@@ -26,6 +26,7 @@ from qbench.quant.quantizer import InputStatistics, Quantizer
 from qbench.quant.stack import stack
 from qbench.quant.weight import QuantizedWeight
 from qbench.record.result import LayerRow, SkippedRow
+from qbench.stream import Fetch, fetching
 
 log = logging.getLogger(__name__)
 
@@ -34,9 +35,12 @@ ALL_TOKENS = "all tokens"  # in the method of an expert that was calibrated on t
 
 
 def quantize_model(
-    model: Any, quantizer: Quantizer, calibration: Calibration | None = None
+    model: Any, quantizer: Quantizer, calibration: Calibration | None = None, offloaded: bool = False
 ) -> tuple[list[LayerRow], list[SkippedRow]]:
     """Replaces every linear and every block of fused experts, group after group, so that only one exists twice.
+
+    The weights of an offloaded model (models/offload.py) are brought to `model.device` one ahead of their turn: linear
+    by linear and expert by expert, or block by block for a calibrated method. What is packed stays there.
 
     Raises PointError, naming the layer, if the quantizer breaks its contract; the model is then partly quantized and
     must not be used.
@@ -54,8 +58,8 @@ def quantize_model(
         for name, (module, row) in quantize_linears(group, quantizer, stats).items():
             place(name, module, [row])
 
-    def place_experts(name: str, module: nn.Module, inputs: ExpertInputs | None) -> None:
-        place(name, *quantize_experts(name, module, quantizer, inputs))
+    def place_experts(name: str, module: nn.Module, inputs: ExpertInputs | None, fetch: Fetch = iter) -> None:
+        place(name, *quantize_experts(name, module, quantizer, inputs, fetch))
 
     found = find_linears(model)
     skipped = [SkippedRow(s.name, s.weights, s.reason) for s in found.skipped]
@@ -63,16 +67,19 @@ def quantize_model(
         if calibration is None:
             raise PointError(f"{type(quantizer).__name__} is a calibrated method: it needs a calibration text")
         del found  # its references would keep every original alive
-        quantize_blocks(model, quantizer, calibration, place_group, place_experts)
+        quantize_blocks(model, quantizer, calibration, place_group, place_experts, offloaded)
         _warn_of_starved_experts(rows)
         return rows, skipped
     names = [name for name, _ in model.named_modules() if name in found.layers or name in found.experts]
-    for name in tqdm(names, desc="quantizing", unit="layer"):
-        # popped: the last reference besides the model's own
-        if name in found.layers:
-            place_group({name: found.layers.pop(name)}, None)
-        else:
-            place_experts(name, found.experts.pop(name), None)
+    with fetching(model.device, offloaded) as fetch:
+        arrivals = fetch(list(found.layers[name].parameters()) for name in names if name in found.layers)
+        for name in tqdm(names, desc="quantizing", unit="layer"):
+            # popped: the last reference besides the model's own
+            if name in found.layers:
+                next(arrivals)
+                place_group({name: found.layers.pop(name)}, None)
+            else:
+                place_experts(name, found.experts.pop(name), None, fetch)
     return rows, skipped
 
 
@@ -91,13 +98,17 @@ def _warn_of_starved_experts(rows: list[LayerRow]) -> None:
         )
 
 
-def require_finite(model: Any) -> None:
+def require_finite(model: Any, offloaded: bool = False) -> None:
     """Raises PointError naming the first linear that holds NaN or Inf, before any time is spent on the model."""
-    for name, weight in _each_weight(find_linears(model)):
-        if bad := int((~torch.isfinite(weight)).sum()):
-            raise PointError(
-                f"layer {name}: {bad} of {weight.numel()} weights are NaN or Inf; nothing can quantize that"
-            )
+    found = find_linears(model)
+    names = [name for name, _ in _each_weight(found)]
+    with fetching(model.device, offloaded) as fetch:
+        arrivals = fetch([weight] for _, weight in _each_weight(found))
+        for name, [weight] in zip(names, arrivals, strict=True):
+            if bad := int((~torch.isfinite(weight)).sum()):
+                raise PointError(
+                    f"layer {name}: {bad} of {weight.numel()} weights are NaN or Inf; nothing can quantize that"
+                )
 
 
 def quantize_linears(
@@ -113,9 +124,11 @@ def quantize_linears(
 
 
 def quantize_experts(
-    name: str, module: Any, quantizer: Quantizer, inputs: ExpertInputs | None = None
+    name: str, module: Any, quantizer: Quantizer, inputs: ExpertInputs | None = None, fetch: Fetch = iter
 ) -> tuple[QuantExperts, list[LayerRow]]:
     """Quantizes fused experts one by one; the gate and up of one expert are a linear group, its down another.
+
+    `fetch` brings an expert's weights to where they are quantized (stream.py); by default they are there.
 
     `inputs` is for calibrated methods. What down reads is computed with gate and up as quantized: they are at hand,
     and it is what down will be handed. An expert that too few tokens are routed to is calibrated on all tokens of the
@@ -126,8 +139,9 @@ def quantize_experts(
     """
     packed: list[list[QuantizedWeight]] = [[], [], []]
     rows: list[LayerRow] = []
-    for index in range(module.num_experts):
-        names, weights = _expert_names(name, index), expert_weights(module, index)
+    experts = fetch(expert_weights(module, index) for index in range(module.num_experts))
+    for index, weights in enumerate(experts):
+        names = _expert_names(name, index)
         stats = inputs.of_gate_and_up(index) if inputs else None
         pair, new = quantize_group(names[:2], weights[:2], quantizer, stats)
         if inputs:
@@ -230,5 +244,5 @@ def _expert_names(name: str, index: int) -> list[str]:
 
 def _now(weight: Tensor) -> float:
     if weight.is_cuda:
-        torch.cuda.synchronize(weight.device)
+        torch.cuda.current_stream(weight.device).synchronize()  # not the device: the next weights may be on their way
     return time.perf_counter()

@@ -28,6 +28,7 @@ from qbench.evaluate.windowed import Scores
 from qbench.models import load
 from qbench.models.linears import coverage, find_linears, linear_weights, quantized_weights
 from qbench.models.load import LoadedModel
+from qbench.models.offload import runs_offloaded
 from qbench.quant.linear import use_kernels
 from qbench.quant.quantizer import Quantizer
 from qbench.quantize import quantize_model, require_finite
@@ -43,7 +44,7 @@ from qbench.record.result import (
 )
 from qbench.record.store import Store, identity
 from qbench.registry import make_quantizer
-from qbench.runtime import pick_device, pick_dtype
+from qbench.runtime import check_offload, pick_device, pick_dtype
 
 log = logging.getLogger(__name__)
 
@@ -105,6 +106,7 @@ def prepare(
     else:
         quantizer = make_quantizer(config.quantizer)
     device = pick_device(config.runtime, here)
+    check_offload(config.runtime, device)
     dtype = pick_dtype(config.runtime, device)
     source = read_task(config.task, config.runtime)
     speed.check(config.speed)
@@ -183,11 +185,11 @@ def _measure(
 
     Also returns the scores that it refers to, by file, and the quantized model; None for both when a step failed.
     """
-    clock = Clock()
+    clock, offload = Clock(), config.runtime.offload
     try:
         with clock.phase("load"):
-            loaded = load.load(config.model, dtype, device, store.models)
-            require_finite(loaded.model)
+            loaded = load.load(config.model, dtype, device, store.models, offload)
+            require_finite(loaded.model, offload)
             packed.check_model(config.export, loaded.model, quantizer)
         model = loaded.model
         quantized = sum(weight.numel for weight in quantized_weights(model))
@@ -206,10 +208,12 @@ def _measure(
         )
         timed, baseline, baseline_speed, cached = config.speed.name != "none", None, None, False
         if quantizer is not None:
-            if timed:
+            if timed and offload:
+                log.warning("the speed of the baseline is not measured: it would be that of copying its weights")
+            elif timed:
                 with clock.phase("baseline_speed"):
                     baseline_speed = speed.measure(model, config.speed)
-            with clock.phase("baseline"):
+            with clock.phase("baseline"), runs_offloaded(model, offload):
                 baseline, cached = measure.baseline(evaluation, model, loaded.fingerprint, result.environment, store)
 
             with clock.phase("quantize"):
@@ -247,7 +251,7 @@ def _quantize(
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     started = time.perf_counter()
-    layers, skipped = quantize_model(model, quantizer, calibration)
+    layers, skipped = quantize_model(model, quantizer, calibration, config.runtime.offload)
     wall_seconds = time.perf_counter() - started
     covered = coverage(model)
     if covered < config.runtime.min_coverage:
@@ -304,6 +308,8 @@ def _what_matters(config: Config, quantizer: Quantizer | None) -> dict[str, Any]
         del settings[key]
     for key in ("rerun", "device", "dtype"):  # device and dtype enter the run_id as resolved
         del settings["runtime"][key]
+    if not config.runtime.offload:  # what it changes is the peak of the GPU's memory, and that no baseline is timed
+        del settings["runtime"]["offload"]
     for group in ("model", "task", "calibration"):  # the contents are in the fingerprints
         del settings[group]["path"]
     del settings["task"]["include_path"]

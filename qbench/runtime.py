@@ -30,6 +30,15 @@ def pick_device(runtime: RuntimeConfig, here: bool = True) -> torch.device:
     return device
 
 
+def check_offload(runtime: RuntimeConfig, device: torch.device) -> None:
+    """Raises RequestError when there is no GPU to spare: a CPU computes where the weights are anyway."""
+    if runtime.offload and device.type != "cuda":
+        raise RequestError(
+            "runtime.offload=true keeps the weights off a GPU until they are quantized, but this point runs on the "
+            f"{device.type.upper()}; leave it out, or say runtime.device=cuda"
+        )
+
+
 def pick_dtype(runtime: RuntimeConfig, device: torch.device) -> torch.dtype:
     """The precision of the model's 16-bit or 32-bit parts; raises RequestError for an unknown name."""
     if runtime.dtype == "auto":

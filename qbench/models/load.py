@@ -21,6 +21,7 @@ from qbench.config import ModelConfig
 from qbench.errors import RequestError, unknown
 from qbench.models import smollm2, tiny
 from qbench.models.experts import QuantExperts
+from qbench.models.offload import leave_linears_on_host
 from qbench.quant import checkpoint, manifest
 
 
@@ -49,8 +50,12 @@ def fingerprint(config: ModelConfig) -> str:
     raise unknown("model.source", config.source, ("hub", "local", "packed", "smollm2", "random"))
 
 
-def load(config: ModelConfig, dtype: torch.dtype, device: torch.device, cache: Path) -> LoadedModel:
+def load(
+    config: ModelConfig, dtype: torch.dtype, device: torch.device, cache: Path, offload: bool = False
+) -> LoadedModel:
     """Loads the model onto `device` in `dtype`; converted models are kept under `cache`.
+
+    With `offload` the linear weights stay in host memory (models/offload.py); a packed checkpoint has none.
 
     Raises RequestError when the source cannot be read: unknown, unreachable, missing or corrupt.
     """
@@ -78,7 +83,11 @@ def load(config: ModelConfig, dtype: torch.dtype, device: torch.device, cache: P
         if folder is None:
             raise RequestError(f"model={config.name}: model.id is not set; it names the Hub repository")
         model, tokenizer = _from_pretrained(folder, revision, remote_code, dtype)
-    model = model.to(device).eval().requires_grad_(False)
+    model = model.eval().requires_grad_(False)
+    if offload:
+        leave_linears_on_host(model, device)
+    else:
+        model = model.to(device)
     return LoadedModel(model, tokenizer, identity, note)
 
 
