@@ -2,9 +2,11 @@
 
 The model is transformers' Qwen3ForCausalLM with random weights, built on the GPU: bf16, or quantized from the start.
 One token is one CUDA graph over a static cache: its linears (bf16 cuBLAS, or the fused kernels), and three small
-Triton kernels for everything else, the same for both. First it is compared with transformers' own forward on a small
-configuration. `merged` computes q/k/v and gate/up as one matrix each, as inference engines do; with a t per input
-channel that needs one t for the merged matrices (SINQ with a shared t), so `separate` is what the harness itself runs.
+Triton kernels for everything else, the same for both; like the fused kernels they let the next kernel start while they
+run (programmatic dependent launch), so that it can fetch its weights meanwhile. First it is compared with transformers'
+own forward on a small configuration. `merged` computes q/k/v and gate/up as one matrix each, as inference engines do;
+with a t per input channel that needs one t for the merged matrices (SINQ with a shared t), so `separate` is what the
+harness itself runs.
 """
 
 from __future__ import annotations
@@ -21,9 +23,12 @@ import triton.language as tl
 from timing import random_weight
 from torch import Tensor, nn
 from transformers import Qwen3Config, Qwen3ForCausalLM
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from qbench.quant.linear import QuantLinear, use_kernels
 
+PDL = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)
+BLOCK = 128  # cached positions that a head attends to at a time
 QWEN3_8B = {
     "vocab_size": 151936,
     "hidden_size": 4096,
@@ -39,8 +44,11 @@ QWEN3_8B = {
 @triton.jit
 def _add_norm(x, delta, gain, out, width, eps, ADD: tl.constexpr, BLOCK: tl.constexpr):
     """x += delta; out = RMSNorm(x) * gain, for one token."""
+    gdc_launch_dependents()
     i = tl.arange(0, BLOCK)
     inside = i < width
+    gained = tl.load(gain + i, mask=inside, other=0.0).to(tl.float32)
+    gdc_wait()
     value = tl.load(x + i, mask=inside, other=0.0).to(tl.float32)
     if ADD:
         value += tl.load(delta + i, mask=inside, other=0.0).to(tl.float32)
@@ -48,14 +56,14 @@ def _add_norm(x, delta, gain, out, width, eps, ADD: tl.constexpr, BLOCK: tl.cons
         value = value.to(x.dtype.element_ty).to(tl.float32)
     scale = tl.rsqrt(tl.sum(value * value) / width + eps)
     normed = (value * scale).to(x.dtype.element_ty).to(tl.float32)
-    tl.store(
-        out + i, (normed * tl.load(gain + i, mask=inside, other=0.0).to(tl.float32)).to(x.dtype.element_ty), mask=inside
-    )
+    tl.store(out + i, (normed * gained).to(x.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def _silu_product(gate, up, out, width, BLOCK: tl.constexpr):
+    gdc_launch_dependents()
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    gdc_wait()
     g = tl.load(gate + i, mask=i < width, other=0.0).to(tl.float32)
     u = tl.load(up + i, mask=i < width, other=0.0).to(tl.float32)
     g = (g / (1 + tl.exp(-g))).to(out.dtype.element_ty).to(tl.float32)
@@ -93,8 +101,10 @@ def _attend(
     BLOCK: tl.constexpr,
 ):
     """One query head of one token: norms, rotary embedding, cache `[kv heads, length, head_dim]`, attention."""
+    gdc_launch_dependents()
     head = tl.program_id(0)
     kv = head // SHARED
+    gdc_wait()
     position = tl.load(position_at)
     i = tl.arange(0, HALF)
     dtype = out.dtype.element_ty
@@ -157,9 +167,9 @@ class Decoder:
         width = x.shape[-1]
         block = triton.next_power_of_2(width)
         given = x if delta is None else delta
-        _add_norm[(1,)](
-            x, given, norm.weight, self.normed, width, norm.variance_epsilon, delta is not None, block, num_warps=8
-        )
+        options = {"num_warps": 16, "launch_pdl": PDL}
+        add, eps = delta is not None, norm.variance_epsilon
+        _add_norm[(1,)](x, given, norm.weight, self.normed, width, eps, add, block, **options)
         return self.normed
 
     def step(self) -> Tensor:
@@ -185,12 +195,14 @@ class Decoder:
                 config.rms_norm_eps,
                 self.shared,
                 self.half,
-                32,
+                BLOCK,
+                num_warps=8,
+                launch_pdl=PDL,
             )
             delta = attention.o_proj(self.attended)
             gate, up = _project(mlp, ("gate_proj", "up_proj"), self.norm(x, delta, layer.post_attention_layernorm))
             width = gate.shape[-1]
-            _silu_product[(-(-width // 1024),)](gate, up, self.product, width, 1024)
+            _silu_product[(-(-width // 1024),)](gate, up, self.product, width, 1024, launch_pdl=PDL)
             delta = mlp.down_proj(self.product)
         logits = self.model.lm_head(self.norm(x, delta, model.norm))
         self.token.copy_(logits.argmax(-1))
