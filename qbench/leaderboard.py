@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import TextIO
 
 from qbench.errors import RequestError, unknown
+from qbench.record.outline import Outline
+from qbench.record.result import Result
 from qbench.report import board, columns, entries, history, reference, table
 
 FORMATS = ("table", "md", "csv", "json", "tex", "html")
@@ -38,7 +40,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def show(outputs: Path, run_ids: Collection[str], file: TextIO) -> None:
     """The leaderboard of some points alone, such as those of a sweep that has just ended."""
-    kept = entries.latest(entries.read(outputs, run_ids).entries)
+    kept = entries.latest(entries.read(outputs, run_ids, Outline).entries)
     sections = board.sections(kept, *columns.order("quality"))
     file.write(table.write([columns.table(section) for section in sections], "table", _width(file)))
 
@@ -73,7 +75,7 @@ def _report(asked: argparse.Namespace) -> str:
     if asked.metric not in columns.SORTABLE:
         raise unknown("metric", asked.metric, columns.SORTABLE)
     published = [number for name in asked.reference for number in reference.read(name)]
-    recorded = entries.read(asked.outputs)
+    recorded = entries.read(asked.outputs, kind=Result if style == "html" else Outline)  # the page draws every layer
     for problem in recorded.problems:
         print(f"qbench.leaderboard: {table.plain(problem, 500)}", file=sys.stderr)
     kept = entries.where(recorded.entries, asked.where)

@@ -45,8 +45,7 @@ def show(result: Result) -> None:
         f"{quantization.model_bytes / 1e6:.1f}",
         f"{model.baseline_bytes / quantization.model_bytes:.2f} times smaller; head and embeddings stay at 16 bit",
     )
-    if quantization.layers:
-        error = sum(row.relative_error for row in quantization.layers) / len(quantization.layers)
+    if (error := quantization.weight_error) is not None:
         table.add_row("relative weight error, mean", "0", f"{error:.4f}", f"{len(quantization.layers)} linears")
     table.add_row("quantizing, s", "", f"{quantization.quant_seconds:.1f}", f"coverage {quantization.coverage:.1%}")
     if result.speed is not None:

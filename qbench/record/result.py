@@ -6,7 +6,8 @@ Reading validates: an unknown or missing field, a wrong type or another schema v
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from functools import cache
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
@@ -118,6 +119,11 @@ class QuantizationRecord:
     weight_bytes: WeightBytes | None = None  # of the quantized model as it ran
 
     __pydantic_config__: ClassVar[ConfigDict] = _STRICT
+
+    @property
+    def weight_error(self) -> float | None:
+        """Mean over the layers of their relative errors; None for a packed checkpoint."""
+        return sum(row.relative_error for row in self.layers) / len(self.layers) if self.layers else None
 
 
 Verdict = Literal["better", "worse", "not distinguishable"]
@@ -288,13 +294,13 @@ class Result:
     __pydantic_config__: ClassVar[ConfigDict] = _STRICT
 
     def to_json(self) -> str:
-        return _ADAPTER.dump_json(self, indent=1).decode() + "\n"
+        return _adapter(type(self)).dump_json(self, indent=1).decode() + "\n"
 
-    @staticmethod
-    def from_json(text: str | bytes, source: str = "result") -> Result:
+    @classmethod
+    def from_json(cls, text: str | bytes, source: str = "result") -> Self:
         """Raises ResultError naming `source` and the first thing that is wrong."""
         try:
-            return _ADAPTER.validate_json(text)
+            return _adapter(cls).validate_json(text)
         except ValidationError as error:
             first = error.errors(include_url=False)[0]
             place = ".".join(map(str, first["loc"])) or "the file"
@@ -345,4 +351,6 @@ class Result:
         return flat
 
 
-_ADAPTER = TypeAdapter(Result)
+@cache
+def _adapter(kind: type[Result]) -> TypeAdapter[Any]:
+    return TypeAdapter(kind)

@@ -83,8 +83,7 @@ class Entry:
     @cached_property
     def weight_error(self) -> float | None:
         """Mean over the layers of ||W - dequantized|| / ||W||; None for a packed checkpoint."""
-        layers = self.result.quantization.layers if self.result.quantization else []
-        return sum(row.relative_error for row in layers) / len(layers) if layers else None
+        return self.result.quantization.weight_error if self.result.quantization else None
 
 
 @dataclass(frozen=True)
@@ -148,26 +147,29 @@ def unresolved(recorded: Recorded) -> list[Result]:
     ]
 
 
-def read(outputs: Path, run_ids: Collection[str] | None = None) -> Recorded:
-    """Every result under `outputs`, or those of `run_ids`; raises RequestError when there is no such folder."""
+def read(outputs: Path, run_ids: Collection[str] | None = None, kind: type[Result] = Result) -> Recorded:
+    """Every result under `outputs`, or those of `run_ids`; raises RequestError when there is no such folder.
+
+    `kind` is Outline for reports that need no layers.
+    """
     folder = outputs / "results"
     if not folder.is_dir():
         raise RequestError(f"{outputs} holds no results/ folder; give the outputs folder of `python -m qbench`")
     recorded = Recorded([], [], [])
     for path in sorted(folder.glob("*/result.json")):
         if run_ids is None or path.parent.name in run_ids:
-            _read_one(path, recorded)
+            _read_one(path, recorded, kind)
     recorded.entries.sort(key=lambda entry: (entry.result.created_utc, entry.result.run_id))
     recorded.failed.sort(key=lambda result: (result.created_utc, result.run_id))
     return recorded
 
 
-def _read_one(path: Path, recorded: Recorded) -> None:
+def _read_one(path: Path, recorded: Recorded, kind: type[Result]) -> None:
     place = f"{path.parent.name}/{path.name}"
     try:
         if not path.is_file():
             raise ResultError(f"{place} is not a file")
-        result = Result.from_json(path.read_bytes(), place)
+        result = kind.from_json(path.read_bytes(), place)
     except (OSError, ResultError) as error:
         recorded.problems.append(f"left out: {error}")
         return

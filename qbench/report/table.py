@@ -1,4 +1,4 @@
-"""Writes tables: for the terminal (Rich), Markdown, CSV, JSON and LaTeX (booktabs).
+"""Writes tables: for the terminal, Markdown, CSV, JSON and LaTeX (booktabs).
 
 Every string comes from a result file that anyone may have written, so it is made harmless here, once per format:
 control characters are replaced, long texts shortened where people read, and each format's own syntax escaped.
@@ -15,11 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rich import box
 from rich.cells import cell_len
-from rich.console import Console
-from rich.table import Table as RichTable
-from rich.text import Text
 
 LONGEST = 60  # characters of a cell that people read
 
@@ -40,44 +36,47 @@ class Table:
 
 def write(tables: Sequence[Table], style: str, width: int | None = None) -> str:
     """The tables as one text in a style: table, md, csv, json or tex."""
-    return {"table": _rich, "md": _markdown, "csv": _csv, "json": _json, "tex": _latex}[style](tables, width)
+    return {"table": _columns, "md": _markdown, "csv": _csv, "json": _json, "tex": _latex}[style](tables, width)
 
 
 def plain(text: str, longest: int | None = LONGEST) -> str:
     """One line without control characters (a terminal would obey them), direction marks or surrogates."""
-    kept = "".join(
-        "\N{REPLACEMENT CHARACTER}" if unicodedata.category(c)[0] == "C" and c != "\u200d" else c for c in text
-    )
+    kept = text
+    if not text.isprintable():
+        kept = "".join(
+            "\N{REPLACEMENT CHARACTER}" if unicodedata.category(c)[0] == "C" and c != "\u200d" else c for c in text
+        )
     return kept if longest is None or len(kept) <= longest else kept[: longest - 1] + "…"
 
 
-def _rich(tables: Sequence[Table], width: int | None) -> str:
+def _columns(tables: Sequence[Table], width: int | None) -> str:
     """As wide as the table, or as many columns from the left as fit into `width` characters."""
-    buffer = io.StringIO()
-    console = Console(file=buffer, width=10_000, highlight=False, force_terminal=False, color_system=None)
-    for number, table in enumerate(tables):
-        if number:
-            console.print()
-        console.print(Text(plain(table.title, 200)))
-        rich = RichTable(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
-        columns = list(zip(*table.cells, strict=True)) if table.cells else [()] * len(table.titles)
-        blocks = []  # one cell of many lines per column: Rich takes a millisecond for a row of cells
-        room = width or 10_000
-        for title, numeric, cells in zip(table.titles, table.numeric, columns, strict=True):
-            lines = [plain(cell) for cell in cells]
-            room -= max(map(cell_len, [title, *lines])) + 2
-            if room < 0:
-                break
-            rich.add_column(Text(plain(title)), justify="right" if numeric else "left", no_wrap=True)
-            blocks.append(Text("\n".join(lines)))
-        rich.add_row(*blocks)
-        console.print(rich)
+    parts = []
+    for table in tables:
+        shown, body = _aligned(table, width or 10_000)
         notes = list(table.notes)
-        if left_out := table.titles[len(blocks) :]:
+        if left_out := table.titles[shown:]:
             notes.insert(0, f"No room for: {'; '.join(left_out)}. A wider terminal or another --format shows them.")
-        for note in notes:
-            console.print(Text(plain(note, 500)))
-    return "\n".join(line.rstrip() for line in buffer.getvalue().splitlines()) + "\n"
+        parts.append("\n".join([plain(table.title, 200), "", *body, "", *(plain(note, 500) for note in notes)]))
+    return "\n\n".join(parts) + "\n"
+
+
+def _aligned(table: Table, room: int) -> tuple[int, list[str]]:
+    """How many columns fit into `room` characters, and the lines of these: the titles, a rule, the rows."""
+    blocks = []
+    columns = list(zip(*table.cells, strict=True)) if table.cells else [()] * len(table.titles)
+    for title, numeric, cells in zip(table.titles, table.numeric, columns, strict=True):
+        texts = [plain(text) for text in (title, *cells)]
+        lengths = [cell_len(text) for text in texts]  # in a terminal, where a character may take no place, or two
+        widest = max(lengths)
+        room -= widest + 2
+        if room < 0:
+            break
+        gaps = [" " * (widest - length) for length in lengths]
+        pairs = zip(gaps, texts, strict=True) if numeric else zip(texts, gaps, strict=True)
+        blocks.append(["".join(pair) for pair in pairs])
+    head, *rows = [f" {'  '.join(line)}" for line in zip(*blocks, strict=True)] or [""]
+    return len(blocks), [line.rstrip() for line in (head, " " + "─" * (cell_len(head) - 1), *rows)]
 
 
 def _markdown(tables: Sequence[Table], _: int | None) -> str:

@@ -3,6 +3,7 @@ from dataclasses import FrozenInstanceError, fields, is_dataclass, replace
 
 import pytest
 
+from qbench.record.outline import Outline
 from qbench.record.result import (
     DivergenceRecord,
     EvaluationRecord,
@@ -123,6 +124,31 @@ def break_(change):
 def test_wrong_documents_are_named(change, place):
     with pytest.raises(ResultError, match=f"x.json is not a result of schema version 1: {place}"):
         Result.from_json(break_(change), "x.json")
+
+
+def test_an_outline_is_the_result_but_for_its_layers():
+    result = example(speed=timed())
+    outline = Outline.from_json(result.to_json())
+    assert outline.summary() == result.summary()
+    assert outline.quantization.weight_error == result.quantization.weight_error == 0.09
+    for field_ in fields(Result):
+        if field_.name != "quantization":
+            assert getattr(outline, field_.name) == getattr(result, field_.name)
+
+
+@pytest.mark.parametrize(
+    ("change", "place"),
+    [
+        (lambda d: d.update(schema_version=2), "schema_version"),
+        (lambda d: d["quantization"].update(surprise=1), "quantization.surprise"),
+        (lambda d: d["quantization"].update(layers=[1]), "quantization.layers.0"),
+        (lambda d: d["quantization"]["layers"][0].pop("relative_error"), "quantization.layers.0.relative_error"),
+        (lambda d: d["quantization"]["layers"][0].update(relative_error="low"), "quantization.layers.0.relative_error"),
+    ],
+)
+def test_wrong_outlines_are_named(change, place):
+    with pytest.raises(ResultError, match=f"x.json is not a result of schema version 1: {place}"):
+        Outline.from_json(break_(change), "x.json")
 
 
 def test_results_written_before_the_later_fields_can_be_read():

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from rich.cells import cell_len
 
 from qbench import leaderboard
 from qbench.leaderboard import main
@@ -188,6 +189,16 @@ def test_a_narrow_terminal_gets_the_first_columns_whole(outputs, capsys, monkeyp
     assert "quantizing" not in head
     assert "…" not in text
     assert "No room for: " in text
+
+
+def test_columns_are_aligned_where_a_character_takes_two_places(tmp_path, show):
+    outputs = save(tmp_path, point("方法", 4, nll(0.2, 1)), point("sinq", 4, nll(0.9, 2)))
+    titles, rule, *lines = show(outputs)[1].splitlines()[2:6]
+    assert {cell_len(line) for line in (titles, rule, *lines)} == {cell_len(rule)}
+    assert rule.strip() == "─" * (cell_len(rule) - 1)
+    method = titles.index("method")
+    assert lines[0][method:].startswith("方法    ")
+    assert lines[1][method:].startswith("sinq    ")
 
 
 def test_latex_compiles_in_shape(outputs, show):
