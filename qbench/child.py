@@ -55,6 +55,7 @@ class Point:
     device: str
     dtype: str
     log: str  # file that receives what the process writes
+    sweep: str  # its name, which groups the points' W&B runs unless the user has named a group
     exports: bool = False
     flags: tuple[str, ...] = ()  # of the command line: where else configuration is found
     shares: tuple[Share, ...] = ()  # none: the point has its host to itself
@@ -185,6 +186,7 @@ def _spawn(point: Point, descriptors: Sequence[int], environment: dict[str, str]
     inherited = dict(os.environ)
     if cpus := inherited.get("SLURM_CPUS_PER_TASK"):
         inherited.setdefault("OMP_NUM_THREADS", cpus)
+    inherited.setdefault("WANDB_RUN_GROUP", point.sweep)  # here and not in os.environ: the next sweep is another group
     log = Path(point.log)
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("ab") as file:

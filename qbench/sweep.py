@@ -73,6 +73,8 @@ class Sweep(Callback):
         sys.exit(status)
 
     def _sweep(self, config: DictConfig) -> int:
+        from qbench.record.wandb_tracker import sweep_name
+
         started = time.perf_counter()
         self.config = config
         self.hydra_context = HydraContext(GlobalHydra.instance().config_loader(), Callbacks())
@@ -85,12 +87,11 @@ class Sweep(Callback):
 
             _print_json(show_plan(plan))
             return 0
-        words, points = self._points(todo, where)
+        words, points = self._points(todo, where, sweep_name([p.point.run_id for p in plan]))
         _say(
             f"sweep: {len(plan)} points, {len(plan) - len(todo)} recorded already, {len(todo)} to run"
             + (f", {words}" if todo else "")
         )
-        _name_group(plan)
         outcomes = {outcome.point.run_id: outcome for outcome in self._launch(points, where)} if points else {}
         return _conclude(plan, outcomes, time.perf_counter() - started)
 
@@ -154,7 +155,7 @@ class Sweep(Callback):
         except (HydraException, OmegaConfBaseException) as error:
             raise RequestError(requests.explain(error, overrides)) from None
 
-    def _points(self, todo: list[Planned], where: str) -> tuple[str, list[Point]]:
+    def _points(self, todo: list[Planned], where: str, name: str) -> tuple[str, list[Point]]:
         """How many run at a time, in words, and what is sent to where they run."""
         from qbench.child import Point, host_shares
 
@@ -188,6 +189,7 @@ class Sweep(Callback):
                     device=str(point.device),
                     dtype=str(point.dtype).removeprefix("torch."),
                     log=str(folder / f"{number}-{point.run_id}.log"),
+                    sweep=name,
                     exports=point.export is not None,
                     flags=tuple(flags),
                     shares=shares,
@@ -309,13 +311,6 @@ def _refusal(refused: Mapping[str, list[str]], total: int) -> str:
     count = sum(map(len, refused.values()))
     lines = [f"  {label}: {sentence}" for sentence, labels in refused.items() for label in labels]
     return "\n".join([f"{count} of {total} points cannot run, so none was started:", *lines])
-
-
-def _name_group(plan: list[Planned]) -> None:
-    """Tells the points' trackers, through the environment, which sweep they belong to."""
-    from qbench.record.wandb_tracker import sweep_name
-
-    os.environ.setdefault("WANDB_RUN_GROUP", sweep_name([p.point.run_id for p in plan]))
 
 
 def _conclude(plan: list[Planned], outcomes: Mapping[str, Outcome], seconds: float) -> int:

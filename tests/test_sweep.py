@@ -18,6 +18,7 @@ from qbench.child import Share, explain_exit, host_shares
 from qbench.lock import locked, remove_stale
 from qbench.record.result import Result
 from qbench.record.store import PARTIAL, Store
+from qbench.record.wandb_tracker import sweep_name
 from qbench.sweep import Sweep
 from tests.conftest import ROOT
 from tests.kill_sweep import Attack, points_of
@@ -81,6 +82,23 @@ def test_a_process_that_dies_costs_its_point_only(qbench, monkeypatch):
     outcome = qbench("-m", *TINY, "quantizer=rtn", "quantizer.nbits=8", "runtime.rerun=true")
     assert outcome.status == 1
     assert recorded()[8] == finished
+
+
+def test_the_points_of_a_sweep_share_a_group_that_ends_with_it(qbench, monkeypatch):
+    monkeypatch.delenv("WANDB_RUN_GROUP", raising=False)
+    said = "import os, sys; print(os.environ['WANDB_RUN_GROUP'], file=sys.stderr); sys.exit(7)"
+    monkeypatch.setattr(child, "COMMAND", (sys.executable, "-c", said))
+    groups = {}
+    for nbits in ("2,3", "3,2", "3,4"):
+        results = qbench("-m", *TINY, "quantizer=rtn", f"quantizer.nbits={nbits}").summary["results"]
+        (group,) = {result["error"].rpartition("last lines: ")[2] for result in results}
+        assert group == sweep_name([result["run_id"] for result in results])
+        assert "WANDB_RUN_GROUP" not in os.environ
+        groups[nbits] = group
+    assert groups["2,3"] == groups["3,2"] != groups["3,4"]
+    monkeypatch.setenv("WANDB_RUN_GROUP", "mine")
+    failed = qbench("-m", *TINY, "quantizer=rtn", "quantizer.nbits=2,3").summary["results"]
+    assert all(result["error"].endswith("last lines: mine") for result in failed)
 
 
 def test_invalid_points_are_refused_all_at_once_before_the_first_starts(qbench, monkeypatch):
