@@ -28,7 +28,7 @@ from tqdm import tqdm
 from qbench.collect import Collector, ExpertInputs
 from qbench.config import CalibrationConfig
 from qbench.errors import PointError, RequestError
-from qbench.evaluate.text import Text
+from qbench.evaluate.text import Text, most_tokens
 from qbench.models.linears import find_linears
 from qbench.models.offload import runs_offloaded
 from qbench.quant.quantizer import InputStatistics, Quantizer, Statistic
@@ -48,19 +48,31 @@ class Calibration:
         return hashlib.sha256(self.ids.astype("<i8").tobytes()).hexdigest()
 
 
-def cut_sequences(text: Text, tokenizer: Any, config: CalibrationConfig) -> Calibration:
-    """Tokenizes once and cuts from the start; raises RequestError when the text fills no sequence."""
+def check(text: Text, config: CalibrationConfig) -> None:
+    """Raises RequestError, before any tokenizer is loaded, for settings or a text that no tokenizer could make do."""
     if config.window < 2 or (config.sequences is not None and config.sequences < 1):
         raise RequestError("calibration.window must be at least 2 and calibration.sequences at least 1, or null")
+    if len(text.content) < config.window:  # a byte a character at the least
+        _full_sequences(most_tokens(text.content), text, config, "at most ")
+
+
+def cut_sequences(text: Text, tokenizer: Any, config: CalibrationConfig) -> Calibration:
+    """Tokenizes once and cuts from the start; raises RequestError when the text fills no sequence."""
     ids = np.asarray(tokenizer(text.content, verbose=False)["input_ids"], dtype=np.int64)
-    count = ids.size // config.window
-    if count == 0:
-        raise RequestError(
-            f"the calibration text {text.source} has {ids.size} tokens, less than one sequence of {config.window}; "
-            "use a longer text or a smaller calibration.window"
-        )
-    count = min(count, config.sequences or count)
+    full = _full_sequences(ids.size, text, config)
+    count = min(full, config.sequences or full)
     return Calibration(ids[: count * config.window].reshape(count, config.window), text.source, text.sha256)
+
+
+def _full_sequences(tokens: int, text: Text, config: CalibrationConfig, at_most: str = "") -> int:
+    """How many sequences the tokens fill; raises RequestError for none."""
+    full = tokens // config.window
+    if full == 0:
+        raise RequestError(
+            f"the calibration text {text.source} has {at_most}{tokens} tokens, less than one sequence of "
+            f"{config.window}; use a longer text or a smaller calibration.window"
+        )
+    return full
 
 
 Group = dict[str, nn.Linear]

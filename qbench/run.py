@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from qbench import __version__, packed
+from qbench import __version__, calibrate, packed
 from qbench.calibrate import Calibration, cut_sequences
 from qbench.config import CalibrationConfig, Config, ModelConfig, RuntimeConfig, TaskConfig
 from qbench.errors import PointError, RequestError
@@ -109,12 +109,15 @@ def prepare(
     check_offload(config.runtime, device)
     dtype = pick_dtype(config.runtime, device)
     source = read_task(config.task, config.runtime)
+    measure.check_length(source, config.task)
     speed.check(config.speed)
     if config.tracker.name == "wandb":
         wandb_tracker.check(config.tracker)
     store = Store(config.outputs)
     model_id = fingerprint(config.model)
     calibration_text = read_calibration(config.calibration) if quantizer is not None and quantizer.needs else None
+    if calibration_text is not None:
+        calibrate.check(calibration_text, config.calibration)
     texts = (source.sha256, calibration_text and calibration_text.sha256)
     settings = _what_matters(config, quantizer)
     run_id = identity(settings, model_id, texts, str(device.type), str(dtype), __version__)

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -114,6 +115,19 @@ def test_invalid_points_are_refused_all_at_once_before_the_first_starts(qbench, 
         assert f"  quantizer=nf4 quantizer.nbits={nbits}: unknown key 'quantizer.nbits'" in outcome.stderr
     assert "choose from: quantizer.aux_dtype, quantizer.group_size" in outcome.stderr
     assert not list(Path("outputs/results").iterdir())
+    assert not Path("outputs/sweeps").exists()
+
+
+def test_texts_that_are_too_short_are_refused_before_the_first_point_starts(qbench, monkeypatch):
+    monkeypatch.setattr(child, "COMMAND", ("false",))
+    windows = ("task.window=512,88888", "calibration.window=512,99999")
+    outcome = qbench("-m", "model=tiny-dense", "quantizer=rtn,gptq", *windows)
+    assert outcome.status == 2
+    assert "qbench: 5 of 8 points cannot run, so none was started:" in outcome.stderr
+    evaluated = r"the text qbench.texts/mini.txt has at most \d+ tokens, less than one window of 88888"
+    assert len(re.findall(evaluated, outcome.stderr)) == 4
+    shown = r"the calibration text \S+ has at most \d+ tokens, less than one sequence of 99999"
+    assert len(re.findall(shown, outcome.stderr)) == 1  # RTN needs none
     assert not Path("outputs/sweeps").exists()
 
 

@@ -40,6 +40,12 @@ def read(task: TaskConfig, runtime: RuntimeConfig) -> Source:
     return lmeval.read(task) if task.protocol == "lmeval" else windows.read(task)
 
 
+def check_length(source: Source, task: TaskConfig) -> None:
+    """Raises RequestError, before any tokenizer is loaded, for a text that is too short whatever the tokenizer."""
+    if not isinstance(source, lmeval.TaskSource):
+        windows.check_length(source, task)
+
+
 def prepare(source: Source, tokenizer: Any, task: TaskConfig, runtime: RuntimeConfig) -> Evaluation:
     """Raises RequestError when the text does not fit the protocol, or lm-eval cannot load a task."""
     if isinstance(source, lmeval.TaskSource):

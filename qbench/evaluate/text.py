@@ -7,6 +7,7 @@ import hashlib
 import json
 import logging
 import re
+import unicodedata
 from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib import resources
@@ -15,6 +16,8 @@ from typing import Any
 
 from qbench.config import CalibrationConfig, TextConfig
 from qbench.errors import RequestError
+
+OWN_TOKENS = 8  # more than a tokenizer puts around a text by itself: BOS, EOS, a space in front
 
 
 @dataclass(frozen=True)
@@ -98,6 +101,17 @@ def wikitext_pages(raw: str) -> list[str]:
             lines = []
         lines.append(line)
     return [*pages, "\n".join(lines)]
+
+
+def most_tokens(content: str) -> int:
+    """No tokenizer makes more tokens of a text: each stands for a byte of its UTF-8 at the least, but for a few.
+
+    That holds where the alphabet is bytes and where unknown characters fall back to bytes. Tokenizers that normalize
+    first may lengthen what is not ASCII, hence the longest of the normal forms.
+    """
+    names = () if content.isascii() else ("NFC", "NFD", "NFKC", "NFKD")
+    forms = [content, *(unicodedata.normalize(name, content) for name in names)]
+    return max(len(form.encode()) for form in forms) + OWN_TOKENS
 
 
 def join_rows(rows: Iterable[str], separator: str) -> str:

@@ -22,7 +22,7 @@ import numpy as np
 
 from qbench.config import RuntimeConfig, TaskConfig
 from qbench.errors import RequestError, unknown
-from qbench.evaluate.text import Pages, Text, read_pages, read_text
+from qbench.evaluate.text import Pages, Text, most_tokens, read_pages, read_text
 
 PROTOCOLS = ("windows", "crops", "pages", "lmeval")
 AT_THE_START = "what the tokenizer puts before the text; none per window"
@@ -87,34 +87,39 @@ def read(task: TaskConfig) -> Text | Pages:
 
 def cut(data: Text | Pages, tokenizer: Any, task: TaskConfig) -> Windows:
     """Tokenizes and cuts; raises RequestError when the text does not fill the windows that the protocol's name says."""
-    if isinstance(data, Text):
-        return cut_windows(data, tokenizer, task)
-    if task.protocol == "crops":
+    if isinstance(data, Pages) and task.protocol == "crops":
         return crop_pages(data, tokenizer, task)
+    return cut_windows(_joined(data, task), tokenizer, task)
+
+
+def check_length(data: Text | Pages, task: TaskConfig) -> None:
+    """Raises RequestError, before any tokenizer is loaded, for a text that is too short whatever the tokenizer."""
+    if isinstance(data, Pages) and task.protocol == "crops":
+        if not any(len(page) > task.window for page in data.content):  # a byte a character at the least
+            _require_page(max(map(most_tokens, data.content), default=0), data, task, "at most ")
+        return
+    text = _joined(data, task)
+    if len(text.content) < task.window * (task.max_windows or 1):
+        _full_windows(most_tokens(text.content), text, task, "at most ")
+
+
+def _joined(data: Text | Pages, task: TaskConfig) -> Text:
+    """The text that is cut into windows; raises RequestError when there are not the pages that it is joined of."""
+    if isinstance(data, Text):
+        return data
     assert task.pages is not None
     if len(data.content) < task.pages:
         raise RequestError(
             f"{data.source} holds {len(data.content)} pages, the protocol joins the first {task.pages}; "
             f"use all of the shard, or set task.pages={len(data.content)}, which becomes part of the protocol's name"
         )
-    joined = Text(" ".join(data.content[: task.pages]), data.source, data.revision)
-    return cut_windows(joined, tokenizer, task)
+    return Text(" ".join(data.content[: task.pages]), data.source, data.revision)
 
 
 def cut_windows(text: Text, tokenizer: Any, task: TaskConfig) -> Windows:
     """One tokenization, cut from its start; raises RequestError when it does not fill the windows asked for."""
     ids = _tokenize(tokenizer, text.content)
-    full = ids.size // task.window
-    if full == 0:
-        raise RequestError(
-            f"the text {text.source} has {ids.size} tokens, less than one window of {task.window}; "
-            "use a longer text or a smaller task.window"
-        )
-    if task.max_windows is not None and full < task.max_windows:
-        raise RequestError(
-            f"the text {text.source} has {full} windows of {task.window} tokens, task.max_windows asks for "
-            f"{task.max_windows}; set task.max_windows={full}, or null for all"
-        )
+    full = _full_windows(ids.size, text, task)
     count = task.max_windows or full
     if task.name == "text":  # any file: its content is what tells two of them apart
         task = replace(task, name=f"text-{text.sha256[:8]}")
@@ -125,6 +130,22 @@ def cut_windows(text: Text, tokenizer: Any, task: TaskConfig) -> Windows:
         leading_special_tokens=_leading_special_tokens(tokenizer, text.content),
         token_ids_sha256=_sha256(ids),
     )
+
+
+def _full_windows(tokens: int, text: Text, task: TaskConfig, at_most: str = "") -> int:
+    """How many windows the tokens fill; raises RequestError for none, or fewer than asked for."""
+    full = tokens // task.window
+    if full == 0:
+        raise RequestError(
+            f"the text {text.source} has {at_most}{tokens} tokens, less than one window of {task.window}; "
+            "use a longer text or a smaller task.window"
+        )
+    if task.max_windows is not None and full < task.max_windows:
+        raise RequestError(
+            f"the text {text.source} has {at_most}{full} windows of {task.window} tokens, task.max_windows asks for "
+            f"{task.max_windows}; set task.max_windows={'' if at_most else f'{full}, or '}null for all"
+        )
+    return full
 
 
 def crop_pages(pages: Pages, tokenizer: Any, task: TaskConfig) -> Windows:
@@ -146,12 +167,7 @@ def crop_pages(pages: Pages, tokenizer: Any, task: TaskConfig) -> Windows:
             start = draw.randint(0, ids.size - task.window - 1)
             crops.append(ids[start : start + task.window])
         elif not crops and len(tokenized) == len(pages.content):
-            longest = max(page.size for page in tokenized.values())
-            if longest <= task.window:
-                raise RequestError(
-                    f"no page of {pages.source} is longer than one window of {task.window} tokens, the longest has "
-                    f"{longest}; use more pages or a smaller task.window"
-                )
+            _require_page(max(page.size for page in tokenized.values()), pages, task)
     ids = np.stack(crops)
     return Windows(
         ids=ids,
@@ -161,6 +177,14 @@ def crop_pages(pages: Pages, tokenizer: Any, task: TaskConfig) -> Windows:
         token_ids_sha256=_sha256(ids),
         bos_policy=BEFORE_CROPPING,
     )
+
+
+def _require_page(longest: int, pages: Pages, task: TaskConfig, at_most: str = "") -> None:
+    if longest <= task.window:
+        raise RequestError(
+            f"no page of {pages.source} is longer than one window of {task.window} tokens, the longest has "
+            f"{at_most}{longest}; use more pages or a smaller task.window"
+        )
 
 
 def _tokenize(tokenizer: Any, content: str) -> np.ndarray:

@@ -1,10 +1,12 @@
 import re
 
 import pytest
+from tokenizers import normalizers, pre_tokenizers, processors
 
 from qbench.config import TaskConfig
 from qbench.errors import RequestError
-from qbench.evaluate.text import join_rows, read_text, wikitext_pages
+from qbench.evaluate.text import join_rows, most_tokens, read_text, wikitext_pages
+from qbench.models.tiny import byte_tokenizer
 
 
 def embedded(name):
@@ -51,6 +53,29 @@ def test_unreachable_hub_names_the_ways_out():
     task = TaskConfig(name="wikitext2", protocol="windows", dataset="Salesforce/wikitext", subset="x", split="test")
     with pytest.raises(RequestError, match=r"task\.path=FILE.*task=mini"):
         read_text(task)
+
+
+@pytest.mark.parametrize("form", ["NFC", "NFD", "NFKC", "NFKD"])
+def test_no_text_has_more_tokens_than_its_bytes_allow(form):
+    """Byte by byte, behind a normalizer that lengthens the text, with a space in front, and BOS and EOS around it."""
+    rust = byte_tokenizer().backend_tokenizer
+    rust.normalizer = getattr(normalizers, form)()
+    rust.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    rust.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 256), ("</s>", 257)]
+    )
+    for text in (
+        "",
+        "abc",
+        "caf\u00e9",
+        "\ufdfa" * 9,
+        "\u0958\ufb2c" * 5,
+        "\U0001d160" * 4,
+        "\u0390" * 7,
+        "\U0001f600\n",
+    ):
+        tokens = len(rust.encode(text).ids)
+        assert len(text.encode()) <= tokens <= most_tokens(text)
 
 
 def test_wikitext_file_becomes_the_protocols_tokens(data, smollm2_folder):

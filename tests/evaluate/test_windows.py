@@ -10,7 +10,7 @@ import pytest
 from qbench.config import RuntimeConfig, TaskConfig
 from qbench.errors import RequestError
 from qbench.evaluate.text import Pages, Text
-from qbench.evaluate.windows import check, cut, cut_windows, protocol_name, read
+from qbench.evaluate.windows import check, check_length, cut, cut_windows, protocol_name, read
 
 TEXT = Text("Seven grey geese crossed the river in a long, uneven line. " * 20, "test")
 
@@ -99,6 +99,23 @@ def test_refusals(tiny):
         cut(pages(), tokenizer, task(protocol="crops", window=400, max_windows=2))
     with pytest.raises(RequestError, match=r"holds 40 pages, the protocol joins the first 1100.*task\.pages=40"):
         cut(pages(), tokenizer, task(protocol="pages", pages=1100))
+
+
+def test_what_no_tokenizer_could_cut_is_refused_without_one():
+    check_length(TEXT, task(window=1180))
+    check_length(TEXT, task(max_windows=11))
+    with pytest.raises(RequestError, match=r"has at most 1188 tokens, less than one window of 2048"):
+        check_length(TEXT, task(window=2048))
+    with pytest.raises(RequestError, match=r"has at most 11 windows of 100 tokens, .* asks for 12; .*max_windows=null"):
+        check_length(TEXT, task(max_windows=12))
+    longest = max(len(page) for page in pages().content)
+    check_length(pages(), task(protocol="crops", window=longest - 1, max_windows=2))
+    with pytest.raises(RequestError, match=rf"no page of pages is longer .*, the longest has at most {longest + 8}"):
+        check_length(pages(), task(protocol="crops", window=2 * longest, max_windows=2))
+    with pytest.raises(RequestError, match=r"holds 40 pages, the protocol joins the first 1100.*task\.pages=40"):
+        check_length(pages(), task(protocol="pages", pages=1100))
+    with pytest.raises(RequestError, match=r"has at most \d+ tokens, less than one window of 99999"):
+        check_length(pages(), task(protocol="pages", pages=40, window=99999))
 
 
 @pytest.mark.parametrize(
