@@ -26,7 +26,7 @@ from qbench.models.linears import find_linears
 from qbench.quant.quantizer import InputStatistics, Quantizer
 
 if TYPE_CHECKING:
-    from qbench.sweep import Planned
+    from qbench.plan import Planned
 
 
 def show_plan(plan: Sequence[Planned]) -> dict[str, Any]:

@@ -12,15 +12,14 @@ import time
 from pathlib import Path
 
 import pytest
-from omegaconf import OmegaConf
 
 from qbench import child
 from qbench.child import Share, explain_exit, host_shares
 from qbench.lock import locked, remove_stale
+from qbench.plan import expand
 from qbench.record.result import Result
 from qbench.record.store import PARTIAL, Store
 from qbench.record.wandb_tracker import sweep_name
-from qbench.sweep import Sweep
 from tests.conftest import ROOT
 from tests.kill_sweep import Attack, points_of
 
@@ -205,10 +204,7 @@ def test_the_demo_leaves_out_what_does_not_exist():
     register()
     with initialize_config_module("qbench.conf", version_base="1.3"):
         config = compose("config", overrides=["experiment=demo"], return_hydra_config=True)
-    sweep = Sweep()
-    sweep.config = OmegaConf.create({"hydra": {"sweeper": config.hydra.sweeper}})
-    sweep.hydra_context = type("Context", (), {"config_loader": None})
-    points = {" ".join(p) for p in sweep._expand(["experiment=demo", "model=tiny-dense"])}
+    points = {" ".join(p) for p in expand(["experiment=demo", "model=tiny-dense"], config.hydra, None)}
     assert len(points) == 14
     assert "quantizer=nf4 experiment=demo model=tiny-dense" in points
     assert "quantizer=asinq quantizer.nbits=3 experiment=demo model=tiny-dense" in points
