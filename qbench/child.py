@@ -119,7 +119,7 @@ def run(point: Point) -> Outcome:
         status, said = _spawn(point, descriptors, environment)
         seconds = time.perf_counter() - started
     after = store.load(point.run_id)
-    written = after is not None and after != before
+    written = after is not None and (before is None or after.to_json() != before.to_json())  # a NaN equals no NaN
     if after is not None and after.status == "ok" and (status == DONE or (written and not point.exports)):
         return Outcome(point, after, seconds)  # also when it was killed on its way out
     if after is not None and after.status == "failed" and written:
@@ -178,6 +178,10 @@ def describe(result: Result) -> str:
     for record in result.evaluation:
         change = "" if record.ppl_delta is None else f" ({record.ppl_delta:+.3f})"
         words.append(f"perplexity {record.ppl:.3f}{change}")
+    for record in result.tasks:
+        for metric in record.metrics:
+            change = "" if metric.delta is None else f" ({metric.delta:+.4f})"
+            words.append(f"{metric.name} {metric.value:.4f}{change}")
     return ", ".join(["ok", *words])
 
 

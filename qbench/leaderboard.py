@@ -95,8 +95,8 @@ def _report(asked: argparse.Namespace) -> str:
             return html.page(sections, failed, recorded.problems, published)
         tables = [columns.table(section, published) for section in sections]
         for result in failed:
-            name = f"{' '.join(result.command)}: {result.error}"
-            print(f"qbench.leaderboard: failed point {table.plain(name, 300)}", file=sys.stderr)
+            name, reason = table.plain(" ".join(result.command), 300), table.plain(result.error or "", 300)
+            print(f"qbench.leaderboard: failed point {name}: {reason}", file=sys.stderr)
     return table.write(tables, style, None if asked.output else _width(sys.stdout))
 
 

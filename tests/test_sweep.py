@@ -1,6 +1,7 @@
 """Sweeps: what is refused, run, skipped, recorded after a death, and run side by side."""
 
 import json
+import math
 import os
 import random
 import re
@@ -9,8 +10,10 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from qbench import child
@@ -22,6 +25,7 @@ from qbench.record.store import PARTIAL, Store
 from qbench.record.wandb_tracker import sweep_name
 from tests.conftest import ROOT
 from tests.kill_sweep import Attack, points_of
+from tests.report import examples
 
 TINY = ("model=tiny-dense", "task.max_windows=2")
 
@@ -99,6 +103,22 @@ def test_the_points_of_a_sweep_share_a_group_that_ends_with_it(qbench, monkeypat
     monkeypatch.setenv("WANDB_RUN_GROUP", "mine")
     failed = qbench("-m", *TINY, "quantizer=rtn", "quantizer.nbits=2,3").summary["results"]
     assert all(result["error"].endswith("last lines: mine") for result in failed)
+
+
+def test_an_earlier_result_with_nan_is_not_what_a_dead_process_wrote(tmp_path, monkeypatch):
+    result, scores = examples.point()
+    broken = replace(result, evaluation=[replace(result.evaluation[0], ppl=math.nan)])
+    examples.save(tmp_path, (broken, scores))
+    config = result.config | {"outputs": str(tmp_path)}
+    point = child.Point(1, 1, "x", (), result.run_id, config, "cpu", "float32", str(tmp_path / "log"), "sweep")
+    monkeypatch.setattr(child, "COMMAND", ("false",))
+    assert child.run(point).result.status == "failed"
+
+
+def test_what_is_said_of_a_result():
+    assert child.describe(examples.point(windows=examples.nll(0.2, 1))[0]).startswith("ok, perplexity 3")
+    assert child.describe(examples.tasked("rtn", np.ones(4))[0]) == "ok, acc 1.0000 (+0.2500), f1 0.5000"
+    assert child.describe(examples.failed([], "why")[0]) == "FAILED: why"
 
 
 def test_invalid_points_are_refused_all_at_once_before_the_first_starts(qbench, monkeypatch):

@@ -69,7 +69,8 @@ def _decode_times(row: Row) -> Value:
     speed = row.entry.result.speed
     if speed is None or speed.baseline is None:
         return None
-    return speed.quantized.decode.tokens_per_second.median / speed.baseline.decode.tokens_per_second.median
+    before = speed.baseline.decode.tokens_per_second.median
+    return speed.quantized.decode.tokens_per_second.median / before if before else None
 
 
 def _rank(row: Row) -> str:

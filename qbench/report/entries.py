@@ -14,6 +14,7 @@ import json
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
+from math import isfinite
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -78,7 +79,8 @@ class Entry:
     def bits(self) -> Any:
         """Bits of a code: as configured or, for a method that has no such setting, the whole bits per weight."""
         quantization = self.result.quantization
-        return self.settings.get("quantizer.nbits", int(quantization.bits_per_weight) if quantization else None)
+        whole = int(quantization.bits_per_weight) if quantization and isfinite(quantization.bits_per_weight) else None
+        return self.settings.get("quantizer.nbits", whole)
 
     @cached_property
     def weight_error(self) -> float | None:
@@ -259,7 +261,12 @@ def _tensors(folder: Path, name: str) -> dict[str, np.ndarray]:
 def _nll(tensors: Mapping[str, np.ndarray], count: int) -> Windows:
     """Mean NLL per window and, where windows differ in length, the tokens of each."""
     nll, tokens = tensors["quantized"].astype(np.float64), tensors.get("tokens")
-    if nll.shape != (count,) or not np.isfinite(nll).all() or (tokens is not None and tokens.shape != nll.shape):
+    if (
+        not count
+        or nll.shape != (count,)
+        or not np.isfinite(nll).all()
+        or (tokens is not None and tokens.shape != nll.shape)
+    ):
         raise ValueError(f"its file does not hold {count} finite window NLLs")
     return nll, tokens
 

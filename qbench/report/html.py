@@ -165,9 +165,9 @@ class Layouts:
             self._known[names] = self._new(names)
         number, place = self._known[names]
         count = len(self.listed[number][1])
-        squares = np.bincount(place, weights=[row.relative_error**2 for row in layers], minlength=count)
-        errors = np.sqrt(squares / np.bincount(place, minlength=count))
-        with np.errstate(divide="ignore", invalid="ignore"):
+        with np.errstate(all="ignore"):
+            squares = np.bincount(place, np.square([row.relative_error for row in layers]), minlength=count)
+            errors = np.sqrt(squares / np.bincount(place, minlength=count))
             codes = np.where(errors < SMALLEST, 0, 1 + np.rint(STEPS * np.log10(errors / SMALLEST)))
         codes = np.clip(np.nan_to_num(codes, nan=65535, posinf=65535), 0, 65535).astype("<u2")
         return number, base64.b64encode(codes.tobytes()).decode()

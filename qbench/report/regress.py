@@ -17,7 +17,7 @@ import numpy as np
 
 from qbench.record.result import Result
 from qbench.report.baseline import Baseline, Layer, Limits, Measured, Point, label, named
-from qbench.report.entries import Entry, Recorded, settings
+from qbench.report.entries import Entry, Recorded, Score, settings
 from qbench.report.noise import difference
 
 Verdict = Literal["pass", "note", "regressed", "failed", "missing"]
@@ -84,7 +84,7 @@ def _why_missing(point: Point, recorded: Recorded) -> str:
 def _check(point: Point, entry: Entry, limits: Limits) -> Iterator[Outcome]:
     now = Point.of(entry)
     for score in point.scores:
-        yield _quality(score, now.scores, limits)
+        yield _quality(score, now.scores, limits, entry.scores)
     yield _methods(point, now)
     yield _bytes(point, now)
     yield _equal("bits per weight", point.bits_per_weight, now.bits_per_weight)
@@ -104,11 +104,17 @@ def _check(point: Point, entry: Entry, limits: Limits) -> Iterator[Outcome]:
             yield check, "regressed" if worse else "pass", f"{before} to {after}; the limit is {ratio} times"
 
 
-def _quality(score: Measured, measured: Sequence[Measured], limits: Limits) -> Outcome:
+def _quality(score: Measured, measured: Sequence[Measured], limits: Limits, recorded: Sequence[Score]) -> Outcome:
+    """`measured` are those of the `recorded` scores that have their windows."""
     check = f"{score.metric}, {score.protocol}"
     now = next((m for m in measured if (m.protocol, m.metric) == (score.protocol, score.metric)), None)
     if now is None:
-        return check, "missing", "the point has no such score"
+        value = next((s.value for s in recorded if (s.protocol, s.metric) == (score.protocol, score.metric)), None)
+        if value is None:
+            return check, "missing", "the point has no such score"
+        if not np.isfinite(value):
+            return check, "regressed", f"{score.value:.5g} to {value}"
+        return check, "missing", "the file of its windows cannot be read, so nothing can be paired; measure it again"
     if now.text != score.text or len(now.windows) != len(score.windows):
         return check, "missing", "the text, its tokens or its windows changed, so nothing can be paired; see --update"
     change = difference(

@@ -108,7 +108,7 @@ def _csv(tables: Sequence[Table], _: int | None) -> str:
     keys = list(dict.fromkeys(key for table in tables for key in [*table.facts, *table.keys]))
     buffer = io.StringIO()
     writer = csv.DictWriter(buffer, keys, lineterminator="\n")
-    writer.writeheader()
+    writer.writerow({key: _csv_cell(key) for key in keys})  # a task may have named its metric anything
     for table in tables:
         for row in table.values:
             merged = table.facts | dict(zip(table.keys, row, strict=True))

@@ -219,6 +219,13 @@ def test_failed_points_are_told_until_they_are_made_good(outputs, show):
     assert show(outputs)[2] == ""
 
 
+def test_the_reason_of_a_failure_is_told_however_long_its_command(outputs, show):
+    save(outputs, failed(["a=" + "x" * 4000], "out of memory"))
+    told = show(outputs)[2]
+    assert told.endswith(": out of memory\n")
+    assert len(told) < 400
+
+
 HOSTILE = (
     "<script>alert(1)</script>",
     "</script><img src=x onerror=alert(1)>",
@@ -304,6 +311,47 @@ def test_numbers_that_are_none_stay_out_of_the_ranking(outputs, show):
     document = json.loads(show(outputs, "--format", "json")[1])
     last = document[0]["rows"][-1]
     assert (last["quantizer"], last["ppl"], last["rank"], last["front"]) == ("gptq", None, None, "")
+
+
+def test_extreme_numbers_never_stop_the_report(outputs, show):
+    result, windows = point("extreme", 4, nll(0.2))
+    del result.config["quantizer"]["nbits"]
+    speed = timed()
+    still = replace(speed.baseline.decode.tokens_per_second, median=0.0)
+    speed = replace(
+        speed, baseline=replace(speed.baseline, decode=replace(speed.baseline.decode, tokens_per_second=still))
+    )
+    rows_of_layers = [replace(row, relative_error=1e300) for row in result.quantization.layers]
+    for number, bits in enumerate((float("inf"), float("nan"))):
+        quantization = replace(result.quantization, bits_per_weight=bits, layers=rows_of_layers)
+        extreme = replace(result, run_id=f"{number}" * 16, quantization=quantization, speed=speed)
+        save(outputs, (extreme, windows))
+        for style in ANY:
+            status, out, err = show(outputs, "--format", style)
+            assert (status, err) == (0, "")
+            assert "extreme" in out
+    (row,) = (row for row in rows(show(outputs, "--format", "csv")[1]) if row["quantizer"] == "extreme")
+    assert (row["bits"], row["decode_times"]) == ("", "")
+
+
+def test_a_result_without_windows_has_no_rank(outputs, show):
+    result, windows = point("gptq", 4, nll(0.2))
+    none = replace(result, evaluation=[replace(result.evaluation[0], windows=0)])
+    save(outputs, (none, {name: values[:0] for name, values in windows.items()}))
+    status, out, err = show(outputs, "--format", "csv")
+    assert status == 0
+    assert "does not hold 0 finite window NLLs" in err
+    assert [row["rank"] for row in rows(out) if row["quantizer"] == "gptq"] == [""]
+
+
+def test_a_metric_may_have_any_name(outputs, show):
+    result, scores = tasked("sinq", np.ones(8))
+    record = result.tasks[0]
+    metrics = [replace(record.metrics[0], name="=HYPERLINK(1)")]
+    save(outputs, (replace(result, tasks=[replace(record, metrics=metrics)]), scores))
+    head = show(outputs, "--format", "csv")[1].splitlines()[0]
+    assert "'=HYPERLINK(1)" in head.split(",")
+    assert not any(name.startswith("=") for name in head.split(","))
 
 
 def test_single_windows_are_all_one_rank(tmp_path):

@@ -16,7 +16,7 @@ from qbench.quant.rounding import round_to_nearest
 from qbench.quant.weight import QuantizedWeight
 from qbench.regress import main
 from qbench.report.baseline import Baseline
-from tests.report.examples import failed, nll, point, save, tasked
+from tests.report.examples import BASELINE, failed, nll, point, save, tasked
 
 TINY = ("model=tiny-dense", "task.max_windows=3")
 
@@ -101,6 +101,20 @@ def test_worse_inside_the_noise_or_inside_the_allowance_is_no_regression(baselin
     assert gate(baseline, save(tmp_path / "noisy", noisy, point(*RTN)))[0] == 0
     tiny = changed(windows=nll(0.2, 1) + 0.003)  # every window: the interval excludes zero by far
     assert gate(baseline, save(tmp_path / "tiny", tiny, point(*RTN)))[0] == 0
+
+
+def test_a_quality_that_is_no_number_any_more_is_a_regression(baseline, tmp_path, gate):
+    result, scores = changed()
+    broken = replace(result, evaluation=[replace(result.evaluation[0], ppl=float("nan"))])
+    status, out, _ = gate(
+        baseline, save(tmp_path / "now", (broken, scores | {"quantized": BASELINE * np.nan}), point(*RTN))
+    )
+    assert status == 1
+    assert regressions(out)["ppl, mini:gptq-w512"].endswith(" to nan")
+    unread, _ = changed()
+    status, out, _ = gate(baseline, save(tmp_path / "lost", (unread, {"other": BASELINE}), point(*RTN)))
+    assert status == 2
+    assert "cannot be read" in regressions(out)["ppl, mini:gptq-w512"]
 
 
 def test_better_is_a_note(baseline, tmp_path, gate):
