@@ -25,6 +25,7 @@ def markdown(findings: Sequence[Finding]) -> str:
             lines += ["", f"### {title}", "", "| point | check | verdict | what |", "| --- | --- | --- | --- |", *rows]
     lines += ["", "### Points", "", "| point | verdict | quality |", "| --- | --- | --- |"]
     for point in points:
+        # a quality's check is named `metric, protocol`, and no other check has a comma
         quality = [f"{f.check}: {f.message}" for f in findings if f.point == point and ", " in f.check]
         lines.append(f"| {_md(point)} | {'bad' if point in broken else 'ok'} | {_md('; '.join(quality))} |")
     return "\n".join(lines) + "\n"
