@@ -23,13 +23,20 @@ PAIR = 2 * LAYER  # gate and up are one group for a calibrated method
 # fp64 [in, in]: H, its damped copy and its factor, or H, the factor and its inverse
 FACTORS = 3 * 8 * INTERMEDIATE**2
 # X^T X of q/k/v, o, gate/up and down, and at the same depth all hidden states; then activations of one sequence
-STATISTICS = 4 * (3 * HIDDEN**2 + INTERMEDIATE**2) + 4 * SEQUENCES * WINDOW * HIDDEN
+HIDDEN_STATES = 4 * SEQUENCES * WINDOW * HIDDEN
+STATISTICS = 4 * (3 * HIDDEN**2 + INTERMEDIATE**2) + HIDDEN_STATES
+# the rows of inputs that a scale search multiplies, of a block's four linear groups; and the product with an error
+SAMPLE = 4 * SEQUENCES * WINDOW * (3 * HIDDEN + 2 * INTERMEDIATE)
 ACTIVATIONS = 4 * WINDOW * (8 * HIDDEN + 4 * INTERMEDIATE)
 SLACK = 3 * 2**20  # the interpreter's own small objects and thread-local buffers of the matrix library
 
 BOUNDS = {
     "rtn": 2 * LAYER + SLACK,
     "sinq": 2 * LAYER + SLACK,
+    "hqq": 2 * LAYER + SLACK,
+    "nf4": 2 * LAYER + SLACK,
+    "awq": 2 * PAIR + SAMPLE + HIDDEN_STATES + ACTIVATIONS + SLACK,
+    "asinq": 2 * PAIR + SAMPLE + HIDDEN_STATES + ACTIVATIONS + SLACK,
     "gptq": max(2 * PAIR, PAIR + FACTORS) + STATISTICS + ACTIVATIONS + SLACK,
 }
 

@@ -27,6 +27,7 @@ NF4_LEVELS = (
 )
 # By bit pattern, in units of 1/12, as bitsandbytes numbers them: their order is not that of the values.
 FP4_MAGNITUDES = (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0)
+PART = 2**18  # weights whose levels are looked up at a time
 FP4_LEVELS = tuple(sign * m / 12 for sign in (1, -1) for m in FP4_MAGNITUDES)
 
 
@@ -54,7 +55,7 @@ def round_to_levels(
             method=method,
             diagnostics=dict(diagnostics or {}),
         )
-    values = weight.float().clone() if input_scale is None else weight.float() / input_scale.float()
+    values = weight.to(torch.float32, copy=True) if input_scale is None else weight.float() / input_scale.float()
     low, high = group_extremes(values, group_size)
     largest = torch.maximum(high, -low).clamp_min(FP16_TINY)  # an all-zero group: zero over anything is zero
     scale = Aux.compress(largest, aux_dtype)
@@ -93,5 +94,9 @@ def _fused(
 def nearest(ratios: Tensor, codebook: Tensor) -> Tensor:
     """Codes (uint8, the shape of `ratios`) of the nearest levels; a tie goes to the lower level."""
     ordered, order = codebook.sort(stable=True)
-    midpoints = (ordered[1:] + ordered[:-1]) / 2
-    return order.to(torch.uint8)[torch.bucketize(ratios.contiguous(), midpoints, out_int32=True)]
+    midpoints, order = (ordered[1:] + ordered[:-1]) / 2, order.to(torch.uint8)
+    codes = torch.empty_like(ratios, dtype=torch.uint8, memory_format=torch.contiguous_format)
+    # part by part: indices take 12 bytes a weight
+    for some, chosen in zip(ratios.reshape(-1).split(PART), codes.view(-1).split(PART), strict=True):
+        chosen.copy_(order[torch.bucketize(some, midpoints, out_int32=True)])
+    return codes

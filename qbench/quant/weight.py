@@ -87,7 +87,10 @@ class QuantizedWeight:
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weights `[..., out, in]`, computed in fp32 by the formula above, then cast to `dtype`."""
         codes = self.codes()
-        values = codes.float() if self.codebook is None else self.codebook[codes.int()]
+        if self.codebook is None:
+            values = codes.float()
+        else:  # by 32-bit indices, which indexing with [] would widen to 64
+            values = self.codebook.index_select(0, codes.flatten().int()).view(codes.shape)
         if self.codebook is None:
             if self.zero is None:
                 values -= 2.0 ** (self.nbits - 1)
