@@ -19,8 +19,8 @@ from qbench.config import Config
 from qbench.errors import RequestError
 
 if TYPE_CHECKING:
+    from qbench.prepare import Prepared
     from qbench.record.result import Result
-    from qbench.run import Prepared
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def plan(found: list[tuple[str, ...]], composed: DictConfig, loader: ConfigLoade
     from qbench.evaluate import measure
     from qbench.evaluate.text import read_text
     from qbench.models import load
-    from qbench.run import prepare
+    from qbench.prepare import prepare
 
     common = set(found[0]).intersection(*found[1:])
     shared = [_remembered(function) for function in (load.fingerprint, measure.read, read_text)]

@@ -206,7 +206,7 @@ def same_numbers(qbench, *arguments):
 @pytest.mark.parametrize("arguments", [("model=tiny-dense", "quantizer=gptq"), ("model=tiny-moe", "quantizer=sinq")])
 def test_a_point_gives_the_same_numbers(qbench, monkeypatch, arguments):
     """On a CPU, where it is refused otherwise."""
-    monkeypatch.setattr("qbench.run.check_offload", lambda runtime, device: None)
+    monkeypatch.setattr("qbench.prepare.check_offload", lambda runtime, device: None)
     same_numbers(qbench, *arguments, "runtime.device=cpu")
 
 
@@ -239,7 +239,7 @@ def test_a_packed_checkpoint_has_nothing_to_offload(qbench):
 
 def test_points_without_it_are_the_points_they_were():
     from qbench.config import Config, ModelConfig, RuntimeConfig
-    from qbench.run import _what_matters
+    from qbench.prepare import _what_matters
 
     plain = Config(model=ModelConfig(name="m", source="random"))
     assert "offload" not in _what_matters(plain, RTN())["runtime"]
