@@ -1,7 +1,8 @@
 """Decides between the fused Triton kernels of qbench.kernels and plain torch, which is the reference for them.
 
 The kernels take weights on a CUDA device when Triton can be imported; QBENCH_KERNELS=0 in the environment keeps
-everything on plain torch. The choice never changes what is computed: `pytest -m gpu tests/kernels` compares both.
+everything on plain torch. Both compute the same but for the order of sums, which can decide a tie: `pytest -m gpu
+tests/kernels` compares them.
 """
 
 from __future__ import annotations
