@@ -17,43 +17,49 @@ from shapes import FORMATS, SHAPES
 from timing import copies, random_weight, time_calls
 
 from qbench.kernels import cuda
-from qbench.kernels.cuda import BUCKETS, Plan
+from qbench.kernels.blocks import BUCKETS, NARROW, Plan, WidePlan, table_key
 from qbench.kernels.tiles import COLUMNS, ROWS, Tiles, to_tiles
 
 PLANS = Path(cuda.__file__).with_name("plans")
 
 
-def candidates(M: int, N: int, K: int, tiles: Tiles) -> Iterator[Plan]:
-    blocks = next(size for size in (1, 2, 4, 8) if 8 * size >= M)
-    chunks, strips = -(-K // COLUMNS), -(-N // ROWS)
-    sms = torch.cuda.get_device_properties(0).multi_processor_count
-    limit = torch.cuda.get_device_properties(0).shared_memory_per_block_optin
+def candidates(M: int, N: int, K: int, tiles: Tiles) -> Iterator[Plan | WidePlan]:
+    properties = torch.cuda.get_device_properties(0)
+    chunks = -(-K // COLUMNS)
+    for found in (*narrow(M, N, chunks, properties.multi_processor_count), *wide(M, N, chunks)):
+        shared = found.shared_bytes(M, chunks, tiles.nbits, tiles.group_size, tiles.has_zero)
+        if shared <= properties.shared_memory_per_block_optin:
+            yield found
+
+
+def narrow(M: int, N: int, chunks: int, sms: int) -> Iterator[Plan]:
+    """Of dual_linear.cu."""
+    if M > NARROW:
+        return
+    strips, blocks = -(-N // ROWS), 1 if M <= 8 else 2
+    warps = [(rows, splits) for rows in (1, 2, 4, 8, 16) for splits in (1, 2, 4, 8, 16) if 4 <= rows * splits <= 16]
     for rt in (1,) if blocks == 1 else (1, 2):
-        for wr, wk in (
-            (1, 4),
-            (1, 8),
-            (1, 16),
-            (2, 2),
-            (2, 4),
-            (2, 8),
-            (4, 1),
-            (4, 2),
-            (4, 4),
-            (8, 1),
-            (8, 2),
-            (16, 1),
-        ):
+        for wr, wk in warps:
             for splits in (1, 2, 4, 8):
                 for stages, ring in ((2, True), (3, True), (6, True), (2, False)):
                     found = Plan(blocks, rt, wr, wk, splits, stages, ring)
-                    grid, warps = -(-strips // (rt * wr)) * splits, wr * wk
-                    if warps > found.most_warps or (blocks * rt >= 16 and not ring):
+                    grid = -(-strips // (rt * wr)) * splits
+                    if grid < sms // 3 or grid * wr * wk > 64 * sms or wr * wk > found.most_warps:
                         continue
-                    if found.shared_bytes(M, chunks, tiles.nbits, tiles.group_size, tiles.has_zero) > limit:
-                        continue
-                    if grid < sms // 3 or grid * warps > 64 * sms or chunks < splits * wk * (1 if stages == 2 else 4):
-                        continue
-                    yield found
+                    if chunks >= splits * wk * (1 if stages == 2 else 4):
+                        yield found
+
+
+def wide(M: int, N: int, chunks: int) -> Iterator[WidePlan]:
+    """Of wide_linear.cu; up to 8 rows of x, its narrowest product would be half empty."""
+    if M <= 8:
+        return
+    enough = next(size for size in (2, 4, 8, 16) if 8 * size >= min(M, 128))
+    for blocks in {enough, max(2, enough // 2)}:
+        for warpgroups in (1, 2, 3, 4):
+            for splits in (1, 2, 4, 8):
+                if splits <= chunks and warpgroups * 64 < N + 64:
+                    yield from (WidePlan(blocks, warpgroups, splits, stages) for stages in (2, 3, 4, 6))
 
 
 def main() -> None:
@@ -79,7 +85,7 @@ def main() -> None:
                 if not timed:
                     continue
                 us, best = min(timed, key=lambda pair: pair[0])
-                table[cuda.table_key(M, N, K, first.nbits)] = [int(value) for value in astuple(best)]
+                table[table_key(M, N, K, first.nbits)] = [int(value) for value in astuple(best)]
                 print(f"{name} {N}x{K} batch {M}: {us:.1f} us {best} of {len(timed)}", flush=True)
             path.parent.mkdir(exist_ok=True)
             lines = ",\n".join(f"{json.dumps(key)}: {json.dumps(value)}" for key, value in sorted(table.items()))

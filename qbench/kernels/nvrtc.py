@@ -1,7 +1,7 @@
 """Compiles and launches the CUDA C++ kernels with what torch itself brings: NVRTC and the driver, through ctypes.
 
 No compiler is needed on the machine. A compiled kernel is cached in `$XDG_CACHE_HOME/qbench/kernels` (default
-`~/.cache`), named by the hash of its source, options and NVRTC's version; a cache that cannot be written only costs
+`~/.cache`), named by the hash of the sources, its options and NVRTC's version; a cache that cannot be written only costs
 the second process its time. Compiling is never done inside a CUDA-graph capture that was preceded by one eager call.
 """
 
@@ -14,31 +14,42 @@ import tempfile
 from functools import cache
 from pathlib import Path
 
-SOURCE = Path(__file__).with_name("dual_linear.cu")
+FOLDER = Path(__file__).parent
+SOURCES = {  # of each kernel
+    "dual_linear": "dual_linear.cu",
+    "scale_input": "dual_linear.cu",
+    "wide_linear": "wide_linear.cu",
+    "tile_input": "wide_linear.cu",
+    "dequantize": "dequantize.cu",
+}
 
 
 class KernelError(RuntimeError):
     """A kernel could not be compiled or launched; the message carries the compiler's or driver's own words."""
 
 
-def compile_cubin(arch: str, defines: dict[str, int]) -> bytes:
-    """Machine code of dual_linear.cu under `defines` for `arch` (such as `sm_90`); raises KernelError."""
-    source = SOURCE.read_bytes()
+def compile_cubin(file: str, arch: str, defines: dict[str, int]) -> bytes:
+    """Machine code of `file` under `defines` for `arch` (such as `sm_90a`); raises KernelError."""
     options = [f"-arch={arch}", "-std=c++17", "-default-device", *(f"-D{k}={v}" for k, v in sorted(defines.items()))]
-    version = _nvrtc_version()
-    key = hashlib.sha256(repr((source, options, version)).encode()).hexdigest()[:32]
+    key = hashlib.sha256(repr((file, _sources(), options, _nvrtc_version())).encode()).hexdigest()[:32]
     cached = cache_folder() / f"{arch}-{key}.cubin"
     if cached.is_file():
         return cached.read_bytes()
-    code = _compile(source, options)
+    code = _compile(file, [*options, f"-I{FOLDER}"])
     try:
         cached.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=cached.parent, delete=False) as file:
-            file.write(code)
-        os.replace(file.name, cached)
+        with tempfile.NamedTemporaryFile(dir=cached.parent, delete=False) as temporary:
+            temporary.write(code)
+        os.replace(temporary.name, cached)
     except OSError:
         pass
     return code
+
+
+@cache
+def _sources() -> list[bytes]:
+    """All of them: a kernel includes others' headers."""
+    return [path.read_bytes() for path in sorted(FOLDER.glob("*.cu*"))]
 
 
 def cache_folder() -> Path:
@@ -77,9 +88,10 @@ def _nvrtc_version() -> tuple[int, int]:
     return major.value, minor.value
 
 
-def _compile(source: bytes, options: list[str]) -> bytes:
+def _compile(file: str, options: list[str]) -> bytes:
     nvrtc, program = _nvrtc(), ctypes.c_void_p()
-    nvrtc.nvrtcCreateProgram(ctypes.byref(program), source, SOURCE.name.encode(), 0, None, None)
+    source = (FOLDER / file).read_bytes()
+    nvrtc.nvrtcCreateProgram(ctypes.byref(program), source, file.encode(), 0, None, None)
     try:
         arguments = (ctypes.c_char_p * len(options))(*(option.encode() for option in options))
         if nvrtc.nvrtcCompileProgram(program, len(options), arguments):
@@ -87,7 +99,7 @@ def _compile(source: bytes, options: list[str]) -> bytes:
             nvrtc.nvrtcGetProgramLogSize(program, ctypes.byref(size))
             log = ctypes.create_string_buffer(size.value)
             nvrtc.nvrtcGetProgramLog(program, log)
-            raise KernelError(f"NVRTC refused {' '.join(options)}: {log.value.decode(errors='replace')}")
+            raise KernelError(f"NVRTC refused {file} {' '.join(options)}: {log.value.decode(errors='replace')}")
         size = ctypes.c_size_t()
         nvrtc.nvrtcGetCUBINSize(program, ctypes.byref(size))
         code = ctypes.create_string_buffer(size.value)
@@ -133,11 +145,12 @@ def _check(status: int, what: str) -> None:
 
 
 @cache
-def _module(device: int, defines: tuple[tuple[str, int], ...]) -> ctypes.c_void_p:
+def _module(file: str, device: int, defines: tuple[tuple[str, int], ...]) -> ctypes.c_void_p:
     import torch
 
     major, minor = torch.cuda.get_device_capability(device)
-    code, module = compile_cubin(f"sm_{major}{minor}", dict(defines)), ctypes.c_void_p()
+    arch = f"sm_{major}{minor}" + ("a" if major == 9 else "")  # a: with wgmma, which Hopper alone has
+    code, module = compile_cubin(file, arch, dict(defines)), ctypes.c_void_p()
     with torch.cuda.device(device):
         torch.cuda.current_stream()  # the driver's calls need torch's context to be current
         _check(_driver().cuModuleLoadData(ctypes.byref(module), code), "loading a kernel")
@@ -150,10 +163,10 @@ def load(entry: str, device: int, defines: tuple[tuple[str, int], ...]) -> ctype
     import torch
 
     function = ctypes.c_void_p()
-    module = _module(device, defines)
+    module = _module(SOURCES[entry], device, defines)
     with torch.cuda.device(device):
         _check(_driver().cuModuleGetFunction(ctypes.byref(function), module, entry.encode()), f"finding {entry}")
-        if entry == "dual_linear":
+        if entry.endswith("_linear"):
             limit = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
             _check(_driver().cuFuncSetAttribute(function, MAX_DYNAMIC_SHARED, limit), "raising the shared memory limit")
     return function

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qbench.kernels import cuda
+from qbench.kernels import blocks, cuda
 from qbench.kernels import tiles as layout
 from qbench.kernels.tiles import Tiles
 
@@ -120,7 +120,7 @@ def _(x, index, data, input_scale, codebook, permutation, rows, columns, nbits, 
     tiles = Tiles.over(data, input_scale, codebook, permutation, rows, columns, nbits, group_size, has_zero, exponent)
     if x.dtype in HALF and 0 < index.numel() <= EXPERT_PAIRS and cuda.refusal(x.device.index) is None:
         _check(x, columns)
-        plan = cuda.plan(1, rows, columns, tiles, x.device.index)
+        plan = blocks.plan(1, rows, columns, tiles, x.device.index)
         if plan is not None:
             with torch.cuda.device(x.device):
                 return cuda.experts(_unit_stride(x), index, tiles, plan).view(*index.shape, rows)
@@ -168,7 +168,7 @@ def _linear_on_gpu(x: Tensor, tiles: Tiles, bias: Tensor | None) -> Tensor:
     with torch.cuda.device(x.device):
         if x.dtype in HALF and len(x) <= FUSED_BATCH:
             bias = None if bias is None else bias.to(x.dtype).contiguous()
-            plan = cuda.plan(len(x), *tiles.shape, tiles, device) if native else None
+            plan = blocks.plan(len(x), *tiles.shape, tiles, device) if native else None
             if plan is not None:
                 return cuda.linear(_unit_stride(x), tiles, bias, plan)
             if _has_triton():

@@ -1,10 +1,12 @@
-"""The CUDA C++ kernels on a CPU: dual_linear.cu compiled with emulator.h, launched by the library's own code."""
+"""The CUDA C++ kernels on a CPU: compiled with emulator.h, launched by the library's own code."""
 
 from __future__ import annotations
 
 import ctypes
 import shutil
 import subprocess
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -16,24 +18,26 @@ HERE = Path(__file__).parent
 
 @pytest.fixture(scope="session")
 def compiled(tmp_path_factory):
-    """defines -> the emulated kernels as a library; compiled once per session."""
+    """(entry, defines) -> the emulated kernel; a file is compiled once per session and set of defines."""
     compiler = shutil.which("g++")
     if compiler is None:
         pytest.skip("g++ is not on this machine; it compiles the CUDA kernels for the CPU")
     folder, libraries = tmp_path_factory.mktemp("emulated"), {}
 
-    def build(defines: tuple[tuple[str, int], ...]) -> ctypes.CDLL:
-        if defines not in libraries:
+    def build(entry: str, defines: tuple[tuple[str, int], ...]) -> Callable[..., None]:
+        file = nvrtc.SOURCES[entry]
+        if (file, defines) not in libraries:
             target = folder / f"{len(libraries)}.so"
-            flags = [f"-D{name}={value}" for name, value in defines]
+            entries = " ".join(f"ENTRY({name})" for name, source in nvrtc.SOURCES.items() if source == file)
+            flags = [f'-DSOURCE="{file}"', f"-DENTRIES={entries}", *(f"-D{name}={value}" for name, value in defines)]
             command = [compiler, "-std=c++20", "-O1", "-fPIC", "-shared", "-pthread", "-w", *flags]
-            command += [f"-I{nvrtc.SOURCE.parent}", f"-I{HERE}", str(HERE / "emulator.cpp"), "-o", str(target)]
+            command += [f"-I{nvrtc.FOLDER}", f"-I{HERE}", str(HERE / "emulator.cpp"), "-o", str(target)]
             done = subprocess.run(command, capture_output=True, text=True)
             if "unrecognized command" in done.stderr or "<barrier>" in done.stderr:
                 pytest.skip("this g++ is too old for C++20's barriers")
             assert done.returncode == 0, done.stderr
-            libraries[defines] = ctypes.CDLL(str(target))
-        return libraries[defines]
+            libraries[file, defines] = ctypes.CDLL(str(target))
+        return partial(libraries[file, defines].launch, entry.encode())
 
     return build
 
@@ -43,12 +47,12 @@ def emulated(monkeypatch, compiled):
     """Makes qbench.kernels.cuda launch the emulated kernels on CPU tensors; returns the list of launches."""
     launches = []
 
-    def launch(library, grid, threads, shared_bytes, stream, arguments, cluster=1, early=False):
+    def launch(kernel, grid, threads, shared_bytes, stream, arguments, cluster=1, early=False):
         launches.append((grid, threads, shared_bytes, cluster))
         pointers = (ctypes.c_void_p * len(arguments))(*(ctypes.addressof(argument) for argument in arguments))
-        library.launch((ctypes.c_uint * 3)(*grid), threads, shared_bytes, cluster, pointers)
+        kernel((ctypes.c_uint * 3)(*grid), threads, shared_bytes, cluster, pointers)
 
-    monkeypatch.setattr(nvrtc, "load", lambda entry, device, defines: compiled(defines))
+    monkeypatch.setattr(nvrtc, "load", lambda entry, device, defines: compiled(entry, defines))
     monkeypatch.setattr(nvrtc, "launch", launch)
     monkeypatch.setattr(cuda, "_stream", lambda device: 0)
     return launches

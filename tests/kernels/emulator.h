@@ -1,4 +1,4 @@
-// The PTX that dual_linear.cu uses, in C++20: one thread of the CPU per thread of a cluster, barriers where the GPU has
+// The PTX that the kernels use, in C++20: one thread of the CPU per thread of a cluster, barriers where the GPU has
 // them, copies that are done at once. For small problems only: the test of the kernels' logic where there is no GPU.
 #include <atomic>
 #include <barrier>
@@ -6,6 +6,7 @@
 #include <cstring>
 #include <memory>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #define __device__
@@ -103,9 +104,15 @@ inline float4 remote(u32 address, u32 rank) {
   return v;
 }
 
-// An mbarrier: completed phases in the low word, bytes still expected in the high one (touched by one lane only).
+// An mbarrier: completed phases in the low word; in the high one the bytes still expected or, where threads arrive, how
+// many arrivals end a phase and how many are left.
 inline std::atomic<u32>* phases(u32 bar) { return reinterpret_cast<std::atomic<u32>*>(here.block->memory.data() + bar); }
 inline void barrier_init(u32 bar) { phases(bar)[0] = 0, phases(bar)[1] = 0; }
+inline void barrier_init(u32 bar, u32 arrivals) { phases(bar)[0] = 0, phases(bar)[1] = arrivals << 16 | arrivals; }
+inline void barrier_arrive(u32 bar) {
+  const u32 now = phases(bar)[1] -= 1;
+  if ((now & 0xffff) == 0) phases(bar)[1] = now | now >> 16, phases(bar)[0]++;
+}
 inline void barrier_expect(u32 bar, u32 bytes) { phases(bar)[1] += bytes; }
 inline void bulk_copy(u32 to, const void* from, u32 bytes, u32 bar) {
   memcpy(here.block->memory.data() + to, from, bytes);
@@ -141,8 +148,51 @@ inline float element(u32 pair, int which) {
   return from_half(v);
 #endif
 }
+inline u32 store2(float low, float high) {
+#if BF16
+  return two_bf16(low, high);
+#else
+  return to_half(low) | u32(to_half(high)) << 16;
+#endif
+}
+inline u32 minus2(u32 a, u32 b) { return store2(element(a, 0) - element(b, 0), element(a, 1) - element(b, 1)); }
+inline u32 fma2(u32 a, u32 b, u32 c) {
+  return store2(element(a, 0) * element(b, 0) + element(c, 0), element(a, 1) * element(b, 1) + element(c, 1));
+}
 
-template <class Kernel> void run(dim3 grid, int threads, int bytes, int cluster, Kernel kernel) {
+#ifdef NB
+// B in shared memory: rows of 128 bytes, bits 4 to 6 of the address swizzled by bits 7 to 9.
+inline void wgmma(float (&d)[4 * NB], const u32 (&a)[4], u64 b) {
+  Warp& warp = *here.warp;
+  const unsigned lane = lane_id(), g = lane / 4, tig = lane % 4, start = unsigned(b & 0x3fff) << 4;
+  memcpy(warp.a[lane], a, 16);
+  __syncwarp();
+  for (int i = 0; i < 4 * NB; i++) {
+    const unsigned row = i % 4 / 2, column = 8 * (i / 4) + 2 * tig + i % 2;
+    float sum = d[i];
+    for (unsigned k = 0; k < 16; k++) {
+      const unsigned at = start + column * 128 + 2 * k;
+      u16 v;
+      memcpy(&v, here.block->memory.data() + (at ^ (at >> 7 & 7) << 4), 2);
+      sum += element(warp.a[4 * g + k % 8 / 2][row + 2 * (k / 8)], k % 2) * element(v, 0);
+    }
+    d[i] = sum;
+  }
+  __syncwarp();
+}
+inline void wgmma_open() {}
+inline void wgmma_commit() {}
+template <int LEFT> inline void wgmma_wait() {}
+#endif
+
+// Calls kernel(*arguments[0], *arguments[1], ...), each as the type that the kernel declares.
+template <class... A, std::size_t... I>
+void call(void (*kernel)(A...), void** arguments, std::index_sequence<I...>) {
+  kernel(*static_cast<std::remove_cv_t<A>*>(arguments[I])...);
+}
+
+template <class... A>
+void run(dim3 grid, int threads, int bytes, int cluster, void (*kernel)(A...), void** arguments) {
   for (unsigned z = 0; z < grid.z; z++)
     for (unsigned y = 0; y < grid.y; y++)
       for (unsigned first = 0; first < grid.x; first += cluster) {
@@ -154,7 +204,7 @@ template <class Kernel> void run(dim3 grid, int threads, int bytes, int cluster,
               Block* block = blocks.blocks[rank].get();
               here = {&blocks, block, block->warps[thread / 32].get(), unsigned(rank)};
               threadIdx = {unsigned(thread), 0, 0}, blockIdx = {first + rank, y, z}, blockDim = {unsigned(threads), 1, 1};
-              kernel();
+              call(kernel, arguments, std::index_sequence_for<A...>());
               here.warp->sync.arrive_and_drop();
             });
         for (auto& thread : running) thread.join();

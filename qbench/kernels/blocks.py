@@ -1,0 +1,130 @@
+"""How a problem is cut into blocks of dual_linear.cu and wide_linear.cu: tuned per GPU, else by rule.
+
+`benchmarks/tune.py` writes plans/GPU.json; nothing is tuned while the library runs.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from qbench.kernels.tiles import COLUMNS, ROWS, Tiles, chunk_bytes
+
+BUCKETS = (1, 8, 16, 32, 64, 128)  # batches that share a tuned entry: up to 1, 8, ...
+NARROW = 16  # rows of x up to which dual_linear.cu is the faster one
+MULTIPROCESSORS = 132  # of an H100 or H200; for the rules alone
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Of dual_linear.cu. `strips * splits_in_block` warps a block; the blocks of one cluster share the same rows."""
+
+    batch_blocks: int  # MB: 8 rows of x each
+    strips_per_warp: int  # RT
+    strips: int  # warps along the output rows
+    splits_in_block: int  # warps along K
+    splits: int  # blocks along K, one cluster
+    stages: int  # chunks in flight per warp
+    ring: bool = False  # in flight to shared memory by bulk copies, instead of to registers
+
+    @property
+    def most_warps(self) -> int:
+        """In a block: what its accumulators leave of the registers (launch bounds in dual_linear.cu)."""
+        return 8 if self.batch_blocks * self.strips_per_warp >= (16 if self.ring else 8) else 16
+
+    def shared_bytes(self, batch: int, chunks: int, nbits: int, group_size: int, has_zero: bool) -> int:
+        chunk = chunk_bytes(nbits, group_size, has_zero)
+        warps = self.strips * self.splits_in_block
+        per = -(-chunks // self.splits)
+        rings = -(-warps * self.stages * (self.strips_per_warp * chunk + 8) // 128) * 128 if self.ring else 0
+        rows_of_x = batch if self.batch_blocks == 1 and batch < 8 else 8 * self.batch_blocks
+        x = rows_of_x * (per * 256 + 64)
+        sums = per * (COLUMNS // min(group_size, 64)) * 8 * self.batch_blocks * 8
+        rows = ROWS * self.strips_per_warp * self.strips
+        partial = self.splits_in_block * 8 * self.batch_blocks * (rows + 4) * 4
+        return max(rings + x + sums, partial)
+
+
+@dataclass(frozen=True)
+class WidePlan:
+    """Of wide_linear.cu: 64 rows of the weight per warpgroup, and one more warp that fetches."""
+
+    batch_blocks: int  # NB: 8 rows of x each
+    warpgroups: int  # GROUPS
+    splits: int  # blocks along K, one cluster
+    stages: int  # chunks of x and the weight in flight per block
+
+    def shared_bytes(self, batch: int, chunks: int, nbits: int, group_size: int, has_zero: bool) -> int:
+        weights = 4 * self.warpgroups * chunk_bytes(nbits, group_size, has_zero)
+        stage = 8 * self.batch_blocks * 2 * COLUMNS + -(-weights // 1024) * 1024
+        partial = 8 * self.batch_blocks * (64 * self.warpgroups + 4) * 4
+        return max(self.stages * (stage + 16), partial)
+
+
+def plan(M: int, N: int, K: int, tiles: Tiles, device: int) -> Plan | WidePlan | None:
+    """For x `[M, K]` and W `[N, K]`: from the tuned table, else by rule; None if nothing fits."""
+    properties = torch.cuda.get_device_properties(device)
+    if M > NARROW and properties.major != 9:
+        return None  # wide_linear.cu needs wgmma, which Hopper alone has
+    form = (tiles.nbits, tiles.group_size, tiles.has_zero)
+    return _plan(min(M, BUCKETS[-1]), N, K, form, properties.name, properties.shared_memory_per_block_optin)
+
+
+def table_key(M: int, N: int, K: int, nbits: int) -> str:
+    """The name of a tuned entry: batches share one up to each of BUCKETS."""
+    bucket = next(size for size in BUCKETS if size >= M)
+    return f"{nbits} bit {N}x{K} batch {bucket}"
+
+
+@cache
+def _table(gpu: str) -> dict[str, list[int]]:
+    path = Path(__file__).with_name("plans") / f"{gpu.replace(' ', '-').lower()}.json"
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
+@cache
+def _plan(M: int, N: int, K: int, form: tuple[int, int, bool], gpu: str, limit: int) -> Plan | WidePlan | None:
+    tuned = _table(gpu).get(table_key(M, N, K, form[0]))
+    found = [] if tuned is None else [WidePlan(*tuned) if len(tuned) == 4 else Plan(*tuned[:6], bool(tuned[6]))]
+    found += _by_rule(M, N, K) if M <= NARROW else _wide_by_rule(M, N, K)
+    return next((plan for plan in found if plan.shared_bytes(M, -(-K // COLUMNS), *form) <= limit), None)
+
+
+def _by_rule(M: int, N: int, K: int) -> list[Plan]:
+    """Enough blocks for every multiprocessor; splits of K only where the rows are too few."""
+    chunks, strips = -(-K // COLUMNS), -(-N // ROWS)
+    blocks = 1 if M <= 8 else 2
+    if M == 1:
+        shapes = [(1, 4, 4)] if strips >= 512 else [(1, 2, 8)] if strips >= 192 else [(1, 1, 16)]
+    else:
+        shapes = [(1, 4, 4), (1, 4, 2)] if strips >= 192 else [(1, 1, 8)]
+    return [
+        Plan(blocks, *shape, splits, stages, ring)
+        for shape in shapes
+        for splits in (1, 2, 4, 8)
+        for stages, ring in ((2, True), (1, False))
+        if -(-strips // (shape[0] * shape[1])) * splits >= 120 or splits == 8 or chunks < 4 * splits * shape[2]
+    ]
+
+
+def _wide_by_rule(M: int, N: int, K: int) -> list[WidePlan]:
+    """What leaves the fewest multiprocessors idle: the last wave of blocks counts as much as a full one."""
+    chunks, strips = -(-K // COLUMNS), -(-N // ROWS)
+    blocks = next((size for size in (2, 4, 8, 16) if 8 * size >= M), 16)
+
+    def cost(plan: WidePlan) -> float:
+        waves = -(-(-(-strips // (4 * plan.warpgroups)) * plan.splits) // MULTIPROCESSORS)
+        return waves * (
+            -(-chunks // plan.splits) * max(plan.warpgroups, 2) + 8
+        )  # 8: the start, and the sums at the end
+
+    shapes = [WidePlan(blocks, groups, splits, 4) for groups in (3, 2, 1, 4) for splits in (1, 2, 4, 8)]
+    return [
+        WidePlan(blocks, plan.warpgroups, plan.splits, stages)
+        for plan in sorted((plan for plan in shapes if plan.splits <= chunks), key=cost)
+        for stages in (4, 2)
+    ]

@@ -1,0 +1,198 @@
+// y = x W^T + b for batches of 9 to 128, where the products themselves weigh as much as the bytes; compiled at run time.
+//
+// Compile-time switches: those of codes.cuh, NB (8-row blocks of the batch: 2, 4, 8 or 16) and GROUPS (warpgroups that
+// multiply; each has 64 rows of the weight).
+//
+// wgmma takes the weights as A from registers and x * t as B from shared memory, so x is read once per 64 rows and not
+// once per warp. Unlike in dual_linear.cu a weight is finished before it is multiplied: with a wide batch two instructions
+// for two weights are less than scaling every sum of a group. c = round(zero) is subtracted from the code as an integer,
+// which is exact; then one FMA gives fp(scale * (q - c) - scale * (zero - c)), rounded once, so an uneven zero point costs
+// neither precision nor sums of x. `tile_input` writes x * t in the very image that wgmma reads: per chunk of 128 columns
+// two halves `[8 NB rows][128 bytes]`, columns in the order of the weights' lanes, 16-byte pieces swizzled by row. One
+// warp fetches, a chunk of x and of each strip of the weight per stage, all by bulk copies; the first weights are on
+// their way before the kernel in front has ended. Sums over the splits of K as in dual_linear.cu: the same every run.
+
+#include "linear.cuh"
+
+#define STRIPS (4 * GROUPS)                        // of 16 rows, per block
+#define X_BYTES (8 * NB * 256)                     // x * t of one chunk
+#define STAGE (X_BYTES + (STRIPS * CHUNK + 1023 & ~1023))  // the image needs 1024-byte alignment
+#define HALF_OF_X (8 * NB * 128)
+
+struct Problem {
+  const u8* tiles;        // [strips][chunks][CHUNK]
+  const u8* x;            // x * t, [M / (8 NB)][chunks][X_BYTES], written by tile_input
+  const float* codebook;  // [16] or null
+  const u16* bias;        // [N] or null
+  u16* y;                 // [M, N]
+  float t_up;             // undoes t_down of tile_input
+  int M, N, strips, chunks, stages;
+};
+
+// x * t into the image; a thread per 8 columns.
+extern "C" __global__ void __launch_bounds__(128)
+tile_input(const u16* x, const u16* t, const int* permutation, u8* image, u64 x_stride, int K, int chunks, float t_down) {
+  allow_next_kernel();
+  const int v = blockIdx.x * 128 + threadIdx.x, m = blockIdx.y, k = v * 8, n = m % (8 * NB);
+  await_previous_kernel();
+  if (v / 16 >= chunks) return;
+  const bool wide = aligned_rows(x, x_stride, permutation, K);
+  const uint4 values = scaled(x + m * x_stride, t ? t + k : nullptr, permutation, k, K, wide, t_down);
+  const u32 pairs[4] = {values.x, values.y, values.z, values.w};
+  const int unit = v % 16 / 4, tig = v % 4;
+  u8* row = image + (u64(m / (8 * NB)) * chunks + v / 16) * X_BYTES + unit / 2 * HALF_OF_X + n * 128;
+#pragma unroll
+  for (int i = 0; i < 4; i++)
+    *reinterpret_cast<u32*>(row + ((4 * (unit % 2) + i) ^ n % 8) * 16 + 4 * tig) = pairs[i];
+}
+
+// Of one group and row: what turns the floats that `unpack` gives into weights.
+struct Row { u32 center, scale, rest; };            // integer c; scale and -scale * (zero - c), both halves the same
+
+__device__ __forceinline__ u32 both(u16 v) { return v | u32(v) << 16; }
+
+__device__ __forceinline__ Row row_of(float scale, float zero) {
+  const float c = CODEBOOK ? 0.f : rintf(fminf(fmaxf(zero, 0.f), float((1 << BITS) - 1)));
+  return {u32(c), both(store16(scale)), both(store16(-scale * (zero - c)))};
+}
+
+// The 16-bit float that `unpack` would give for code c in the place of pair (U, i), twice.
+template <int U, int I> __device__ __forceinline__ u32 center_of(u32 c) {
+#if BITS == 8
+  return BF16 ? both(store16(float(int(c) - 128))) : both(u16(0x6400 | c));
+#else
+  constexpr int at = spread(U, I) ? 0 : field_of(U, I), low = at - word_shift(at);
+  return power(low) | both(u16(c << low));
+#endif
+}
+
+template <int U, int I> __device__ __forceinline__ u32 weight_of(u32 value, const Row& row) {
+#if CODEBOOK
+  return fma2(value, row.scale, row.rest);
+#else
+  return fma2(minus2(value, center_of<U, I>(row.center)), row.scale, row.rest);
+#endif
+}
+
+// Unit U of 32 columns as the A operands of two products: rows g and g + 8, sixteen columns each.
+template <int U> __device__ __forceinline__ void weights(const Codes& codes, const Table& table, u32 (&a)[2][4]) {
+  float scale[2], zero[2];
+  decode_aux(codes, U * 32 / GROUP, scale, zero);
+#pragma unroll
+  for (int r = 0; r < 2; r++) {
+    const Row row = row_of(scale[r], zero[r]);
+    u32 v[4];
+    unpack<U>(codes, r, table, v);
+    a[0][r] = weight_of<U, 0>(v[0], row), a[0][2 + r] = weight_of<U, 1>(v[1], row);
+    a[1][r] = weight_of<U, 2>(v[2], row), a[1][2 + r] = weight_of<U, 3>(v[3], row);
+  }
+}
+
+// How wgmma finds B: rows of 128 bytes, 8 of them 1024 bytes apart from the next 8, 16-byte pieces swizzled within them.
+__device__ __forceinline__ u64 descriptor(u32 address) {
+  return u64(address >> 4 & 0x3fff) | u64(1) << 16 | u64(1024 >> 4) << 32 | u64(1) << 62;
+}
+
+extern "C" __global__ void __launch_bounds__(128 * GROUPS + 32) wide_linear(const __grid_constant__ Problem p) {
+  SHARED_MEMORY(smem);
+  allow_next_kernel();
+  const u32 splits = cluster_size(), rank = cluster_rank();
+  const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0), lane = threadIdx.x % 32, g = lane / 4, tig = lane % 4;
+  const int strip0 = int(blockIdx.x / splits) * STRIPS;
+  const int per = (p.chunks + splits - 1) / splits;                     // chunks of K per block
+  const int lo = min(int(rank) * per, p.chunks), mine = min(lo + per, p.chunks) - lo;
+  const int m0 = blockIdx.y * 8 * NB, batch = min(p.M - m0, 8 * NB);
+
+  // Shared memory: stages of x and weights, then their barriers: full, empty.
+  const u32 full = shared(smem + p.stages * STAGE), empty = full + 8 * p.stages;
+  if (threadIdx.x == 0) {
+#pragma unroll 1
+    for (int s = 0; s < p.stages; s++) barrier_init(full + 8 * s), barrier_init(empty + 8 * s, STRIPS);
+    publish_barriers();
+  }
+  __syncthreads();
+
+  float acc[4 * NB];
+#pragma unroll
+  for (int i = 0; i < 4 * NB; i++) acc[i] = 0.f;
+
+  if (warp == STRIPS) {  // the warp that fetches
+    const u8* weights_from = p.tiles + (u64(min(strip0 + lane, p.strips - 1)) * p.chunks + lo) * CHUNK;
+    const u8* x_from = p.x + (u64(blockIdx.y) * p.chunks + lo) * X_BYTES;
+    auto fetch_weights = [&](int i, int stage) {
+      if (lane == 0) barrier_expect(full + 8 * stage, X_BYTES + STRIPS * CHUNK);
+      __syncwarp();
+      u8* to = smem + stage * STAGE + X_BYTES + lane * CHUNK;
+      if (lane < STRIPS) bulk_copy(shared(to), weights_from + u64(i) * CHUNK, CHUNK, full + 8 * stage);
+    };
+    auto fetch_x = [&](int i, int stage) {
+      if (lane == 0) bulk_copy(shared(smem + stage * STAGE), x_from + u64(i) * X_BYTES, X_BYTES, full + 8 * stage);
+    };
+    const int ahead = min(p.stages, mine);
+#pragma unroll 1
+    for (int i = 0; i < ahead; i++) fetch_weights(i, i);
+    await_previous_kernel();
+#pragma unroll 1
+    for (int i = 0; i < ahead; i++) fetch_x(i, i);
+    int stage = 0;
+    u32 parity = 0;
+#pragma unroll 1
+    for (int i = ahead; i < mine; i++) {
+      barrier_wait(empty + 8 * stage, parity);
+      fetch_weights(i, stage);
+      fetch_x(i, stage);
+      if (++stage == p.stages) stage = 0, parity ^= 1;
+    }
+  } else {
+    await_previous_kernel();
+    Table table = {};
+#if CODEBOOK
+    table = load_table(p.codebook);
+#endif
+    u32 a[2][2][4];
+    int stage = 0, before = 0;
+    u32 parity = 0;
+#pragma unroll 1
+    for (int i = 0; i < mine; i++) {
+      barrier_wait(full + 8 * stage, parity);
+      const u8* chunk = smem + stage * STAGE + X_BYTES + warp * CHUNK;
+      const Codes codes = load_codes<false>(chunk + lane_codes(lane), chunk + lane_aux(lane));
+      const u64 b = descriptor(shared(smem + stage * STAGE));
+      // While one unit is multiplied the next is made: its registers are free once all but one group are done.
+      auto multiply = [&](u32 (&unit)[2][4], u64 columns) {
+        wgmma_open();
+        wgmma(acc, unit[0], columns), wgmma(acc, unit[1], columns + (32 >> 4));
+        wgmma_commit();
+      };
+      wgmma_wait<1>();
+      weights<0>(codes, table, a[0]);
+      multiply(a[0], b);
+      wgmma_wait<1>();
+      if (i > 0 && lane == 0) barrier_arrive(empty + 8 * before);       // the chunk before has been multiplied
+      weights<1>(codes, table, a[1]);
+      multiply(a[1], b + (64 >> 4));
+      wgmma_wait<1>();
+      weights<2>(codes, table, a[0]);
+      multiply(a[0], b + (HALF_OF_X >> 4));
+      wgmma_wait<1>();
+      weights<3>(codes, table, a[1]);
+      multiply(a[1], b + (HALF_OF_X + 64 >> 4));
+      before = stage;
+      if (++stage == p.stages) stage = 0, parity ^= 1;
+    }
+    wgmma_wait<0>();
+  }
+
+  // Sum the splits of K in a fixed order. partial[m][row] overlays the stages.
+  __syncthreads();
+  float* partial = reinterpret_cast<float*>(smem);
+  constexpr int rows = 16 * STRIPS, stride = rows + 4;
+  if (warp < STRIPS) {
+#pragma unroll
+    for (int n = 0; n < NB; n++) {
+      float* to = partial + (8 * n + 2 * tig) * stride + warp * 16 + g;
+      to[0] = acc[4 * n], to[stride] = acc[4 * n + 1], to[8] = acc[4 * n + 2], to[stride + 8] = acc[4 * n + 3];
+    }
+  }
+  store_sums({p.y + u64(m0) * p.N, p.bias, p.t_up, p.N}, partial, rows, stride, strip0 * 16, 1, 8 * NB, batch, splits, rank);
+}
