@@ -1,8 +1,9 @@
 """Compiles and launches the CUDA C++ kernels with what torch itself brings: NVRTC and the driver, through ctypes.
 
 No compiler is needed on the machine. A compiled kernel is cached in `$XDG_CACHE_HOME/qbench/kernels` (default
-`~/.cache`), named by the hash of the sources, its options and NVRTC's version; a cache that cannot be written only costs
-the second process its time. Compiling is never done inside a CUDA-graph capture that was preceded by one eager call.
+`~/.cache`), named by the hash of the sources, its options and NVRTC's version; a cache that cannot be written only
+costs the second process its time. Compiling is never done inside a CUDA-graph capture that was preceded by one eager
+call.
 """
 
 from __future__ import annotations

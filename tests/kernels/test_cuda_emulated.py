@@ -83,7 +83,7 @@ def test_options(emulated, generator):
     check(generator, weight, 4, torch.float16, WidePlan(2, 1, 1, 2), x=strided)
     large = (
         torch.randn(1, 130, generator=generator).clamp(-3, 3).half() * 2e4
-    )  # x * t exceeds fp16 unless t is scaled down
+    )
     weight.input_scale.mul_(8)
     weight.scale.stored.mul_(1e-4)
     check(generator, weight, 1, torch.float16, plan, x=large)
