@@ -38,7 +38,7 @@ def narrow(M: int, N: int, chunks: int, sms: int) -> Iterator[Plan]:
         return
     strips, blocks = -(-N // ROWS), 1 if M <= 8 else 2
     warps = [(rows, splits) for rows in (1, 2, 4, 8, 16) for splits in (1, 2, 4, 8, 16) if 4 <= rows * splits <= 16]
-    for rt in (1,) if blocks == 1 else (1, 2):
+    for rt in (1, 2):
         for wr, wk in warps:
             for splits in (1, 2, 4, 8):
                 for stages, ring in ((2, True), (3, True), (6, True), (2, False)):
@@ -56,10 +56,13 @@ def wide(M: int, N: int, chunks: int) -> Iterator[WidePlan]:
         return
     enough = next(size for size in (2, 4, 8, 16) if 8 * size >= min(M, 128))
     for blocks in {enough, max(2, enough // 2)}:
-        for warpgroups in (1, 2, 3, 4):
+        for warpgroups, splits_in_block in ((1, 1), (1, 2), (1, 3), (1, 4), (2, 1), (2, 2), (3, 1), (4, 1)):
             for splits in (1, 2, 4, 8):
-                if splits <= chunks and warpgroups * 64 < N + 64:
-                    yield from (WidePlan(blocks, warpgroups, splits, stages) for stages in (2, 3, 4, 6))
+                for stages in (2, 3, 4, 6, 8):
+                    fits = stages > splits_in_block and splits * splits_in_block <= chunks
+                    registers = 128 * warpgroups * splits_in_block * (8 * blocks // 2 + 56)
+                    if fits and registers <= 65536 and warpgroups * 64 < N + 64:
+                        yield WidePlan(blocks, warpgroups, splits_in_block, splits, stages)
 
 
 def main() -> None:

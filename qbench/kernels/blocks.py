@@ -51,17 +51,22 @@ class Plan:
 
 @dataclass(frozen=True)
 class WidePlan:
-    """Of wide_linear.cu: 64 rows of the weight per warpgroup, and one more warp that fetches."""
+    """Of wide_linear.cu: `warpgroups * splits_in_block` warpgroups a block, and one more warp that fetches."""
 
     batch_blocks: int  # NB: 8 rows of x each
-    warpgroups: int  # GROUPS
+    warpgroups: int  # GROUPS: along the output rows, 64 each
+    splits_in_block: int  # WK: as many warpgroups take turns at the chunks of K
     splits: int  # blocks along K, one cluster
     stages: int  # chunks of x and the weight in flight per block
+
+    def __post_init__(self) -> None:
+        if self.stages <= self.splits_in_block:  # a stage is free once its warpgroup is at its next chunk
+            raise ValueError(f"stages ({self.stages}) must be more than splits_in_block ({self.splits_in_block})")
 
     def shared_bytes(self, batch: int, chunks: int, nbits: int, group_size: int, has_zero: bool) -> int:
         weights = 4 * self.warpgroups * chunk_bytes(nbits, group_size, has_zero)
         stage = 8 * self.batch_blocks * 2 * COLUMNS + -(-weights // 1024) * 1024
-        partial = 8 * self.batch_blocks * (64 * self.warpgroups + 4) * 4
+        partial = self.splits_in_block * 8 * self.batch_blocks * (64 * self.warpgroups + 4) * 4
         return max(self.stages * (stage + 16), partial)
 
 
@@ -89,7 +94,7 @@ def _table(gpu: str) -> dict[str, list[int]]:
 @cache
 def _plan(M: int, N: int, K: int, form: tuple[int, int, bool], gpu: str, limit: int) -> Plan | WidePlan | None:
     tuned = _table(gpu).get(table_key(M, N, K, form[0]))
-    found = [] if tuned is None else [WidePlan(*tuned) if len(tuned) == 4 else Plan(*tuned[:6], bool(tuned[6]))]
+    found = [] if tuned is None else [WidePlan(*tuned) if len(tuned) == 5 else Plan(*tuned[:6], bool(tuned[6]))]
     found += _by_rule(M, N, K) if M <= NARROW else _wide_by_rule(M, N, K)
     return next((plan for plan in found if plan.shared_bytes(M, -(-K // COLUMNS), *form) <= limit), None)
 
@@ -118,13 +123,12 @@ def _wide_by_rule(M: int, N: int, K: int) -> list[WidePlan]:
 
     def cost(plan: WidePlan) -> float:
         waves = -(-(-(-strips // (4 * plan.warpgroups)) * plan.splits) // MULTIPROCESSORS)
-        return waves * (
-            -(-chunks // plan.splits) * max(plan.warpgroups, 2) + 8
-        )  # 8: the start, and the sums at the end
+        start_and_sums = 8  # in chunks of one warpgroup
+        return waves * (-(-chunks // plan.splits) * max(plan.warpgroups, 2) + start_and_sums)
 
-    shapes = [WidePlan(blocks, groups, splits, 4) for groups in (3, 2, 1, 4) for splits in (1, 2, 4, 8)]
+    shapes = [WidePlan(blocks, groups, 1, splits, 4) for groups in (3, 2, 1, 4) for splits in (1, 2, 4, 8)]
     return [
-        WidePlan(blocks, plan.warpgroups, plan.splits, stages)
+        WidePlan(blocks, plan.warpgroups, 2 if plan.warpgroups == 1 and blocks < 16 else 1, plan.splits, stages)
         for plan in sorted((plan for plan in shapes if plan.splits <= chunks), key=cost)
-        for stages in (4, 2)
+        for stages in (4, 3)
     ]

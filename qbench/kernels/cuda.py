@@ -31,7 +31,9 @@ class _Problem(ctypes.Structure):  # of dual_linear.cu
         *_fields(ctypes.c_void_p, "tiles", "x", "t", "permutation", "codebook", "bias", "experts", "sums", "y"),
         ("x_stride", ctypes.c_uint64),
         *_fields(ctypes.c_float, "t_down", "t_up"),
-        *_fields(ctypes.c_int, "M", "N", "K", "strips", "chunks", "splits_in_block", "stages", "pairs_per_row"),
+        *_fields(
+            ctypes.c_int, "M", "N", "K", "strips", "chunks", "per", "log_splits_in_block", "stages", "pairs_per_row"
+        ),
     ]
 
 
@@ -39,7 +41,7 @@ class _WideProblem(ctypes.Structure):  # of wide_linear.cu
     _fields_ = [
         *_fields(ctypes.c_void_p, "tiles", "x", "codebook", "bias", "y"),
         ("t_up", ctypes.c_float),
-        *_fields(ctypes.c_int, "M", "N", "strips", "chunks", "stages"),
+        *_fields(ctypes.c_int, "M", "N", "strips", "chunks", "per", "stages"),
     ]
 
 
@@ -93,7 +95,7 @@ def _launch(
     device, stream = x.device.index, _stream(x.device)
     depth = {"RING": 1} if chosen.ring else {"DEPTH": chosen.stages}
     defines = _linear_defines(tiles, x.dtype, MB=chosen.batch_blocks, RT=chosen.strips_per_warp, **depth)
-    down = 2.0**-tiles.exponent
+    down = _down(x.dtype, tiles)
     stride, t, permutation, sums = x.stride(0), tiles.input_scale, tiles.permutation, None
     if M > 1:  # x * t once for all blocks; a single row is scaled by each block while its weights are on their way
         subs = COLUMNS // min(tiles.group_size, 64)
@@ -106,7 +108,8 @@ def _launch(
         stride,
         down,
         1 / down,
-        *(M, N, K, strips, chunks, chosen.splits_in_block, chosen.stages, pairs_per_row),
+        *(M, N, K, strips, chunks, -(-chunks // chosen.splits), chosen.splits_in_block.bit_length() - 1),
+        *(chosen.stages, pairs_per_row),
     )
     blocks_n = -(-strips // (chosen.strips_per_warp * chosen.strips))
     nvrtc.launch(
@@ -125,18 +128,20 @@ def _launch_wide(x: Tensor, tiles: Tiles, bias: Tensor | None, y: Tensor, chosen
     M, N = y.shape
     strips, chunks = tiles.data.shape[-3:-1]
     device, blocks_m = x.device.index, -(-M // (8 * chosen.batch_blocks))
-    defines = _linear_defines(tiles, x.dtype, NB=chosen.batch_blocks, GROUPS=chosen.warpgroups)
+    defines = _linear_defines(
+        tiles, x.dtype, NB=chosen.batch_blocks, GROUPS=chosen.warpgroups, WK=chosen.splits_in_block
+    )
     image = x.new_empty(blocks_m * 8 * chosen.batch_blocks * chunks * COLUMNS)
     _launch_input("tile_input", x, tiles, (image,), defines)
     problem = _WideProblem(
         *map(_address, (tiles.data, image, tiles.codebook, bias, y)),
-        2.0**tiles.exponent,
-        *(M, N, strips, chunks, chosen.stages),
+        1 / _down(x.dtype, tiles),
+        *(M, N, strips, chunks, -(-chunks // chosen.splits), chosen.stages),
     )
     nvrtc.launch(
         nvrtc.load("wide_linear", device, defines),
         (-(-strips // (4 * chosen.warpgroups)) * chosen.splits, blocks_m, 1),
-        128 * chosen.warpgroups + 32,
+        128 * chosen.warpgroups * chosen.splits_in_block + 32,
         chosen.shared_bytes(M, chunks, tiles.nbits, tiles.group_size, tiles.has_zero),
         _stream(x.device),
         [problem],
@@ -150,13 +155,18 @@ def _launch_input(entry: str, x: Tensor, tiles: Tiles, to: tuple[Tensor, ...], d
     chunks = tiles.data.shape[-2]
     arguments = [ctypes.c_void_p(_address(part)) for part in (x, tiles.input_scale, tiles.permutation, *to)]
     arguments += [ctypes.c_uint64(x.stride(0)), ctypes.c_int(x.shape[1]), ctypes.c_int(chunks)]
-    arguments.append(ctypes.c_float(2.0**-tiles.exponent))
+    arguments.append(ctypes.c_float(_down(x.dtype, tiles)))
     function = nvrtc.load(entry, x.device.index, defines)
     nvrtc.launch(function, (-(-chunks // 8), len(x), 1), 128, 0, _stream(x.device), arguments, early=EARLY_START)
 
 
 def _stream(device: torch.device) -> int:
     return torch.cuda.current_stream(device).cuda_stream
+
+
+def _down(dtype: torch.dtype, tiles: Tiles) -> float:
+    """What t is multiplied with so that x * t stays finite; bf16 has fp32's range."""
+    return 1.0 if dtype == torch.bfloat16 else 2.0**-tiles.exponent
 
 
 def _address(tensor: Tensor | None) -> int | None:

@@ -46,7 +46,8 @@ struct Problem {
   u64 x_stride;
   float t_down, t_up;     // a power of two that keeps x * t finite in fp16, and its inverse
   int M, N, K, strips, chunks;
-  int splits_in_block, stages, pairs_per_row;
+  int per, log_splits_in_block;  // chunks of K per block; log2 of its warps along K
+  int stages, pairs_per_row;
 };
 
 template <int S>
@@ -114,31 +115,34 @@ __device__ __forceinline__ void subgroup(const Codes (&codes)[RT], const Table& 
 // Of x * t over one group, per row of the batch: what the zero point and the offsets of the codes are multiplied with.
 struct Sums { float plain, offset; };                                  // sum(x t), -sum(2^e x t)
 
-template <int U> __device__ __forceinline__ float offset_sum(const float (&v)[8]) {
+template <int U> __device__ __forceinline__ float offset_sum(float a, float b, float c, float d) {
   constexpr float first = offset(U, 0), second = offset(U, 1), third = offset(U, 2), fourth = offset(U, 3);
-  return -(first * (v[0] + v[1]) + second * (v[2] + v[3])) - (third * (v[4] + v[5]) + fourth * (v[6] + v[7]));
+  return -(first * a + second * b) - (third * c + fourth * d);
+}
+
+// Whether every place has the same 2^e, as with 4 and 8 bits in bf16: then the one sum is a multiple of the other.
+constexpr bool ONE_OFFSET = CODEBOOK || BITS == 8 || (BITS == 4 && BF16);
+
+// Of columns k to k + 7.
+__device__ __forceinline__ Sums sums_of(uint4 x, int k) {
+  const float a = low(x.x) + high(x.x), b = low(x.y) + high(x.y), c = low(x.z) + high(x.z), d = low(x.w) + high(x.w);
+  Sums sums = {(a + b) + (c + d), 0.f};
+  if (ONE_OFFSET) return sums;
+  const int unit = BITS == 2 ? k / 32 % 2 : BITS == 3 ? k / 32 % 4 : 0;
+  if (unit == 0) sums.offset = offset_sum<0>(a, b, c, d);
+  else if (unit == 1) sums.offset = offset_sum<1>(a, b, c, d);
+  else if (unit == 2) sums.offset = offset_sum<2>(a, b, c, d);
+  else sums.offset = offset_sum<3>(a, b, c, d);
+  return sums;
 }
 
 __device__ __forceinline__ Sums over_lanes(Sums sums, u32 lanes) {
 #pragma unroll
   for (int step = 1; step < SUB / 8; step *= 2) {
     sums.plain += __shfl_xor_sync(lanes, sums.plain, step);
-    sums.offset += __shfl_xor_sync(lanes, sums.offset, step);
+    if (!ONE_OFFSET) sums.offset += __shfl_xor_sync(lanes, sums.offset, step);
   }
-  return sums;
-}
-
-__device__ __forceinline__ Sums sums_of(uint4 values, int k) {
-  const u16* x = reinterpret_cast<const u16*>(&values);
-  float v[8];
-  Sums sums = {0.f, 0.f};
-#pragma unroll
-  for (int j = 0; j < 8; j++) sums.plain += v[j] = load16(x[j]);
-  const int unit = BITS == 2 ? k / 32 % 2 : BITS == 3 ? k / 32 % 4 : 0;
-  if (unit == 0) sums.offset = offset_sum<0>(v);
-  else if (unit == 1) sums.offset = offset_sum<1>(v);
-  else if (unit == 2) sums.offset = offset_sum<2>(v);
-  else sums.offset = offset_sum<3>(v);
+  if (ONE_OFFSET) sums.offset = -offset(0, 0) * sums.plain;
   return sums;
 }
 
@@ -147,11 +151,12 @@ extern "C" __global__ void __launch_bounds__(128)
 scale_input(const u16* x, const u16* t, const int* permutation, u16* scaled_x, Sums* sums, u64 x_stride, int K, int chunks,
             float t_down) {
   allow_next_kernel();
-  await_previous_kernel();
   const int v = blockIdx.x * 128 + threadIdx.x, m = blockIdx.y, k = v * 8;
   if (v / 16 >= chunks) return;                                         // whole half warps
-  const bool wide = aligned_rows(x, x_stride, permutation, K);
-  const uint4 values = scaled(x + m * x_stride, t ? t + k : nullptr, permutation, k, K, wide, t_down);
+  const uint4 factors = t ? *reinterpret_cast<const uint4*>(t + k) : uint4{};
+  await_previous_kernel();
+  uint4 values = load_x(x + m * x_stride, permutation, k, K, aligned_rows(x, x_stride, permutation, K));
+  if (t) values = scaled(values, factors, t_down);
   *reinterpret_cast<uint4*>(scaled_x + u64(m) * chunks * 128 + k) = values;
   const Sums sum = over_lanes(sums_of(values, k), __activemask());
   if (v % (SUB / 8) == 0) sums[(u64(m / (8 * MB)) * chunks * SUBS + v / (SUB / 8)) * 8 * MB + m % (8 * MB)] = sum;
@@ -163,11 +168,12 @@ extern "C" __global__ void __launch_bounds__(MB * RT >= (RING ? 16 : 8) ? 256 : 
   const u32 splits = cluster_size(), rank = cluster_rank();
   const int warps = blockDim.x / 32, warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
   const int g = lane / 4, tig = lane % 4;
-  const int WK = p.splits_in_block, WR = warps / WK, wr = warp / WK, wk = warp % WK;
+  // Shifts instead of divisions: they are on the way to the first weights.
+  const int WK = 1 << p.log_splits_in_block, WR = warps >> p.log_splits_in_block;
+  const int wr = warp >> p.log_splits_in_block, wk = warp & (WK - 1);
   const int rows = 16 * RT * WR;                                        // of the weight, in this block
-  const int row0 = int(blockIdx.x / splits) * rows;
-  const int per = (p.chunks + splits - 1) / splits;                     // chunks of K per block
-  const int lo = min(int(rank) * per, p.chunks), hi = min(lo + per, p.chunks);
+  const int row0 = int(cluster_index()) * rows;
+  const int lo = min(int(rank) * p.per, p.chunks), hi = min(lo + p.per, p.chunks);
   const int m0 = blockIdx.y * 8 * MB, batch = min(p.M - m0, 8 * MB);
   const int expert = p.experts ? p.experts[blockIdx.z] : 0;
   const u64 expert_bytes = u64(p.strips) * p.chunks * CHUNK;
@@ -175,7 +181,7 @@ extern "C" __global__ void __launch_bounds__(MB * RT >= (RING ? 16 : 8) ? 256 : 
   // Shared memory: the warps' rings and their barriers (RING), x * t, the sums of x * t per group.
   const int ring_bytes = RING ? (warps * p.stages * (RT * CHUNK + 8) + 127) & ~127 : 0;
   char* xs = reinterpret_cast<char*>(smem) + ring_bytes;
-  const int x_stride = per * 256 + 64;                                  // bytes; 64 mod 128: no bank conflicts
+  const int x_stride = p.per * 256 + 64;                                  // bytes; 64 mod 128: no bank conflicts
   float* sums = reinterpret_cast<float*>(xs + (batch < 8 && MB == 1 ? batch : 8 * MB) * x_stride);
 
   const u8* source[RT];
@@ -184,7 +190,7 @@ extern "C" __global__ void __launch_bounds__(MB * RT >= (RING ? 16 : 8) ? 256 : 
     int strip = min(row0 / 16 + wr * RT + r, p.strips - 1);
     source[r] = p.tiles + expert * expert_bytes + (u64(strip) * p.chunks + lo + wk) * CHUNK;
   }
-  const int mine = max(0, (hi - lo - wk + WK - 1) / WK);                // chunks lo + wk, lo + wk + WK, ...
+  const int mine = max(0, (hi - lo - wk + WK - 1) >> p.log_splits_in_block);  // chunks lo + wk, lo + wk + WK, ...
 
   // The first weights are on their way before anything waits: they do not depend on the previous kernel.
 #if RING
@@ -194,7 +200,7 @@ extern "C" __global__ void __launch_bounds__(MB * RT >= (RING ? 16 : 8) ? 256 : 
     barrier_expect(bar + 8 * stage, RT * CHUNK);
 #pragma unroll
     for (int r = 0; r < RT; r++)
-      bulk_copy(shared(ring + (stage * RT + r) * CHUNK), source[r] + u64(i) * WK * CHUNK, CHUNK, bar + 8 * stage);
+      bulk_copy(shared(ring + (stage * RT + r) * CHUNK), source[r] + i * (WK * CHUNK), CHUNK, bar + 8 * stage);
   };
   if (lane == 0) {
 #pragma unroll 1
@@ -240,9 +246,10 @@ extern "C" __global__ void __launch_bounds__(MB * RT >= (RING ? 16 : 8) ? 256 : 
       const int v = base + lane, k = lo * 128 + v * 8;
       Sums sum = {0.f, 0.f};
       if (v < vectors) {
-        u16* to = reinterpret_cast<u16*>(xs) + v * 8;
-        const uint4 values = scaled(x, t ? to : nullptr, permutation, k, p.K, wide, p.t_down);
-        *reinterpret_cast<uint4*>(to) = values;
+        uint4* to = reinterpret_cast<uint4*>(xs) + v;
+        uint4 values = load_x(x, permutation, k, p.K, wide);
+        if (t) values = scaled(values, *to, p.t_down);
+        *to = values;
         sum = sums_of(values, k);
       }
       sum = over_lanes(sum, 0xffffffffu);
@@ -262,7 +269,7 @@ extern "C" __global__ void __launch_bounds__(MB * RT >= (RING ? 16 : 8) ? 256 : 
     for (int n = 0; n < MB; n++) acc[r][n][0] = acc[r][n][1] = acc[r][n][2] = acc[r][n][3] = 0.f;
 
   // What the last block of 8 computes beyond the batch is garbage of its own columns, and nobody reads it.
-  const char* x_lane = xs + (g % (batch < 8 && MB == 1 ? batch : 8)) * x_stride + tig * 16 + wk * 256;
+  const char* x_lane = xs + (MB == 1 ? min(g, batch - 1) : g) * x_stride + tig * 16 + wk * 256;
   const float* sum_lane = sums + 2 * (wk * SUBS * 8 * MB + 2 * tig);
   auto multiply = [&](const Codes (&codes)[RT]) {
     const char* x_row = x_lane;

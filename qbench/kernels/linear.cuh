@@ -2,24 +2,35 @@
 #pragma once
 #include "codes.cuh"
 
-// Eight columns of x * t from column k on, rounded once to 16 bits. `t` are the fp16 factors of these eight columns, or
-// null; x may be unaligned, ragged or permuted.
-__device__ __forceinline__ uint4 scaled(const u16* x, const u16* t, const int* permutation, int k, int K, bool wide,
-                                        float t_down) {
-  u16 values[8] = {0, 0, 0, 0, 0, 0, 0, 0};
-  if (wide && k < K) *reinterpret_cast<uint4*>(values) = *reinterpret_cast<const uint4*>(x + k);
-  if (!wide) {
+// Two adjacent 16-bit floats in a register.
+__device__ __forceinline__ float low(u32 pair) { return BF16 ? __uint_as_float(pair << 16) : from_half(u16(pair)); }
+__device__ __forceinline__ float high(u32 pair) {
+  return BF16 ? __uint_as_float(pair & 0xffff0000u) : from_half(u16(pair >> 16));
+}
+
+// Eight columns of x from column k on; x may be unaligned, ragged or permuted.
+__device__ __forceinline__ uint4 load_x(const u16* x, const int* permutation, int k, int K, bool wide) {
+  uint4 pairs = {0, 0, 0, 0};
+  if (wide) {
+    if (k < K) pairs = *reinterpret_cast<const uint4*>(x + k);
+  } else {
+    u16 values[8];
 #pragma unroll
-    for (int j = 0; j < 8; j++)
-      if (k + j < K) values[j] = x[permutation ? permutation[k + j] : k + j];
+    for (int j = 0; j < 8; j++) values[j] = k + j < K ? x[permutation ? permutation[k + j] : k + j] : 0;
+    pairs = {values[0] | u32(values[1]) << 16, values[2] | u32(values[3]) << 16, values[4] | u32(values[5]) << 16,
+             values[6] | u32(values[7]) << 16};
   }
-  if (t) {
-    uint4 raw = *reinterpret_cast<const uint4*>(t);
-    const u16* factors = reinterpret_cast<const u16*>(&raw);
-#pragma unroll
-    for (int j = 0; j < 8; j++) values[j] = store16(load16(values[j]) * (from_half(factors[j]) * t_down));
-  }
-  return *reinterpret_cast<uint4*>(values);
+  return pairs;
+}
+
+// x * t, rounded once to 16 bits; `down` is a power of two that keeps it finite in fp16, bf16 needs none.
+__device__ __forceinline__ u32 scaled(u32 x, u32 t, float down) {
+  float first = from_half(u16(t)), second = from_half(u16(t >> 16));
+  if (!BF16) first *= down, second *= down;
+  return round2(low(x) * first, high(x) * second);
+}
+__device__ __forceinline__ uint4 scaled(uint4 x, uint4 t, float down) {
+  return {scaled(x.x, t.x, down), scaled(x.y, t.y, down), scaled(x.z, t.z, down), scaled(x.w, t.w, down)};
 }
 
 // Whether rows of x can be read 16 bytes at a time.
@@ -44,7 +55,7 @@ __device__ __forceinline__ void store_sums(const Output& out, const float* parti
   else __syncthreads();
   const int vectors = rows / 4;
   for (int e = rank * blockDim.x + threadIdx.x; e < batch * vectors; e += splits * blockDim.x) {
-    const int m = e / vectors, row = 4 * (e - m * vectors), n = row0 + row;
+    const int m = batch == 1 ? 0 : e / vectors, row = 4 * (e - m * vectors), n = row0 + row;
     if (n >= out.N) continue;
     float4 sum = {0.f, 0.f, 0.f, 0.f};
     for (int w = 0; w < splits_in_block; w++) {

@@ -40,9 +40,19 @@ __device__ __forceinline__ u32 two_bf16(float low, float high) {
   asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(v) : "f"(high), "f"(low));
   return v;
 }
+__device__ __forceinline__ u32 two_half(float low, float high) {
+  u32 v;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(v) : "f"(high), "f"(low));
+  return v;
+}
 __device__ __forceinline__ u32 cluster_size() {
   u32 v;
   asm("mov.u32 %0, %%cluster_nctarank;" : "=r"(v));
+  return v;
+}
+__device__ __forceinline__ u32 cluster_index() {  // blockIdx.x / cluster_size()
+  u32 v;
+  asm("mov.u32 %0, %%clusterid.x;" : "=r"(v));
   return v;
 }
 __device__ __forceinline__ u32 cluster_rank() {
@@ -188,3 +198,4 @@ template <int LEFT> __device__ __forceinline__ void wgmma_wait() {  // until at 
 __device__ __forceinline__ float from_bf16(u16 v) { return __uint_as_float(u32(v) << 16); }
 __device__ __forceinline__ float load16(u16 v) { return BF16 ? from_bf16(v) : from_half(v); }
 __device__ __forceinline__ u16 store16(float f) { return BF16 ? to_bf16(f) : to_half(f); }
+__device__ __forceinline__ u32 round2(float low, float high) { return BF16 ? two_bf16(low, high) : two_half(low, high); }

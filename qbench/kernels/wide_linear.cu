@@ -1,7 +1,7 @@
 // y = x W^T + b for batches of 9 to 128, where the products themselves weigh as much as the bytes; compiled at run time.
 //
-// Compile-time switches: those of codes.cuh, NB (8-row blocks of the batch: 2, 4, 8 or 16) and GROUPS (warpgroups that
-// multiply; each has 64 rows of the weight).
+// Compile-time switches: those of codes.cuh, NB (8-row blocks of the batch: 2, 4, 8 or 16), GROUPS (warpgroups along the
+// rows of the weight, 64 each) and WK (as many times more, which take turns at the chunks of K).
 //
 // wgmma takes the weights as A from registers and x * t as B from shared memory, so x is read once per 64 rows and not
 // once per warp. Unlike in dual_linear.cu a weight is finished before it is multiplied: with a wide batch two instructions
@@ -15,6 +15,7 @@
 #include "linear.cuh"
 
 #define STRIPS (4 * GROUPS)                        // of 16 rows, per block
+#define WARPS (STRIPS * WK)                        // that multiply
 #define X_BYTES (8 * NB * 256)                     // x * t of one chunk
 #define STAGE (X_BYTES + (STRIPS * CHUNK + 1023 & ~1023))  // the image needs 1024-byte alignment
 #define HALF_OF_X (8 * NB * 128)
@@ -26,7 +27,8 @@ struct Problem {
   const u16* bias;        // [N] or null
   u16* y;                 // [M, N]
   float t_up;             // undoes t_down of tile_input
-  int M, N, strips, chunks, stages;
+  int M, N, strips, chunks;
+  int per, stages;        // chunks of K per block; in flight
 };
 
 // x * t into the image; a thread per 8 columns.
@@ -34,10 +36,11 @@ extern "C" __global__ void __launch_bounds__(128)
 tile_input(const u16* x, const u16* t, const int* permutation, u8* image, u64 x_stride, int K, int chunks, float t_down) {
   allow_next_kernel();
   const int v = blockIdx.x * 128 + threadIdx.x, m = blockIdx.y, k = v * 8, n = m % (8 * NB);
-  await_previous_kernel();
   if (v / 16 >= chunks) return;
-  const bool wide = aligned_rows(x, x_stride, permutation, K);
-  const uint4 values = scaled(x + m * x_stride, t ? t + k : nullptr, permutation, k, K, wide, t_down);
+  const uint4 factors = t ? *reinterpret_cast<const uint4*>(t + k) : uint4{};
+  await_previous_kernel();
+  uint4 values = load_x(x + m * x_stride, permutation, k, K, aligned_rows(x, x_stride, permutation, K));
+  if (t) values = scaled(values, factors, t_down);
   const u32 pairs[4] = {values.x, values.y, values.z, values.w};
   const int unit = v % 16 / 4, tig = v % 4;
   u8* row = image + (u64(m / (8 * NB)) * chunks + v / 16) * X_BYTES + unit / 2 * HALF_OF_X + n * 128;
@@ -93,14 +96,13 @@ __device__ __forceinline__ u64 descriptor(u32 address) {
   return u64(address >> 4 & 0x3fff) | u64(1) << 16 | u64(1024 >> 4) << 32 | u64(1) << 62;
 }
 
-extern "C" __global__ void __launch_bounds__(128 * GROUPS + 32) wide_linear(const __grid_constant__ Problem p) {
+extern "C" __global__ void __launch_bounds__(32 * WARPS + 32) wide_linear(const __grid_constant__ Problem p) {
   SHARED_MEMORY(smem);
   allow_next_kernel();
   const u32 splits = cluster_size(), rank = cluster_rank();
   const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0), lane = threadIdx.x % 32, g = lane / 4, tig = lane % 4;
-  const int strip0 = int(blockIdx.x / splits) * STRIPS;
-  const int per = (p.chunks + splits - 1) / splits;                     // chunks of K per block
-  const int lo = min(int(rank) * per, p.chunks), mine = min(lo + per, p.chunks) - lo;
+  const int strip0 = int(cluster_index()) * STRIPS, strip = warp % STRIPS, turn = warp / STRIPS;
+  const int lo = min(int(rank) * p.per, p.chunks), mine = min(lo + p.per, p.chunks) - lo;
   const int m0 = blockIdx.y * 8 * NB, batch = min(p.M - m0, 8 * NB);
 
   // Shared memory: stages of x and weights, then their barriers: full, empty.
@@ -116,7 +118,7 @@ extern "C" __global__ void __launch_bounds__(128 * GROUPS + 32) wide_linear(cons
 #pragma unroll
   for (int i = 0; i < 4 * NB; i++) acc[i] = 0.f;
 
-  if (warp == STRIPS) {  // the warp that fetches
+  if (warp == WARPS) {  // the warp that fetches
     const u8* weights_from = p.tiles + (u64(min(strip0 + lane, p.strips - 1)) * p.chunks + lo) * CHUNK;
     const u8* x_from = p.x + (u64(blockIdx.y) * p.chunks + lo) * X_BYTES;
     auto fetch_weights = [&](int i, int stage) {
@@ -150,12 +152,12 @@ extern "C" __global__ void __launch_bounds__(128 * GROUPS + 32) wide_linear(cons
     table = load_table(p.codebook);
 #endif
     u32 a[2][2][4];
-    int stage = 0, before = 0;
+    int stage = turn, before = 0;                                       // more stages than WK, see blocks.py
     u32 parity = 0;
 #pragma unroll 1
-    for (int i = 0; i < mine; i++) {
+    for (int i = turn; i < mine; i += WK) {
       barrier_wait(full + 8 * stage, parity);
-      const u8* chunk = smem + stage * STAGE + X_BYTES + warp * CHUNK;
+      const u8* chunk = smem + stage * STAGE + X_BYTES + strip * CHUNK;
       const Codes codes = load_codes<false>(chunk + lane_codes(lane), chunk + lane_aux(lane));
       const u64 b = descriptor(shared(smem + stage * STAGE));
       // While one unit is multiplied the next is made: its registers are free once all but one group are done.
@@ -168,7 +170,7 @@ extern "C" __global__ void __launch_bounds__(128 * GROUPS + 32) wide_linear(cons
       weights<0>(codes, table, a[0]);
       multiply(a[0], b);
       wgmma_wait<1>();
-      if (i > 0 && lane == 0) barrier_arrive(empty + 8 * before);       // the chunk before has been multiplied
+      if (i >= WK && lane == 0) barrier_arrive(empty + 8 * before);       // the chunk before has been multiplied
       weights<1>(codes, table, a[1]);
       multiply(a[1], b + (64 >> 4));
       wgmma_wait<1>();
@@ -177,22 +179,22 @@ extern "C" __global__ void __launch_bounds__(128 * GROUPS + 32) wide_linear(cons
       wgmma_wait<1>();
       weights<3>(codes, table, a[1]);
       multiply(a[1], b + (HALF_OF_X + 64 >> 4));
-      before = stage;
-      if (++stage == p.stages) stage = 0, parity ^= 1;
+      before = stage, stage += WK;
+      if (stage >= p.stages) stage -= p.stages, parity ^= 1;
     }
     wgmma_wait<0>();
   }
 
-  // Sum the splits of K in a fixed order. partial[m][row] overlays the stages.
+  // Sum the splits of K in a fixed order. partial[turn][m][row] overlays the stages.
   __syncthreads();
   float* partial = reinterpret_cast<float*>(smem);
   constexpr int rows = 16 * STRIPS, stride = rows + 4;
-  if (warp < STRIPS) {
+  if (warp < WARPS) {
 #pragma unroll
     for (int n = 0; n < NB; n++) {
-      float* to = partial + (8 * n + 2 * tig) * stride + warp * 16 + g;
+      float* to = partial + (turn * 8 * NB + 8 * n + 2 * tig) * stride + strip * 16 + g;
       to[0] = acc[4 * n], to[stride] = acc[4 * n + 1], to[8] = acc[4 * n + 2], to[stride + 8] = acc[4 * n + 3];
     }
   }
-  store_sums({p.y + u64(m0) * p.N, p.bias, p.t_up, p.N}, partial, rows, stride, strip0 * 16, 1, 8 * NB, batch, splits, rank);
+  store_sums({p.y + u64(m0) * p.N, p.bias, p.t_up, p.N}, partial, rows, stride, strip0 * 16, WK, 8 * NB, batch, splits, rank);
 }

@@ -83,6 +83,7 @@ inline u16 to_bf16(float f) {
   return u16((v + 0x7fff + (v >> 16 & 1)) >> 16);
 }
 inline u32 two_bf16(float low, float high) { return to_bf16(low) | u32(to_bf16(high)) << 16; }
+inline u32 two_half(float low, float high) { return to_half(low) | u32(to_half(high)) << 16; }
 template <u32 MASK> inline u32 select_or(u32 w, u32 bits) { return (w & MASK) | bits; }
 template <bool STREAM> inline uint4 load4(const u8* p) { uint4 v; memcpy(&v, p, 16); return v; }
 template <bool STREAM> inline uint2 load2(const u8* p) { uint2 v; memcpy(&v, p, 8); return v; }
@@ -91,6 +92,7 @@ template <bool STREAM> inline u32 load1(const u8* p) { u32 v; memcpy(&v, p, 4); 
 inline u32 shared(const void* p) { return u32(static_cast<const unsigned char*>(p) - here.block->memory.data()); }
 inline u32 cluster_size() { return u32(here.cluster->blocks.size()); }
 inline u32 cluster_rank() { return here.rank; }
+inline u32 cluster_index() { return blockIdx.x / cluster_size(); }
 inline void cluster_sync() { here.cluster->sync.arrive_and_wait(); }
 inline void cluster_part() { cluster_sync(); }
 inline void publish_barriers() {}
@@ -148,13 +150,7 @@ inline float element(u32 pair, int which) {
   return from_half(v);
 #endif
 }
-inline u32 store2(float low, float high) {
-#if BF16
-  return two_bf16(low, high);
-#else
-  return to_half(low) | u32(to_half(high)) << 16;
-#endif
-}
+inline u32 store2(float low, float high) { return BF16 ? two_bf16(low, high) : two_half(low, high); }
 inline u32 minus2(u32 a, u32 b) { return store2(element(a, 0) - element(b, 0), element(a, 1) - element(b, 1)); }
 inline u32 fma2(u32 a, u32 b, u32 c) {
   return store2(element(a, 0) * element(b, 0) + element(c, 0), element(a, 1) * element(b, 1) + element(c, 1));

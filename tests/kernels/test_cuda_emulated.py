@@ -37,7 +37,9 @@ def test_a_batch_through_the_ring_and_a_cluster(emulated, generator):
 
 def test_a_wide_batch(emulated, generator):
     weight = random_weight((72, 600), 4, 64, generator)
-    check(generator, weight, 19, torch.bfloat16, WidePlan(4, 1, 2, 2), torch.randn(72, generator=generator).bfloat16())
+    check(
+        generator, weight, 19, torch.bfloat16, WidePlan(4, 1, 1, 2, 2), torch.randn(72, generator=generator).bfloat16()
+    )
     assert [launch[:2] for launch in emulated] == [((1, 19, 1), 128), ((4, 1, 1), 160)]
 
 
@@ -50,7 +52,7 @@ def test_every_format(emulated, generator, nbits, codebook, group_size, dtype):
     weight = random_weight((24, 330), nbits, group_size, generator, codebook=codebook)
     check(generator, weight, 1, dtype, Plan(1, 1, 1, 2, 1, 1))
     check(generator, weight, 3, dtype, Plan(1, 1, 2, 1, 2, 2, True))
-    check(generator, weight, 11, dtype, WidePlan(2, 1, 1, 2))
+    check(generator, weight, 11, dtype, WidePlan(2, 1, 1, 1, 2))
 
 
 @pytest.mark.slow
@@ -60,11 +62,13 @@ def test_every_format(emulated, generator, nbits, codebook, group_size, dtype):
         (9, Plan(2, 1, 2, 2, 1, 1)),
         (16, Plan(2, 2, 1, 1, 2, 2, True)),
         (20, Plan(2, 1, 2, 1, 2, 1)),  # two passes over the weights
-        (16, WidePlan(2, 1, 1, 2)),
-        (17, WidePlan(4, 1, 2, 2)),
-        (64, WidePlan(8, 2, 1, 2)),
-        (70, WidePlan(8, 1, 2, 3)),  # two passes
-        (100, WidePlan(16, 1, 1, 2)),
+        (16, WidePlan(2, 1, 1, 1, 2)),
+        (17, WidePlan(4, 1, 1, 2, 2)),
+        (64, WidePlan(8, 2, 1, 1, 2)),
+        (64, WidePlan(8, 1, 2, 1, 3)),
+        (30, WidePlan(4, 1, 3, 2, 4)),
+        (70, WidePlan(8, 1, 1, 2, 3)),  # two passes
+        (100, WidePlan(16, 1, 1, 1, 2)),
     ],
 )
 def test_every_batch_shape(emulated, generator, batch, plan):
@@ -75,15 +79,13 @@ def test_every_batch_shape(emulated, generator, batch, plan):
 def test_options(emulated, generator):
     plan = Plan(1, 1, 1, 1, 1, 1)
     for options in ({"zero": False}, {"t": False}, {"permuted": True}, {"zero": False, "codebook": True}):
-        for batch, chosen in ((1, plan), (2, plan), (2, WidePlan(2, 1, 1, 2))):
+        for batch, chosen in ((1, plan), (2, plan), (2, WidePlan(2, 1, 1, 1, 2))):
             check(generator, random_weight((16, 200), 4, 64, generator, **options), batch, torch.float16, chosen)
     weight = random_weight((16, 130), 4, 64, generator)
     strided = torch.randn(4, 261, generator=generator).half()[:, :130]
     check(generator, weight, 4, torch.float16, plan, x=strided)
-    check(generator, weight, 4, torch.float16, WidePlan(2, 1, 1, 2), x=strided)
-    large = (
-        torch.randn(1, 130, generator=generator).clamp(-3, 3).half() * 2e4
-    )
+    check(generator, weight, 4, torch.float16, WidePlan(2, 1, 1, 1, 2), x=strided)
+    large = torch.randn(1, 130, generator=generator).clamp(-3, 3).half() * 2e4
     weight.input_scale.mul_(8)
     weight.scale.stored.mul_(1e-4)
     check(generator, weight, 1, torch.float16, plan, x=large)
