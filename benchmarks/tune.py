@@ -58,8 +58,9 @@ def wide(M: int, N: int, chunks: int) -> Iterator[WidePlan]:
     for blocks in {enough, max(2, enough // 2)}:
         for warpgroups, splits_in_block in ((1, 1), (1, 2), (1, 3), (1, 4), (2, 1), (2, 2), (3, 1), (4, 1)):
             for splits in (1, 2, 4, 8):
-                for stages in (2, 3, 4, 6, 8):
-                    fits = stages > splits_in_block and splits * splits_in_block <= chunks
+                for stages in (2, 3, 4, 6, 8, 9, 12):
+                    fits = stages % splits_in_block == 0 and stages >= 2 * splits_in_block
+                    fits = fits and splits * splits_in_block <= chunks
                     registers = 128 * warpgroups * splits_in_block * (8 * blocks // 2 + 56)
                     if fits and registers <= 65536 and warpgroups * 64 < N + 64:
                         yield WidePlan(blocks, warpgroups, splits_in_block, splits, stages)

@@ -57,11 +57,14 @@ class WidePlan:
     warpgroups: int  # GROUPS: along the output rows, 64 each
     splits_in_block: int  # WK: as many warpgroups take turns at the chunks of K
     splits: int  # blocks along K, one cluster
-    stages: int  # chunks of x and the weight in flight per block
+    stages: int  # chunks of x and the weight in flight per block: 2, 3, ... times splits_in_block
 
     def __post_init__(self) -> None:
-        if self.stages <= self.splits_in_block:  # a stage is free once its warpgroup is at its next chunk
-            raise ValueError(f"stages ({self.stages}) must be more than splits_in_block ({self.splits_in_block})")
+        """A warpgroup keeps to its own stages: on another's it could take the phase before for the one it waits for."""
+        if self.stages % self.splits_in_block or self.stages < 2 * self.splits_in_block:
+            raise ValueError(
+                f"stages must be 2, 3, ... times splits_in_block ({self.splits_in_block}), got {self.stages}"
+            )
 
     def shared_bytes(self, batch: int, chunks: int, nbits: int, group_size: int, has_zero: bool) -> int:
         weights = 4 * self.warpgroups * chunk_bytes(nbits, group_size, has_zero)
@@ -128,7 +131,7 @@ def _wide_by_rule(M: int, N: int, K: int) -> list[WidePlan]:
 
     shapes = [WidePlan(blocks, groups, 1, splits, 4) for groups in (3, 2, 1, 4) for splits in (1, 2, 4, 8)]
     return [
-        WidePlan(blocks, plan.warpgroups, 2 if plan.warpgroups == 1 and blocks < 16 else 1, plan.splits, stages)
+        WidePlan(blocks, plan.warpgroups, turns, plan.splits, stages)
         for plan in sorted((plan for plan in shapes if plan.splits <= chunks), key=cost)
-        for stages in (4, 3)
+        for turns, stages in (((2, 6),) if plan.warpgroups == 1 and blocks < 16 else ((1, 4), (1, 2)))
     ]

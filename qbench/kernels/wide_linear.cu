@@ -152,7 +152,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS + 32) wide_linear(const 
     table = load_table(p.codebook);
 #endif
     u32 a[2][2][4];
-    int stage = turn, before = 0;                                       // more stages than WK, see blocks.py
+    int stage = turn, before = 0;                                       // WK divides the stages, see blocks.py
     u32 parity = 0;
 #pragma unroll 1
     for (int i = turn; i < mine; i += WK) {

@@ -65,8 +65,8 @@ def test_every_format(emulated, generator, nbits, codebook, group_size, dtype):
         (16, WidePlan(2, 1, 1, 1, 2)),
         (17, WidePlan(4, 1, 1, 2, 2)),
         (64, WidePlan(8, 2, 1, 1, 2)),
-        (64, WidePlan(8, 1, 2, 1, 3)),
-        (30, WidePlan(4, 1, 3, 2, 4)),
+        (64, WidePlan(8, 1, 2, 1, 4)),
+        (30, WidePlan(4, 1, 3, 2, 6)),
         (70, WidePlan(8, 1, 1, 2, 3)),  # two passes
         (100, WidePlan(16, 1, 1, 1, 2)),
     ],
@@ -113,6 +113,12 @@ def test_dequantize_bit_for_bit(emulated, generator, nbits, codebook):
     for group_size, columns, dtype in ((32, 136, torch.float16), (64, 130, torch.bfloat16), (128, 264, torch.float32)):
         weight = random_weight((24, columns), nbits, group_size, generator, codebook=codebook)
         assert torch.equal(cuda.dequantize(to_tiles(weight), dtype), weight.dequantize(dtype))
+
+
+def test_a_warpgroup_keeps_to_its_own_stages():
+    for stages in (2, 3):
+        with pytest.raises(ValueError, match="times splits_in_block"):
+            WidePlan(8, 1, 2, 1, stages)
 
 
 def test_plans_fit(monkeypatch):
