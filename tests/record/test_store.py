@@ -96,6 +96,7 @@ from dataclasses import replace
 from qbench.record.store import Store
 from tests.record.test_result import example
 store = Store(sys.argv[1])
+example().to_json()  # the first call takes longer than the writer may live
 print("ready", flush=True)
 for i in itertools.count():
     name = f"w{i}.safetensors"
