@@ -17,7 +17,7 @@ from qbench.config import ModelConfig, RuntimeConfig, TaskConfig
 from qbench.evaluate import measure
 from qbench.models import load
 from qbench.quantize import quantize_model
-from qbench.record.result import EvaluationRecord
+from qbench.record.quality import EvaluationRecord
 from qbench.registry import make_quantizer
 
 METHODS = (("rtn", 4), ("sinq", 4), ("sinq", 3))

@@ -25,7 +25,7 @@ from qbench.quant.linear import QuantLinear, backend, relative_error
 from qbench.quant.quantizer import InputStatistics, Quantizer
 from qbench.quant.stack import stack
 from qbench.quant.weight import QuantizedWeight
-from qbench.record.result import LayerRow, SkippedRow
+from qbench.record.quantization import LayerRow, SkippedRow
 from qbench.stream import Fetch, fetching
 
 log = logging.getLogger(__name__)

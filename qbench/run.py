@@ -33,14 +33,8 @@ from qbench.quant.quantizer import Quantizer
 from qbench.quantize import quantize_model, require_finite
 from qbench.record import wandb_tracker
 from qbench.record.environment import describe
-from qbench.record.result import (
-    CalibrationRecord,
-    LayerRow,
-    ModelRecord,
-    QuantizationRecord,
-    Result,
-    SkippedRow,
-)
+from qbench.record.quantization import CalibrationRecord, LayerRow, ModelRecord, QuantizationRecord, SkippedRow
+from qbench.record.result import Result
 from qbench.record.store import Store
 
 log = logging.getLogger(__name__)

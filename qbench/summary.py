@@ -7,7 +7,9 @@ import sys
 from rich.console import Console
 from rich.table import Table
 
-from qbench.record.result import MetricRecord, PhaseRecord, Result, SpeedRecord
+from qbench.record.quality import MetricRecord
+from qbench.record.result import Result
+from qbench.record.speed import PhaseRecord, SpeedRecord
 
 
 def show(result: Result) -> None:

@@ -24,7 +24,7 @@ from qbench.errors import PointError
 from qbench.evaluate.lmeval import LoadedTask, seed_everything
 from qbench.evaluate.score import first_nonfinite_layer
 from qbench.evaluate.windowed import Scores, name_of
-from qbench.record.result import EvaluationRecord, MetricRecord, TaskRecord
+from qbench.record.quality import EvaluationRecord, MetricRecord, TaskRecord
 from qbench.statistics import Estimate, jackknife, paired_delta, paired_shares, perplexity, share, verdict
 
 # what lm-eval's weighted metrics make of the mean NLL per word or byte

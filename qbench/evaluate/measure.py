@@ -13,7 +13,7 @@ from qbench.evaluate import lmeval, windows
 from qbench.evaluate.harness import TaskEvaluation
 from qbench.evaluate.text import Pages, Text
 from qbench.evaluate.windowed import Scores, WindowedEvaluation
-from qbench.record.result import EvaluationRecord, TaskRecord
+from qbench.record.quality import EvaluationRecord, TaskRecord
 from qbench.record.store import Store, identity
 
 Source = Text | Pages | lmeval.TaskSource

@@ -19,7 +19,7 @@ from torch import nn
 from qbench.models.experts import stacked_parameters
 from qbench.models.linears import find_linears, quantized_weights
 from qbench.quant.linear import PackedWeight
-from qbench.record.result import WeightBytes
+from qbench.record.quantization import WeightBytes
 
 
 def weight_bytes(model: Any) -> WeightBytes:

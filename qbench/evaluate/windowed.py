@@ -13,7 +13,7 @@ from qbench.evaluate.divergence import CompareTop, KeepTop
 from qbench.evaluate.score import token_nll
 from qbench.evaluate.text import Pages, Text
 from qbench.evaluate.windows import Windows
-from qbench.record.result import DivergenceRecord, EvaluationRecord, IntervalRecord, TaskRecord
+from qbench.record.quality import DivergenceRecord, EvaluationRecord, IntervalRecord, TaskRecord
 from qbench.record.store import identity
 from qbench.statistics import Estimate, paired_delta, perplexity, positive_mean, verdict
 

@@ -11,7 +11,8 @@ from typing import ClassVar
 
 from pydantic import ConfigDict
 
-from qbench.record.result import QuantizationRecord, Result
+from qbench.record.quantization import QuantizationRecord
+from qbench.record.result import Result
 
 
 @dataclass(frozen=True, slots=True)

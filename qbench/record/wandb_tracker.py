@@ -23,7 +23,8 @@ from safetensors.numpy import load as load_tensors
 from qbench.config import TrackerConfig
 from qbench.errors import RequestError
 from qbench.record import pareto
-from qbench.record.result import LayerRow, Result
+from qbench.record.quantization import LayerRow
+from qbench.record.result import Result
 from qbench.record.store import identity
 
 log = logging.getLogger(__name__)

@@ -22,7 +22,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from qbench.errors import RequestError
-from qbench.record.result import LayerRow
+from qbench.record.quantization import LayerRow
 from qbench.report.entries import Entry, Score
 
 _STRICT = ConfigDict(extra="forbid")

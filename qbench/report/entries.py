@@ -23,7 +23,8 @@ from safetensors import SafetensorError
 from safetensors.numpy import load as load_tensors
 
 from qbench.errors import RequestError, unknown
-from qbench.record.result import DivergenceRecord, Result, ResultError
+from qbench.record.quality import DivergenceRecord
+from qbench.record.result import Result, ResultError
 
 NOT_COMPARED = ("tracker", "outputs", "export", "speed")
 NOT_COMPARED_RUNTIME = ("rerun", "device", "dtype", "threads", "min_coverage", "seed")

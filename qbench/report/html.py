@@ -24,7 +24,8 @@ import numpy as np
 from markupsafe import Markup
 
 from qbench import __version__
-from qbench.record.result import LayerRow, Result
+from qbench.record.quantization import LayerRow
+from qbench.record.result import Result
 from qbench.report.board import Row, Section
 from qbench.report.columns import LEGEND, MARKS, Column, columns, command, text
 from qbench.report.reference import Published

@@ -1,25 +1,14 @@
 import json
+import math
 from dataclasses import FrozenInstanceError, fields, is_dataclass, replace
 
 import pytest
 
 from qbench.record.outline import Outline
-from qbench.record.result import (
-    DivergenceRecord,
-    EvaluationRecord,
-    InferenceRecord,
-    IntervalRecord,
-    LayerRow,
-    MetricRecord,
-    ModelRecord,
-    PhaseRecord,
-    QuantizationRecord,
-    Result,
-    ResultError,
-    SpeedRecord,
-    SpreadRecord,
-    TaskRecord,
-)
+from qbench.record.quality import DivergenceRecord, EvaluationRecord, IntervalRecord, MetricRecord, TaskRecord
+from qbench.record.quantization import LayerRow, ModelRecord, QuantizationRecord
+from qbench.record.result import Result, ResultError
+from qbench.record.speed import InferenceRecord, PhaseRecord, SpeedRecord, SpreadRecord
 
 
 def example(run_id="0123456789abcdef", **changes) -> Result:
@@ -105,7 +94,7 @@ def test_frozen_and_summarized():
 
 
 def break_(change):
-    document = json.loads(example().to_json())
+    document = json.loads(example(speed=timed()).to_json())
     change(document)
     return json.dumps(document)
 
@@ -119,6 +108,12 @@ def break_(change):
         (lambda d: d.update(surprise=1), "surprise"),
         (lambda d: d["evaluation"][0].update(ppl="low"), "evaluation.0.ppl"),
         (lambda d: d["quantization"]["layers"][0].pop("shape"), "quantization.layers.0.shape"),
+        (lambda d: d["quantization"]["layers"][0].update(surprise=1), "quantization.layers.0.surprise"),
+        (lambda d: d["evaluation"][0].update(surprise=1), "evaluation.0.surprise"),
+        (
+            lambda d: d["speed"]["quantized"]["decode"]["tokens_per_second"].update(surprise=1),
+            "speed.quantized.decode.tokens_per_second.surprise",
+        ),
     ],
 )
 def test_wrong_documents_are_named(change, place):
@@ -188,6 +183,13 @@ def test_the_summary_tells_measures_and_protocols_apart():
     assert summary["wikitext:lmeval-v2.0-w50/word_perplexity"] == 30.0
     assert summary["piqa:lmeval-v1.0-0shot-w50/acc"] == 0.5
     assert summary["piqa:lmeval-v1.0-0shot-w50/acc_flip_rate"] == 0.3
+
+
+def test_a_number_that_is_none_stays_what_it_was():
+    result = example(evaluation=[replace(example().evaluation[0], ppl=float("nan"), baseline_ppl=float("inf"))])
+    read = Result.from_json(result.to_json()).evaluation[0]
+    assert math.isnan(read.ppl)
+    assert read.baseline_ppl == float("inf")
 
 
 def test_truncated_json():

@@ -8,15 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from qbench.record.result import (
-    EvaluationRecord,
-    LayerRow,
-    MetricRecord,
-    ModelRecord,
-    QuantizationRecord,
-    Result,
-    TaskRecord,
-)
+from qbench.record.quality import EvaluationRecord, MetricRecord, TaskRecord
+from qbench.record.quantization import LayerRow, ModelRecord, QuantizationRecord
+from qbench.record.result import Result
 from qbench.record.store import Store, identity
 from qbench.statistics import paired_delta, perplexity
 

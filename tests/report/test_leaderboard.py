@@ -11,7 +11,8 @@ from rich.cells import cell_len
 
 from qbench import leaderboard
 from qbench.leaderboard import main
-from qbench.record.result import CalibrationRecord, DivergenceRecord, IntervalRecord
+from qbench.record.quality import DivergenceRecord, IntervalRecord
+from qbench.record.quantization import CalibrationRecord
 from qbench.report import board, entries, reference
 from qbench.report.columns import order
 from tests.record.test_result import timed

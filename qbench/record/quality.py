@@ -1,0 +1,96 @@
+"""What a result says of quality: perplexities, divergence from the baseline and task metrics, with their intervals."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from qbench.record.strict import Strict
+
+Verdict = Literal["better", "worse", "not distinguishable"]
+
+
+@dataclass(frozen=True)
+class IntervalRecord(Strict):
+    """A mean over windows with its 95 % interval; the bounds are None for a single window."""
+
+    value: float
+    low: float | None
+    high: float | None
+
+
+@dataclass(frozen=True)
+class DivergenceRecord(Strict):
+    """How far the quantized model's next-token distributions are from the baseline's; zero and one for equal models."""
+
+    topk: int  # baseline probabilities kept per position; the others, the tail, are sampled
+    tail_mass: float  # mean probability of the tail; 0 where topk covers the vocabulary, and everything is exact
+    tokens: int  # positions compared
+    kl: IntervalRecord  # KL(baseline || quantized), nats per token
+    kl_reverse: IntervalRecord  # KL(quantized || baseline), nats per token
+    kl_p99: float  # 99th percentile over tokens, nats
+    top1_agreement: IntervalRecord  # share of the positions where both find the same token most probable
+    true_token_rms_change: IntervalRecord  # root mean square change of the probability of the token that follows
+
+
+@dataclass(frozen=True)
+class MetricRecord(Strict):
+    """A metric as lm-eval reports it, under its own name, and its paired difference to the baseline."""
+
+    name: str  # such as acc_norm or word_perplexity; `exact_match,strict-match` where the task has filters
+    higher_is_better: bool
+    value: float
+    baseline: float | None = None
+    delta: float | None = None  # value - baseline
+    delta_low: float | None = None  # 95 % interval over documents
+    delta_high: float | None = None
+    verdict: Verdict | None = None
+    flip_rate: float | None = None  # share of the documents that turned right or wrong; for metrics of right and wrong
+    flip_rate_low: float | None = None
+    flip_rate_high: float | None = None
+
+
+@dataclass(frozen=True)
+class EvaluationRecord(Strict):
+    """A perplexity. The windows of lm-eval's rolling tasks are documents; `metrics` holds lm-eval's own numbers."""
+
+    protocol: str  # the protocol is part of the metric's name; two of them never share a column
+    text_source: str
+    text_sha256: str
+    token_ids_sha256: str
+    total_tokens: int
+    leading_special_tokens: int  # that the tokenizer put before the text; windows get none of their own
+    window_tokens: int
+    windows: int
+    dropped_tokens: int  # the tail and the windows beyond task.max_windows
+    scored_tokens: int
+    ppl: float  # per token
+    baseline_ppl: float | None  # None for a packed checkpoint, whose original is not at hand
+    baseline_cached: bool
+    ppl_delta: float | None  # ppl - baseline_ppl; None without a baseline
+    ppl_delta_low: float | None  # 95 % paired interval; None with a single window or without a baseline
+    ppl_delta_high: float | None
+    window_nll_file: str  # safetensors beside the result: mean NLL per window in nats, `quantized` and `baseline`, ...
+    verdict: Verdict | None = None
+    text_revision: str | None = None  # commit of the Hub dataset; None for a local or embedded text
+    bos_policy: str = ""
+    divergence: DivergenceRecord | None = None  # None without a baseline, or where the protocol has none
+    metrics: list[MetricRecord] = field(default_factory=list)  # word_perplexity, byte_perplexity, bits_per_byte
+
+
+@dataclass(frozen=True)
+class TaskRecord(Strict):
+    """An lm-eval task that is not a perplexity; a group of tasks is one record, over all of its documents."""
+
+    protocol: str
+    task: str  # lm-eval's name
+    version: str
+    documents: int
+    documents_sha256: str  # of lm-eval's hashes of every document, prompt and target
+    num_fewshot: int
+    max_length: int
+    bos_policy: str
+    text_source: str
+    baseline_cached: bool
+    metrics: list[MetricRecord]
+    scores_file: str  # safetensors beside the result: `TASK/METRIC` per document, `quantized/...` and `baseline/...`

@@ -1,0 +1,102 @@
+"""What a result says of the model and of its quantized weights: bytes, bits, errors, one row a layer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from qbench.record.strict import Strict
+
+
+@dataclass(frozen=True)
+class LayerRow(Strict):
+    """One quantized weight."""
+
+    name: str
+    shape: tuple[int, ...]  # [out, in]
+    method: str  # in effect, which may differ from the one asked for
+    backend: str  # what multiplies with it
+    seconds: float  # inside the quantizer
+    bits_per_weight: float
+    packed_bytes: int
+    relative_error: float  # ||W - dequantized|| / ||W||
+    imbalance_before: float  # geometric mean over tiles of all rows x one group
+    imbalance_after: float | None  # None for methods that do not balance
+    kurtosis_before: float
+    kurtosis_after: float  # of W / t; as before without an input scale
+    diagnostics: dict[str, float] = field(default_factory=dict)  # what else the method reports, such as a chosen ratio
+    # by stored tensor: codes, scale, zero, input_scale, codebook, permutation; an input scale that is listed here is
+    # stored with the codes, as that of every method is: none is folded into the layer before
+    stored_bytes: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class SkippedRow(Strict):
+    """A linear weight that stays in 16 bit."""
+
+    name: str
+    weights: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class WeightBytes(Strict):
+    """Bytes of a loaded model by component, counted from the buffers as stored, each once: tied weights are shared."""
+
+    codes: int = 0
+    scale: int = 0
+    zero: int = 0
+    input_scale: int = 0
+    codebook: int = 0
+    permutation: int = 0
+    linears: int = 0  # linear weights that are not quantized, in the precision of the run
+    embeddings: int = 0
+    head: int = 0  # 0 when it is tied to the embeddings
+    rest: int = 0  # norms, biases, rotary frequencies
+
+    @property
+    def aux(self) -> int:
+        return self.scale + self.zero + self.input_scale + self.codebook + self.permutation
+
+
+@dataclass(frozen=True)
+class ModelRecord(Strict):
+    name: str
+    fingerprint: str
+    note: str  # what a reader of its numbers must know; empty for an ordinary checkpoint
+    parameters: int
+    linear_weights: int  # that count for coverage
+    baseline_bytes: int  # every parameter at 16 bit, tied ones once
+    weight_bytes: WeightBytes | None = None  # of the baseline as loaded; None for a packed checkpoint
+
+
+@dataclass(frozen=True)
+class CalibrationRecord(Strict):
+    """What a calibrated method was shown; equal hashes, equal terms."""
+
+    text_source: str
+    text_sha256: str
+    token_ids_sha256: str
+    sequences: int
+    tokens: int
+
+
+@dataclass(frozen=True)
+class QuantizationRecord(Strict):
+    quantizer: str
+    calibration: CalibrationRecord | None  # None for calibration-free methods
+    quant_seconds: float  # inside the quantizer, all layers
+    wall_seconds: float  # the whole phase, diagnostics included
+    bits_per_weight: float  # stored codes and aux of the quantized linears over their weights
+    packed_bytes: int  # codes and aux of the quantized linears, from the buffers
+    model_bytes: int  # packed_bytes plus every other parameter at 16 bit
+    coverage: float  # share of the linear weights really quantized, 0 to 1
+    peak_alloc_bytes: int | None  # of the CUDA allocator while quantizing; None on a CPU
+    peak_rss_bytes: int  # of the whole process until quantizing ended
+    layers: list[LayerRow]  # empty for a packed checkpoint: errors are measured against the original
+    skipped: list[SkippedRow]
+    weight_bytes: WeightBytes | None = None  # of the quantized model as it ran
+
+    @property
+    def weight_error(self) -> float | None:
+        """Mean over the layers of their relative errors; None for a packed checkpoint."""
+        return sum(row.relative_error for row in self.layers) / len(self.layers) if self.layers else None
