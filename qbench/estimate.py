@@ -3,7 +3,8 @@
 The model is built from its configuration without storage (torch's meta device), which gives every shape. What a
 quantizer stores for a weight `[out, in]` is a * out * in + b * in + c * out + d bytes (codes and group scales, input
 scales, row scales, codebook); the four are solved from four small random matrices that it really quantizes. That
-knows nothing of any method, so it serves third parties' too.
+knows nothing of any method, so it serves third parties' too. One that refuses those matrices may still suit the
+model's, so its points stay in the plan, without a size.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from rich.table import Table
 from rich.text import Text
 
 from qbench.config import ModelConfig
+from qbench.errors import PointError
 from qbench.models import load, smollm2, tiny
 from qbench.models.experts import stacked_parameters
 from qbench.models.linears import find_linears
@@ -30,8 +32,12 @@ if TYPE_CHECKING:
 
 
 def show_plan(plan: Sequence[Planned]) -> dict[str, Any]:
-    """Prints one row per point to stderr; returns the same as what JSON holds. A size that is not known is None."""
+    """Prints one row per point to stderr; returns the same as what JSON holds. A size that is not known is None.
+
+    Below the rows is a sentence for each quantizer that failed on the random matrices.
+    """
     shapes: dict[str, tuple[int, Counter] | None] = {}
+    failures: dict[str, None] = {}  # a set that keeps its order
     table = Table(box=None, pad_edge=False)
     for name in ("point", "run", "state", "bits/weight", "model, MB"):
         table.add_column(name, justify="right" if name in ("bits/weight", "model, MB") else "left")
@@ -40,7 +46,11 @@ def show_plan(plan: Sequence[Planned]) -> dict[str, Any]:
         point, model = planned.point, planned.point.config.model
         if (key := repr(model)) not in shapes:
             shapes[key] = _shapes(model)
-        size = point.quantizer and shapes[key] and model_bytes(point.quantizer, *shapes[key])
+        try:
+            size = point.quantizer and shapes[key] and model_bytes(point.quantizer, *shapes[key])
+        except PointError as error:
+            size = None
+            failures[f"quantizer={point.config.quantizer['name']}: {error}"] = None
         state = "recorded" if planned.recorded else "to run"
         bits, packed = size or (None, None)
         rows.append(
@@ -50,6 +60,8 @@ def show_plan(plan: Sequence[Planned]) -> dict[str, Any]:
         cells = (f"{bits:.3f}", f"{packed / 1e6:.1f}") if size else ("?", "?")
         table.add_row(Text(planned.label), point.run_id, state, *cells)
     Console(file=sys.stderr, highlight=False, width=None if sys.stderr.isatty() else 160).print(table)
+    for sentence in failures:
+        print(sentence, file=sys.stderr)
     recorded = sum(planned.recorded is not None for planned in plan)
     print(
         f"{len(plan)} points, {recorded} recorded already, {len(plan) - recorded} to run; nothing was run",
@@ -59,7 +71,10 @@ def show_plan(plan: Sequence[Planned]) -> dict[str, Any]:
 
 
 def model_bytes(quantizer: Quantizer, parameters: int, shapes: Counter[tuple[int, int]]) -> tuple[float, int]:
-    """Estimated bits per weight of the linears, and bytes of the whole model with everything else at 16 bit."""
+    """Estimated bits per weight of the linears, and bytes of the whole model with everything else at 16 bit.
+
+    `shapes` counts the linears of each `[out, in]`. Raises PointError when the quantizer fails on a random matrix.
+    """
     a, b, c, d = _coefficients(quantizer)
     weights = sum(rows * columns * count for (rows, columns), count in shapes.items())
     packed = sum((a * o * i + b * i + c * o + d) * count for (o, i), count in shapes.items())
@@ -76,9 +91,15 @@ def _coefficients(quantizer: Quantizer) -> np.ndarray:
             weight = torch.randn(rows, columns, generator=generator)
             x = torch.randn(4 * width, columns, generator=generator)
             statistics = InputStatistics(len(x), absmean=x.abs().mean(0), inputs=x, hessian=x.T @ x)
-            (packed,) = quantizer.quantize([weight], statistics)
+            try:
+                (packed,) = quantizer.quantize([weight], statistics)
+                sizes.append(packed.nbytes)
+            except Exception as error:  # anything at all: it is a third party's code
+                raise PointError(
+                    f"its size is not known, since {type(quantizer).__name__} fails on a random matrix "
+                    f"[{rows}, {columns}] with {type(error).__name__}: {' '.join(str(error).split())}"
+                ) from error
             terms.append([rows * columns, columns, rows, 1])
-            sizes.append(packed.nbytes)
     return np.linalg.solve(np.array(terms, dtype=float), np.array(sizes, dtype=float))
 
 

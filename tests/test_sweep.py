@@ -182,6 +182,27 @@ def test_dry_run_shows_the_plan_and_runs_nothing(qbench, monkeypatch):
     assert not list(Path("outputs/results").iterdir())
 
 
+def test_dry_run_survives_a_quantizer_that_refuses_its_random_matrices(qbench, monkeypatch):
+    from qbench.plugins.rtn import RTN
+
+    def refuse(self, weights, stats):
+        if weights[0].shape == (128, 128):
+            raise ArithmeticError("only 64 rows\nat a time")
+        return [self.quantize_one(weight, stats) for weight in weights]
+
+    monkeypatch.setattr(RTN, "quantize", refuse)
+    outcome = qbench("-m", *TINY, "quantizer=rtn,sinq", "quantizer.nbits=3,4", "--dry-run")
+    assert outcome.status == 0
+    sentence = (
+        "quantizer=rtn: its size is not known, since RTN fails on a random matrix [128, 128] with ArithmeticError: "
+        "only 64 rows at a time"
+    )
+    assert outcome.stderr.splitlines().count(sentence) == 1  # for both points
+    assert "Traceback" not in outcome.stderr
+    assert [point["estimated_bits_per_weight"] for point in outcome.summary["plan"]] == [None, None, 3.6875, 4.6875]
+    assert outcome.stderr.count(" to run ") == 4  # every point has its row
+
+
 def test_settings_of_a_swept_group_reach_the_points_alone(qbench):
     outcome = qbench("-m", *TINY, "quantizer=awq,gptq", "quantizer.ratios=10", "--dry-run")
     assert outcome.status == 2  # of GPTQ, which has none, and not of the default quantizer
