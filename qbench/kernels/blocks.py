@@ -58,6 +58,7 @@ class WidePlan:
     splits_in_block: int  # WK: as many warpgroups take turns at the chunks of K
     splits: int  # blocks along K, one cluster
     stages: int  # chunks of x and the weight in flight per block: 2, 3, ... times splits_in_block
+    own_x: bool = False  # every block scales x itself, instead of waiting for a kernel that does
 
     def __post_init__(self) -> None:
         """A warpgroup keeps to its own stages: on another's it could take the phase before for the one it waits for."""
@@ -67,10 +68,13 @@ class WidePlan:
             )
 
     def shared_bytes(self, batch: int, chunks: int, nbits: int, group_size: int, has_zero: bool) -> int:
-        weights = 4 * self.warpgroups * chunk_bytes(nbits, group_size, has_zero)
-        stage = 8 * self.batch_blocks * 2 * COLUMNS + -(-weights // 1024) * 1024
+        x, weights = 8 * self.batch_blocks * 2 * COLUMNS, 4 * self.warpgroups * chunk_bytes(nbits, group_size, has_zero)
+        if self.own_x:
+            stages = -(-chunks // self.splits) * x + self.stages * (weights + 16)
+        else:
+            stages = self.stages * (x + -(-weights // 1024) * 1024 + 16)
         partial = self.splits_in_block * 8 * self.batch_blocks * (64 * self.warpgroups + 4) * 4
-        return max(self.stages * (stage + 16), partial)
+        return max(stages, partial)
 
 
 def plan(M: int, N: int, K: int, tiles: Tiles, device: int) -> Plan | WidePlan | None:
@@ -97,7 +101,11 @@ def _table(gpu: str) -> dict[str, list[int]]:
 @cache
 def _plan(M: int, N: int, K: int, form: tuple[int, int, bool], gpu: str, limit: int) -> Plan | WidePlan | None:
     tuned = _table(gpu).get(table_key(M, N, K, form[0]))
-    found = [] if tuned is None else [WidePlan(*tuned) if len(tuned) == 5 else Plan(*tuned[:6], bool(tuned[6]))]
+    found = (
+        []
+        if tuned is None
+        else [WidePlan(*tuned[:5], bool(tuned[5])) if len(tuned) == 6 else Plan(*tuned[:6], bool(tuned[6]))]
+    )
     found += _by_rule(M, N, K) if M <= NARROW else _wide_by_rule(M, N, K)
     return next((plan for plan in found if plan.shared_bytes(M, -(-K // COLUMNS), *form) <= limit), None)
 

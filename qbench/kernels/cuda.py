@@ -19,6 +19,7 @@ from qbench.kernels.tiles import COLUMNS, Tiles
 
 log = logging.getLogger(__name__)
 
+SCALED_IN_BLOCK = 4  # rows of x
 EARLY_START = True  # let a kernel fetch its first weights while the kernel in front of it ends
 
 
@@ -39,9 +40,10 @@ class _Problem(ctypes.Structure):  # of dual_linear.cu
 
 class _WideProblem(ctypes.Structure):  # of wide_linear.cu
     _fields_ = [
-        *_fields(ctypes.c_void_p, "tiles", "x", "codebook", "bias", "y"),
-        ("t_up", ctypes.c_float),
-        *_fields(ctypes.c_int, "M", "N", "strips", "chunks", "per", "stages"),
+        *_fields(ctypes.c_void_p, "tiles", "x", "t", "permutation", "codebook", "bias", "y"),
+        ("x_stride", ctypes.c_uint64),
+        *_fields(ctypes.c_float, "t_down", "t_up"),
+        *_fields(ctypes.c_int, "M", "N", "K", "strips", "chunks", "per", "stages"),
     ]
 
 
@@ -97,7 +99,7 @@ def _launch(
     defines = _linear_defines(tiles, x.dtype, MB=chosen.batch_blocks, RT=chosen.strips_per_warp, **depth)
     down = _down(x.dtype, tiles)
     stride, t, permutation, sums = x.stride(0), tiles.input_scale, tiles.permutation, None
-    if M > 1:  # x * t once for all blocks; a single row is scaled by each block while its weights are on their way
+    if M > SCALED_IN_BLOCK:  # once for all blocks; a few rows each block scales while its weights are on their way
         subs = COLUMNS // min(tiles.group_size, 64)
         scaled = x.new_empty(M, chunks * COLUMNS)
         sums = torch.empty(blocks_m * chunks * subs * 8 * chosen.batch_blocks, 2, dtype=torch.float32, device=x.device)
@@ -128,15 +130,18 @@ def _launch_wide(x: Tensor, tiles: Tiles, bias: Tensor | None, y: Tensor, chosen
     M, N = y.shape
     strips, chunks = tiles.data.shape[-3:-1]
     device, blocks_m = x.device.index, -(-M // (8 * chosen.batch_blocks))
-    defines = _linear_defines(
-        tiles, x.dtype, NB=chosen.batch_blocks, GROUPS=chosen.warpgroups, WK=chosen.splits_in_block
-    )
-    image = x.new_empty(blocks_m * 8 * chosen.batch_blocks * chunks * COLUMNS)
-    _launch_input("tile_input", x, tiles, (image,), defines)
+    shape = {"NB": chosen.batch_blocks, "GROUPS": chosen.warpgroups, "WK": chosen.splits_in_block}
+    defines = _linear_defines(tiles, x.dtype, **shape, OWN_X=int(chosen.own_x))
+    image, down = x, _down(x.dtype, tiles)
+    if not chosen.own_x:
+        image = x.new_empty(blocks_m * 8 * chosen.batch_blocks * chunks * COLUMNS)
+        _launch_input("tile_input", x, tiles, (image,), defines)
     problem = _WideProblem(
-        *map(_address, (tiles.data, image, tiles.codebook, bias, y)),
-        1 / _down(x.dtype, tiles),
-        *(M, N, strips, chunks, -(-chunks // chosen.splits), chosen.stages),
+        *map(_address, (tiles.data, image, tiles.input_scale, tiles.permutation, tiles.codebook, bias, y)),
+        x.stride(0),
+        down,
+        1 / down,
+        *(M, N, x.shape[1], strips, chunks, -(-chunks // chosen.splits), chosen.stages),
     )
     nvrtc.launch(
         nvrtc.load("wide_linear", device, defines),

@@ -8,7 +8,7 @@
 // are left where they are in the word as long as that is within a mantissa, under the exponent that makes their lowest
 // bit count as 1, which is the 16-bit float 2^e + q exactly; e depends on the place alone. The products of one group are
 // summed by the tensor core in fp32, starting from -zero * sum(x t) - sum(2^e x t), so the zero point and the 2^e cost
-// one FMA per group and output; scale is applied to that sum. At batch 1 every block multiplies t into x itself; t, like
+// one FMA per group and output; scale is applied to that sum. Of a few rows every block multiplies t into x itself; t, like
 // the first weights, is fetched before the kernel waits for the one in front. Every warp streams its own chunks through
 // a ring in shared memory filled by bulk copies (no barrier between warps), and the K splits are summed in a fixed
 // order: within a block through shared memory, between the blocks of a cluster through distributed shared memory. No
@@ -41,7 +41,7 @@ struct Problem {
   const float* codebook;  // [16] or null
   const u16* bias;        // [N] or null
   const int* experts;     // [pairs]: row p of x goes to expert experts[p] (M is 1 then), or null
-  const float* sums;      // x is already x * t, [M, 128 * chunks], and these are its sums (struct Sums); or null
+  const float* sums;      // x is already x * t, [M, 128 * chunks], and these are its sums (struct Sums); null: as it comes
   u16* y;                 // [M, N]
   u64 x_stride;
   float t_down, t_up;     // a power of two that keeps x * t finite in fp16, and its inverse
@@ -225,7 +225,7 @@ extern "C" __global__ void __launch_bounds__(MB * RT >= (RING ? 16 : 8) ? 256 : 
 #endif
   const u16* t = p.t ? p.t + u64(expert) * p.chunks * 128 + lo * 128 : nullptr;
   const int vectors = (hi - lo) * 16;                                   // of 8 columns, in a row of x
-  if (!p.sums && t)  // to where x * t will be: every thread reads back only what it copied itself
+  if (!p.sums && t)  // to where row 0 of x * t will be: every thread reads back only what it copied itself
     for (int v = threadIdx.x; v < vectors; v += blockDim.x) copy16(shared(xs + v * 16), t + v * 8);
   await_previous_kernel();
 
@@ -242,18 +242,25 @@ extern "C" __global__ void __launch_bounds__(MB * RT >= (RING ? 16 : 8) ? 256 : 
     const bool wide = aligned_rows(p.x, p.x_stride, permutation, p.K);
     const u16* x = p.x + (p.experts ? blockIdx.z / p.pairs_per_row : m0) * p.x_stride;
     await_copies();
-    for (int base = warp * 32; base < vectors; base += blockDim.x) {    // one row: batch is 1 here
+    for (int base = warp * 32; base < vectors; base += blockDim.x) {
       const int v = base + lane, k = lo * 128 + v * 8;
-      Sums sum = {0.f, 0.f};
-      if (v < vectors) {
-        uint4* to = reinterpret_cast<uint4*>(xs) + v;
-        uint4 values = load_x(x, permutation, k, p.K, wide);
-        if (t) values = scaled(values, *to, p.t_down);
-        *to = values;
-        sum = sums_of(values, k);
+      const bool active = v < vectors;                                  // half warps are active or not as a whole
+      uint4* to = reinterpret_cast<uint4*>(xs) + v;
+      const uint4 factors = active && t ? *to : uint4{};
+#pragma unroll 1
+      for (int m = 0; m < batch; m += 2) {
+        uint4 rows[2] = {};                                             // both under way before the first is used
+        if (active) rows[0] = load_x(x + m * p.x_stride, permutation, k, p.K, wide);
+        if (active && m + 1 < batch) rows[1] = load_x(x + (m + 1) * p.x_stride, permutation, k, p.K, wide);
+#pragma unroll
+        for (int j = 0; j < 2; j++) {
+          if (m + j >= batch) break;
+          if (t) rows[j] = scaled(rows[j], factors, p.t_down);
+          if (active) to[(m + j) * (x_stride / 16)] = rows[j];
+          const Sums sum = over_lanes(sums_of(rows[j], k), 0xffffffffu);
+          if (active && v % (SUB / 8) == 0) reinterpret_cast<Sums*>(sums)[v / (SUB / 8) * 8 * MB + m + j] = sum;
+        }
       }
-      sum = over_lanes(sum, 0xffffffffu);
-      if (v < vectors && v % (SUB / 8) == 0) reinterpret_cast<Sums*>(sums)[v / (SUB / 8) * 8 * MB] = sum;
     }
   }
   Table table = {};

@@ -33,6 +33,8 @@ def test_a_batch_through_the_ring_and_a_cluster(emulated, generator):
     check(generator, weight, 5, torch.float16, Plan(1, 1, 1, 1, 2, 2, True), bias)
     assert len(emulated) == 2  # x * t first
     assert emulated[1][3] == 2
+    check(generator, weight, 3, torch.float16, Plan(1, 1, 1, 1, 2, 2, True), bias)
+    assert len(emulated) == 3  # of a few rows, every block makes x * t itself
 
 
 def test_a_wide_batch(emulated, generator):
@@ -69,6 +71,9 @@ def test_every_format(emulated, generator, nbits, codebook, group_size, dtype):
         (30, WidePlan(4, 1, 3, 2, 6)),
         (70, WidePlan(8, 1, 1, 2, 3)),  # two passes
         (100, WidePlan(16, 1, 1, 1, 2)),
+        (16, WidePlan(2, 1, 2, 2, 4, True)),
+        (27, WidePlan(2, 1, 1, 1, 2, True)),
+        (13, Plan(2, 1, 1, 2, 1, 2, True)),
     ],
 )
 def test_every_batch_shape(emulated, generator, batch, plan):
@@ -79,7 +84,7 @@ def test_every_batch_shape(emulated, generator, batch, plan):
 def test_options(emulated, generator):
     plan = Plan(1, 1, 1, 1, 1, 1)
     for options in ({"zero": False}, {"t": False}, {"permuted": True}, {"zero": False, "codebook": True}):
-        for batch, chosen in ((1, plan), (2, plan), (2, WidePlan(2, 1, 1, 1, 2))):
+        for batch, chosen in ((1, plan), (2, plan), (2, WidePlan(2, 1, 1, 1, 2)), (2, WidePlan(2, 1, 1, 1, 2, True))):
             check(generator, random_weight((16, 200), 4, 64, generator, **options), batch, torch.float16, chosen)
     weight = random_weight((16, 130), 4, 64, generator)
     strided = torch.randn(4, 261, generator=generator).half()[:, :130]
