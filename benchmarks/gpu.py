@@ -25,7 +25,7 @@ from torch import Tensor
 from qbench.kernels import cuda, ops
 from qbench.kernels.tiles import Tiles, to_tiles
 
-BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 512, 2048)
+BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
 LIMITS = {torch.float16: 1e-3, torch.bfloat16: 1e-2}
 Row = tuple[int, str, float, Timing]  # batch, kernel, bytes stored, timing
 
@@ -38,7 +38,7 @@ def check() -> float:
             weight = random_weight(rows, columns, nbits, group, codebook=codebook)
             tiles = laid_out(weight)[0]
             for dtype, limit in LIMITS.items():
-                for batch in (1, 3, 8, 17, 64, 129):
+                for batch in (1, 3, 8, 13, 17, 64, 129, 300):
                     x = torch.randn(batch, columns, dtype=dtype, device=DEVICE)
                     poison = torch.full((2**24,), float("nan"), device=DEVICE)
                     del poison  # the next allocation gets this memory: what is not written stays NaN
@@ -73,7 +73,7 @@ def our_rows(shape: tuple[int, int], inputs: dict[int, Tensor]) -> Iterator[Row]
             weight = random_weight(*shape, nbits, codebook=codebook, input_scale=with_t)
             rotated, stored = laid_out(weight, copies(weight.nbytes)), weight.nbytes
             for batch, x in inputs.items():
-                if not with_t and batch > 64:
+                if not with_t and batch > ops.FUSED_BATCH:
                     continue  # t is then part of the weight that is written
                 label = name if with_t else f"{name} without t"
                 fused = [lambda t=t, x=x: ops.linear(x, t) for t in rotated]
@@ -82,7 +82,7 @@ def our_rows(shape: tuple[int, int], inputs: dict[int, Tensor]) -> Iterator[Row]
                     cuda.EARLY_START = False
                     yield batch, "W4, no early start", stored, time_calls(fused)
                     cuda.EARLY_START = True
-                if label == "W4" and batch in (1, 64):
+                if label == "W4" and batch in (1, 64, 128, 256, 512):
                     unfused = [lambda t=t, x=x: F.linear(x, cuda.dequantize(t, x.dtype)) for t in rotated]
                     yield batch, "W4, dequantize + cuBLAS", stored, time_calls(unfused)
 

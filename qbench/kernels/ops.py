@@ -21,7 +21,8 @@ from qbench.kernels import blocks, cuda
 from qbench.kernels import tiles as layout
 from qbench.kernels.tiles import Tiles
 
-FUSED_BATCH = 64  # above it, dequantizing once and cuBLAS is faster on an H200 (docs/performance.md)
+FUSED_BATCH = 512  # above it, dequantizing once and cuBLAS is as fast on an H200 (docs/performance.md)
+TRITON_BATCH = 64  # the same for the Triton kernels
 EXPERT_PAIRS = 64  # (token, expert) pairs that one grouped launch serves; more go expert by expert
 HALF = (torch.float16, torch.bfloat16)
 
@@ -48,7 +49,8 @@ def backend(device: torch.device, dtype: torch.dtype) -> str:
     which = "cuda" if cuda.refusal(device.index or 0) is None else "triton" if _has_triton() else "torch"
     if dtype not in HALF or which == "torch":
         return f"dequantize ({which}) + matmul"
-    return f"dual_linear ({which}), dequantize + matmul above batch {FUSED_BATCH}"
+    limit = FUSED_BATCH if which == "cuda" else TRITON_BATCH
+    return f"dual_linear ({which}), dequantize + matmul above batch {limit}"
 
 
 def _parts(tiles: Tiles) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
@@ -171,7 +173,7 @@ def _linear_on_gpu(x: Tensor, tiles: Tiles, bias: Tensor | None) -> Tensor:
             plan = blocks.plan(len(x), *tiles.shape, tiles, device) if native else None
             if plan is not None:
                 return cuda.linear(_unit_stride(x), tiles, bias, plan)
-            if _has_triton():
+            if len(x) <= TRITON_BATCH and _has_triton():
                 from qbench.kernels import triton_linear
 
                 y = triton_linear.linear(_unit_stride(x), tiles)

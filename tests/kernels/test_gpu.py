@@ -31,7 +31,7 @@ def test_every_batch(generator, nbits, codebook, group_size):
         weight = on_gpu(random_weight(shape, nbits, group_size, generator, codebook=codebook))
         tiles, bias = to_tiles(weight), torch.randn(shape[0], device="cuda")
         torch.cuda.synchronize()
-        batches = range(1, 130) if shape == (40, 577) else (1, 2, 3, 7, 8, 9, 16, 17, 33, 64, 65, 129)
+        batches = range(1, 130) if shape == (40, 577) else (1, 2, 3, 5, 7, 8, 9, 16, 17, 33, 64, 65, 129, 300, 513)
         for dtype, limit in LIMITS.items():
             for batch in batches:
                 x = torch.randn(batch, shape[1], device="cuda", dtype=dtype)
