@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -60,31 +61,32 @@ def laid_out(weight, count: int = 1) -> list[Tiles]:
     return rotated
 
 
-def bf16_rows(shape: tuple[int, int], inputs: dict[int, Tensor]) -> Iterator[Row]:
-    stored = 2 * shape[0] * shape[1]
-    dense = [torch.randn(shape, dtype=torch.bfloat16, device=DEVICE) for _ in range(copies(stored))]
-    for batch, x in inputs.items():
-        yield batch, "bf16", stored, time_calls([lambda w=w, x=x: F.linear(x, w) for w in dense])
-
-
-def our_rows(shape: tuple[int, int], inputs: dict[int, Tensor]) -> Iterator[Row]:
+def our_weights(shape: tuple[int, int]) -> dict[str, tuple[float, list[Tiles]]]:
+    """What each row is called: the bytes stored, and the weight in as many places as must be rotated through."""
+    made = {}
     for name, (nbits, codebook) in FORMATS.items():
         for with_t in (True, False) if name == "W4" else (True,):
             weight = random_weight(*shape, nbits, codebook=codebook, input_scale=with_t)
-            rotated, stored = laid_out(weight, copies(weight.nbytes)), weight.nbytes
-            for batch, x in inputs.items():
-                if not with_t and batch > ops.FUSED_BATCH:
-                    continue  # t is then part of the weight that is written
-                label = name if with_t else f"{name} without t"
-                fused = [lambda t=t, x=x: ops.linear(x, t) for t in rotated]
-                yield batch, label, stored, time_calls(fused)
-                if label == "W4" and batch <= 64:
-                    cuda.EARLY_START = False
-                    yield batch, "W4, no early start", stored, time_calls(fused)
-                    cuda.EARLY_START = True
-                if label == "W4" and batch in (1, 64, 128, 256, 512):
-                    unfused = [lambda t=t, x=x: F.linear(x, cuda.dequantize(t, x.dtype)) for t in rotated]
-                    yield batch, "W4, dequantize + cuBLAS", stored, time_calls(unfused)
+            label = name if with_t else f"{name} without t"
+            made[label] = weight.nbytes, laid_out(weight, copies(weight.nbytes))
+    return made
+
+
+def rows_of(batch: int, x: Tensor, dense: list[Tensor], ours: dict[str, tuple[float, list[Tiles]]]) -> Iterator[Row]:
+    """One batch, all kernels in a row: what is compared was measured at the same clocks."""
+    yield batch, "bf16", dense[0].nbytes, time_calls([lambda w=w: F.linear(x, w) for w in dense])
+    for label, (stored, rotated) in ours.items():
+        if label == "W4 without t" and batch > ops.FUSED_BATCH:
+            continue  # t is then part of the weight that is written
+        fused = [lambda t=t: ops.linear(x, t) for t in rotated]
+        yield batch, label, stored, time_calls(fused)
+    stored, rotated = ours["W4"]
+    if batch <= ops.FUSED_BATCH:
+        cuda.EARLY_START = False
+        yield batch, "W4, no early start", stored, time_calls([lambda t=t: ops.linear(x, t) for t in rotated])
+        cuda.EARLY_START = True
+        unfused = [lambda t=t: F.linear(x, cuda.dequantize(t, x.dtype)) for t in rotated]
+        yield batch, "W4, dequantize + cuBLAS", stored, time_calls(unfused)
 
 
 def peer_rows(names: list[str], shape: tuple[int, int], inputs: dict[int, Tensor], missing: list[str]) -> Iterator[Row]:
@@ -119,7 +121,11 @@ def main() -> None:
         for layer, shape in SHAPES[model].items():
             batches = map(int, chosen.batches.split(","))
             inputs = {batch: torch.randn(batch, shape[1], dtype=torch.bfloat16, device=DEVICE) for batch in batches}
-            found = [*bf16_rows(shape, inputs), *our_rows(shape, inputs)]
+            dense = [
+                torch.randn(shape, dtype=torch.bfloat16, device=DEVICE) for _ in range(copies(2 * math.prod(shape)))
+            ]
+            ours = our_weights(shape)
+            found = [row for batch, x in inputs.items() for row in rows_of(batch, x, dense, ours)]
             found += peer_rows(peers, shape, inputs, missing)
             base = {batch: timing.us for batch, kernel, _, timing in found if kernel == "bf16"}
             for batch, kernel, stored, timing in sorted(found, key=lambda row: row[0]):

@@ -62,9 +62,8 @@ def wide(M: int, N: int, chunks: int) -> Iterator[WidePlan]:
                     fits = stages % splits_in_block == 0 and stages >= 2 * splits_in_block
                     fits = fits and splits * splits_in_block <= chunks
                     registers = 128 * warpgroups * splits_in_block * (8 * blocks // 2 + 56)
-                    for own_x in (False, True) if M <= 32 else (False,):
-                        if fits and registers <= 65536 and warpgroups * 64 < N + 64:
-                            yield WidePlan(blocks, warpgroups, splits_in_block, splits, stages, own_x)
+                    if fits and registers <= 65536 and warpgroups * 64 < N + 64:
+                        yield WidePlan(blocks, warpgroups, splits_in_block, splits, stages)
 
 
 def main() -> None:

@@ -14,9 +14,15 @@ import torch
 
 from qbench.kernels.tiles import COLUMNS, ROWS, Tiles, chunk_bytes
 
-BUCKETS = (1, 8, 16, 32, 64, 128)  # batches that share a tuned entry: up to 1, 8, ...
+BUCKETS = (1, 8, 16, 32, 64, 128, 256, 512)  # batches that share a tuned entry: up to 1, 8, ...
 NARROW = 16  # rows of x up to which dual_linear.cu is the faster one
+SCALED_IN_BLOCK = 4  # rows of x up to which every block of dual_linear.cu multiplies t into x itself
 MULTIPROCESSORS = 132  # of an H100 or H200; for the rules alone
+
+
+def x_record_bytes(rows: int, batch_blocks: int, group_size: int) -> int:
+    """Of one chunk in dual_linear.cu: rows of x * t, padded so that they start in different banks, and their sums."""
+    return rows * (2 * COLUMNS + 64) + COLUMNS // min(group_size, 64) * 8 * batch_blocks * 8
 
 
 @dataclass(frozen=True)
@@ -41,12 +47,11 @@ class Plan:
         warps = self.strips * self.splits_in_block
         per = -(-chunks // self.splits)
         rings = -(-warps * self.stages * (self.strips_per_warp * chunk + 8) // 128) * 128 if self.ring else 0
-        rows_of_x = batch if self.batch_blocks == 1 and batch < 8 else 8 * self.batch_blocks
-        x = rows_of_x * (per * 256 + 64)
-        sums = per * (COLUMNS // min(group_size, 64)) * 8 * self.batch_blocks * 8
+        rows_of_x = batch if batch <= SCALED_IN_BLOCK else 8 * self.batch_blocks
+        x = per * (x_record_bytes(rows_of_x, self.batch_blocks, group_size) + 8)
         rows = ROWS * self.strips_per_warp * self.strips
         partial = self.splits_in_block * 8 * self.batch_blocks * (rows + 4) * 4
-        return max(rings + x + sums, partial)
+        return max(rings + x, partial)
 
 
 @dataclass(frozen=True)
@@ -58,7 +63,6 @@ class WidePlan:
     splits_in_block: int  # WK: as many warpgroups take turns at the chunks of K
     splits: int  # blocks along K, one cluster
     stages: int  # chunks of x and the weight in flight per block: 2, 3, ... times splits_in_block
-    own_x: bool = False  # every block scales x itself, instead of waiting for a kernel that does
 
     def __post_init__(self) -> None:
         """A warpgroup keeps to its own stages: on another's it could take the phase before for the one it waits for."""
@@ -68,11 +72,8 @@ class WidePlan:
             )
 
     def shared_bytes(self, batch: int, chunks: int, nbits: int, group_size: int, has_zero: bool) -> int:
-        x, weights = 8 * self.batch_blocks * 2 * COLUMNS, 4 * self.warpgroups * chunk_bytes(nbits, group_size, has_zero)
-        if self.own_x:
-            stages = -(-chunks // self.splits) * x + self.stages * (weights + 16)
-        else:
-            stages = self.stages * (x + -(-weights // 1024) * 1024 + 16)
+        weights = 4 * self.warpgroups * chunk_bytes(nbits, group_size, has_zero)
+        stages = self.stages * (8 * self.batch_blocks * 2 * COLUMNS + -(-weights // 1024) * 1024 + 16)
         partial = self.splits_in_block * 8 * self.batch_blocks * (64 * self.warpgroups + 4) * 4
         return max(stages, partial)
 
@@ -131,9 +132,10 @@ def _wide_by_rule(M: int, N: int, K: int) -> list[WidePlan]:
     """What leaves the fewest multiprocessors idle: the last wave of blocks counts as much as a full one."""
     chunks, strips = -(-K // COLUMNS), -(-N // ROWS)
     blocks = next((size for size in (2, 4, 8, 16) if 8 * size >= M), 16)
+    passes = -(-M // (8 * blocks))
 
     def cost(plan: WidePlan) -> float:
-        waves = -(-(-(-strips // (4 * plan.warpgroups)) * plan.splits) // MULTIPROCESSORS)
+        waves = -(-(-(-strips // (4 * plan.warpgroups)) * plan.splits * passes) // MULTIPROCESSORS)
         start_and_sums = 8  # in chunks of one warpgroup
         return waves * (-(-chunks // plan.splits) * max(plan.warpgroups, 2) + start_and_sums)
 

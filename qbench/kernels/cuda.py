@@ -14,12 +14,11 @@ import torch
 from torch import Tensor
 
 from qbench.kernels import nvrtc
-from qbench.kernels.blocks import Plan, WidePlan
+from qbench.kernels.blocks import SCALED_IN_BLOCK, Plan, WidePlan, x_record_bytes
 from qbench.kernels.tiles import COLUMNS, Tiles
 
 log = logging.getLogger(__name__)
 
-SCALED_IN_BLOCK = 4  # rows of x
 EARLY_START = True  # let a kernel fetch its first weights while the kernel in front of it ends
 
 
@@ -29,21 +28,19 @@ def _fields(kind: type, *names: str) -> list[tuple[str, type]]:
 
 class _Problem(ctypes.Structure):  # of dual_linear.cu
     _fields_ = [
-        *_fields(ctypes.c_void_p, "tiles", "x", "t", "permutation", "codebook", "bias", "experts", "sums", "y"),
+        *_fields(ctypes.c_void_p, "tiles", "x", "t", "permutation", "codebook", "bias", "experts", "y"),
         ("x_stride", ctypes.c_uint64),
         *_fields(ctypes.c_float, "t_down", "t_up"),
-        *_fields(
-            ctypes.c_int, "M", "N", "K", "strips", "chunks", "per", "log_splits_in_block", "stages", "pairs_per_row"
-        ),
+        *_fields(ctypes.c_int, "M", "N", "K", "strips", "chunks", "per", "log_splits_in_block"),
+        *_fields(ctypes.c_int, "stages", "pairs_per_row", "scaled"),
     ]
 
 
 class _WideProblem(ctypes.Structure):  # of wide_linear.cu
     _fields_ = [
-        *_fields(ctypes.c_void_p, "tiles", "x", "t", "permutation", "codebook", "bias", "y"),
-        ("x_stride", ctypes.c_uint64),
-        *_fields(ctypes.c_float, "t_down", "t_up"),
-        *_fields(ctypes.c_int, "M", "N", "K", "strips", "chunks", "per", "stages"),
+        *_fields(ctypes.c_void_p, "tiles", "x", "codebook", "bias", "y"),
+        ("t_up", ctypes.c_float),
+        *_fields(ctypes.c_int, "M", "N", "strips", "chunks", "per", "stages"),
     ]
 
 
@@ -98,20 +95,18 @@ def _launch(
     depth = {"RING": 1} if chosen.ring else {"DEPTH": chosen.stages}
     defines = _linear_defines(tiles, x.dtype, MB=chosen.batch_blocks, RT=chosen.strips_per_warp, **depth)
     down = _down(x.dtype, tiles)
-    stride, t, permutation, sums = x.stride(0), tiles.input_scale, tiles.permutation, None
-    if M > SCALED_IN_BLOCK:  # once for all blocks; a few rows each block scales while its weights are on their way
-        subs = COLUMNS // min(tiles.group_size, 64)
-        scaled = x.new_empty(M, chunks * COLUMNS)
-        sums = torch.empty(blocks_m * chunks * subs * 8 * chosen.batch_blocks, 2, dtype=torch.float32, device=x.device)
-        _launch_input("scale_input", x, tiles, (scaled, sums), defines)
-        x, stride, t, permutation = scaled, chunks * COLUMNS, None, None
+    source, stride, t, permutation, scaled = x, x.stride(0), tiles.input_scale, tiles.permutation, M > SCALED_IN_BLOCK
+    if scaled:  # once for all blocks; a few rows each block scales while its weights are on their way
+        record = x_record_bytes(8 * chosen.batch_blocks, chosen.batch_blocks, tiles.group_size)
+        source = torch.empty(blocks_m * chunks * record, dtype=torch.uint8, device=x.device)
+        _launch_input("scale_input", x, tiles, source, defines)
     problem = _Problem(
-        *map(_address, (tiles.data, x, t, permutation, tiles.codebook, bias, index, sums, y)),
+        *map(_address, (tiles.data, source, t, permutation, tiles.codebook, bias, index, y)),
         stride,
         down,
         1 / down,
         *(M, N, K, strips, chunks, -(-chunks // chosen.splits), chosen.splits_in_block.bit_length() - 1),
-        *(chosen.stages, pairs_per_row),
+        *(chosen.stages, pairs_per_row, int(scaled)),
     )
     blocks_n = -(-strips // (chosen.strips_per_warp * chosen.strips))
     nvrtc.launch(
@@ -131,17 +126,13 @@ def _launch_wide(x: Tensor, tiles: Tiles, bias: Tensor | None, y: Tensor, chosen
     strips, chunks = tiles.data.shape[-3:-1]
     device, blocks_m = x.device.index, -(-M // (8 * chosen.batch_blocks))
     shape = {"NB": chosen.batch_blocks, "GROUPS": chosen.warpgroups, "WK": chosen.splits_in_block}
-    defines = _linear_defines(tiles, x.dtype, **shape, OWN_X=int(chosen.own_x))
-    image, down = x, _down(x.dtype, tiles)
-    if not chosen.own_x:
-        image = x.new_empty(blocks_m * 8 * chosen.batch_blocks * chunks * COLUMNS)
-        _launch_input("tile_input", x, tiles, (image,), defines)
+    defines = _linear_defines(tiles, x.dtype, **shape)
+    image = x.new_empty(blocks_m * 8 * chosen.batch_blocks * chunks * COLUMNS)
+    _launch_input("tile_input", x, tiles, image, defines)
     problem = _WideProblem(
-        *map(_address, (tiles.data, image, tiles.input_scale, tiles.permutation, tiles.codebook, bias, y)),
-        x.stride(0),
-        down,
-        1 / down,
-        *(M, N, x.shape[1], strips, chunks, -(-chunks // chosen.splits), chosen.stages),
+        *map(_address, (tiles.data, image, tiles.codebook, bias, y)),
+        1 / _down(x.dtype, tiles),
+        *(M, N, strips, chunks, -(-chunks // chosen.splits), chosen.stages),
     )
     nvrtc.launch(
         nvrtc.load("wide_linear", device, defines),
@@ -155,10 +146,10 @@ def _launch_wide(x: Tensor, tiles: Tiles, bias: Tensor | None, y: Tensor, chosen
     )
 
 
-def _launch_input(entry: str, x: Tensor, tiles: Tiles, to: tuple[Tensor, ...], defines: tuple) -> None:
+def _launch_input(entry: str, x: Tensor, tiles: Tiles, to: Tensor, defines: tuple) -> None:
     """x * t for all blocks at once, a thread per 8 columns."""
     chunks = tiles.data.shape[-2]
-    arguments = [ctypes.c_void_p(_address(part)) for part in (x, tiles.input_scale, tiles.permutation, *to)]
+    arguments = [ctypes.c_void_p(_address(part)) for part in (x, tiles.input_scale, tiles.permutation, to)]
     arguments += [ctypes.c_uint64(x.stride(0)), ctypes.c_int(x.shape[1]), ctypes.c_int(chunks)]
     arguments.append(ctypes.c_float(_down(x.dtype, tiles)))
     function = nvrtc.load(entry, x.device.index, defines)

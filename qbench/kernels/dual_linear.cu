@@ -33,26 +33,29 @@
 #define SUB (GROUP < 64 ? GROUP : 64)               // columns summed by the tensor core before a scale is applied
 #define SUBS (128 / SUB)
 
+// x * t of one chunk of K: rows of 128 columns, padded so that rows start in different banks, then Sums [SUBS][8 MB].
+#define X_ROW 320                                   // bytes
+#define SUMS_OF_X (SUBS * 8 * MB * 8)               // bytes
+
 struct Problem {
   const u8* tiles;        // [experts][strips][chunks][CHUNK]
-  const u16* x;           // [M, K], rows x_stride apart
+  const void* x;          // [M, K] in 16 bits, rows x_stride apart; scaled: records [M / (8 MB)][chunks] of x * t
   const u16* t;           // fp16 [experts][128 * chunks], in stored column order, or null
   const int* permutation; // [experts][K] stored column -> column of x, or null
   const float* codebook;  // [16] or null
   const u16* bias;        // [N] or null
   const int* experts;     // [pairs]: row p of x goes to expert experts[p] (M is 1 then), or null
-  const float* sums;      // x is already x * t, [M, 128 * chunks], and these are its sums (struct Sums); null: as it comes
   u16* y;                 // [M, N]
   u64 x_stride;
   float t_down, t_up;     // a power of two that keeps x * t finite in fp16, and its inverse
   int M, N, K, strips, chunks;
   int per, log_splits_in_block;  // chunks of K per block; log2 of its warps along K
-  int stages, pairs_per_row;
+  int stages, pairs_per_row, scaled;
 };
 
 template <int S>
 __device__ __forceinline__ void subgroup(const Codes (&codes)[RT], const Table& table,
-                                         const char* x_row, int x_block, const float* sums,
+                                         const u8* x_row, const float* sums,
                                          float (&acc)[RT][MB][4]) {
   constexpr int units = SUB / 32;
   u32 a[RT][units][2][4];
@@ -90,7 +93,7 @@ __device__ __forceinline__ void subgroup(const Codes (&codes)[RT], const Table& 
       uint4 b[OVERLAP];
 #pragma unroll
       for (int j = 0; j < OVERLAP; j++)
-        b[j] = *reinterpret_cast<const uint4*>(x_row + (n + j) * x_block + (S * units + u) * 64);
+        b[j] = *reinterpret_cast<const uint4*>(x_row + (n + j) * 8 * X_ROW + (S * units + u) * 64);
 #pragma unroll
       for (int j = 0; j < OVERLAP; j++)
 #pragma unroll
@@ -146,10 +149,9 @@ __device__ __forceinline__ Sums over_lanes(Sums sums, u32 lanes) {
   return sums;
 }
 
-// x * t `[M, 128 * chunks]` and its Sums `[M / (8 MB)][sub][8 MB]`, for batches above one; a warp per 256 columns.
+// x * t and its sums in records, for batches that the blocks do not scale themselves; a warp per 256 columns.
 extern "C" __global__ void __launch_bounds__(128)
-scale_input(const u16* x, const u16* t, const int* permutation, u16* scaled_x, Sums* sums, u64 x_stride, int K, int chunks,
-            float t_down) {
+scale_input(const u16* x, const u16* t, const int* permutation, u8* records, u64 x_stride, int K, int chunks, float t_down) {
   allow_next_kernel();
   const int v = blockIdx.x * 128 + threadIdx.x, m = blockIdx.y, k = v * 8;
   if (v / 16 >= chunks) return;                                         // whole half warps
@@ -157,9 +159,11 @@ scale_input(const u16* x, const u16* t, const int* permutation, u16* scaled_x, S
   await_previous_kernel();
   uint4 values = load_x(x + m * x_stride, permutation, k, K, aligned_rows(x, x_stride, permutation, K));
   if (t) values = scaled(values, factors, t_down);
-  *reinterpret_cast<uint4*>(scaled_x + u64(m) * chunks * 128 + k) = values;
+  const int n = m % (8 * MB);
+  u8* record = records + (u64(m / (8 * MB)) * chunks + v / 16) * (8 * MB * X_ROW + SUMS_OF_X);
+  *reinterpret_cast<uint4*>(record + n * X_ROW + v % 16 * 16) = values;
   const Sums sum = over_lanes(sums_of(values, k), __activemask());
-  if (v % (SUB / 8) == 0) sums[(u64(m / (8 * MB)) * chunks * SUBS + v / (SUB / 8)) * 8 * MB + m % (8 * MB)] = sum;
+  if (v % (SUB / 8) == 0) reinterpret_cast<Sums*>(record + 8 * MB * X_ROW)[v % 16 / (SUB / 8) * 8 * MB + n] = sum;
 }
 
 extern "C" __global__ void __launch_bounds__(MB * RT >= (RING ? 16 : 8) ? 256 : 512) dual_linear(const __grid_constant__ Problem p) {
@@ -178,11 +182,11 @@ extern "C" __global__ void __launch_bounds__(MB * RT >= (RING ? 16 : 8) ? 256 : 
   const int expert = p.experts ? p.experts[blockIdx.z] : 0;
   const u64 expert_bytes = u64(p.strips) * p.chunks * CHUNK;
 
-  // Shared memory: the warps' rings and their barriers (RING), x * t, the sums of x * t per group.
+  // Shared memory: the warps' rings and their barriers (RING), records of x * t, a barrier for each of them.
   const int ring_bytes = RING ? (warps * p.stages * (RT * CHUNK + 8) + 127) & ~127 : 0;
-  char* xs = reinterpret_cast<char*>(smem) + ring_bytes;
-  const int x_stride = p.per * 256 + 64;                                  // bytes; 64 mod 128: no bank conflicts
-  float* sums = reinterpret_cast<float*>(xs + (batch < 8 && MB == 1 ? batch : 8 * MB) * x_stride);
+  u8* xs = smem + ring_bytes;
+  const int rows_of_x = p.scaled ? 8 * MB : batch, record = rows_of_x * X_ROW + SUMS_OF_X;
+  const u32 x_bar = shared(xs + p.per * record);
 
   const u8* source[RT];
 #pragma unroll
@@ -223,30 +227,33 @@ extern "C" __global__ void __launch_bounds__(MB * RT >= (RING ? 16 : 8) ? 256 : 
   for (int d = 0; d < DEPTH; d++)
     if (d < mine) fetch(held[d]);
 #endif
-  const u16* t = p.t ? p.t + u64(expert) * p.chunks * 128 + lo * 128 : nullptr;
-  const int vectors = (hi - lo) * 16;                                   // of 8 columns, in a row of x
-  if (!p.sums && t)  // to where row 0 of x * t will be: every thread reads back only what it copied itself
-    for (int v = threadIdx.x; v < vectors; v += blockDim.x) copy16(shared(xs + v * 16), t + v * 8);
-  await_previous_kernel();
-
-  if (p.sums) {
-    const u64 width = u64(p.chunks) * 128;
-    for (int m = warp; m < batch; m += warps)
-      for (int v = lane; v < vectors; v += 32)
-        copy16(shared(xs + m * x_stride + v * 16), p.x + (m0 + m) * width + lo * 128 + v * 8);
-    const float* from = p.sums + (u64(blockIdx.y) * p.chunks + lo) * SUBS * 16 * MB;
-    for (int v = threadIdx.x; v < (hi - lo) * SUBS * 4 * MB; v += blockDim.x) copy16(shared(sums + 4 * v), from + 4 * v);
-    await_copies();
+  const int chunks = hi - lo;
+  if (p.scaled) {  // by the kernel in front: chunk by chunk, so that the first products do not wait for all of x
+    for (int i = threadIdx.x; i < chunks; i += blockDim.x) barrier_init(x_bar + 8 * i);
+    publish_barriers();
+    __syncthreads();
+    await_previous_kernel();
+    const u8* records = static_cast<const u8*>(p.x) + (u64(blockIdx.y) * p.chunks + lo) * record;
+    for (int i = wk + lane * WK; wr == 0 && i < chunks; i += 32 * WK) {
+      barrier_expect(x_bar + 8 * i, record);
+      bulk_copy(shared(xs + i * record), records + i * record, record, x_bar + 8 * i);
+    }
   } else {
+    const u16* t = p.t ? p.t + u64(expert) * p.chunks * 128 + lo * 128 : nullptr;
+    // To where row 0 of x * t will be: every thread reads back only what it copied itself.
+    auto place = [&](int v) { return xs + v / 16 * record + v % 16 * 16; };  // v: 8 columns
+    if (t)
+      for (int v = threadIdx.x; v < 16 * chunks; v += blockDim.x) copy16(shared(place(v)), t + v * 8);
+    await_previous_kernel();
     const int* permutation = p.permutation ? p.permutation + u64(expert) * p.K : nullptr;
-    const bool wide = aligned_rows(p.x, p.x_stride, permutation, p.K);
-    const u16* x = p.x + (p.experts ? blockIdx.z / p.pairs_per_row : m0) * p.x_stride;
+    const u16* x = static_cast<const u16*>(p.x) + (p.experts ? blockIdx.z / p.pairs_per_row : m0) * p.x_stride;
+    const bool wide = aligned_rows(x, p.x_stride, permutation, p.K);
     await_copies();
-    for (int base = warp * 32; base < vectors; base += blockDim.x) {
+    for (int base = warp * 32; base < 16 * chunks; base += blockDim.x) {
       const int v = base + lane, k = lo * 128 + v * 8;
-      const bool active = v < vectors;                                  // half warps are active or not as a whole
-      uint4* to = reinterpret_cast<uint4*>(xs) + v;
-      const uint4 factors = active && t ? *to : uint4{};
+      const bool active = v < 16 * chunks;                              // half warps are active or not as a whole
+      u8* to = place(v);
+      const uint4 factors = active && t ? *reinterpret_cast<uint4*>(to) : uint4{};
 #pragma unroll 1
       for (int m = 0; m < batch; m += 2) {
         uint4 rows[2] = {};                                             // both under way before the first is used
@@ -256,18 +263,19 @@ extern "C" __global__ void __launch_bounds__(MB * RT >= (RING ? 16 : 8) ? 256 : 
         for (int j = 0; j < 2; j++) {
           if (m + j >= batch) break;
           if (t) rows[j] = scaled(rows[j], factors, p.t_down);
-          if (active) to[(m + j) * (x_stride / 16)] = rows[j];
+          if (active) *reinterpret_cast<uint4*>(to + (m + j) * X_ROW) = rows[j];
           const Sums sum = over_lanes(sums_of(rows[j], k), 0xffffffffu);
-          if (active && v % (SUB / 8) == 0) reinterpret_cast<Sums*>(sums)[v / (SUB / 8) * 8 * MB + m + j] = sum;
+          Sums* sums = reinterpret_cast<Sums*>(xs + v / 16 * record + batch * X_ROW);
+          if (active && v % (SUB / 8) == 0) sums[v % 16 / (SUB / 8) * 8 * MB + m + j] = sum;
         }
       }
     }
+    __syncthreads();
   }
   Table table = {};
 #if CODEBOOK
   table = load_table(p.codebook);
 #endif
-  __syncthreads();
 
   float acc[RT][MB][4];
 #pragma unroll
@@ -276,17 +284,19 @@ extern "C" __global__ void __launch_bounds__(MB * RT >= (RING ? 16 : 8) ? 256 : 
     for (int n = 0; n < MB; n++) acc[r][n][0] = acc[r][n][1] = acc[r][n][2] = acc[r][n][3] = 0.f;
 
   // What the last block of 8 computes beyond the batch is garbage of its own columns, and nobody reads it.
-  const char* x_lane = xs + (MB == 1 ? min(g, batch - 1) : g) * x_stride + tig * 16 + wk * 256;
-  const float* sum_lane = sums + 2 * (wk * SUBS * 8 * MB + 2 * tig);
+  const u8* x_lane = xs + wk * record + (MB == 1 ? min(g, rows_of_x - 1) : g) * X_ROW + tig * 16;
+  const u8* sum_lane = xs + wk * record + rows_of_x * X_ROW + 2 * tig * 8;
+  int chunk = wk;
   auto multiply = [&](const Codes (&codes)[RT]) {
-    const char* x_row = x_lane;
-    const float* sub_sums = sum_lane;
-    x_lane += WK * 256, sum_lane += WK * SUBS * 16 * MB;
-    subgroup<0>(codes, table, x_row, 8 * x_stride, sub_sums, acc);
-    subgroup<1>(codes, table, x_row, 8 * x_stride, sub_sums, acc);
+    if (p.scaled) barrier_wait(x_bar + 8 * chunk, 0);
+    const u8* x_row = x_lane;
+    const float* sub_sums = reinterpret_cast<const float*>(sum_lane);
+    chunk += WK, x_lane += WK * record, sum_lane += WK * record;
+    subgroup<0>(codes, table, x_row, sub_sums, acc);
+    subgroup<1>(codes, table, x_row, sub_sums, acc);
     if constexpr (SUBS == 4) {
-      subgroup<SUBS - 2>(codes, table, x_row, 8 * x_stride, sub_sums, acc);
-      subgroup<SUBS - 1>(codes, table, x_row, 8 * x_stride, sub_sums, acc);
+      subgroup<SUBS - 2>(codes, table, x_row, sub_sums, acc);
+      subgroup<SUBS - 1>(codes, table, x_row, sub_sums, acc);
     }
   };
 #if RING

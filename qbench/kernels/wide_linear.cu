@@ -1,8 +1,7 @@
 // y = x W^T + b for batches of 9 to 128, where the products themselves weigh as much as the bytes; compiled at run time.
 //
 // Compile-time switches: those of codes.cuh, NB (8-row blocks of the batch: 2, 4, 8 or 16), GROUPS (warpgroups along the
-// rows of the weight, 64 each), WK (as many times more, which take turns at the chunks of K) and OWN_X (the blocks make
-// the image of x themselves).
+// rows of the weight, 64 each) and WK (as many times more, which take turns at the chunks of K).
 //
 // wgmma takes the weights as A from registers and x * t as B from shared memory, so x is read once per 64 rows and not
 // once per warp. Unlike in dual_linear.cu a weight is finished before it is multiplied: with a wide batch two instructions
@@ -11,8 +10,7 @@
 // neither precision nor sums of x. `tile_input` writes x * t in the very image that wgmma reads: per chunk of 128 columns
 // two halves `[8 NB rows][128 bytes]`, columns in the order of the weights' lanes, 16-byte pieces swizzled by row. One
 // warp fetches, a chunk of x and of each strip of the weight per stage, all by bulk copies; the first weights are on
-// their way before the kernel in front has ended. With OWN_X every block makes its part of the image itself, which for a
-// small batch takes less time than waiting for another kernel. Sums over the splits of K as in dual_linear.cu: the same every run.
+// their way before the kernel in front has ended. Sums over the splits of K as in dual_linear.cu: the same every run.
 
 #include "linear.cuh"
 
@@ -20,36 +18,18 @@
 #define WARPS (STRIPS * WK)                        // that multiply
 #define X_BYTES (8 * NB * 256)                     // x * t of one chunk
 #define HALF_OF_X (8 * NB * 128)
-#if OWN_X  // all of the block's x first, then stages of weights
-#define STAGE (STRIPS * CHUNK)
-#define WEIGHTS_AT 0
-#else      // in a stage: x, aligned to 1024 bytes, then weights
-#define STAGE (X_BYTES + (STRIPS * CHUNK + 1023 & ~1023))
-#define WEIGHTS_AT X_BYTES
-#endif
+#define STAGE (X_BYTES + (STRIPS * CHUNK + 1023 & ~1023))  // the image needs 1024-byte alignment
 
 struct Problem {
   const u8* tiles;        // [strips][chunks][CHUNK]
-  const u8* x;            // x * t, [M / (8 NB)][chunks][X_BYTES], written by tile_input; OWN_X: x [M, K]
-  const u16* t;           // the rest is for OWN_X: fp16 [128 * chunks], or null
-  const int* permutation; // [K] or null
+  const u8* x;            // x * t, [M / (8 NB)][chunks][X_BYTES], written by tile_input
   const float* codebook;  // [16] or null
   const u16* bias;        // [N] or null
   u16* y;                 // [M, N]
-  u64 x_stride;
-  float t_down, t_up;     // a power of two that keeps x * t finite in fp16, and its inverse
-  int M, N, K, strips, chunks;
+  float t_up;             // undoes t_down of tile_input
+  int M, N, strips, chunks;
   int per, stages;        // chunks of K per block; in flight
 };
-
-// Columns 32 unit + 8 tig to + 7 of row n to their places in the image of a chunk.
-__device__ __forceinline__ void place(u8* image, int unit, int tig, int n, uint4 values) {
-  const u32 pairs[4] = {values.x, values.y, values.z, values.w};
-  u8* row = image + unit / 2 * HALF_OF_X + n * 128;
-#pragma unroll
-  for (int i = 0; i < 4; i++)
-    *reinterpret_cast<u32*>(row + ((4 * (unit % 2) + i) ^ n % 8) * 16 + 4 * tig) = pairs[i];
-}
 
 // x * t into the image; a thread per 8 columns.
 extern "C" __global__ void __launch_bounds__(128)
@@ -61,7 +41,12 @@ tile_input(const u16* x, const u16* t, const int* permutation, u8* image, u64 x_
   await_previous_kernel();
   uint4 values = load_x(x + m * x_stride, permutation, k, K, aligned_rows(x, x_stride, permutation, K));
   if (t) values = scaled(values, factors, t_down);
-  place(image + (u64(m / (8 * NB)) * chunks + v / 16) * X_BYTES, v % 16 / 4, v % 4, m % (8 * NB), values);
+  const u32 pairs[4] = {values.x, values.y, values.z, values.w};
+  const int unit = v % 16 / 4, tig = v % 4, n = m % (8 * NB);
+  u8* row = image + (u64(m / (8 * NB)) * chunks + v / 16) * X_BYTES + unit / 2 * HALF_OF_X + n * 128;
+#pragma unroll
+  for (int i = 0; i < 4; i++)
+    *reinterpret_cast<u32*>(row + ((4 * (unit % 2) + i) ^ n % 8) * 16 + 4 * tig) = pairs[i];
 }
 
 // Of one group and row: what turns the floats that `unpack` gives into weights.
@@ -111,34 +96,6 @@ __device__ __forceinline__ u64 descriptor(u32 address) {
   return u64(address >> 4 & 0x3fff) | u64(1) << 16 | u64(1024 >> 4) << 32 | u64(1) << 62;
 }
 
-#if OWN_X
-// The image of chunks lo to lo + mine, by the warps that multiply: 8 rows x 32 columns at a time, whose places are in
-// different banks.
-__device__ __forceinline__ void make_image(const Problem& p, u8* image, int lo, int mine, int m0, int batch, int warp, int lane) {
-  const u16* rows = reinterpret_cast<const u16*>(p.x) + m0 * p.x_stride;
-  const bool wide = aligned_rows(rows, p.x_stride, p.permutation, p.K);
-  const int tig = lane % 4, pieces = 4 * mine * NB;
-  constexpr int AT_ONCE = 4;                                            // loads under way
-  for (int first = warp; first < pieces; first += AT_ONCE * WARPS) {
-    uint4 values[AT_ONCE], factors[AT_ONCE];
-#pragma unroll
-    for (int j = 0; j < AT_ONCE; j++) {
-      const int piece = min(first + j * WARPS, pieces - 1), k = (4 * lo + piece / NB) * 32 + 8 * tig;
-      const int n = min(8 * (piece % NB) + lane / 4, batch - 1);        // rows beyond the batch: nobody reads them
-      values[j] = load_x(rows + n * p.x_stride, p.permutation, k, p.K, wide);
-      factors[j] = p.t ? *reinterpret_cast<const uint4*>(p.t + k) : uint4{};
-    }
-#pragma unroll
-    for (int j = 0; j < AT_ONCE; j++) {
-      const int piece = first + j * WARPS, unit = piece / NB;
-      if (piece >= pieces) break;
-      if (p.t) values[j] = scaled(values[j], factors[j], p.t_down);
-      place(image + unit / 4 * X_BYTES, unit % 4, tig, 8 * (piece % NB) + lane / 4, values[j]);
-    }
-  }
-}
-#endif
-
 extern "C" __global__ void __launch_bounds__(32 * WARPS + 32) wide_linear(const __grid_constant__ Problem p) {
   SHARED_MEMORY(smem);
   allow_next_kernel();
@@ -148,9 +105,8 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS + 32) wide_linear(const 
   const int lo = min(int(rank) * p.per, p.chunks), mine = min(lo + p.per, p.chunks) - lo;
   const int m0 = blockIdx.y * 8 * NB, batch = min(p.M - m0, 8 * NB);
 
-  // Shared memory: stages of x and weights (OWN_X: x, stages of weights), then their barriers: full, empty.
-  u8* stages = smem + (OWN_X ? p.per * X_BYTES : 0);
-  const u32 full = shared(stages + p.stages * STAGE), empty = full + 8 * p.stages;
+  // Shared memory: stages of x and weights, then their barriers: full, empty.
+  const u32 full = shared(smem + p.stages * STAGE), empty = full + 8 * p.stages;
   if (threadIdx.x == 0) {
 #pragma unroll 1
     for (int s = 0; s < p.stages; s++) barrier_init(full + 8 * s), barrier_init(empty + 8 * s, STRIPS);
@@ -162,33 +118,22 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS + 32) wide_linear(const 
 #pragma unroll
   for (int i = 0; i < 4 * NB; i++) acc[i] = 0.f;
 
-  const int ahead = min(p.stages, mine);
-  const u8* weights_from = p.tiles + (u64(min(strip0 + lane, p.strips - 1)) * p.chunks + lo) * CHUNK;
-  auto fetch_weights = [&](int i, int stage) {
-    if (lane == 0) barrier_expect(full + 8 * stage, WEIGHTS_AT + STRIPS * CHUNK);
-    __syncwarp();
-    u8* to = stages + stage * STAGE + WEIGHTS_AT + lane * CHUNK;
-    if (lane < STRIPS) bulk_copy(shared(to), weights_from + u64(i) * CHUNK, CHUNK, full + 8 * stage);
-  };
-  auto fetch_x = [&](int i, int stage) {
-    const u8* from = p.x + (u64(blockIdx.y) * p.chunks + lo + i) * X_BYTES;
-    if (!OWN_X && lane == 0) bulk_copy(shared(stages + stage * STAGE), from, X_BYTES, full + 8 * stage);
-  };
-  if (warp == WARPS)
+  if (warp == WARPS) {  // the warp that fetches
+    const u8* weights_from = p.tiles + (u64(min(strip0 + lane, p.strips - 1)) * p.chunks + lo) * CHUNK;
+    const u8* x_from = p.x + (u64(blockIdx.y) * p.chunks + lo) * X_BYTES;
+    auto fetch_weights = [&](int i, int stage) {
+      if (lane == 0) barrier_expect(full + 8 * stage, X_BYTES + STRIPS * CHUNK);
+      __syncwarp();
+      u8* to = smem + stage * STAGE + X_BYTES + lane * CHUNK;
+      if (lane < STRIPS) bulk_copy(shared(to), weights_from + u64(i) * CHUNK, CHUNK, full + 8 * stage);
+    };
+    auto fetch_x = [&](int i, int stage) {
+      if (lane == 0) bulk_copy(shared(smem + stage * STAGE), x_from + u64(i) * X_BYTES, X_BYTES, full + 8 * stage);
+    };
+    const int ahead = min(p.stages, mine);
 #pragma unroll 1
     for (int i = 0; i < ahead; i++) fetch_weights(i, i);
-#if OWN_X
-  else if (p.t)  // nobody has read t yet: into the cache, before x is there
-    for (int v = threadIdx.x; v < mine * 4; v += 32 * WARPS) prefetch(p.t + lo * 128 + v * 32);
-#endif
-  await_previous_kernel();
-#if OWN_X
-  if (warp < WARPS) make_image(p, smem, lo, mine, m0, batch, warp, lane);
-  publish_to_tensor_cores();
-  __syncthreads();
-#endif
-
-  if (warp == WARPS) {  // the warp that fetches
+    await_previous_kernel();
 #pragma unroll 1
     for (int i = 0; i < ahead; i++) fetch_x(i, i);
     int stage = 0;
@@ -201,6 +146,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS + 32) wide_linear(const 
       if (++stage == p.stages) stage = 0, parity ^= 1;
     }
   } else {
+    await_previous_kernel();
     Table table = {};
 #if CODEBOOK
     table = load_table(p.codebook);
@@ -211,9 +157,9 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS + 32) wide_linear(const 
 #pragma unroll 1
     for (int i = turn; i < mine; i += WK) {
       barrier_wait(full + 8 * stage, parity);
-      const u8* chunk = stages + stage * STAGE + WEIGHTS_AT + strip * CHUNK;
+      const u8* chunk = smem + stage * STAGE + X_BYTES + strip * CHUNK;
       const Codes codes = load_codes<false>(chunk + lane_codes(lane), chunk + lane_aux(lane));
-      const u64 b = descriptor(shared(OWN_X ? smem + i * X_BYTES : stages + stage * STAGE));
+      const u64 b = descriptor(shared(smem + stage * STAGE));
       // While one unit is multiplied the next is made: its registers are free once all but one group are done.
       auto multiply = [&](u32 (&unit)[2][4], u64 columns) {
         wgmma_open();
@@ -239,7 +185,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS + 32) wide_linear(const 
     wgmma_wait<0>();
   }
 
-  // Sum the splits of K in a fixed order. partial[turn][m][row] overlays x and the stages.
+  // Sum the splits of K in a fixed order. partial[turn][m][row] overlays the stages.
   __syncthreads();
   float* partial = reinterpret_cast<float*>(smem);
   constexpr int rows = 16 * STRIPS, stride = rows + 4;

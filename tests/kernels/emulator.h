@@ -97,8 +97,6 @@ inline void cluster_sync() { here.cluster->sync.arrive_and_wait(); }
 inline void cluster_part() { cluster_sync(); }
 inline void publish_barriers() {}
 inline void await_copies() {}
-inline void prefetch(const void*) {}
-inline void publish_to_tensor_cores() {}
 inline void await_previous_kernel() {}
 inline void allow_next_kernel() {}
 inline void copy16(u32 to, const void* from) { memcpy(here.block->memory.data() + to, from, 16); }
