@@ -16,13 +16,12 @@ from qbench.kernels.tiles import COLUMNS, ROWS, Tiles, chunk_bytes
 
 BUCKETS = (1, 8, 16, 32, 64, 128, 256, 512)  # batches that share a tuned entry: up to 1, 8, ...
 NARROW = 16  # rows of x up to which dual_linear.cu is the faster one
-SCALED_IN_BLOCK = 4  # rows of x up to which every block of dual_linear.cu multiplies t into x itself
 MULTIPROCESSORS = 132  # of an H100 or H200; for the rules alone
 
 
-def x_record_bytes(rows: int, batch_blocks: int, group_size: int) -> int:
+def x_record_bytes(batch_blocks: int, group_size: int) -> int:
     """Of one chunk in dual_linear.cu: rows of x * t, padded so that they start in different banks, and their sums."""
-    return rows * (2 * COLUMNS + 64) + COLUMNS // min(group_size, 64) * 8 * batch_blocks * 8
+    return 8 * batch_blocks * (2 * COLUMNS + 64) + COLUMNS // min(group_size, 64) * 8 * batch_blocks * 8
 
 
 @dataclass(frozen=True)
@@ -47,8 +46,8 @@ class Plan:
         warps = self.strips * self.splits_in_block
         per = -(-chunks // self.splits)
         rings = -(-warps * self.stages * (self.strips_per_warp * chunk + 8) // 128) * 128 if self.ring else 0
-        rows_of_x = batch if batch <= SCALED_IN_BLOCK else 8 * self.batch_blocks
-        x = per * (x_record_bytes(rows_of_x, self.batch_blocks, group_size) + 8)
+        one_row = 2 * COLUMNS + COLUMNS // min(group_size, 64) * 64
+        x = per * (one_row if batch == 1 else x_record_bytes(self.batch_blocks, group_size) + 8)
         rows = ROWS * self.strips_per_warp * self.strips
         partial = self.splits_in_block * 8 * self.batch_blocks * (rows + 4) * 4
         return max(rings + x, partial)
@@ -102,11 +101,7 @@ def _table(gpu: str) -> dict[str, list[int]]:
 @cache
 def _plan(M: int, N: int, K: int, form: tuple[int, int, bool], gpu: str, limit: int) -> Plan | WidePlan | None:
     tuned = _table(gpu).get(table_key(M, N, K, form[0]))
-    found = (
-        []
-        if tuned is None
-        else [WidePlan(*tuned[:5], bool(tuned[5])) if len(tuned) == 6 else Plan(*tuned[:6], bool(tuned[6]))]
-    )
+    found = [] if tuned is None else [WidePlan(*tuned) if len(tuned) == 5 else Plan(*tuned[:6], bool(tuned[6]))]
     found += _by_rule(M, N, K) if M <= NARROW else _wide_by_rule(M, N, K)
     return next((plan for plan in found if plan.shared_bytes(M, -(-K // COLUMNS), *form) <= limit), None)
 

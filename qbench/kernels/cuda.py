@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from qbench.kernels import nvrtc
-from qbench.kernels.blocks import SCALED_IN_BLOCK, Plan, WidePlan, x_record_bytes
+from qbench.kernels.blocks import Plan, WidePlan, x_record_bytes
 from qbench.kernels.tiles import COLUMNS, Tiles
 
 log = logging.getLogger(__name__)
@@ -32,7 +32,7 @@ class _Problem(ctypes.Structure):  # of dual_linear.cu
         ("x_stride", ctypes.c_uint64),
         *_fields(ctypes.c_float, "t_down", "t_up"),
         *_fields(ctypes.c_int, "M", "N", "K", "strips", "chunks", "per", "log_splits_in_block"),
-        *_fields(ctypes.c_int, "stages", "pairs_per_row", "scaled"),
+        *_fields(ctypes.c_int, "stages", "pairs_per_row"),
     ]
 
 
@@ -93,20 +93,21 @@ def _launch(
     strips, chunks = tiles.data.shape[-3:-1]
     device, stream = x.device.index, _stream(x.device)
     depth = {"RING": 1} if chosen.ring else {"DEPTH": chosen.stages}
-    defines = _linear_defines(tiles, x.dtype, MB=chosen.batch_blocks, RT=chosen.strips_per_warp, **depth)
+    shape = {"MB": chosen.batch_blocks, "RT": chosen.strips_per_warp, "ONE": int(M == 1)}
+    defines = _linear_defines(tiles, x.dtype, **shape, **depth)
     down = _down(x.dtype, tiles)
-    source, stride, t, permutation, scaled = x, x.stride(0), tiles.input_scale, tiles.permutation, M > SCALED_IN_BLOCK
-    if scaled:  # once for all blocks; a few rows each block scales while its weights are on their way
-        record = x_record_bytes(8 * chosen.batch_blocks, chosen.batch_blocks, tiles.group_size)
+    source = x
+    if M > 1:  # x * t once for all blocks; a single row each block scales while its weights are on their way
+        record = x_record_bytes(chosen.batch_blocks, tiles.group_size)
         source = torch.empty(blocks_m * chunks * record, dtype=torch.uint8, device=x.device)
         _launch_input("scale_input", x, tiles, source, defines)
     problem = _Problem(
-        *map(_address, (tiles.data, source, t, permutation, tiles.codebook, bias, index, y)),
-        stride,
+        *map(_address, (tiles.data, source, tiles.input_scale, tiles.permutation, tiles.codebook, bias, index, y)),
+        x.stride(0),
         down,
         1 / down,
         *(M, N, K, strips, chunks, -(-chunks // chosen.splits), chosen.splits_in_block.bit_length() - 1),
-        *(chosen.stages, pairs_per_row, int(scaled)),
+        *(chosen.stages, pairs_per_row),
     )
     blocks_n = -(-strips // (chosen.strips_per_warp * chosen.strips))
     nvrtc.launch(

@@ -1,15 +1,16 @@
 // y = x W^T + b for batches of 1 to 16: weights of 2, 3, 4 or 8 bits in the layout of tiles.py; compiled at run time.
 //
-// Compile-time switches: those of codes.cuh and MB (8-row blocks of the batch), RT (16-row strips of the weight per
-// warp), RING 0|1, DEPTH (chunks under way per warp without RING).
+// Compile-time switches: those of codes.cuh and MB (8-row blocks of the batch), ONE 0|1 (row in the batch), RT (16-row
+// strips of the weight per warp), RING 0|1, DEPTH (chunks under way per warp without RING).
 //
 // How it reaches memory bandwidth. The weights are the A operand of mma.m16n8k16, the batch its narrow side of 8, so
 // batch 1 to 8 cost the same and nothing is padded to 64. Two weights cost one lop3 and at most one shift: their bits
 // are left where they are in the word as long as that is within a mantissa, under the exponent that makes their lowest
 // bit count as 1, which is the 16-bit float 2^e + q exactly; e depends on the place alone. The products of one group are
 // summed by the tensor core in fp32, starting from -zero * sum(x t) - sum(2^e x t), so the zero point and the 2^e cost
-// one FMA per group and output; scale is applied to that sum. Of a few rows every block multiplies t into x itself; t, like
-// the first weights, is fetched before the kernel waits for the one in front. Every warp streams its own chunks through
+// one FMA per group and output; scale is applied to that sum. Of ONE row every block multiplies t into x itself, and fetches
+// t, like the first weights, before it waits for the kernel in front; for more rows `scale_input` does it once, and a
+// warp waits for no more of x than its next chunk needs. Every warp streams its own chunks through
 // a ring in shared memory filled by bulk copies (no barrier between warps), and the K splits are summed in a fixed
 // order: within a block through shared memory, between the blocks of a cluster through distributed shared memory. No
 // atomics: results are the same in every run.
@@ -18,6 +19,9 @@
 
 #ifndef MB
 #define MB 1
+#endif
+#ifndef ONE
+#define ONE 0
 #endif
 #ifndef RT
 #define RT 1
@@ -33,13 +37,18 @@
 #define SUB (GROUP < 64 ? GROUP : 64)               // columns summed by the tensor core before a scale is applied
 #define SUBS (128 / SUB)
 
-// x * t of one chunk of K: rows of 128 columns, padded so that rows start in different banks, then Sums [SUBS][8 MB].
-#define X_ROW 320                                   // bytes
+// x * t of one chunk of K in shared memory. ONE row: 128 columns, and in another place Sums [SUBS][8], of which one of
+// eight is used. Else a record that arrives as it is: rows of 128 columns, padded so that they start in different
+// banks, then Sums [SUBS][8 MB].
+#define X_ROW (ONE ? 256 : 320)                     // bytes
 #define SUMS_OF_X (SUBS * 8 * MB * 8)               // bytes
+#define RECORD (8 * MB * X_ROW + SUMS_OF_X)         // bytes
+#define X_STEP (ONE ? X_ROW : RECORD)               // bytes from chunk to chunk
+#define SUMS_STEP (ONE ? SUMS_OF_X : RECORD)
 
 struct Problem {
   const u8* tiles;        // [experts][strips][chunks][CHUNK]
-  const void* x;          // [M, K] in 16 bits, rows x_stride apart; scaled: records [M / (8 MB)][chunks] of x * t
+  const void* x;          // ONE: [M, K] in 16 bits, rows x_stride apart; else records [M / (8 MB)][chunks] of x * t
   const u16* t;           // fp16 [experts][128 * chunks], in stored column order, or null
   const int* permutation; // [experts][K] stored column -> column of x, or null
   const float* codebook;  // [16] or null
@@ -50,7 +59,7 @@ struct Problem {
   float t_down, t_up;     // a power of two that keeps x * t finite in fp16, and its inverse
   int M, N, K, strips, chunks;
   int per, log_splits_in_block;  // chunks of K per block; log2 of its warps along K
-  int stages, pairs_per_row, scaled;
+  int stages, pairs_per_row;
 };
 
 template <int S>
@@ -149,7 +158,7 @@ __device__ __forceinline__ Sums over_lanes(Sums sums, u32 lanes) {
   return sums;
 }
 
-// x * t and its sums in records, for batches that the blocks do not scale themselves; a warp per 256 columns.
+// x * t and its sums in records, for all blocks; a warp per 256 columns. Not called for ONE row.
 extern "C" __global__ void __launch_bounds__(128)
 scale_input(const u16* x, const u16* t, const int* permutation, u8* records, u64 x_stride, int K, int chunks, float t_down) {
   allow_next_kernel();
@@ -160,7 +169,7 @@ scale_input(const u16* x, const u16* t, const int* permutation, u8* records, u64
   uint4 values = load_x(x + m * x_stride, permutation, k, K, aligned_rows(x, x_stride, permutation, K));
   if (t) values = scaled(values, factors, t_down);
   const int n = m % (8 * MB);
-  u8* record = records + (u64(m / (8 * MB)) * chunks + v / 16) * (8 * MB * X_ROW + SUMS_OF_X);
+  u8* record = records + (u64(m / (8 * MB)) * chunks + v / 16) * RECORD;
   *reinterpret_cast<uint4*>(record + n * X_ROW + v % 16 * 16) = values;
   const Sums sum = over_lanes(sums_of(values, k), __activemask());
   if (v % (SUB / 8) == 0) reinterpret_cast<Sums*>(record + 8 * MB * X_ROW)[v % 16 / (SUB / 8) * 8 * MB + n] = sum;
@@ -182,11 +191,12 @@ extern "C" __global__ void __launch_bounds__(MB * RT >= (RING ? 16 : 8) ? 256 : 
   const int expert = p.experts ? p.experts[blockIdx.z] : 0;
   const u64 expert_bytes = u64(p.strips) * p.chunks * CHUNK;
 
-  // Shared memory: the warps' rings and their barriers (RING), records of x * t, a barrier for each of them.
+  // Shared memory: the warps' rings and their barriers (RING), then x * t and its sums: ONE row of each, else records
+  // and a barrier for each of them.
   const int ring_bytes = RING ? (warps * p.stages * (RT * CHUNK + 8) + 127) & ~127 : 0;
   u8* xs = smem + ring_bytes;
-  const int rows_of_x = p.scaled ? 8 * MB : batch, record = rows_of_x * X_ROW + SUMS_OF_X;
-  const u32 x_bar = shared(xs + p.per * record);
+  u8* sums = xs + (ONE ? p.per * X_STEP : 8 * MB * X_ROW);
+  const u32 x_bar = shared(xs + p.per * RECORD);
 
   const u8* source[RT];
 #pragma unroll
@@ -228,50 +238,40 @@ extern "C" __global__ void __launch_bounds__(MB * RT >= (RING ? 16 : 8) ? 256 : 
     if (d < mine) fetch(held[d]);
 #endif
   const int chunks = hi - lo;
-  if (p.scaled) {  // by the kernel in front: chunk by chunk, so that the first products do not wait for all of x
-    for (int i = threadIdx.x; i < chunks; i += blockDim.x) barrier_init(x_bar + 8 * i);
-    publish_barriers();
-    __syncthreads();
-    await_previous_kernel();
-    const u8* records = static_cast<const u8*>(p.x) + (u64(blockIdx.y) * p.chunks + lo) * record;
-    for (int i = wk + lane * WK; wr == 0 && i < chunks; i += 32 * WK) {
-      barrier_expect(x_bar + 8 * i, record);
-      bulk_copy(shared(xs + i * record), records + i * record, record, x_bar + 8 * i);
+#if ONE
+  const u16* t = p.t ? p.t + u64(expert) * p.chunks * 128 + lo * 128 : nullptr;
+  uint4* row = reinterpret_cast<uint4*>(xs);                            // 8 columns each
+  if (t)  // to where x * t will be: every thread reads back only what it copied itself
+    for (int v = threadIdx.x; v < 16 * chunks; v += blockDim.x) copy16(shared(row + v), t + v * 8);
+  await_previous_kernel();
+  const int* permutation = p.permutation ? p.permutation + u64(expert) * p.K : nullptr;
+  const u16* x = static_cast<const u16*>(p.x) + (p.experts ? blockIdx.z / p.pairs_per_row : m0) * p.x_stride;
+  const bool wide = aligned_rows(x, p.x_stride, permutation, p.K);
+  await_copies();
+  for (int base = warp * 32; base < 16 * chunks; base += blockDim.x) {
+    const int v = base + lane, k = lo * 128 + v * 8;
+    Sums sum = {0.f, 0.f};
+    if (v < 16 * chunks) {
+      uint4 values = load_x(x, permutation, k, p.K, wide);
+      if (t) values = scaled(values, row[v], p.t_down);
+      row[v] = values;
+      sum = sums_of(values, k);
     }
-  } else {
-    const u16* t = p.t ? p.t + u64(expert) * p.chunks * 128 + lo * 128 : nullptr;
-    // To where row 0 of x * t will be: every thread reads back only what it copied itself.
-    auto place = [&](int v) { return xs + v / 16 * record + v % 16 * 16; };  // v: 8 columns
-    if (t)
-      for (int v = threadIdx.x; v < 16 * chunks; v += blockDim.x) copy16(shared(place(v)), t + v * 8);
-    await_previous_kernel();
-    const int* permutation = p.permutation ? p.permutation + u64(expert) * p.K : nullptr;
-    const u16* x = static_cast<const u16*>(p.x) + (p.experts ? blockIdx.z / p.pairs_per_row : m0) * p.x_stride;
-    const bool wide = aligned_rows(x, p.x_stride, permutation, p.K);
-    await_copies();
-    for (int base = warp * 32; base < 16 * chunks; base += blockDim.x) {
-      const int v = base + lane, k = lo * 128 + v * 8;
-      const bool active = v < 16 * chunks;                              // half warps are active or not as a whole
-      u8* to = place(v);
-      const uint4 factors = active && t ? *reinterpret_cast<uint4*>(to) : uint4{};
-#pragma unroll 1
-      for (int m = 0; m < batch; m += 2) {
-        uint4 rows[2] = {};                                             // both under way before the first is used
-        if (active) rows[0] = load_x(x + m * p.x_stride, permutation, k, p.K, wide);
-        if (active && m + 1 < batch) rows[1] = load_x(x + (m + 1) * p.x_stride, permutation, k, p.K, wide);
-#pragma unroll
-        for (int j = 0; j < 2; j++) {
-          if (m + j >= batch) break;
-          if (t) rows[j] = scaled(rows[j], factors, p.t_down);
-          if (active) *reinterpret_cast<uint4*>(to + (m + j) * X_ROW) = rows[j];
-          const Sums sum = over_lanes(sums_of(rows[j], k), 0xffffffffu);
-          Sums* sums = reinterpret_cast<Sums*>(xs + v / 16 * record + batch * X_ROW);
-          if (active && v % (SUB / 8) == 0) sums[v % 16 / (SUB / 8) * 8 * MB + m + j] = sum;
-        }
-      }
-    }
-    __syncthreads();
+    sum = over_lanes(sum, 0xffffffffu);
+    if (v < 16 * chunks && v % (SUB / 8) == 0) reinterpret_cast<Sums*>(sums)[v / (SUB / 8) * 8] = sum;
   }
+  __syncthreads();
+#else  // chunk by chunk, so that the first products do not wait for all of x
+  for (int i = threadIdx.x; i < chunks; i += blockDim.x) barrier_init(x_bar + 8 * i);
+  publish_barriers();
+  __syncthreads();
+  await_previous_kernel();
+  const u8* records = static_cast<const u8*>(p.x) + (u64(blockIdx.y) * p.chunks + lo) * RECORD;
+  for (int i = wk + lane * WK; wr == 0 && i < chunks; i += 32 * WK) {
+    barrier_expect(x_bar + 8 * i, RECORD);
+    bulk_copy(shared(xs + i * RECORD), records + i * RECORD, RECORD, x_bar + 8 * i);
+  }
+#endif
   Table table = {};
 #if CODEBOOK
   table = load_table(p.codebook);
@@ -284,14 +284,14 @@ extern "C" __global__ void __launch_bounds__(MB * RT >= (RING ? 16 : 8) ? 256 : 
     for (int n = 0; n < MB; n++) acc[r][n][0] = acc[r][n][1] = acc[r][n][2] = acc[r][n][3] = 0.f;
 
   // What the last block of 8 computes beyond the batch is garbage of its own columns, and nobody reads it.
-  const u8* x_lane = xs + wk * record + (MB == 1 ? min(g, rows_of_x - 1) : g) * X_ROW + tig * 16;
-  const u8* sum_lane = xs + wk * record + rows_of_x * X_ROW + 2 * tig * 8;
-  int chunk = wk;
+  const u8* x_lane = xs + wk * X_STEP + (ONE ? 0 : g) * X_ROW + tig * 16;
+  const u8* sum_lane = sums + wk * SUMS_STEP + 2 * tig * 8;
+  u32 arrival = x_bar + 8 * wk;
   auto multiply = [&](const Codes (&codes)[RT]) {
-    if (p.scaled) barrier_wait(x_bar + 8 * chunk, 0);
+    if (!ONE) barrier_wait(arrival, 0);
     const u8* x_row = x_lane;
     const float* sub_sums = reinterpret_cast<const float*>(sum_lane);
-    chunk += WK, x_lane += WK * record, sum_lane += WK * record;
+    arrival += 8 * WK, x_lane += WK * X_STEP, sum_lane += WK * SUMS_STEP;
     subgroup<0>(codes, table, x_row, sub_sums, acc);
     subgroup<1>(codes, table, x_row, sub_sums, acc);
     if constexpr (SUBS == 4) {
