@@ -100,7 +100,8 @@ def _table(gpu: str) -> dict[str, list[int]]:
 
 @cache
 def _plan(M: int, N: int, K: int, form: tuple[int, int, bool], gpu: str, limit: int) -> Plan | WidePlan | None:
-    tuned = _table(gpu).get(table_key(M, N, K, form[0]))
+    table = _table(gpu)  # where a width has no entry of its own, 4 bits' is nearer than a rule
+    tuned = table.get(table_key(M, N, K, form[0]), table.get(table_key(M, N, K, 4)))
     found = [] if tuned is None else [WidePlan(*tuned) if len(tuned) == 5 else Plan(*tuned[:6], bool(tuned[6]))]
     found += _by_rule(M, N, K) if M <= NARROW else _wide_by_rule(M, N, K)
     return next((plan for plan in found if plan.shared_bytes(M, -(-K // COLUMNS), *form) <= limit), None)
