@@ -1,9 +1,16 @@
 """Calibration: what each linear group's input looks like, streamed block by block through the model.
 
 The decoder blocks are visited in order. Of one block the statistics that the method needs are collected in one pass
-over all calibration sequences, its linears are quantized, and the sequences are sent on through the quantized block:
-every layer is calibrated on what it will really see. Linears that are handed the very same tensor (q/k/v; gate/up)
-form a group; that is observed, not listed per architecture. The attention mask is the one the model itself makes.
+over all calibration sequences, and its linears are quantized. `calibration.inputs` says what the next block is shown:
+
+    quantized   what the block gives out now that it is quantized, in a second pass: each block is calibrated on what it
+                will really see (GPTQ's own code does this)
+    original    what the block gave out in the first pass, unquantized: no block's choices depend on those of another
+                (AWQ's and A-SINQ's own code)
+
+Within a block all linears are shown what its unquantized ones hand them, either way. Linears that are handed the very
+same tensor (q/k/v; gate/up) form a group; that is observed, not listed per architecture. The attention mask is the one
+the model itself makes.
 
 Memory beside the model: the hidden states of all sequences at one depth, tokens x hidden, and the statistics of one
 block (a Hessian is in x in in fp32, the sample of inputs at most INPUT_ROWS x in). Activations inside a block live for
@@ -27,12 +34,14 @@ from tqdm import tqdm
 
 from qbench.collect import Collector, ExpertInputs
 from qbench.config import CalibrationConfig
-from qbench.errors import PointError, RequestError
+from qbench.errors import PointError, RequestError, unknown
 from qbench.evaluate.text import Text, most_tokens
 from qbench.models.linears import find_linears
 from qbench.models.offload import runs_offloaded
 from qbench.quant.quantizer import InputStatistics, Quantizer, Statistic
 from qbench.stream import fetching
+
+INPUTS = ("quantized", "original")
 
 
 @dataclass(frozen=True)
@@ -42,6 +51,7 @@ class Calibration:
     ids: np.ndarray
     source: str
     text_sha256: str
+    inputs: str = "quantized"  # one of INPUTS
 
     @property
     def token_ids_sha256(self) -> str:
@@ -52,6 +62,8 @@ def check(text: Text, config: CalibrationConfig) -> None:
     """Raises RequestError, before any tokenizer is loaded, for settings or a text that no tokenizer could make do."""
     if config.window < 2 or (config.sequences is not None and config.sequences < 1):
         raise RequestError("calibration.window must be at least 2 and calibration.sequences at least 1, or null")
+    if config.inputs not in INPUTS:
+        raise unknown("calibration.inputs", config.inputs, INPUTS)
     if len(text.content) < config.window:  # a byte a character at the least
         _full_sequences(most_tokens(text.content), text, config, "at most ")
 
@@ -61,7 +73,8 @@ def cut_sequences(text: Text, tokenizer: Any, config: CalibrationConfig) -> Cali
     ids = np.asarray(tokenizer(text.content, verbose=False)["input_ids"], dtype=np.int64)
     full = _full_sequences(ids.size, text, config)
     count = min(full, config.sequences or full)
-    return Calibration(ids[: count * config.window].reshape(count, config.window), text.source, text.sha256)
+    cut = ids[: count * config.window].reshape(count, config.window)
+    return Calibration(cut, text.source, text.sha256, config.inputs)
 
 
 def _full_sequences(tokens: int, text: Text, config: CalibrationConfig, at_most: str = "") -> int:
@@ -95,6 +108,7 @@ def quantize_blocks(
     the weights of one block are brought to the device while those of the block before are quantized.
     Raises PointError for a model whose blocks cannot be found, or linears outside of them.
     """
+    original = calibration.inputs == "original"
     blocks = decoder_blocks(model)
     with runs_offloaded(model, offloaded):
         hidden, arguments = _first_inputs(model, [block for _, block in blocks], calibration)
@@ -102,7 +116,7 @@ def quantize_blocks(
         arrivals = fetch(_weights(model, name) for name, _ in blocks)
         for (name, block), kwargs in zip(tqdm(blocks, desc="calibrating", unit="block"), arguments, strict=True):
             next(arrivals)
-            groups, experts = _collect(model, name, block, hidden, kwargs, quantizer.needs)
+            groups, experts = _collect(model, name, block, hidden, kwargs, quantizer.needs, original)
             while groups:
                 group, collector = groups.pop(0)
                 quantize(group, collector.statistics(next(iter(group))))
@@ -111,8 +125,9 @@ def quantize_blocks(
                 expert_name, inputs = experts.popitem()
                 quantize_experts(expert_name, model.get_submodule(expert_name), inputs.all_seen(expert_name))
                 del inputs
-            for i in range(len(hidden)):
-                hidden[i] = _forward(block, hidden[i], kwargs)
+            if not original:
+                for i in range(len(hidden)):
+                    hidden[i] = _forward(block, hidden[i], kwargs)
 
 
 def _weights(model: Any, prefix: str) -> list[Tensor]:
@@ -129,8 +144,12 @@ def _collect(
     hidden: list[Tensor],
     kwargs: dict[str, Any],
     needs: frozenset[Statistic],
+    original: bool,
 ) -> tuple[list[tuple[Group, Collector]], dict[str, ExpertInputs]]:
-    """The block's linear groups and fused experts, each with what it was handed in one pass over all sequences."""
+    """The block's linear groups and fused experts, each with what it was handed in one pass over all sequences.
+
+    With `original` inputs that pass also sends the hidden states on, one sequence at a time, so that they exist once.
+    """
     tokens = sum(states.shape[0] * states.shape[1] for states in hidden)
     groups, experts = [], {}
     watched: list[tuple[nn.Module, Callable[..., None]]] = []
@@ -140,11 +159,13 @@ def _collect(
         watched.append((first, groups[-1][1]))
     for name, module in find_linears(model).experts.items():
         if name.startswith(f"{prefix}."):
-            experts[name] = ExpertInputs(needs, tokens)
+            experts[name] = ExpertInputs(needs, tokens, original)
             watched.append((module, experts[name]))
     with _hooks(watched):
-        for states in hidden:
-            _forward(block, states, kwargs)
+        for i, states in enumerate(hidden):
+            output = _forward(block, states, kwargs)
+            if original:
+                hidden[i] = output
     return groups, experts
 
 

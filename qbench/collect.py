@@ -61,12 +61,13 @@ class Collector:
 class ExpertInputs:
     """The input of a block of fused experts, `[tokens, hidden]` in the model's dtype, and where each token is routed.
 
-    Sees the block's calls in the place of a hook. Beside it exist, one expert at a time, the statistics of its group
+    Sees the block's calls in the place of a hook. With `original`, an expert's down is to be shown what the unquantized
+    gate and up hand it. Beside it exist, one expert at a time, the statistics of its group
     and at most INPUT_ROWS of its activations; and, if some expert needs them, the statistics of all tokens, once.
     """
 
-    def __init__(self, needs: frozenset[Statistic], tokens: int) -> None:
-        self.needs, self.tokens, self.seen = needs, tokens, 0
+    def __init__(self, needs: frozenset[Statistic], tokens: int, original: bool = False) -> None:
+        self.needs, self.tokens, self.original, self.seen = needs, tokens, original, 0
 
     def __call__(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> None:
         if self.seen == 0:

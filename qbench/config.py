@@ -58,6 +58,7 @@ class TaskConfig(TextConfig):
 @dataclass
 class CalibrationConfig(TextConfig):
     sequences: int | None = None
+    inputs: str = "quantized"  # of each block, from the blocks before it: quantized or original (calibrate.py)
 
 
 @dataclass

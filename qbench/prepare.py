@@ -97,6 +97,8 @@ def _what_matters(config: Config, quantizer: Quantizer | None) -> dict[str, Any]
     for group in ("model", "task", "calibration"):  # the contents are in the fingerprints
         del settings[group]["path"]
     del settings["task"]["include_path"]
+    if config.calibration.inputs == "quantized":  # there was no other once: points recorded then keep their run_id
+        del settings["calibration"]["inputs"]
     if quantizer is None or not quantizer.needs:
         del settings["calibration"]
     if config.speed.name == "none":

@@ -131,9 +131,10 @@ def quantize_experts(
     `fetch` brings an expert's weights to where they are quantized (stream.py); by default they are there.
 
     `inputs` is for calibrated methods. What down reads is computed with gate and up as quantized: they are at hand,
-    and it is what down will be handed. An expert that too few tokens are routed to is calibrated on all tokens of the
-    block instead: the method stays the one asked for, other experts' tokens come from the same distribution far more
-    nearly than white noise does, and a handful of tokens would fit the weights to those alone. Its rows say so.
+    and it is what down will be handed; or with gate and up as they were, if the inputs are to be the original model's.
+    An expert that too few tokens are routed to is calibrated on all tokens of the block instead: the method stays the
+    one asked for, other experts' tokens come from the same distribution far more nearly than white noise does, and a
+    handful of tokens would fit the weights to those alone. Its rows say so.
 
     The stacks are put together at the end, projection by projection, so one projection's codes exist twice then.
     """
@@ -145,7 +146,9 @@ def quantize_experts(
         stats = inputs.of_gate_and_up(index) if inputs else None
         pair, new = quantize_group(names[:2], weights[:2], quantizer, stats)
         if inputs:
-            stats = inputs.of_down(index, gated(*pair, module.act_fn, inputs.x.dtype))
+            before = weights[:2] if inputs.original else [weight.dequantize(inputs.x.dtype) for weight in pair]
+            stats = inputs.of_down(index, gated(*before, module.act_fn))
+            del before
         down, of_down = quantize_group(names[2:], weights[2:], quantizer, stats)
         three, new = [*pair, *down], [*new, *of_down]
         if inputs:

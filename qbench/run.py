@@ -217,6 +217,7 @@ def _describe(
             token_ids_sha256=calibration.token_ids_sha256,
             sequences=calibration.ids.shape[0],
             tokens=calibration.ids.size,
+            inputs=calibration.inputs,
         ),
         quant_seconds=sum(row.seconds for row in layers),
         wall_seconds=wall_seconds,

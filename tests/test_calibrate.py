@@ -1,6 +1,7 @@
-"""Calibration: the groups are observed, the statistics are right, and each block sees the quantized prefix."""
+"""Calibration: the groups are observed, the statistics are right, and each block sees the prefix it is to see."""
 
-from dataclasses import dataclass
+from copy import deepcopy
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -10,11 +11,13 @@ import torch
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
 from qbench.calibrate import Calibration, cut_sequences, quantize_blocks
-from qbench.config import CalibrationConfig
+from qbench.config import CalibrationConfig, Config, ModelConfig
 from qbench.errors import PointError, RequestError
 from qbench.evaluate.text import Text
 from qbench.models.tiny import build, byte_tokenizer
 from qbench.plugins.rtn import RTN
+from qbench.prepare import _what_matters
+from qbench.quant.linear import QuantLinear
 from qbench.quant.quantizer import Quantizer, Statistic
 from qbench.quantize import quantize_linears, quantize_model, replace_module
 from tests.test_cli import recorded
@@ -37,7 +40,7 @@ def calibration(sequences=3, window=40):
     return Calibration(ids, "test", "0")
 
 
-def collect(model, quantize=None):
+def collect(model, quantize=None, inputs="quantized"):
     """{first layer of the group: (names, statistics)} in the order of the calls."""
     found = {}
 
@@ -47,7 +50,8 @@ def collect(model, quantize=None):
             for name, (module, _) in quantize_linears(group, quantize, stats).items():
                 replace_module(model, name, module)
 
-    quantize_blocks(model, Watcher(), calibration(), note, lambda name, module, inputs: None)
+    shown = replace(calibration(), inputs=inputs)
+    quantize_blocks(model, Watcher(), shown, note, lambda name, module, inputs: None)
     return found
 
 
@@ -107,6 +111,21 @@ def test_later_blocks_see_the_quantized_prefix():
     assert (fresh - seen).norm() > 0.01 * seen.norm()
 
 
+@pytest.mark.parametrize("make", [lambda: build("dense", 0)[0], sliding], ids=["qwen3", "gemma3"])
+def test_original_inputs_are_those_of_the_unquantized_model(make):
+    """What earlier blocks were quantized to has no say: equal to the bit, so rounding noise cannot grow either."""
+    torch.manual_seed(0)
+    model = make().eval()
+    untouched = collect(deepcopy(model))
+    stats = collect(model, quantize=Watcher(), inputs="original")
+    assert isinstance(model.model.layers[0].mlp.down_proj, QuantLinear)
+    assert list(stats) == list(untouched)
+    for name, (group, found) in stats.items():
+        assert group == untouched[name][0]
+        assert torch.equal(found.hessian, untouched[name][1].hessian)
+        assert torch.equal(found.inputs, untouched[name][1].inputs)
+
+
 def test_sequences_are_cut_from_the_start():
     text = Text("abcdefghij" * 10, "t")
     cut = cut_sequences(text, byte_tokenizer(), CalibrationConfig(name="t", window=30))
@@ -141,8 +160,23 @@ def test_calibrated_point_records_what_it_was_shown(qbench):
     assert all("damping" in row.diagnostics for row in result.quantization.layers)
     more = qbench(*tiny[:-1], "calibration.sequences=5")
     assert more.summary["run_id"] != outcome.summary["run_id"]
+    original = qbench(*tiny, "calibration.inputs=original")
+    assert {r.run_id: r.quantization.calibration.inputs for r in recorded()} == {
+        outcome.summary["run_id"]: "quantized",
+        more.summary["run_id"]: "quantized",
+        original.summary["run_id"]: "original",
+    }
+    assert original.summary["ppl"] != outcome.summary["ppl"]
     free = [qbench(*tiny[:2], "quantizer=rtn", f"calibration.sequences={n}").summary["run_id"] for n in (4, 5)]
     assert free[0] == free[1]  # a calibration-free method is the same point whatever the calibration
+
+
+def test_points_of_quantized_inputs_are_the_points_they_were():
+    shown = CalibrationConfig(name="t")
+    plain = Config(model=ModelConfig(name="m", source="random"), calibration=shown)
+    assert "inputs" not in _what_matters(plain, Watcher())["calibration"]
+    other = replace(plain, calibration=replace(shown, inputs="original"))
+    assert _what_matters(other, Watcher())["calibration"]["inputs"] == "original"
 
 
 def test_a_mixture_is_calibrated_from_the_command_line(qbench):
@@ -166,6 +200,7 @@ def test_a_mixture_is_calibrated_from_the_command_line(qbench):
         (["calibration.window=1000000"], "less than one sequence of 1000000"),
         (["calibration.sequences=0"], "calibration.sequences at least 1"),
         (["calibration=wikitext2"], "calibration=mini"),
+        (["calibration.inputs=orginal"], "unknown calibration.inputs 'orginal'; did you mean 'original'?"),
     ],
 )
 def test_wrong_calibration_is_refused(qbench, arguments, sentence):

@@ -1,7 +1,7 @@
 """What is collected: bounded samples, and an expert's statistics as if it stood alone in a plain forward pass."""
 
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import pytest
@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
+from qbench.calibrate import INPUTS
 from qbench.collect import INPUT_ROWS, MIN_EXPERT_TOKENS, Collector, ExpertInputs
 from qbench.errors import PointError
 from qbench.plugins.rtn import RTN
@@ -59,14 +60,15 @@ class LoneExperts(nn.Module):
         return out
 
 
+@pytest.mark.parametrize("inputs", INPUTS)
 @pytest.mark.parametrize(("build", "layers"), [(qwen3_moe, (0, 1)), (deepseek_v2, (1,))])
-def test_statistics_of_an_expert_are_those_of_its_tokens_one_by_one_in_fp64(build, layers):
-    model, text = made(build), calibration(2, 100)
+def test_statistics_of_an_expert_are_those_of_its_tokens_one_by_one_in_fp64(build, layers, inputs):
+    model, text = made(build), replace(calibration(2, 100), inputs=inputs)
     original = deepcopy(model)
     _, collected = recorded(model, text)
     for i in layers:
-        # before block i and in its gate and up everything is as quantized; its attention is still the original
-        plain = dense_copy(original, model)
+        # quantized inputs: what is before block i is, and so are its gate and up; its attention is still the original
+        plain = dense_copy(original, model) if inputs == "quantized" else deepcopy(original)
         plain.model.layers[i].self_attn = deepcopy(original.model.layers[i].self_attn)
         lone = plain.model.layers[i].mlp.experts = LoneExperts(plain.model.layers[i].mlp.experts)
         plain.double().set_experts_implementation("eager")

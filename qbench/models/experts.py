@@ -80,12 +80,11 @@ def expert_weights(module: Any, index: int) -> list[Tensor]:
     return [gate, up, module.down_proj.detach()[index]]
 
 
-def gated(gate: QuantizedWeight, up: QuantizedWeight, act_fn: Any, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
-    """act(gate x) * up x, `[tokens, hidden]` -> `[tokens, intermediate]`: what down reads in QuantExperts."""
-    dense = [weight.dequantize(dtype) for weight in (gate, up)]
+def gated(gate: Tensor, up: Tensor, act_fn: Any) -> Callable[[Tensor], Tensor]:
+    """act(gate x) * up x, `[tokens, hidden]` -> `[tokens, intermediate]`: what down reads; weights `[out, in]`."""
 
     def activation(x: Tensor) -> Tensor:
-        return act_fn(F.linear(x, dense[0])) * F.linear(x, dense[1])
+        return act_fn(F.linear(x, gate)) * F.linear(x, up)
 
     return activation
 
@@ -129,8 +128,8 @@ class QuantExperts(nn.Module):
                 continue
             token, slot = torch.where(top_k_index == index)
             x = hidden_states[token]
-            gate, up, down = (select(weight, index) for weight in stacks)
-            y = F.linear(gated(gate, up, self.act_fn, x.dtype)(x), down.dequantize(x.dtype))
+            gate, up, down = (select(weight, index).dequantize(x.dtype) for weight in stacks)
+            y = F.linear(gated(gate, up, self.act_fn)(x), down)
             y = y * top_k_weights[token, slot, None]
             output.index_add_(0, token, y.to(output.dtype))
         return output

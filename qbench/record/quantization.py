@@ -71,13 +71,14 @@ class ModelRecord(Strict):
 
 @dataclass(frozen=True)
 class CalibrationRecord(Strict):
-    """What a calibrated method was shown; equal hashes, equal terms."""
+    """What a calibrated method was shown; equal hashes and inputs, equal terms."""
 
     text_source: str
     text_sha256: str
     token_ids_sha256: str
     sequences: int
     tokens: int
+    inputs: str = "quantized"  # or original: what each block was shown of the blocks before it
 
 
 @dataclass(frozen=True)

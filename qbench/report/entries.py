@@ -188,9 +188,12 @@ def _read_one(path: Path, recorded: Recorded, kind: type[Result]) -> None:
 def settings(result: Result) -> dict[str, Any]:
     """What makes the configuration of a result, flat: `quantizer.nbits` -> 4. Values that are None are left out."""
     config = {key: value for key, value in result.config.items() if key not in NOT_COMPARED}
-    if result.quantization is not None and result.quantization.calibration is None:
+    calibration = None if result.quantization is None else result.quantization.calibration
+    if result.quantization is not None and calibration is None:
         config.pop("calibration", None)
     flat = dict(_flatten(config))
+    if calibration is not None:
+        flat["calibration.inputs"] = calibration.inputs  # which the configuration of an older record does not name
     for group in ("model", "task", "calibration"):
         flat.pop(f"{group}.path", None)  # where the same content lies
     for key in NOT_COMPARED_RUNTIME:

@@ -103,6 +103,20 @@ def test_calibration_is_no_difference_to_methods_that_have_none(outputs, show):
     assert found == {"", "calibration.sequences=4", "calibration.sequences=8"}
 
 
+def test_original_inputs_are_told_from_a_record_made_before_there_was_a_choice(outputs, show):
+    one, windows = point("gptq", 4, nll(0.1, 1))
+    one.config["calibration"] = {"name": "mini"}
+    for run_id, calibration in (
+        ("d" * 16, CalibrationRecord("mini", "ab", "cd", 4, 2048)),
+        ("e" * 16, CalibrationRecord("mini", "ab", "cd", 4, 2048, "original")),
+    ):
+        config = one.config | ({"calibration": {"name": "mini", "inputs": "original"}} if run_id[0] == "e" else {})
+        quantization = replace(one.quantization, calibration=calibration)
+        save(outputs, (replace(one, run_id=run_id, config=config, quantization=quantization), {**windows}))
+    found = {row["options"] for row in rows(show(outputs, "--format", "csv")[1])}
+    assert found == {"", "calibration.inputs=quantized", "calibration.inputs=original"}
+
+
 def test_some_points_alone(outputs):
     chosen = [entry.result.run_id for entry in entries.read(outputs).entries if entry.quantizer == "rtn"]
     file = io.StringIO()
