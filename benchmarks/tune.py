@@ -88,7 +88,10 @@ def main() -> None:
                     timed.append((time_calls(calls, replays=3).us, plan))
                 if not timed:
                     continue
-                us, best = min(timed, key=lambda pair: pair[0])
+                within = 1.02 * min(us for us, _ in timed)  # the noise; splits cost more among other kernels
+                us, best = min(
+                    (pair for pair in timed if pair[0] <= within), key=lambda pair: (pair[1].splits, pair[0])
+                )
                 table[table_key(M, N, K, first.nbits)] = [int(value) for value in astuple(best)]
                 print(f"{name} {N}x{K} batch {M}: {us:.1f} us {best} of {len(timed)}", flush=True)
             path.parent.mkdir(exist_ok=True)

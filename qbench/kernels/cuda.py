@@ -93,7 +93,7 @@ def _launch(
     strips, chunks = tiles.data.shape[-3:-1]
     device, stream = x.device.index, _stream(x.device)
     depth = {"RING": 1} if chosen.ring else {"DEPTH": chosen.stages}
-    shape = {"MB": chosen.batch_blocks, "RT": chosen.strips_per_warp, "ONE": int(M == 1)}
+    shape = {"MB": 1 if M == 1 else chosen.batch_blocks, "RT": chosen.strips_per_warp, "ONE": int(M == 1)}
     defines = _linear_defines(tiles, x.dtype, **shape, **depth)
     down = _down(x.dtype, tiles)
     source = x
