@@ -26,7 +26,7 @@ from torch import Tensor
 from qbench.plugins.rtn import RTN
 from qbench.plugins.sinq import SINQ
 from qbench.quant.quantizer import Quantizer
-from qbench.stream import CHUNK_BYTES, CHUNKS, Stream, default_fillers
+from qbench.stream import CHUNK_BYTES, CHUNKS, Stream
 
 Q, KV, WIDE, DOWN = (4096, 4096), (1024, 4096), (12288, 4096), (4096, 12288)
 LAYER = (Q, KV, KV, Q, WIDE, WIDE, DOWN)
@@ -68,7 +68,6 @@ def main() -> None:
     options.add_argument("--depth", type=int, default=1, help="linears on their way at a time")
     options.add_argument("--chunk-mib", type=int, default=CHUNK_BYTES >> 20)
     options.add_argument("--chunks", type=int, default=CHUNKS)
-    options.add_argument("--fillers", type=int, default=default_fillers(), help="threads that fill the chunks")
     options.add_argument("-o", "--output", type=Path)
     given = options.parse_args()
     names = given.methods.split(",")
@@ -92,7 +91,7 @@ def main() -> None:
                 target[: weight.numel()].copy_(weight.view(-1), non_blocking=True)
 
     def streamed() -> Iterator[Tensor]:
-        with Stream(device, given.depth, given.chunk_mib << 20, given.chunks, given.fillers) as stream:
+        with Stream(device, given.depth, given.chunk_mib << 20, given.chunks) as stream:
             for [weight] in stream.ahead([weight.detach()] for weight in host):
                 yield weight
 
@@ -100,10 +99,7 @@ def main() -> None:
     record |= {"torch": torch.__version__, "threads": torch.get_num_threads(), "bytes": size}
     record |= {key: value for key, value in vars(given).items() if key != "output"} | {"times": {}}
     times = record["times"]
-    print(
-        f"{size / 1e9:.2f} GB in {len(host)} linears, {record['device']}, {record['threads']} CPU threads, of which "
-        f"{given.fillers} fill"
-    )
+    print(f"{size / 1e9:.2f} GB in {len(host)} linears, {record['device']}, {record['threads']} CPU threads")
 
     def measure(what: str, call: Callable[[], object]) -> float:
         times[what] = row = seconds(call, device, given.repeats)

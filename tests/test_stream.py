@@ -29,13 +29,12 @@ def tensors(generator):
     ]
 
 
-@pytest.mark.parametrize("fillers", [1, 4])
 @pytest.mark.parametrize("depth", [1, 3])
 @pytest.mark.parametrize("device", DEVICES)
-def test_batches_arrive_bit_for_bit_in_order(device, depth, fillers, generator):
+def test_batches_arrive_bit_for_bit_in_order(device, depth, generator):
     given = tensors(generator)
     expected = [[tensor.clone() for tensor in batch] for batch in given]
-    with Stream(torch.device(device), depth, chunk_bytes=256, chunks=2, fillers=fillers) as stream:
+    with Stream(torch.device(device), depth, chunk_bytes=256, chunks=2) as stream:
         arrived = list(stream.ahead(given))
     assert [[id(tensor) for tensor in batch] for batch in arrived] == [[id(t) for t in batch] for batch in given]
     for batch, wanted in zip(arrived, expected, strict=True):
@@ -85,25 +84,6 @@ def test_the_next_batch_travels_while_the_caller_is_busy():
         next(arrivals)  # returns although the second one is not through
         release.set()
         assert next(arrivals)[0].item() == 1
-
-
-def test_chunks_are_filled_side_by_side_and_small_tensors_are_not_split():
-    meeting = threading.Barrier(3)
-    parts = []
-
-    class Met(Stream):
-        def _fill(self, part, target):
-            meeting.wait(10)  # breaks, which is a RuntimeError, unless three come here at a time
-            parts.append(part.tolist())
-            super()._fill(part, target)
-
-    given = [torch.arange(80, dtype=torch.uint8), torch.tensor([80, 81]).to(torch.uint8)]
-    small = [torch.tensor([number]) for number in (300, 301, 302)]
-    with Met(CPU, chunk_bytes=40, chunks=3, fillers=3) as stream:
-        assert [t.tolist() for t in next(stream.ahead([given]))] == [list(range(80)), [80, 81]]
-        assert sorted(parts) == [list(range(40)), list(range(40, 80)), [80, 81]]
-        assert torch.cat(next(stream.ahead([small]))).tolist() == [300, 301, 302]
-    assert [len(part) for part in parts[3:]] == [8, 8, 8]
 
 
 def test_streams_within_a_stream_share_it():
@@ -175,30 +155,9 @@ def test_a_copy_that_fails_reaches_the_caller():
         list(stream.ahead([[torch.zeros(1)]]))
 
 
-def test_a_chunk_that_fails_reaches_the_caller_once_the_others_are_through(monkeypatch):
-    usual, filled = np.copyto, []
-
-    def fail_on_the_first(target, part):
-        if part[0] == 0:
-            raise RuntimeError("bad page")
-        time.sleep(0.05)
-        usual(target, part)
-        filled.append(part[0])
-
-    given = torch.arange(10, dtype=torch.uint8)
-    with Stream(CPU, chunk_bytes=1, chunks=2, fillers=2) as stream:
-        with monkeypatch.context() as patch:
-            patch.setattr(np, "copyto", fail_on_the_first)
-            with pytest.raises(PointError, match=r"cannot be brought to cpu: bad page$"):
-                list(stream.ahead([[given.clone()]]))
-        assert sorted(filled) == list(range(1, 10))
-        assert stream._ring.qsize() == 2
-        assert torch.equal(next(stream.ahead([[given.clone()]]))[0], given)
-
-
-def test_the_threads_end_with_the_stream_whatever_happens():
+def test_the_thread_ends_with_the_stream_whatever_happens():
     def leave_early():
-        with Stream(CPU, chunk_bytes=16, fillers=3) as stream:
+        with Stream(CPU) as stream:
             for _ in stream.ahead([torch.zeros(10)] for _ in range(3)):
                 raise KeyError
 
