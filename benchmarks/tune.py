@@ -44,7 +44,7 @@ def narrow(M: int, N: int, chunks: int, sms: int) -> Iterator[Plan]:
                 for stages, ring in ((2, True), (3, True), (6, True), (2, False)):
                     found = Plan(blocks, rt, wr, wk, splits, stages, ring)
                     grid = -(-strips // (rt * wr)) * splits
-                    if grid < sms // 3 or grid * wr * wk > 64 * sms or wr * wk > found.most_warps:
+                    if grid < sms // 3 or grid * wr * wk > 64 * sms:
                         continue
                     if chunks >= splits * wk * (1 if stages == 2 else 4):
                         yield found

@@ -36,10 +36,11 @@ class Plan:
     stages: int  # chunks in flight per warp
     ring: bool = False  # in flight to shared memory by bulk copies, instead of to registers
 
-    @property
-    def most_warps(self) -> int:
-        """In a block: what its accumulators leave of the registers (launch bounds in dual_linear.cu)."""
-        return 8 if self.batch_blocks * self.strips_per_warp >= (16 if self.ring else 8) else 16
+    def __post_init__(self) -> None:
+        if self.splits_in_block not in (1, 2, 4, 8, 16) or self.splits not in (1, 2, 4, 8):
+            raise ValueError("splits_in_block must be 1, 2, 4, 8 or 16 and splits 1, 2, 4 or 8")
+        if self.strips * self.splits_in_block > 16:
+            raise ValueError("a block has at most 16 warps, strips * splits_in_block")
 
     def shared_bytes(self, batch: int, chunks: int, nbits: int, group_size: int, has_zero: bool) -> int:
         chunk = chunk_bytes(nbits, group_size, has_zero)

@@ -8,21 +8,15 @@
 // are left where they are in the word as long as that is within a mantissa, under the exponent that makes their lowest
 // bit count as 1, which is the 16-bit float 2^e + q exactly; e depends on the place alone. The products of one group are
 // summed by the tensor core in fp32, starting from -zero * sum(x t) - sum(2^e x t), so the zero point and the 2^e cost
-// one FMA per group and output; scale is applied to that sum. Of ONE row every block multiplies t into x itself, and fetches
-// t, like the first weights, before it waits for the kernel in front; for more rows `scale_input` does it once, and a
-// warp waits for no more of x than its next chunk needs. Every warp streams its own chunks through
-// a ring in shared memory filled by bulk copies (no barrier between warps), and the K splits are summed in a fixed
-// order: within a block through shared memory, between the blocks of a cluster through distributed shared memory. No
-// atomics: results are the same in every run.
+// one FMA per group and output; scale is applied to that sum. Of ONE row every block multiplies t into x itself, and
+// fetches t, like the first weights, before it waits for the kernel in front; for more rows `scale_input` does it once,
+// and a warp waits for no more of x than its next chunk needs. Every warp streams its own chunks through a ring in
+// shared memory filled by bulk copies (no barrier between warps), and the K splits are summed in a fixed order: within a
+// block through shared memory, between the blocks of a cluster through distributed shared memory. No atomics: results
+// are the same in every run.
 
-#include "linear.cuh"
+#include "records.cuh"
 
-#ifndef MB
-#define MB 1
-#endif
-#ifndef ONE
-#define ONE 0
-#endif
 #ifndef RT
 #define RT 1
 #endif
@@ -32,19 +26,6 @@
 #ifndef DEPTH
 #define DEPTH 1
 #endif
-#define OVERLAP (MB < 4 ? MB : 4)
-
-#define SUB (GROUP < 64 ? GROUP : 64)               // columns summed by the tensor core before a scale is applied
-#define SUBS (128 / SUB)
-
-// x * t of one chunk of K in shared memory. ONE row: 128 columns, and in another place Sums [SUBS][8], of which one of
-// eight is used. Else a record that arrives as it is: rows of 128 columns, padded so that they start in different
-// banks, then Sums [SUBS][8 MB].
-#define X_ROW (ONE ? 256 : 320)                     // bytes
-#define SUMS_OF_X (SUBS * 8 * MB * 8)               // bytes
-#define RECORD (8 * MB * X_ROW + SUMS_OF_X)         // bytes
-#define X_STEP (ONE ? X_ROW : RECORD)               // bytes from chunk to chunk
-#define SUMS_STEP (ONE ? SUMS_OF_X : RECORD)
 
 struct Problem {
   const u8* tiles;        // [experts][strips][chunks][CHUNK]
@@ -79,103 +60,48 @@ __device__ __forceinline__ void subgroup(const Codes (&codes)[RT], const Table& 
     }
     decode_aux(codes[r], S * SUB / GROUP, scale[r], zero[r]);
   }
-  // OVERLAP blocks of the batch at a time: the chains of mma that sum one group each are independent of each other.
+  float c[MB][RT][4];
 #pragma unroll
-  for (int n = 0; n < MB; n += OVERLAP) {
-    float c[OVERLAP][RT][4];
-#pragma unroll
-    for (int j = 0; j < OVERLAP; j++) {
+  for (int j = 0; j < MB; j++) {
 #if CODEBOOK
 #pragma unroll
-      for (int r = 0; r < RT; r++) c[j][r][0] = c[j][r][1] = c[j][r][2] = c[j][r][3] = 0.f;
+    for (int r = 0; r < RT; r++) c[j][r][0] = c[j][r][1] = c[j][r][2] = c[j][r][3] = 0.f;
 #else
-      float4 sum = *reinterpret_cast<const float4*>(sums + 2 * (S * 8 * MB + 8 * (n + j)));
+    float4 sum = *reinterpret_cast<const float4*>(sums + 2 * (S * 8 * MB + 8 * j));
 #pragma unroll
-      for (int r = 0; r < RT; r++) {
-        c[j][r][0] = sum.y - zero[r][0] * sum.x, c[j][r][1] = sum.w - zero[r][0] * sum.z;
-        c[j][r][2] = sum.y - zero[r][1] * sum.x, c[j][r][3] = sum.w - zero[r][1] * sum.z;
-      }
+    for (int r = 0; r < RT; r++) {
+      c[j][r][0] = sum.y - zero[r][0] * sum.x, c[j][r][1] = sum.w - zero[r][0] * sum.z;
+      c[j][r][2] = sum.y - zero[r][1] * sum.x, c[j][r][3] = sum.w - zero[r][1] * sum.z;
+    }
 #endif
-    }
-#pragma unroll
-    for (int u = 0; u < units; u++) {
-      uint4 b[OVERLAP];
-#pragma unroll
-      for (int j = 0; j < OVERLAP; j++)
-        b[j] = *reinterpret_cast<const uint4*>(x_row + (n + j) * 8 * X_ROW + (S * units + u) * 64);
-#pragma unroll
-      for (int j = 0; j < OVERLAP; j++)
-#pragma unroll
-        for (int r = 0; r < RT; r++)
-          mma(c[j][r], a[r][u][0][0], a[r][u][1][0], a[r][u][0][1], a[r][u][1][1], b[j].x, b[j].y);
-#pragma unroll
-      for (int j = 0; j < OVERLAP; j++)
-#pragma unroll
-        for (int r = 0; r < RT; r++)
-          mma(c[j][r], a[r][u][0][2], a[r][u][1][2], a[r][u][0][3], a[r][u][1][3], b[j].z, b[j].w);
-    }
-#pragma unroll
-    for (int j = 0; j < OVERLAP; j++)
-#pragma unroll
-      for (int r = 0; r < RT; r++) {
-        acc[r][n + j][0] += scale[r][0] * c[j][r][0], acc[r][n + j][1] += scale[r][0] * c[j][r][1];
-        acc[r][n + j][2] += scale[r][1] * c[j][r][2], acc[r][n + j][3] += scale[r][1] * c[j][r][3];
-      }
   }
-}
-
-// Of x * t over one group, per row of the batch: what the zero point and the offsets of the codes are multiplied with.
-struct Sums { float plain, offset; };                                  // sum(x t), -sum(2^e x t)
-
-template <int U> __device__ __forceinline__ float offset_sum(float a, float b, float c, float d) {
-  constexpr float first = offset(U, 0), second = offset(U, 1), third = offset(U, 2), fourth = offset(U, 3);
-  return -(first * a + second * b) - (third * c + fourth * d);
-}
-
-// Whether every place has the same 2^e, as with 4 and 8 bits in bf16: then the one sum is a multiple of the other.
-constexpr bool ONE_OFFSET = CODEBOOK || BITS == 8 || (BITS == 4 && BF16);
-
-// Of columns k to k + 7.
-__device__ __forceinline__ Sums sums_of(uint4 x, int k) {
-  const float a = low(x.x) + high(x.x), b = low(x.y) + high(x.y), c = low(x.z) + high(x.z), d = low(x.w) + high(x.w);
-  Sums sums = {(a + b) + (c + d), 0.f};
-  if (ONE_OFFSET) return sums;
-  const int unit = BITS == 2 ? k / 32 % 2 : BITS == 3 ? k / 32 % 4 : 0;
-  if (unit == 0) sums.offset = offset_sum<0>(a, b, c, d);
-  else if (unit == 1) sums.offset = offset_sum<1>(a, b, c, d);
-  else if (unit == 2) sums.offset = offset_sum<2>(a, b, c, d);
-  else sums.offset = offset_sum<3>(a, b, c, d);
-  return sums;
-}
-
-__device__ __forceinline__ Sums over_lanes(Sums sums, u32 lanes) {
 #pragma unroll
-  for (int step = 1; step < SUB / 8; step *= 2) {
-    sums.plain += __shfl_xor_sync(lanes, sums.plain, step);
-    if (!ONE_OFFSET) sums.offset += __shfl_xor_sync(lanes, sums.offset, step);
+  for (int u = 0; u < units; u++) {
+    uint4 b[MB];
+#pragma unroll
+    for (int j = 0; j < MB; j++)
+      b[j] = *reinterpret_cast<const uint4*>(x_row + j * 8 * X_ROW + (S * units + u) * 64);
+#pragma unroll
+    for (int j = 0; j < MB; j++)
+#pragma unroll
+      for (int r = 0; r < RT; r++)
+        mma(c[j][r], a[r][u][0][0], a[r][u][1][0], a[r][u][0][1], a[r][u][1][1], b[j].x, b[j].y);
+#pragma unroll
+    for (int j = 0; j < MB; j++)
+#pragma unroll
+      for (int r = 0; r < RT; r++)
+        mma(c[j][r], a[r][u][0][2], a[r][u][1][2], a[r][u][0][3], a[r][u][1][3], b[j].z, b[j].w);
   }
-  if (ONE_OFFSET) sums.offset = -offset(0, 0) * sums.plain;
-  return sums;
+#pragma unroll
+  for (int j = 0; j < MB; j++)
+#pragma unroll
+    for (int r = 0; r < RT; r++) {
+      acc[r][j][0] += scale[r][0] * c[j][r][0], acc[r][j][1] += scale[r][0] * c[j][r][1];
+      acc[r][j][2] += scale[r][1] * c[j][r][2], acc[r][j][3] += scale[r][1] * c[j][r][3];
+    }
 }
 
-// x * t and its sums in records, for all blocks; a warp per 256 columns. Not called for ONE row.
-extern "C" __global__ void __launch_bounds__(128)
-scale_input(const u16* x, const u16* t, const int* permutation, u8* records, u64 x_stride, int K, int chunks, float t_down) {
-  allow_next_kernel();
-  const int v = blockIdx.x * 128 + threadIdx.x, m = blockIdx.y, k = v * 8;
-  if (v / 16 >= chunks) return;                                         // whole half warps
-  const uint4 factors = t ? *reinterpret_cast<const uint4*>(t + k) : uint4{};
-  await_previous_kernel();
-  uint4 values = load_x(x + m * x_stride, permutation, k, K, aligned_rows(x, x_stride, permutation, K));
-  if (t) values = scaled(values, factors, t_down);
-  const int n = m % (8 * MB);
-  u8* record = records + (u64(m / (8 * MB)) * chunks + v / 16) * RECORD;
-  *reinterpret_cast<uint4*>(record + n * X_ROW + v % 16 * 16) = values;
-  const Sums sum = over_lanes(sums_of(values, k), __activemask());
-  if (v % (SUB / 8) == 0) reinterpret_cast<Sums*>(record + 8 * MB * X_ROW)[v % 16 / (SUB / 8) * 8 * MB + n] = sum;
-}
-
-extern "C" __global__ void __launch_bounds__(MB * RT >= (RING ? 16 : 8) ? 256 : 512) dual_linear(const __grid_constant__ Problem p) {
+extern "C" __global__ void __launch_bounds__(512) dual_linear(const __grid_constant__ Problem p) {
   SHARED_MEMORY(smem);
   allow_next_kernel();
   const u32 splits = cluster_size(), rank = cluster_rank();
