@@ -15,7 +15,7 @@ import torch
 from qbench.kernels.tiles import COLUMNS, ROWS, Tiles, chunk_bytes
 
 BUCKETS = (1, 8, 16, 32, 64, 128, 256, 512)  # batches that share a tuned entry: up to 1, 8, ...
-NARROW = 16  # rows of x up to which dual_linear.cu is the faster one
+NARROW = 16  # rows of x up to which the rule takes dual_linear.cu
 MULTIPROCESSORS = 132  # of an H100 or H200; for the rules alone
 
 

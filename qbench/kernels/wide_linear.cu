@@ -1,4 +1,5 @@
-// y = x W^T + b for batches of 9 to 128, where the products themselves weigh as much as the bytes; compiled at run time.
+// y = x W^T + b for wider batches, up to 128 rows in one pass over the weights, where the products weigh as much as the
+// bytes; compiled at run time.
 //
 // Compile-time switches: those of codes.cuh, NB (8-row blocks of the batch: 2, 4, 8 or 16), GROUPS (warpgroups along the
 // rows of the weight, 64 each) and WK (as many times more, which take turns at the chunks of K).
