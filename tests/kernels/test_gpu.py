@@ -34,7 +34,7 @@ def test_every_batch(generator, nbits, codebook, group_size):
         batches = range(1, 130) if shape == (40, 577) else (1, 2, 3, 5, 7, 8, 9, 16, 17, 33, 64, 65, 129, 300, 513)
         for dtype, limit in LIMITS.items():
             for batch in batches:
-                x = torch.randn(batch, shape[1], device="cuda", dtype=dtype)
+                x = 0.1 * torch.randn(batch, shape[1], device="cuda", dtype=dtype)  # no sum leaves fp16's range
                 poison = torch.full((2**20,), float("nan"), device="cuda")
                 del poison
                 y = ops.linear(x, tiles, bias.to(dtype))
