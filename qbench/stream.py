@@ -5,7 +5,7 @@
 A GPU reads ordinary (pageable) memory slowly and never in the background. Pinning a whole model takes longer than
 copying it, and memory that nothing else can use. So a thread copies chunk after chunk into a small pinned ring, from
 which the GPU's copy engine fetches them. Neither waits for the kernels that run meanwhile, nor they for it. On an H200
-with 32 cores the thread is the slower part: 22 GB/s, of 55 that PCIe 5 x16 carries (docs/performance.md).
+with 32 cores the thread is the slower part: 22 to 28 GB/s, of 55 that PCIe 5 x16 carries (docs/performance.md).
 
 The device holds, beside what is made there, the batch in use and `depth` more. Copies change no bit, so what is
 computed from them is what would be without streaming. With a CPU as the device the same steps copy from host memory

@@ -89,9 +89,11 @@ def test_options(emulated, generator):
     check(generator, weight, 4, torch.float16, plan, x=strided)
     check(generator, weight, 4, torch.float16, WidePlan(2, 1, 1, 1, 2), x=strided)
     large = torch.randn(1, 130, generator=generator).clamp(-3, 3).half() * 2e4
-    weight.input_scale.mul_(8)
+    weight.input_scale.mul_(8)  # x * t exceeds fp16 unless t is scaled down
     weight.scale.stored.mul_(1e-4)
     check(generator, weight, 1, torch.float16, plan, x=large)
+    check(generator, weight, 2, torch.float16, plan, x=large.repeat(2, 1))
+    check(generator, weight, 2, torch.float16, WidePlan(2, 1, 1, 1, 2), x=large.repeat(2, 1))
 
 
 @pytest.mark.slow
@@ -124,7 +126,13 @@ def test_a_warpgroup_keeps_to_its_own_stages():
             WidePlan(8, 1, 2, 1, stages)
 
 
-def test_plans_fit(monkeypatch):
+@pytest.mark.parametrize("shape", [(1, 1, 2, 3, 1, 2), (1, 1, 2, 2, 3, 2), (1, 1, 8, 4, 1, 2)])
+def test_a_plan_that_the_kernel_cannot_run_is_refused(shape):
+    with pytest.raises(ValueError, match=r"must be 1, 2, 4|at most 16 warps"):
+        Plan(*shape)
+
+
+def test_plans_fit():
     """Every shape and batch gets a plan whose shared memory an H200 has, tuned entries included."""
     for gpu in ("NVIDIA H200", "another GPU"):
         for M in (1, 2, 8, 9, 17, 33, 64, 65, 128):
