@@ -6,7 +6,7 @@ READY   = $(VENV)/.ready
 BASELINE = .github/quality-baseline.json
 PIP     = $(BIN)/python -m pip install -q --disable-pip-version-check
 
-.PHONY: run demo gate gate-baseline measure-gate test test-slow test-oracle oracle lint clean
+.PHONY: run demo gate gate-baseline measure-gate test test-wheel test-slow test-oracle oracle lint clean
 
 run: $(READY)                 ## quantize the reference model with SINQ at 4 bits and evaluate it
 	$(BIN)/python -m qbench
@@ -29,6 +29,9 @@ measure-gate: $(READY)
 test: $(READY)                ## lint, then the fast tests
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 	$(BIN)/python -m pytest
+
+test-wheel: $(READY)          ## the wheel, installed with all it needs into an empty environment, runs from an empty folder
+	$(BIN)/python -m pytest -m 'slow or not slow' tests/test_wheel.py
 
 test-slow: $(READY)           ## the tests that run the reference model, real installs and kills
 	$(BIN)/python -m pytest -m slow

@@ -40,16 +40,32 @@ def test_the_baseline_holds_what_the_experiment_measures():
         assert not [key for key in point.settings if key.endswith(".path")]
 
 
-def test_the_workflow_calls_targets_that_exist():
-    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "quality.yml").read_text())
+def targets(workflow: dict) -> set[str]:
+    """The Makefile's targets that a workflow calls, those of a matrix spelled out."""
+    found = set()
+    for job in workflow["jobs"].values():
+        suites = job.get("strategy", {}).get("matrix", {}).get("suite", [])
+        for step in job["steps"]:
+            assert "uses" not in step or re.fullmatch(r"[\w-]+/[\w-]+@v\d+", step["uses"])
+            if called := re.fullmatch(r"make (.+)", step.get("run", "")):
+                found |= set(suites) if called[1] == "${{ matrix.suite }}" else {called[1]}
+    return found
+
+
+def test_the_workflows_call_every_check_of_the_makefile_and_no_other():
     makefile = (ROOT / "Makefile").read_text()
-    steps = [step for job in workflow["jobs"].values() for step in job["steps"]]
-    targets = [found[1] for step in steps if (found := re.fullmatch(r"make (\S+)", step.get("run", "")))]
-    assert targets
-    for target in targets:
+    called = {p.stem: targets(yaml.safe_load(p.read_text())) for p in (ROOT / ".github" / "workflows").glob("*.yml")}
+    assert called == {"quality": {"gate"}, "tests": {"test", "test-wheel", "test-slow", "test-oracle"}}
+    for target in set().union(*called.values()):
         assert re.search(rf"^{target}:", makefile, re.MULTILINE)
     assert f"BASELINE = {BASELINE.relative_to(ROOT)}" in makefile
-    assert all(re.fullmatch(r"[\w-]+/[\w-]+@v\d+", step["uses"]) for step in steps if "uses" in step)
+
+
+def test_tests_run_on_every_push_and_the_long_ones_every_night():
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "tests.yml").read_text())
+    assert {"push", "pull_request", "schedule"} <= set(workflow[True])  # YAML 1.1 reads the key `on` as true
+    assert workflow["jobs"]["fast"]["strategy"]["matrix"]["python"] == ["3.11", "3.13"]
+    assert "schedule" in workflow["jobs"]["nightly"]["if"]
 
 
 @pytest.mark.slow
