@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from qbench.record import titles
 from qbench.report import naming
 from qbench.report.entries import Entry, Score
 from qbench.report.noise import Paired, is_real
@@ -87,19 +88,19 @@ def sections(entries: Sequence[Entry], order: Callable[[Row], float | None], des
 
 
 def _titled(found: list[Section]) -> list[Section]:
-    words = naming.short(section.weights for section in found)
+    words = titles.short(section.weights for section in found)
     facts = [
         {
             "weights": words[section.weights],
             "model.trust_remote_code": section.rows[0].entry.identity.remote_code,
             "dtype": section.dtype,
             "device": section.device,
-            "text": section.text[: naming.SHORT],
+            "text": section.text[: titles.SHORT],
         }
         for section in found
     ]
-    titles = naming.tell_apart([f"{section.model}, {section.protocol}" for section in found], facts)
-    return [replace(section, title=title) for section, title in zip(found, titles, strict=True)]
+    told = titles.tell_apart([f"{section.model}, {section.protocol}" for section in found], facts)
+    return [replace(section, title=title) for section, title in zip(found, told, strict=True)]
 
 
 def _last_if_none(value: float) -> tuple[bool, float]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from qbench.record import titles
 from qbench.report import naming
 from qbench.report.board import Row
 from qbench.report.columns import order
@@ -32,9 +33,9 @@ def tables(entries: list[Entry], metric: str) -> list[Table]:
     facts = []
     for records in ordered:
         entry, score = records[-1]
-        facts.append(naming.described(entry.result) | {"scored": score.text[: naming.SHORT]})
-    titles = naming.tell_apart([_title(*records[-1]) for records in ordered], facts)
-    return [_table(records, metric, title) for records, title in zip(ordered, titles, strict=True)]
+        facts.append(naming.described(entry.result) | {"scored": score.text[: titles.SHORT]})
+    told = titles.tell_apart([_title(*records[-1]) for records in ordered], facts)
+    return [_table(records, metric, title) for records, title in zip(ordered, told, strict=True)]
 
 
 def _title(entry: Entry, score: Score) -> str:

@@ -15,10 +15,10 @@ from typing import Any, Literal
 
 import numpy as np
 
+from qbench.record import titles
 from qbench.record.result import Result
-from qbench.report import naming
 from qbench.report.baseline import Baseline, Layer, Limits, Measured, Point, label
-from qbench.report.entries import Entry, Recorded, Score
+from qbench.report.entries import Entry, Recorded, Score, latest
 from qbench.report.noise import difference
 
 Verdict = Literal["pass", "note", "regressed", "failed", "missing"]
@@ -39,6 +39,7 @@ def compare(baseline: Baseline, recorded: Recorded) -> list[Finding]:
     """Every check of every point of the baseline, and a note for each point that the baseline does not know."""
     findings: list[Finding] = []
     known = {point.identity.key for point in baseline.points}
+    strangers = [entry for entry in recorded.entries if entry.key not in known]
     for point in baseline.points:
         entry, failed = _find(point, recorded)
         if entry is not None:
@@ -46,14 +47,12 @@ def compare(baseline: Baseline, recorded: Recorded) -> list[Finding]:
         elif failed is not None:
             outcomes = [("point", "failed", f"it failed: {failed.error}")]
         else:
-            outcomes = [("point", "missing", _why_missing(point, recorded))]
+            outcomes = [("point", "missing", _why_missing(point, strangers))]
         findings += [Finding(point.label, check, verdict, message) for check, verdict, message in outcomes]
-    for entry in recorded.entries:
-        if entry.key not in known:
-            known.add(entry.key)
-            findings.append(
-                Finding(label(entry.result.command), "point", "note", "not in the baseline; --update would add it")
-            )
+    for entry in latest(strangers):
+        findings.append(
+            Finding(label(entry.result.command), "point", "note", "not in the baseline; --update would add it")
+        )
     return findings
 
 
@@ -71,11 +70,13 @@ def _find(point: Point, recorded: Recorded) -> tuple[Entry | None, Result | None
     return entry, None if entry is not None else failed
 
 
-def _why_missing(point: Point, recorded: Recorded) -> str:
-    """What there is in its place, if it is the same point but for one or two things."""
+def _why_missing(point: Point, strangers: Sequence[Entry]) -> str:
+    """What was measured of the same method that is in no point's place, if one or two things alone are different."""
     wanted = point.identity.flat()
     nearest: dict[str, Any] | None = None
-    for entry in recorded.entries:
+    for entry in strangers:
+        if entry.quantizer != wanted["quantizer.name"]:
+            continue
         found = entry.identity.flat()
         differ = {key: found.get(key) for key in wanted | found if found.get(key) != wanted.get(key)}
         if len(differ) <= ALIKE and (nearest is None or len(differ) < len(nearest)):
@@ -88,7 +89,7 @@ def _why_missing(point: Point, recorded: Recorded) -> str:
 
 def _set(key: str, value: Any) -> str:
     """A setting as it is told; hashes by their start."""
-    return "null" if value is None else str(value)[: naming.SHORT] if key.endswith("sha256") else str(value)
+    return "null" if value is None else str(value)[: titles.SHORT] if key.endswith("sha256") else str(value)
 
 
 def _check(point: Point, entry: Entry, limits: Limits) -> Iterator[Outcome]:
