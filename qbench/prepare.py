@@ -79,7 +79,7 @@ def prepare(
     if config.model.source == "packed":
         config, quantizer = packed.as_recorded(config, command), None
     else:
-        config, quantizer = replace(config, model=named(config.model, command)), make_quantizer(config.quantizer)
+        quantizer = make_quantizer(config.quantizer)
     device = pick_device(config.runtime, here)
     check_offload(config.runtime, device)
     dtype = pick_dtype(config.runtime, device)
@@ -89,6 +89,7 @@ def prepare(
     if config.tracker.name == "wandb":
         wandb_tracker.check(config.tracker)
     store = Store(config.outputs)
+    config = replace(config, model=named(config.model, command))
     weights = fingerprint(config.model)
     calibration_text = read_calibration(config.calibration) if quantizer is not None and quantizer.needs else None
     if calibration_text is not None:
