@@ -26,6 +26,7 @@ from typing import Any
 from filelock import lock_descriptor
 
 from qbench import __version__
+from qbench.record.identity import Identity
 from qbench.record.result import Result
 from qbench.record.store import Store, identity
 
@@ -51,6 +52,7 @@ class Point:
     label: str  # the overrides that tell it from the others
     overrides: tuple[str, ...]
     run_id: str
+    identity: Identity
     config: dict[str, Any]
     device: str
     dtype: str
@@ -137,6 +139,7 @@ def record_failure(point: Point, error: str) -> Result:
         qbench_version=__version__,
         command=list(point.overrides),
         config=point.config,
+        identity=point.identity,
         environment={"device": point.device, "dtype": point.dtype},
     )
     store = Store(point.config["outputs"])

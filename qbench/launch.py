@@ -63,6 +63,7 @@ def points(todo: list[Planned], hydra: DictConfig, where: str, sweep: str) -> tu
                 label=planned.label,
                 overrides=planned.overrides,
                 run_id=point.run_id,
+                identity=point.identity,
                 config=asdict(point.config),
                 device=str(point.device),
                 dtype=str(point.dtype).removeprefix("torch."),

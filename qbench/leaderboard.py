@@ -1,7 +1,7 @@
 """`python -m qbench.leaderboard [OUTPUTS]`: the table of everything recorded, in one of six formats.
 
-One row per configuration (the latest record of each), one section per model and protocol. Files that cannot be read
-are named on stderr and left out. Exit status: 0 done, 2 the request is wrong.
+One row per identity (the latest record of each), one section per original model, protocol and text. Files that cannot
+be read are named on stderr and left out. Exit status: 0 done, 2 the request is wrong.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def _parser() -> argparse.ArgumentParser:
         "--reference", action="append", default=[], metavar="NAME", help="published numbers beside ours"
     )
     parser.add_argument(
-        "--history", action="store_true", help="every record of each configuration, over versions and dates"
+        "--history", action="store_true", help="every record of each measurement, over versions and dates"
     )
     return parser
 

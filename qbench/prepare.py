@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,13 @@ import torch
 
 from qbench import __version__, calibrate, packed
 from qbench.config import CalibrationConfig, Config, ModelConfig, RuntimeConfig, TaskConfig
+from qbench.errors import RequestError
 from qbench.evaluate import measure, speed
 from qbench.evaluate.text import Text, read_text
 from qbench.models import load
 from qbench.quant.quantizer import Quantizer
 from qbench.record import wandb_tracker
+from qbench.record.identity import Identity, identify
 from qbench.record.result import Result
 from qbench.record.store import Store, identity
 from qbench.registry import make_quantizer
@@ -33,17 +36,31 @@ class Prepared:
     dtype: torch.dtype
     source: measure.Source
     calibration_text: Text | None
-    settings: dict[str, Any]  # what of the configuration can change a number
-    run_id: str
+    identity: Identity
+    run_id: str  # of the identity and this version of qbench
     export: Path | None  # where the packed checkpoint will go
     store: Store
 
     def recorded(self) -> Result | None:
-        """The finished point if there is nothing left to do, else None."""
+        """The finished point if there is nothing left to do, else None.
+
+        Raises RequestError when the recorded point covers too little of the model for this request.
+        """
         result = None if self.config.runtime.rerun else self.store.load(self.run_id)
         if result is None or result.status != "ok":
             return None
+        self._check_coverage(result)
         return result if self.export is None or packed.is_exported(self.export) else None
+
+    def _check_coverage(self, result: Result) -> None:
+        """What one request was content with may be too little for another, and neither changes a number."""
+        covered = result.quantization.coverage if result.quantization is not None else 1.0
+        least = self.config.runtime.min_coverage
+        if self.quantizer is not None and covered < least:
+            raise RequestError(
+                f"this point is recorded with {covered:.1%} of the linear weights quantized, runtime.min_coverage "
+                f"asks for {least:.0%}; ask for less, or leave the point out"
+            )
 
 
 def prepare(
@@ -72,35 +89,45 @@ def prepare(
     if config.tracker.name == "wandb":
         wandb_tracker.check(config.tracker)
     store = Store(config.outputs)
-    model_id = fingerprint(config.model)
+    config = replace(config, model=named(config.model, command))
+    weights = fingerprint(config.model)
     calibration_text = read_calibration(config.calibration) if quantizer is not None and quantizer.needs else None
     if calibration_text is not None:
         calibrate.check(calibration_text, config.calibration)
-    texts = (source.sha256, calibration_text and calibration_text.sha256)
-    settings = _what_matters(config, quantizer)
-    run_id = identity(settings, model_id, texts, str(device.type), str(dtype), __version__)
-    export = packed.export_target(config.export, run_id, quantizer)
-    return Prepared(
-        config, command, quantizer, device, dtype, source, calibration_text, settings, run_id, export, store
+    point = identify(
+        config,
+        _every_field(config.quantizer, quantizer),
+        weights=weights,
+        text_sha256=source.sha256,
+        calibration_sha256=calibration_text and calibration_text.sha256,
+        device=device.type,
+        dtype=str(dtype).removeprefix("torch."),
     )
+    run_id = identity(point.key, __version__)
+    export = packed.export_target(config.export, run_id, quantizer)
+    return Prepared(config, command, quantizer, device, dtype, source, calibration_text, point, run_id, export, store)
 
 
-def _what_matters(config: Config, quantizer: Quantizer | None) -> dict[str, Any]:
-    """The part of the configuration that can change a number: not what is written where, or who is told."""
-    settings = asdict(config)
-    for key in ("tracker", "outputs", "export"):
-        del settings[key]
-    for key in ("rerun", "device", "dtype"):  # device and dtype enter the run_id as resolved
-        del settings["runtime"][key]
-    if not config.runtime.offload:  # what it changes is the peak of the GPU's memory, and that no baseline is timed
-        del settings["runtime"]["offload"]
-    for group in ("model", "task", "calibration"):  # the contents are in the fingerprints
-        del settings[group]["path"]
-    del settings["task"]["include_path"]
-    if config.calibration.inputs == "quantized":  # there was no other once: points recorded then keep their run_id
-        del settings["calibration"]["inputs"]
-    if quantizer is None or not quantizer.needs:
-        del settings["calibration"]
-    if config.speed.name == "none":
-        del settings["speed"]
-    return settings
+def _every_field(asked: dict[str, Any], quantizer: Quantizer | None) -> dict[str, Any]:
+    """The settings of a method, those included that nobody named; of a packed checkpoint, what made it."""
+    return asked if quantizer is None else {"name": asked["name"], **asdict(quantizer)}
+
+
+def named(model: ModelConfig, command: list[str]) -> ModelConfig:
+    """The model under a name that is its own, unless the command line gave it one with `model.name=`.
+
+    A folder is called by its name. Another repository, revision or seed than the configuration's makes another model,
+    which must not go by the configuration's name: published numbers and plots would take it for that one.
+    """
+    given = {part.lstrip("+").partition("=")[0] for part in command}
+    if "model.name" in given:
+        return model
+    if model.source == "local" and model.path and model.name == "local":
+        return replace(model, name=os.path.basename(os.path.abspath(os.path.expanduser(model.path))) or model.name)
+    name = model.name
+    if model.source == "hub":
+        name = model.id if "model.id" in given and model.id else name
+        name += f"@{model.revision[:8]}" if "model.revision" in given and model.revision else ""
+    elif "model.seed" in given and model.seed != 0:
+        name += f"-seed{model.seed}"
+    return replace(model, name=name)

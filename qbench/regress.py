@@ -15,7 +15,7 @@ from pathlib import Path
 from qbench.errors import RequestError
 from qbench.record.store import write_atomically
 from qbench.report import entries, verdict
-from qbench.report.baseline import Baseline, Limits, label
+from qbench.report.baseline import Baseline, Limits, Point, label
 from qbench.report.regress import Finding, compare
 from qbench.report.table import plain
 
@@ -79,10 +79,7 @@ def _status(findings: list[Finding]) -> int:
 
 
 def _update(asked: argparse.Namespace, recorded: entries.Recorded) -> int:
-    limits, known = Limits(), []
-    if asked.baseline.exists():
-        old = Baseline.read(asked.baseline)
-        limits, known = old.limits, old.points
+    limits, known = _old(asked)
     if failures := entries.unresolved(recorded):
         raise RequestError(f"no baseline from failed points: {' '.join(failures[0].command)}: {failures[0].error}")
     chosen = entries.latest(entries.where(recorded.entries, asked.where))
@@ -97,15 +94,30 @@ def _update(asked: argparse.Namespace, recorded: entries.Recorded) -> int:
             _say(f"{name}: {score.metric} under {score.protocol} has no values per document, so it is left out")
     new = Baseline.of(chosen, limits)
     if asked.where:
-        measured = [point.settings for point in new.points]
-        outside = [p for p in known if not any(p.same_request(one) for one in measured)]
-        new = Baseline.ordered([*new.points, *outside], limits)
+        measured = {point.identity.key for point in new.points}
+        new = Baseline.ordered([*new.points, *(p for p in known if p.identity.key not in measured)], limits)
+    kept = {point.identity.key for point in new.points}
     for point in known:
-        if not any(point.same_request(kept.settings) for kept in new.points):
+        if point.identity.key not in kept:
             _say(f"no longer in the baseline, since it was not measured: {point.label}")
     _write(asked.baseline, new.to_json())
     _say(f"{len(new.points)} points written to {asked.baseline}")
     return PASS
+
+
+def _old(asked: argparse.Namespace) -> tuple[Limits, list[Point]]:
+    """The limits and points of the baseline that --update writes anew; of one that cannot be read, the limits alone."""
+    if not asked.baseline.exists():
+        return Limits(), []
+    try:
+        old = Baseline.read(asked.baseline)
+    except RequestError as error:
+        if asked.where:
+            raise RequestError(f"{error}; without --where") from None
+        limits = Baseline.read_limits(asked.baseline)
+        _say(f"{error}: only its limits are kept")
+        return limits, []
+    return old.limits, old.points
 
 
 def _write(path: Path | None, text: str) -> None:

@@ -91,6 +91,7 @@ def _run(point: Prepared) -> Result:
         qbench_version=__version__,
         command=point.command,
         config=asdict(config),
+        identity=point.identity,
         environment=describe(str(point.device), str(point.dtype).removeprefix("torch.")),
     )
     result, scores, loaded = _measure(
@@ -98,7 +99,7 @@ def _run(point: Prepared) -> Result:
     )
     store.save(result, scores)
     if point.export is not None and loaded is not None:  # after the result: a full disk must not lose it
-        packed.export(loaded, point.export, config.export.format, result, point.settings["quantizer"])
+        packed.export(loaded, point.export, config.export.format, result, point.identity.quantizer)
     return result
 
 

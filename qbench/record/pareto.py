@@ -7,6 +7,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from qbench.record.titles import SHORT, short, tell_apart
+
 SIZE_INCHES, DOTS_PER_INCH = (7.0, 4.5), 130
 
 
@@ -20,12 +22,22 @@ def front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
 
 
 def plots(summaries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Title -> PIL image for every model and protocol of the summaries with a finite perplexity; needs matplotlib."""
-    sections: dict[str, list[Mapping[str, Any]]] = {}
+    """Title -> PIL image for every model and protocol of the summaries with a finite perplexity; needs matplotlib.
+
+    One plot holds what has one original and one text, whatever they are called.
+    """
+    sections: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
     for summary in summaries:
         if math.isfinite(summary.get("ppl") or math.nan) and summary.get("bits_per_weight") is not None:
-            sections.setdefault(f"{summary['model']}, {summary['protocol']}", []).append(summary)
-    return {title: _plot(title, section) for title, section in sections.items()}
+            key = tuple(summary.get(part) for part in ("protocol", "fingerprint", "device", "dtype", "text_sha256"))
+            sections.setdefault(key, []).append(summary)
+    words = short(str(key[1]) for key in sections)
+    facts = [
+        {"weights": words[str(weights)], "device": device, "dtype": dtype, "text": str(text)[:SHORT]}
+        for _, weights, device, dtype, text in sections
+    ]
+    told = tell_apart([f"{each[-1]['model']}, {each[-1]['protocol']}" for each in sections.values()], facts)
+    return {title: _plot(title, section) for title, section in zip(told, sections.values(), strict=True)}
 
 
 def _plot(title: str, section: Sequence[Mapping[str, Any]]) -> Any:

@@ -1,23 +1,26 @@
 """The result of one point: frozen dataclasses with the unit in every field's name, written and read as JSON.
 
-What it consists of is in quantization.py, quality.py and speed.py beside this file. Reading validates all of it: an
-unknown or missing field, a wrong type or another schema version is an error, never a guess.
+What it consists of is in identity.py, quantization.py, quality.py and speed.py beside this file. Reading validates all
+of it: an unknown or missing field, a wrong type or another schema version is an error, never a guess. Results of
+schema version 1 have no identity, so nobody can say what they are measurements of: they are refused.
 """
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, Literal, Self
 
 from pydantic import TypeAdapter, ValidationError
 
+from qbench.record.identity import Identity
 from qbench.record.quality import EvaluationRecord, TaskRecord
 from qbench.record.quantization import ModelRecord, QuantizationRecord
 from qbench.record.speed import SpeedRecord
 from qbench.record.strict import Strict
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 
 class ResultError(ValueError):
@@ -26,13 +29,14 @@ class ResultError(ValueError):
 
 @dataclass(frozen=True)
 class Result(Strict):
-    run_id: str
+    run_id: str  # of the identity and the qbench version
     status: Literal["ok", "failed"]
     error: str | None  # one sentence; None when ok
     created_utc: str
     qbench_version: str
     command: list[str]  # the overrides that reproduce the point
-    config: dict[str, Any]
+    config: dict[str, Any]  # what was asked for, for people; what it is a measurement of is the identity
+    identity: Identity
     environment: dict[str, Any]
     seconds: dict[str, float] = field(default_factory=dict)  # wall time of each phase
     model: ModelRecord | None = None
@@ -40,7 +44,7 @@ class Result(Strict):
     evaluation: list[EvaluationRecord] = field(default_factory=list)
     tasks: list[TaskRecord] = field(default_factory=list)
     speed: SpeedRecord | None = None  # measured apart from quality, and only if asked for
-    schema_version: Literal[1] = SCHEMA_VERSION
+    schema_version: Literal[2] = SCHEMA_VERSION
 
     def to_json(self) -> str:
         return _adapter(type(self)).dump_json(self, indent=1).decode() + "\n"
@@ -51,9 +55,8 @@ class Result(Strict):
         try:
             return _adapter(cls).validate_json(text)
         except ValidationError as error:
-            first = error.errors(include_url=False)[0]
-            place = ".".join(map(str, first["loc"])) or "the file"
-            raise ResultError(f"{source} is not a result of schema version 1: {place}: {first['msg']}") from None
+            wrong = _other_version(text) or first_error(error)
+            raise ResultError(f"{source} is not a result of schema version {SCHEMA_VERSION}: {wrong}") from None
 
     def files(self) -> set[str]:
         """The safetensors files beside the result that it refers to."""
@@ -66,6 +69,10 @@ class Result(Strict):
             "status": self.status,
             "error": self.error,
             "model": self.config.get("model", {}).get("name"),
+            "fingerprint": self.identity.weights,
+            "text_sha256": self.identity.text_sha256,
+            "device": self.identity.device,
+            "dtype": self.identity.dtype,
             "quantizer": self.config.get("quantizer", {}).get("name"),
             "nbits": self.config.get("quantizer", {}).get("nbits"),
             "group_size": self.config.get("quantizer", {}).get("group_size"),
@@ -98,6 +105,24 @@ class Result(Strict):
                     if (value := getattr(measured, key)) is not None:
                         flat[f"{name}_{key}"] = value
         return flat
+
+
+def first_error(error: ValidationError) -> str:
+    """The first thing that is wrong, and where."""
+    first = error.errors(include_url=False)[0]
+    return f"{'.'.join(map(str, first['loc'])) or 'the file'}: {first['msg']}"
+
+
+def _other_version(text: str | bytes) -> str | None:
+    """The version of a document that has another one, which says more than the first field that it lacks."""
+    try:
+        document = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    version = document.get("schema_version") if isinstance(document, dict) else None
+    if not isinstance(version, int) or version == SCHEMA_VERSION:
+        return None
+    return f"schema_version: it is of version {version}; measure the point again"
 
 
 @cache

@@ -1,10 +1,12 @@
 """The committed baseline of the regression gate: what points measured, in one JSON file that reads well in a diff.
 
-    {"schema_version": 1,
+    {"schema_version": 2,
      "limits": {...},                           # how much worse is a regression; kept by --update, edited by hand
-     "points": [{"command": [...], "settings": {...}, "packed_bytes": ..., "scores": [...], "layers": {...}}, ...]}
+     "points": [{"command": [...], "identity": {...}, "names": {...}, "packed_bytes": ..., "scores": [...],
+                 "layers": {...}}, ...]}
 
-Points are known by their settings, not by a run_id: a new qbench version or another CPU measures the same point. The
+Points are known by their identity (qbench/record/identity.py), not by a run_id: a new qbench version or another CPU
+measures the same point, another setting, text or model never does. `names` are for `--where` and for readers. The
 per-window scores are in the file, so that the gate's intervals are paired. Equal measurements give an equal file: keys
 and points are sorted, floats rounded to more digits than any limit needs, and seconds and memory are stored only where
 a limit asks for them.
@@ -22,9 +24,12 @@ from typing import Any, ClassVar, Literal, NamedTuple
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from qbench.errors import RequestError
+from qbench.record.identity import Identity
 from qbench.record.quantization import LayerRow
+from qbench.record.result import first_error
 from qbench.report.entries import Entry, Score
 
+SCHEMA_VERSION = 2
 _STRICT = ConfigDict(extra="forbid")
 UNNAMED = ("outputs=", "runtime.", "tracker", "experiment=")
 
@@ -95,10 +100,11 @@ class Measured:
 
 @dataclass(frozen=True)
 class Point:
-    """One configuration and what it measured."""
+    """One measurement: what it is of, and what it found."""
 
     command: list[str]
-    settings: dict[str, Any]
+    identity: Identity
+    names: dict[str, Any]  # what `--where` may ask for besides the identity, such as model.name; nothing compares them
     qbench_version: str
     packed_bytes: int
     model_bytes: int
@@ -115,13 +121,20 @@ class Point:
     def label(self) -> str:
         return label(self.command)
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Dotted key -> value, as an entry's."""
+        return self.names | self.identity.flat()
+
     @staticmethod
     def of(entry: Entry) -> Point:
         quantization = entry.result.quantization
         assert quantization is not None
+        identity = entry.identity.flat()
         return Point(
             command=named(entry.result.command),
-            settings=entry.settings,
+            identity=entry.identity,
+            names={k: v for k, v in entry.settings.items() if k not in identity and v is not None},
             qbench_version=entry.result.qbench_version,
             packed_bytes=quantization.packed_bytes,
             model_bytes=quantization.model_bytes,
@@ -133,31 +146,38 @@ class Point:
             peak_alloc_bytes=quantization.peak_alloc_bytes,
         )
 
-    def same_request(self, settings: dict[str, Any]) -> bool:
-        """Whether settings ask for this point; keys that only one side knows came or went with a version."""
-        common = (self.settings.keys() & settings.keys()) - {"weights"}
-        return all(self.settings[key] == settings[key] for key in common)
-
 
 @dataclass(frozen=True)
 class Baseline:
     points: list[Point]
     limits: Limits = field(default_factory=Limits)
-    schema_version: Literal[1] = 1
+    schema_version: Literal[2] = SCHEMA_VERSION
 
     __pydantic_config__: ClassVar[ConfigDict] = _STRICT
 
     @staticmethod
     def read(path: Path) -> Baseline:
         """Raises RequestError for a file that is missing or no baseline."""
+        text = _content(path)
         try:
-            return TypeAdapter(Baseline).validate_json(path.read_bytes())
-        except OSError as error:
-            raise RequestError(f"cannot read the baseline {path}: {error.strerror}; --update writes it") from None
+            return TypeAdapter(Baseline).validate_json(text)
         except ValidationError as error:
-            first = error.errors(include_url=False)[0]
-            place = ".".join(map(str, first["loc"])) or "the file"
-            raise RequestError(f"{path} is not a baseline of schema version 1: {place}: {first['msg']}") from None
+            if (version := _document(text).get("schema_version", SCHEMA_VERSION)) != SCHEMA_VERSION:
+                wrong = f"schema_version: it is of version {version}; --update writes it anew and keeps its limits"
+            else:
+                wrong = first_error(error)
+            raise RequestError(f"{path} is not a baseline of schema version {SCHEMA_VERSION}: {wrong}") from None
+
+    @staticmethod
+    def read_limits(path: Path) -> Limits:
+        """The limits of a baseline of any version; raises RequestError for a file that is missing or no baseline."""
+        document = _document(_content(path))
+        try:
+            return TypeAdapter(Limits).validate_python(document["limits"])
+        except KeyError:
+            raise RequestError(f"{path} is not a baseline: it has no limits") from None
+        except ValidationError as error:
+            raise RequestError(f"{path} is not a baseline: limits.{first_error(error)}") from None
 
     @staticmethod
     def of(entries: Sequence[Entry], limits: Limits) -> Baseline:
@@ -171,11 +191,27 @@ class Baseline:
 
     @staticmethod
     def ordered(points: Sequence[Point], limits: Limits) -> Baseline:
-        return Baseline(sorted(points, key=lambda p: (p.label, json.dumps(p.settings, sort_keys=True))), limits)
+        return Baseline(sorted(points, key=lambda point: (point.label, point.identity.key)), limits)
 
     def to_json(self) -> str:
         text = json.dumps(asdict(self), indent=1, sort_keys=True, allow_nan=False)
         return re.sub(r"\[\n[^\[\]{}]*\]", _on_one_line, text) + "\n"  # lists that hold no list
+
+
+def _content(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise RequestError(f"cannot read the baseline {path}: {error.strerror}; --update writes it") from None
+
+
+def _document(text: bytes) -> dict[str, Any]:
+    """The file as JSON; empty when it is none."""
+    try:
+        document = json.loads(text)
+    except (ValueError, RecursionError):
+        return {}
+    return document if isinstance(document, dict) else {}
 
 
 def _on_one_line(found: re.Match[str]) -> str:

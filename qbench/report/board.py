@@ -1,21 +1,27 @@
 """Orders entries without ranking inside the noise, and marks the best trade-offs.
 
-A section holds one model under one protocol, scored on the same tokens: only those numbers compare. Within it
+A section holds measurements of one original (weights, code, precision, kind of device) under one protocol, scored on
+the same tokens: only those numbers compare. Names do not make a section; two of one name are told apart by their
+titles. Within a section
 - a rank is shared by every row whose paired 95 % interval to the row that leads the rank contains zero;
 - the front is every row that no other beats: none is at least as good in quality and in bits per weight and better in
   one of them. A beaten row whose interval to the best row of its size or less contains zero is on the front as far as
   the noise lets anyone see, and marked so.
+
+A row whose number is none (NaN, infinite) or whose scores are lost has no rank, and changes no other row's.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
+from qbench.record import titles
+from qbench.report import naming
 from qbench.report.entries import Entry, Score
 from qbench.report.noise import Paired, is_real
 
@@ -38,52 +44,80 @@ class Section:
     protocol: str
     metric: str
     text: str
+    weights: str  # fingerprint of the original
+    dtype: str
+    device: str
     baseline: float | None  # quality of the unquantized model
     note: str
     rows: list[Row]
-
-    @property
-    def title(self) -> str:
-        return f"{self.model}, {self.protocol}"
+    title: str = ""  # model and protocol, and what tells the section from others of these names
 
 
 def sections(entries: Sequence[Entry], order: Callable[[Row], float | None], descending: bool = False) -> list[Section]:
-    """Sections by model and protocol, rows sorted by `order`; rows without that number come last."""
-    groups: dict[tuple[str, ...], list[tuple[Entry, Score]]] = {}
+    """Sections by original, protocol and text, rows sorted by `order`; rows without that number come last."""
+    groups: dict[tuple[Any, ...], list[tuple[Entry, Score]]] = {}
     for entry in entries:
         for score in entry.scores:
-            groups.setdefault((entry.model, score.protocol, score.metric, score.text), []).append((entry, score))
+            key = (score.protocol, score.metric, score.text, *entry.identity.original)
+            groups.setdefault(key, []).append((entry, score))
+
+    def place(row: Row) -> tuple[bool, float, bool, float]:
+        value = order(row)
+        if value is None or not np.isfinite(value):
+            return (True, 0.0, *_last_if_none(row.score.loss))
+        return (False, -value if descending else value, *_last_if_none(row.score.loss))
+
     found = []
-    for (model, protocol, metric, text), pairs in sorted(groups.items()):
-        rows = _rank(pairs)
-
-        def place(row: Row) -> tuple[bool, float, float]:
-            value = order(row)
-            if value is None or not np.isfinite(value):
-                return (True, 0.0, row.score.loss)
-            return (False, -value if descending else value, row.score.loss)
-
-        rows.sort(key=place)
+    for key, pairs in groups.items():
+        entry, score = pairs[-1]
         baselines = [score.baseline for _, score in pairs if score.baseline is not None]
-        notes = [entry.result.model.note for entry, _ in pairs if entry.result.model]
-        found.append(
-            Section(
-                model, protocol, metric, text, baselines[-1] if baselines else None, notes[-1] if notes else "", rows
-            )
+        section = Section(
+            model=entry.model,
+            protocol=score.protocol,
+            metric=score.metric,
+            text=score.text,
+            weights=entry.identity.weights,
+            dtype=entry.identity.dtype,
+            device=entry.identity.device,
+            baseline=baselines[-1] if baselines else None,
+            note=entry.result.model.note if entry.result.model else "",
+            rows=sorted(_rank(pairs), key=place),
         )
-    return found
+        found.append((section.model, key, section))
+    return _titled([section for *_, section in sorted(found, key=lambda each: each[:2])])
+
+
+def _titled(found: list[Section]) -> list[Section]:
+    words = titles.short(section.weights for section in found)
+    facts = [
+        {
+            "weights": words[section.weights],
+            "model.trust_remote_code": section.rows[0].entry.identity.remote_code,
+            "dtype": section.dtype,
+            "device": section.device,
+            "text": section.text[: titles.SHORT],
+        }
+        for section in found
+    ]
+    told = titles.tell_apart([f"{section.model}, {section.protocol}" for section in found], facts)
+    return [replace(section, title=title) for section, title in zip(found, told, strict=True)]
+
+
+def _last_if_none(value: float) -> tuple[bool, float]:
+    """A key to sort by: a NaN compares with nothing, so as itself it would disorder the others too."""
+    return (True, 0.0) if np.isnan(value) else (False, value)
 
 
 def _rank(pairs: list[tuple[Entry, Score]]) -> list[Row]:
-    pairs = sorted(pairs, key=lambda pair: pair[1].loss)  # a NaN sorts anywhere: it has no windows either
-    usable = [i for i, (_, score) in enumerate(pairs) if score.windows is not None]
-    lengths = {len(pairs[i][1].windows) for i in usable}  # type: ignore[arg-type]
-    if len(lengths) > 1:  # one protocol, one text, two lengths: not comparable, whoever wrote that
-        usable = []
+    pairs = sorted(pairs, key=lambda pair: _last_if_none(pair[1].loss))
+    usable = [i for i, (_, score) in enumerate(pairs) if _has_scores(score)]
+    tokens = {i: pairs[i][1].weights for i in usable}
+    if any(not _same_windows(pairs[usable[0]][1], pairs[i][1]) for i in usable):
+        usable = []  # one protocol, one text, other windows: not comparable, whoever wrote that
     place = {i: at for at, i in enumerate(usable)}
-    score = pairs[0][1]
     scores = [pairs[i][1].windows for i in usable]
-    paired = Paired(np.stack(scores), score.metric, score.weights) if scores else None  # type: ignore[arg-type]
+    metric = pairs[0][1].metric
+    paired = Paired(np.stack(scores), metric, tokens[usable[0]]) if scores else None  # type: ignore[arg-type]
 
     def differ(first: int, second: int) -> bool:
         if paired is None or first not in place or second not in place:
@@ -102,9 +136,23 @@ def _rank(pairs: list[tuple[Entry, Score]]) -> list[Row]:
     fronts = _front(pairs, differ)
     varying = _varying([entry for entry, _ in pairs])
     return [
-        Row(entry, score, ranks.get(i), holders[ranks.get(i)] > 1, fronts[i], _options(entry, varying))
+        Row(entry, score, ranks.get(i), i in ranks and holders[ranks[i]] > 1, fronts[i], _options(entry, varying))
         for i, (entry, score) in enumerate(pairs)
     ]
+
+
+def _has_scores(score: Score) -> bool:
+    """Whether intervals can be made: the number and all of its scores per window are there and finite."""
+    return score.windows is not None and bool(np.isfinite(score.value) and np.isfinite(score.windows).all())
+
+
+def _same_windows(one: Score, other: Score) -> bool:
+    """Whether two scores are of as many windows, of the same lengths."""
+    assert one.windows is not None
+    assert other.windows is not None
+    if len(one.windows) != len(other.windows) or (one.weights is None) != (other.weights is None):
+        return False
+    return one.weights is None or np.array_equal(one.weights, other.weights)  # type: ignore[arg-type]
 
 
 def _front(pairs: list[tuple[Entry, Score]], differ: Callable[[int, int], bool]) -> list[str]:
@@ -133,7 +181,7 @@ def _varying(entries: Sequence[Entry]) -> dict[str, set[str]]:
     count = Counter(entry.quantizer for entry in entries)
     holders: Counter[tuple[str, str]] = Counter()
     for entry in entries:
-        for key, value in entry.settings.items():
+        for key, value in naming.described(entry.result).items():
             owner = entry.quantizer if key.startswith("quantizer.") else ""
             seen.setdefault(owner, {}).setdefault(key, set()).add(repr(value))
             holders[owner, key] += 1
@@ -145,9 +193,11 @@ def _varying(entries: Sequence[Entry]) -> dict[str, set[str]]:
     }
 
 
-SHOWN_ELSEWHERE = {"quantizer.name", "quantizer.nbits", "quantizer.group_size", "model.name"}
+SHOWN_ELSEWHERE = {"quantizer.name", "quantizer.nbits", "quantizer.group_size"}
 
 
 def _options(entry: Entry, varying: dict[str, set[str]]) -> dict[str, Any]:
+    """What is null in one of the rows is not shown in it: the others show what they have set."""
     keys = (varying.get("", set()) | varying.get(entry.quantizer, set())) - SHOWN_ELSEWHERE
-    return {key.removeprefix("quantizer."): entry.settings[key] for key in sorted(keys) if key in entry.settings}
+    settings = naming.described(entry.result)
+    return {key.removeprefix("quantizer."): settings[key] for key in sorted(keys) if settings.get(key) is not None}

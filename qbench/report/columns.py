@@ -89,7 +89,7 @@ _SETTING: list[Column] = [
     Column("front", "best", lambda row: row.front, show=lambda row: MARKS.get(row.front, "")),
     Column("quantizer", "method", lambda row: row.entry.quantizer),
     Column("bits", "bits", lambda row: row.entry.bits, digits=0),
-    Column("group_size", "group", lambda row: row.entry.settings.get("quantizer.group_size"), digits=0),
+    Column("group_size", "group", lambda row: row.entry.identity.quantizer.get("group_size"), digits=0),
     Column("options", "differs in", _options),
 ]
 _DIVERGENCE: list[Column] = [
@@ -173,7 +173,15 @@ def table(section: Section, published: Sequence[Published] = ()) -> Table:
         notes.append(f"Model: {section.note}.")
     return Table(
         title=section.title,
-        facts={"model": section.model, "protocol": section.protocol, f"baseline_{section.metric}": section.baseline},
+        facts={
+            "model": section.model,
+            "weights": section.weights,
+            "dtype": section.dtype,
+            "device": section.device,
+            "protocol": section.protocol,
+            "text": section.text,
+            f"baseline_{section.metric}": section.baseline,
+        },
         notes=notes,
         keys=[column.key for column in kept],
         values=[[column.value(row) for column in kept] for row in section.rows],

@@ -1,8 +1,7 @@
-"""Reads a folder of results into entries, and says which of them are the same configuration.
+"""Reads a folder of results into entries, one for each record that succeeded.
 
-A configuration is what was asked for: the settings that can change a number, the weights, the device type and the
-precision. The qbench version, the date, the CPU and the number of threads are not part of it: two records that differ
-only there are an earlier and a later measurement of one configuration.
+Which records are of the same measurement is decided by the identity in each of them (qbench/record/identity.py). Two
+records of one identity, by another qbench version, on another day or CPU, are an earlier and a later measurement.
 
 A file that cannot be read becomes a problem, one sentence for stderr, and never stops the report. Nothing read here is
 trusted: a file name inside a result must be plain, and every string is escaped where it is written.
@@ -10,8 +9,7 @@ trusted: a file name inside a result must be plain, and every string is escaped 
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from math import isfinite
@@ -23,12 +21,10 @@ from safetensors import SafetensorError
 from safetensors.numpy import load as load_tensors
 
 from qbench.errors import RequestError, unknown
+from qbench.record.identity import Identity
 from qbench.record.quality import DivergenceRecord
 from qbench.record.result import Result, ResultError
-
-NOT_COMPARED = ("tracker", "outputs", "export", "speed")
-NOT_COMPARED_RUNTIME = ("rerun", "device", "dtype", "threads", "min_coverage", "seed")
-
+from qbench.report import naming
 
 Windows = tuple[np.ndarray | None, np.ndarray | None]  # values per window, and the weight of each if they differ
 
@@ -61,27 +57,36 @@ class Entry:
     """One recorded point that succeeded."""
 
     result: Result
-    settings: dict[str, Any]  # dotted key -> value: what makes the configuration
     scores: tuple[Score, ...]
 
     @property
-    def configuration(self) -> str:
-        return json.dumps(self.settings, sort_keys=True)
+    def identity(self) -> Identity:
+        return self.result.identity
+
+    @cached_property
+    def key(self) -> str:
+        """Equal for records of the same measurement."""
+        return self.identity.key
+
+    @cached_property
+    def settings(self) -> dict[str, Any]:
+        """Dotted key -> value: what `--where` asks for; nothing compares it."""
+        return naming.words(self.result)
 
     @property
     def model(self) -> str:
-        return str(self.settings.get("model.name"))
+        return self.result.model.name if self.result.model is not None else str(self.settings.get("model.name"))
 
     @property
     def quantizer(self) -> str:
-        return str(self.settings.get("quantizer.name"))
+        return str(self.identity.quantizer.get("name"))
 
     @property
     def bits(self) -> Any:
         """Bits of a code: as configured or, for a method that has no such setting, the whole bits per weight."""
         quantization = self.result.quantization
         whole = int(quantization.bits_per_weight) if quantization and isfinite(quantization.bits_per_weight) else None
-        return self.settings.get("quantizer.nbits", whole)
+        return self.identity.quantizer.get("nbits", whole)
 
     @cached_property
     def weight_error(self) -> float | None:
@@ -105,8 +110,8 @@ Configured = TypeVar("Configured", bound=HasSettings)
 
 
 def latest(entries: Sequence[Entry]) -> list[Entry]:
-    """One entry per configuration: the one measured last."""
-    return list({entry.configuration: entry for entry in entries}.values())
+    """One entry per identity: the one measured last. Of `entries`, the oldest come first."""
+    return list({entry.key: entry for entry in entries}.values())
 
 
 def where(items: Sequence[Configured], conditions: Sequence[str]) -> list[Configured]:
@@ -123,11 +128,16 @@ def where(items: Sequence[Configured], conditions: Sequence[str]) -> list[Config
         named = {k for k in present if k == key or k.endswith(f".{key}") or k == f"{key}.name"}
         if not named:
             raise unknown("setting", key, present)
-        found = {str(item.settings[k]) for item in kept for k in named & item.settings.keys()}
-        kept = [item for item in kept if any(str(item.settings[k]) == value for k in named & item.settings.keys())]
+        found = {_word(item.settings[k]) for item in kept for k in named & item.settings.keys()}
+        kept = [item for item in kept if any(_word(item.settings[k]) == value for k in named & item.settings.keys())]
         if not kept:
             raise unknown(key, value, found)
     return kept
+
+
+def _word(value: Any) -> str:
+    """A setting as `--where` names it, and as YAML does where that is not Python's way."""
+    return "null" if value is None else str(value)
 
 
 def under(entries: Sequence[Entry], protocol: str) -> list[Entry]:
@@ -140,14 +150,9 @@ def under(entries: Sequence[Entry], protocol: str) -> list[Entry]:
 
 
 def unresolved(recorded: Recorded) -> list[Result]:
-    """The failed points that no later record of the same request has made good."""
-    done = {entry.result.run_id for entry in recorded.entries}
-    commands = {tuple(entry.result.command): entry.result.created_utc for entry in recorded.entries}
-    return [
-        result
-        for result in recorded.failed
-        if result.run_id not in done and commands.get(tuple(result.command), "") < result.created_utc
-    ]
+    """The failed points that no later record of the same identity has made good."""
+    done = {entry.key: entry.result.created_utc for entry in recorded.entries}
+    return [result for result in recorded.failed if done.get(result.identity.key, "") < result.created_utc]
 
 
 def read(outputs: Path, run_ids: Collection[str] | None = None, kind: type[Result] = Result) -> Recorded:
@@ -182,35 +187,7 @@ def _read_one(path: Path, recorded: Recorded, kind: type[Result]) -> None:
         recorded.problems.append(f"left out: {place} is marked ok and has no model or no quantization")
     else:
         scores = tuple(_scores(result, path.parent, recorded.problems))
-        recorded.entries.append(Entry(result, settings(result), scores))
-
-
-def settings(result: Result) -> dict[str, Any]:
-    """What makes the configuration of a result, flat: `quantizer.nbits` -> 4. Values that are None are left out."""
-    config = {key: value for key, value in result.config.items() if key not in NOT_COMPARED}
-    calibration = None if result.quantization is None else result.quantization.calibration
-    if result.quantization is not None and calibration is None:
-        config.pop("calibration", None)
-    flat = dict(_flatten(config))
-    if calibration is not None:
-        flat["calibration.inputs"] = calibration.inputs  # which the configuration of an older record does not name
-    for group in ("model", "task", "calibration"):
-        flat.pop(f"{group}.path", None)  # where the same content lies
-    for key in NOT_COMPARED_RUNTIME:
-        flat.pop(f"runtime.{key}", None)
-    flat["device"] = str(result.environment.get("device")).partition(":")[0]
-    flat["dtype"] = result.environment.get("dtype")
-    if result.model is not None:
-        flat["weights"] = result.model.fingerprint
-    return {key: value for key, value in flat.items() if value is not None}
-
-
-def _flatten(value: dict[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
-    for key, inner in value.items():
-        if isinstance(inner, dict):
-            yield from _flatten(inner, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", inner
+        recorded.entries.append(Entry(result, scores))
 
 
 def _scores(result: Result, folder: Path, problems: list[str]) -> Iterator[Score]:

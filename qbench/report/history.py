@@ -1,4 +1,4 @@
-"""One configuration over qbench versions and dates, with the change points named.
+"""One measurement (an identity, under one of its protocols) over qbench versions and dates, change points named.
 
 A change point is a record whose value really differs from the one before it. For perplexity: the paired 95 % interval
 of the difference excludes zero, and the difference is at least 0.01 %: another CPU or thread count sums in another
@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from qbench.record import titles
+from qbench.report import naming
 from qbench.report.board import Row
 from qbench.report.columns import order
 from qbench.report.entries import Entry, Score
@@ -22,15 +24,26 @@ EXACT = ("bits_per_weight", "model_bytes", "coverage", "weight_error")
 
 
 def tables(entries: list[Entry], metric: str) -> list[Table]:
-    """One table per configuration and protocol, oldest record first; `metric` as in `columns.SORTABLE`."""
-    lines: dict[tuple[str, str, str], list[tuple[Entry, Score]]] = {}
+    """One table per identity, protocol and quality, oldest record first; `metric` as in `columns.SORTABLE`."""
+    lines: dict[tuple[str, ...], list[tuple[Entry, Score]]] = {}
     for entry in entries:
         for score in entry.scores:
-            lines.setdefault((entry.configuration, score.protocol, score.text), []).append((entry, score))
-    return [_table(records, metric) for _, records in sorted(lines.items())]
+            lines.setdefault((entry.key, score.protocol, score.metric, score.text), []).append((entry, score))
+    ordered = [line[1] for line in sorted(lines.items(), key=lambda line: (_title(*line[1][-1]), line[0]))]
+    facts = []
+    for records in ordered:
+        entry, score = records[-1]
+        facts.append(naming.described(entry.result) | {"scored": score.text[: titles.SHORT]})
+    told = titles.tell_apart([_title(*records[-1]) for records in ordered], facts)
+    return [_table(records, metric, title) for records, title in zip(ordered, told, strict=True)]
 
 
-def _table(records: list[tuple[Entry, Score]], metric: str) -> Table:
+def _title(entry: Entry, score: Score) -> str:
+    bits = entry.identity.quantizer.get("nbits")
+    return f"{entry.model}, {entry.quantizer}{'' if bits is None else f' {bits} bits'}, {score.protocol}"
+
+
+def _table(records: list[tuple[Entry, Score]], metric: str, title: str) -> Table:
     read = {"quality": lambda row: row.score.value, "delta": lambda row: row.score.delta}.get(metric) or order(metric)[
         0
     ]
@@ -54,10 +67,9 @@ def _table(records: list[tuple[Entry, Score]], metric: str) -> Table:
             [result.qbench_version, result.created_utc, result.run_id, now, shown, change.low, change.high, named]
         )
     points = [row[-1] for row in values if row[-1]]
-    bits = entry.settings.get("quantizer.nbits")
-    options = " ".join(f"{k}={v}" for k, v in sorted(entry.settings.items()) if k.startswith("quantizer."))
+    options = " ".join(f"{k}={v}" for k, v in naming.described(entry.result).items() if v is not None)
     return Table(
-        title=f"{entry.model}, {entry.quantizer}{'' if bits is None else f' {bits} bits'}, {score.protocol}",
+        title=title,
         facts={"model": entry.model, "protocol": score.protocol, "configuration": options},
         notes=[f"{len(points)} change point{'' if len(points) == 1 else 's'} in {len(records)} records."],
         keys=keys,

@@ -13,8 +13,8 @@ from qbench.statistics import Estimate
 
 
 def is_real(difference: Estimate) -> bool:
-    """Whether the interval excludes zero; never without an interval."""
-    return difference.low is not None and difference.high is not None and not difference.low <= 0 <= difference.high
+    """Whether the interval excludes zero; never without an interval, or with one that is no number."""
+    return difference.low is not None and difference.high is not None and (difference.low > 0 or difference.high < 0)
 
 
 class Paired:

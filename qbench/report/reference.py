@@ -52,10 +52,10 @@ class Published:
         wanted = (self.model, self.protocol, self.metric, self.quantizer)
         if wanted != (section.model, section.protocol, section.metric, row.entry.quantizer):
             return False
-        ours = row.entry.settings.get
+        ours = row.entry.identity.quantizer.get
         bits = self.nbits is None or row.entry.bits == self.nbits
-        group = self.group_size is None or ours("quantizer.group_size") == self.group_size
-        return bits and group and all(ours(f"quantizer.{key}") == value for key, value in self.settings.items())
+        group = self.group_size is None or ours("group_size") == self.group_size
+        return bits and group and all(ours(key) == value for key, value in self.settings.items())
 
 
 @dataclass(frozen=True)

@@ -11,16 +11,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
+from qbench.record import titles
 from qbench.record.result import Result
-from qbench.report.baseline import Baseline, Layer, Limits, Measured, Point, label, named
-from qbench.report.entries import Entry, Recorded, Score, settings
+from qbench.report.baseline import Baseline, Layer, Limits, Measured, Point, label
+from qbench.report.entries import Entry, Recorded, Score, latest
 from qbench.report.noise import difference
 
 Verdict = Literal["pass", "note", "regressed", "failed", "missing"]
+ALIKE = 2  # settings in which a point may differ from a missing one and still be worth naming
 
 
 @dataclass(frozen=True)
@@ -36,24 +38,21 @@ class Finding:
 def compare(baseline: Baseline, recorded: Recorded) -> list[Finding]:
     """Every check of every point of the baseline, and a note for each point that the baseline does not know."""
     findings: list[Finding] = []
-    used: set[str] = set()
+    known = {point.identity.key for point in baseline.points}
+    strangers = [entry for entry in recorded.entries if entry.key not in known]
     for point in baseline.points:
         entry, failed = _find(point, recorded)
         if entry is not None:
-            used.add(entry.configuration)
             outcomes = list(_check(point, entry, baseline.limits))
         elif failed is not None:
             outcomes = [("point", "failed", f"it failed: {failed.error}")]
         else:
-            outcomes = [("point", "missing", _why_missing(point, recorded))]
+            outcomes = [("point", "missing", _why_missing(point, strangers))]
         findings += [Finding(point.label, check, verdict, message) for check, verdict, message in outcomes]
-    for entry in recorded.entries:
-        if entry.configuration not in used:
-            used.add(entry.configuration)
-            if not any(point.same_request(entry.settings) for point in baseline.points):
-                findings.append(
-                    Finding(label(entry.result.command), "point", "note", "not in the baseline; --update would add it")
-                )
+    for entry in latest(strangers):
+        findings.append(
+            Finding(label(entry.result.command), "point", "note", "not in the baseline; --update would add it")
+        )
     return findings
 
 
@@ -62,23 +61,35 @@ Outcome = tuple[str, Verdict, str]
 
 def _find(point: Point, recorded: Recorded) -> tuple[Entry | None, Result | None]:
     """The latest record of the point: the entry, or the failure that is later than any."""
-    fitting = [e for e in recorded.entries if point.same_request(e.settings)]
-    fitting = [e for e in fitting if e.settings.get("weights") == point.settings.get("weights")]
-    # settings that the baseline does not know may tell several apart: prefer the one asked for in the same words
-    fitting.sort(key=lambda e: (named(e.result.command) == point.command, e.result.created_utc))
-    failures = [result for result in recorded.failed if point.same_request(settings(result))]
+    key = point.identity.key
+    fitting = [entry for entry in recorded.entries if entry.key == key]
+    failures = [result for result in recorded.failed if result.identity.key == key]
     entry, failed = (fitting or [None])[-1], (failures or [None])[-1]
     if entry is not None and failed is not None and failed.created_utc > entry.result.created_utc:
         return None, failed
     return entry, None if entry is not None else failed
 
 
-def _why_missing(point: Point, recorded: Recorded) -> str:
-    others = {e.settings.get("weights") for e in recorded.entries if point.same_request(e.settings)}
-    if others:
-        wanted = point.settings.get("weights")
-        return f"only measured with other weights: {', '.join(map(str, others))} instead of {wanted}"
-    return "it was not measured"
+def _why_missing(point: Point, strangers: Sequence[Entry]) -> str:
+    """What was measured of the same method that is in no point's place, if one or two things alone are different."""
+    wanted = point.identity.flat()
+    nearest: dict[str, Any] | None = None
+    for entry in strangers:
+        if entry.quantizer != wanted["quantizer.name"]:
+            continue
+        found = entry.identity.flat()
+        differ = {key: found.get(key) for key in wanted | found if found.get(key) != wanted.get(key)}
+        if len(differ) <= ALIKE and (nearest is None or len(differ) < len(nearest)):
+            nearest = differ
+    if nearest is None:
+        return "it was not measured"
+    told = ", ".join(f"{k}={_set(k, v)} instead of {_set(k, wanted.get(k))}" for k, v in sorted(nearest.items()))
+    return f"it was not measured, but another point was: {told}"
+
+
+def _set(key: str, value: Any) -> str:
+    """A setting as it is told; hashes by their start."""
+    return "null" if value is None else str(value)[: titles.SHORT] if key.endswith("sha256") else str(value)
 
 
 def _check(point: Point, entry: Entry, limits: Limits) -> Iterator[Outcome]:

@@ -4,11 +4,25 @@ from dataclasses import FrozenInstanceError, fields, is_dataclass, replace
 
 import pytest
 
+from qbench.record.identity import Identity
 from qbench.record.outline import Outline
 from qbench.record.quality import DivergenceRecord, EvaluationRecord, IntervalRecord, MetricRecord, TaskRecord
 from qbench.record.quantization import LayerRow, ModelRecord, QuantizationRecord
 from qbench.record.result import Result, ResultError
 from qbench.record.speed import InferenceRecord, PhaseRecord, SpeedRecord, SpreadRecord
+
+IDENTITY = Identity(
+    weights="random:1",
+    remote_code=False,
+    quantizer={"name": "sinq", "nbits": 4, "group_size": 64, "codebook": None},
+    text_sha256="ab",
+    protocol={"name": "mini", "protocol": "windows", "window": 512, "max_windows": None},
+    calibration=None,
+    device="cpu",
+    dtype="float32",
+    runtime={"batch_size": 1, "offload": False},
+    speed=None,
+)
 
 
 def example(run_id="0123456789abcdef", **changes) -> Result:
@@ -23,6 +37,7 @@ def example(run_id="0123456789abcdef", **changes) -> Result:
             qbench_version="0.1.0",
             command=["quantizer=sinq"],
             config={"model": {"name": "tiny"}, "quantizer": {"name": "sinq", "nbits": 4, "group_size": 64}},
+            identity=IDENTITY,
             environment={"device": "cpu"},
             seconds={"load": 1.0},
             model=ModelRecord("tiny", "random:1", "", 100, 90, 200),
@@ -72,7 +87,7 @@ def test_speed_in_the_summary():
     assert not {"baseline_prefill_joules_per_token", "prefill_peak_rss_bytes"} & set(summary)  # what was not measured
 
 
-def test_results_of_earlier_versions_are_read():
+def test_what_was_not_measured_may_be_absent():
     document = json.loads(example().to_json())
     del document["speed"], document["model"]["weight_bytes"], document["quantization"]["weight_bytes"]
     del document["quantization"]["layers"][0]["stored_bytes"]
@@ -102,7 +117,11 @@ def break_(change):
 @pytest.mark.parametrize(
     ("change", "place"),
     [
-        (lambda d: d.update(schema_version=2), "schema_version"),
+        (lambda d: d.update(schema_version=3), "schema_version: it is of version 3; measure the point again"),
+        (lambda d: (d.update(schema_version=1), d.pop("identity")), "schema_version: it is of version 1"),
+        (lambda d: d.pop("identity"), "identity"),
+        (lambda d: d["identity"].update(surprise=1), "identity.surprise"),
+        (lambda d: d["identity"].pop("calibration"), "identity.calibration"),
         (lambda d: d.update(status="fine"), "status"),
         (lambda d: d.pop("run_id"), "run_id"),
         (lambda d: d.update(surprise=1), "surprise"),
@@ -117,7 +136,7 @@ def break_(change):
     ],
 )
 def test_wrong_documents_are_named(change, place):
-    with pytest.raises(ResultError, match=f"x.json is not a result of schema version 1: {place}"):
+    with pytest.raises(ResultError, match=f"x.json is not a result of schema version 2: {place}"):
         Result.from_json(break_(change), "x.json")
 
 
@@ -134,7 +153,7 @@ def test_an_outline_is_the_result_but_for_its_layers():
 @pytest.mark.parametrize(
     ("change", "place"),
     [
-        (lambda d: d.update(schema_version=2), "schema_version"),
+        (lambda d: d.update(schema_version=1), "schema_version: it is of version 1"),
         (lambda d: d["quantization"].update(surprise=1), "quantization.surprise"),
         (lambda d: d["quantization"].update(layers=[1]), "quantization.layers.0"),
         (lambda d: d["quantization"]["layers"][0].pop("relative_error"), "quantization.layers.0.relative_error"),
@@ -142,7 +161,7 @@ def test_an_outline_is_the_result_but_for_its_layers():
     ],
 )
 def test_wrong_outlines_are_named(change, place):
-    with pytest.raises(ResultError, match=f"x.json is not a result of schema version 1: {place}"):
+    with pytest.raises(ResultError, match=f"x.json is not a result of schema version 2: {place}"):
         Outline.from_json(break_(change), "x.json")
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from qbench.record.identity import Identity
 from qbench.record.quality import EvaluationRecord, MetricRecord, TaskRecord
 from qbench.record.quantization import LayerRow, ModelRecord, QuantizationRecord
 from qbench.record.result import Result
@@ -69,7 +70,19 @@ def point(
         "runtime": {"threads": 1, "batch_size": 1},
         "outputs": "outputs",
     }
-    run_id = identity(config, version, protocol, day)
+    same = Identity(
+        weights=f"random:{model}",
+        remote_code=False,
+        quantizer={"codebook": None} | config["quantizer"],
+        text_sha256="ab",
+        protocol={"name": "mini", "protocol": protocol, "window": 512},
+        calibration=None,
+        device="cpu",
+        dtype="float32",
+        runtime={"batch_size": 1, "offload": False},
+        speed=None,
+    )
+    run_id = identity(same.key, version, day)
     delta = paired_delta(windows, BASELINE)
     rows = layers(quantizer, blocks, error, bits)
     record = EvaluationRecord(
@@ -100,6 +113,7 @@ def point(
         qbench_version=version,
         command=[f"model={model}", f"quantizer={quantizer}", f"quantizer.nbits={nbits}"],
         config=config,
+        identity=same,
         environment={"device": "cpu", "dtype": "float32", "packages": {"torch": "2.13.0"}},
         model=ModelRecord(model, f"random:{model}", "", 200_000, 150_000, 400_000),
         quantization=QuantizationRecord(
@@ -142,8 +156,21 @@ def save(folder: Path, *points: tuple[Result, dict[str, np.ndarray]]) -> Path:
     return folder
 
 
-def failed(command: list[str], error: str) -> tuple[Result, None]:
-    result, _ = point()
+def with_identity(point: tuple[Result, Any], **changes: Any) -> tuple[Result, Any]:
+    """The point with another identity; a dict is merged into the part of that name. Its run_id changes with it."""
+    result, scores = point
+    parts = {key: getattr(result.identity, key) for key in changes}
+    merged = {k: parts[k] | v if isinstance(v, dict) and parts[k] is not None else v for k, v in changes.items()}
+    same = replace(result.identity, **merged)
+    run_id = identity(same.key, result.qbench_version, result.created_utc)
+    model = replace(result.model, fingerprint=same.weights)
+    records = [replace(record, window_nll_file=f"windows-{run_id}.safetensors") for record in result.evaluation]
+    return replace(result, run_id=run_id, identity=same, model=model, evaluation=records), scores
+
+
+def failed(command: list[str], error: str, of: Result | None = None) -> tuple[Result, None]:
+    """A point that failed; `of` is what it would have measured, by default what no other example does."""
+    result = with_identity(point(), text_sha256=identity(command))[0] if of is None else of
     return replace(
         result,
         run_id=identity(command),

@@ -16,7 +16,7 @@ from qbench.record.quantization import CalibrationRecord
 from qbench.report import board, entries, reference
 from qbench.report.columns import order
 from tests.record.test_result import timed
-from tests.report.examples import failed, nll, point, save, tasked
+from tests.report.examples import failed, nll, point, save, tasked, with_identity
 
 ANY = ("table", "md", "csv", "json", "tex", "html")
 
@@ -81,7 +81,7 @@ def test_two_protocols_never_share_a_section(outputs, show):
 
 def test_one_row_per_configuration_the_latest(outputs, show):
     again, windows = point("sinq", 4, nll(0.1, 1), bits=4.52, version="0.2.0", day=9)
-    again.config["runtime"]["threads"] = 7
+    again.config["runtime"] |= {"threads": 7, "min_coverage": 0.5}
     save(outputs, (again, windows))
     found = rows(show(outputs, "--format", "csv")[1])
     assert [row["qbench_version"] for row in found if row["quantizer"] == "sinq"] == ["0.2.0"]
@@ -94,27 +94,21 @@ def test_calibration_is_no_difference_to_methods_that_have_none(outputs, show):
     one, windows = point("gptq", 4, nll(0.1, 1))
     calibration = CalibrationRecord("mini", "ab", "cd", 4, 2048)
     one = replace(one, quantization=replace(one.quantization, calibration=calibration))
-    one.config["calibration"] = {"name": "mini", "sequences": 4}
-    save(outputs, (one, windows))
+    save(outputs, with_identity((one, windows), calibration={"text_sha256": "ab", "sequences": 4}))
     assert {row["options"] for row in rows(show(outputs, "--format", "csv")[1])} == {""}
-    other = replace(one, run_id="e" * 16, config=one.config | {"calibration": {"name": "mini", "sequences": 8}})
-    save(outputs, (other, {**windows}))
+    save(outputs, with_identity((one, windows), calibration={"text_sha256": "ab", "sequences": 8}))
     found = {row["options"] for row in rows(show(outputs, "--format", "csv")[1])}
     assert found == {"", "calibration.sequences=4", "calibration.sequences=8"}
 
 
-def test_original_inputs_are_told_from_a_record_made_before_there_was_a_choice(outputs, show):
+def test_calibration_texts_of_one_name_are_told_apart(outputs, show):
     one, windows = point("gptq", 4, nll(0.1, 1))
-    one.config["calibration"] = {"name": "mini"}
-    for run_id, calibration in (
-        ("d" * 16, CalibrationRecord("mini", "ab", "cd", 4, 2048)),
-        ("e" * 16, CalibrationRecord("mini", "ab", "cd", 4, 2048, "original")),
-    ):
-        config = one.config | ({"calibration": {"name": "mini", "inputs": "original"}} if run_id[0] == "e" else {})
-        quantization = replace(one.quantization, calibration=calibration)
-        save(outputs, (replace(one, run_id=run_id, config=config, quantization=quantization), {**windows}))
+    for sha256 in ("ab" * 32, "cd" * 32):
+        calibration = CalibrationRecord("text.txt", sha256, "ef", 4, 2048)
+        shown = replace(one, quantization=replace(one.quantization, calibration=calibration))
+        save(outputs, with_identity((shown, windows), calibration={"text_sha256": sha256, "inputs": "original"}))
     found = {row["options"] for row in rows(show(outputs, "--format", "csv")[1])}
-    assert found == {"", "calibration.inputs=quantized", "calibration.inputs=original"}
+    assert found == {"", "calibration.text=text.txt@abababab", "calibration.text=text.txt@cdcdcdcd"}
 
 
 def test_some_points_alone(outputs):
@@ -226,11 +220,13 @@ def test_latex_compiles_in_shape(outputs, show):
 
 
 def test_failed_points_are_told_until_they_are_made_good(outputs, show):
-    save(outputs, failed(["model=example", "quantizer=gptq"], "out of memory"))
+    save(outputs, failed(["model=example", "quantizer=gptq"], "out of memory", of=point("gptq")[0]))
     assert "failed point model=example quantizer=gptq: out of memory" in show(outputs)[2]
     assert "out of memory" in show(outputs, "--format", "html")[1]
-    made_good, windows = point("gptq", day=2)
-    save(outputs, (replace(made_good, command=["model=example", "quantizer=gptq"]), windows))
+    other = with_identity(point("gptq", day=2), quantizer={"group_size": 32})
+    save(outputs, (replace(other[0], command=["model=example", "quantizer=gptq"]), other[1]))
+    assert "out of memory" in show(outputs)[2]  # the same words, but not what had failed
+    save(outputs, point("gptq", day=2))
     assert show(outputs)[2] == ""
 
 
@@ -294,7 +290,8 @@ def test_broken_files_are_named_and_never_stop_the_report(outputs, show):
         path.write_text(text, encoding="utf-8", errors="surrogatepass")
 
     put("truncated", whole[: len(whole) // 2])
-    put("later-schema", whole.replace('"schema_version": 1', '"schema_version": 2'))
+    put("earlier-schema", whole.replace('"schema_version": 2', '"schema_version": 1'))
+    put("later-schema", whole.replace('"schema_version": 2', '"schema_version": 3'))
     put("empty", "")
     put("no-object", "[1, 2]")
     put("deep", "[" * 100_000)
@@ -311,9 +308,18 @@ def test_broken_files_are_named_and_never_stop_the_report(outputs, show):
         status, out, err = show(outputs, "--format", style)
         assert status == 0
         assert "hqq" in out
-        for name in ("truncated", "later-schema", "empty", "no-object", "deep", "surrogate", "folder"):
+        for name in (
+            "truncated",
+            "earlier-schema",
+            "later-schema",
+            "empty",
+            "no-object",
+            "deep",
+            "surrogate",
+            "folder",
+        ):
             assert f"{name}/result.json" in err, name
-        assert "schema_version" in err
+        assert "schema_version: it is of version 1; measure the point again" in err
         assert "no intervals for outside" in err
 
 
@@ -330,7 +336,7 @@ def test_numbers_that_are_none_stay_out_of_the_ranking(outputs, show):
 
 def test_extreme_numbers_never_stop_the_report(outputs, show):
     result, windows = point("extreme", 4, nll(0.2))
-    del result.config["quantizer"]["nbits"]
+    del result.identity.quantizer["nbits"]
     speed = timed()
     still = replace(speed.baseline.decode.tokens_per_second, median=0.0)
     speed = replace(
@@ -432,14 +438,6 @@ def test_speed_has_columns_where_it_was_measured(tmp_path, show):
     assert (sinq["decode_tokens_per_second"], sinq["decode_times"]) == ("20.0", "2.0")
     assert rtn["decode_times"] == ""
     assert "decode, tokens/s" in show(outputs)[1]
-
-
-def test_a_point_measured_again_with_its_speed_is_the_same_configuration(tmp_path):
-    result, scores = point("rtn", 4, nll(0.3, 1), day=1)
-    again, _ = point("rtn", 4, nll(0.3, 1), day=2)
-    again = replace(again, config=again.config | {"speed": {"name": "default", "batch_size": 8}})
-    found = entries.latest(entries.read(save(tmp_path, (result, scores), (again, scores))).entries)
-    assert [entry.result.run_id for entry in found] == [again.run_id]
 
 
 def test_the_publications_that_come_along_can_be_read():

@@ -16,7 +16,7 @@ from qbench.quant.rounding import round_to_nearest
 from qbench.quant.weight import QuantizedWeight
 from qbench.regress import main
 from qbench.report.baseline import Baseline
-from tests.report.examples import BASELINE, failed, nll, point, save, tasked
+from tests.report.examples import BASELINE, failed, nll, point, save, tasked, with_identity
 
 TINY = ("model=tiny-dense", "task.max_windows=3")
 
@@ -62,6 +62,10 @@ def layers_with(index, **changes):
 
 
 RTN = ("rtn", 4, nll(0.3, 2))
+
+
+def with_codebook(measured):
+    return with_identity(measured, quantizer={"codebook": "nf4"})
 
 
 def test_an_equal_measurement_by_a_later_version_passes(baseline, tmp_path, gate):
@@ -128,8 +132,10 @@ def test_missing_and_failed_points(baseline, tmp_path, gate):
     status, out, _ = gate(baseline, outputs)
     assert status == 2
     assert regressions(out) == {"point": "it was not measured"}
-    result, _ = failed(["model=example", "quantizer=rtn", "quantizer.nbits=4"], "out of memory")
-    save(outputs, (replace(result, config=point(*RTN)[0].config), None))
+    words = ["model=example", "quantizer=rtn", "quantizer.nbits=4"]
+    save(outputs, failed([*words, "quantizer.codebook=nf4"], "another point", of=with_codebook(point(*RTN))[0]))
+    assert gate(baseline, outputs)[0] == 2
+    save(outputs, failed(words, "out of memory", of=point(*RTN)[0]))
     status, out, _ = gate(baseline, outputs)
     assert status == 1
     assert regressions(out) == {"point": "it failed: out of memory"}
@@ -137,26 +143,49 @@ def test_missing_and_failed_points(baseline, tmp_path, gate):
     assert gate(baseline, outputs)[0] == 0
 
 
-def test_other_weights_or_another_text_are_missing_points(baseline, tmp_path, gate):
-    result, scores = changed()
-    other = replace(result, model=replace(result.model, fingerprint="random:other"))
-    status, out, _ = gate(baseline, save(tmp_path / "weights", (other, scores), point(*RTN)))
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"weights": "random:other"}, "weights=random:other instead of random:example"),
+        ({"text_sha256": "cd" * 32}, "task.text_sha256=cdcdcdcd instead of ab"),
+        ({"quantizer": {"codebook": "nf4"}}, "quantizer.codebook=nf4 instead of null"),
+        ({"quantizer": {"a_field_of_a_later_version": 1}}, "quantizer.a_field_of_a_later_version=1 instead of null"),
+        ({"protocol": {"max_windows": 4}}, "task.max_windows=4 instead of null"),
+        ({"runtime": {"batch_size": 8}}, "runtime.batch_size=8 instead of 1"),
+        ({"quantizer": {"a": 1, "b": 2, "c": 3}}, "it was not measured"),
+    ],
+)
+def test_another_measurement_does_not_stand_in_for_a_point(baseline, tmp_path, gate, change, words):
+    """The point is missing, and neither compared nor overwritten, however alike the two are asked for."""
+    outputs = save(tmp_path / "now", with_identity(changed(packed_bytes=1), **change), point(*RTN))
+    status, out, _ = gate(baseline, outputs)
     assert status == 2
-    assert "other weights: random:other instead of random:example" in out
+    found = regressions(out)
+    assert list(found) == ["point"]
+    assert found["point"].replace("\\", "").endswith(words)
+    assert out.count("not in the baseline; --update would add it") == 1
+    before = {point.identity.key for point in Baseline.read(baseline).points}
+    assert gate(baseline, outputs, "--update", "--where", "quantizer=sinq")[0] == 0
+    after = {point.identity.key for point in Baseline.read(baseline).points}
+    assert before < after
+    assert len(after) == 3
+
+
+def test_windows_of_other_tokens_are_not_paired(baseline, tmp_path, gate):
+    result, scores = changed()
     other = replace(result, evaluation=[replace(result.evaluation[0], token_ids_sha256="another")])
     status, out, _ = gate(baseline, save(tmp_path / "text", (other, scores), point(*RTN)))
     assert status == 2
     assert "nothing can be paired" in out
 
 
-def test_a_point_is_known_by_its_settings(baseline, tmp_path, gate):
+def test_a_point_is_known_by_its_identity(baseline, tmp_path, gate):
     result, scores = changed()
     result.config["task"]["a_key_of_a_later_version"] = 1
-    result.config["runtime"]["threads"] = 8
-    renamed = replace(result, run_id="f" * 16)
+    result.config["runtime"] |= {"threads": 8, "min_coverage": 0.5}
+    result.config["model"] |= {"path": "elsewhere", "name": "another"}
+    renamed = replace(result, run_id="f" * 16, command=["quantizer=sinq"], model=replace(result.model, name="another"))
     assert gate(baseline, save(tmp_path / "now", (renamed, scores), point(*RTN)))[0] == 0
-    result.config["quantizer"]["group_size"] = 128
-    assert gate(baseline, save(tmp_path / "other", (result, scores), point(*RTN)))[0] == 2
 
 
 def test_update_is_deterministic_and_keeps_limits(baseline, tmp_path, gate):
@@ -173,6 +202,20 @@ def test_update_is_deterministic_and_keeps_limits(baseline, tmp_path, gate):
     status, out, _ = gate(baseline, save(tmp_path / "slow", (result, scores), point(*RTN)))
     assert status == 1
     assert list(regressions(out)) == ["seconds"]
+
+
+def test_a_baseline_of_an_earlier_version_leaves_its_limits(baseline, tmp_path, gate):
+    document = json.loads(baseline.read_text())
+    baseline.write_text(json.dumps(document | {"schema_version": 1, "limits": document["limits"] | {"quality": 0.1}}))
+    for arguments in ((), ("--update", "--where", "quantizer=sinq")):
+        status, _, err = gate(baseline, tmp_path / "before", *arguments)
+        assert status == 2
+        assert "schema_version: it is of version 1; --update writes it anew and keeps its limits" in err
+    status, _, err = gate(baseline, tmp_path / "before", "--update")
+    assert status == 0
+    assert "only its limits are kept" in err
+    assert Baseline.read(baseline).limits.quality == 0.1
+    assert len(Baseline.read(baseline).points) == 2
 
 
 def test_a_part_can_be_gated_and_updated(baseline, tmp_path, gate):
@@ -224,8 +267,8 @@ def test_junit_and_the_step_summary(baseline, tmp_path, gate, monkeypatch):
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        ("{", "is not a baseline of schema version 1"),
-        ('{"points": [], "schema_version": 2}', "schema_version"),
+        ("{", "is not a baseline of schema version 2"),
+        ('{"points": [], "schema_version": 3}', "schema_version: it is of version 3"),
         ('{"points": [], "limits": {"quallity": 1}}', "limits.quallity"),
         ('{"points": []}', "holds no points"),
         (None, "cannot read the baseline"),

@@ -1,0 +1,136 @@
+"""What makes two measurements the same, decided once: the identity of a point, recorded in its result.
+
+The run id, the rows and sections of a leaderboard, its history and the regression gate compare identities and nothing
+else. An identity holds contents and settings: the weights, tokenizer and code of the model by their fingerprint, texts
+by their sha256, the settings of the method, the protocol and the calibration with every default and every null filled
+in. A setting that is null is a value like any other: a point without a codebook is not the point with one.
+
+Names of models and calibrations, folders, launchers, trackers and exports stand outside: they cannot change a number.
+The name of a text is inside, since it is the first part of the protocol's name, under which the number is shown. The
+qbench version, the date and the hardware are outside as well: an identity measured twice has a history.
+
+A setting of the configuration is inside unless it is listed here as one that cannot change a number, so that a new one
+tells two measurements apart before anyone has thought of it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from qbench.record.strict import Strict
+
+if TYPE_CHECKING:
+    from qbench.config import Config
+
+Settings = dict[str, Any]
+
+# where a text is read from and how it is put together: the text's hash says what came of it
+SOURCE_OF_TEXT = ("path", "dataset", "subset", "data_files", "split", "column", "revision", "separator", "include_path")
+# device and dtype are held as resolved; the share of weights that a point must cover is checked, not measured
+RUNTIME_OUTSIDE = ("device", "dtype", "threads", "min_coverage", "rerun")
+
+
+@dataclass(frozen=True)
+class Identity(Strict):
+    """Equal identities, the same measurement. Settings are as JSON holds them, and whole numbers are integers."""
+
+    weights: str  # fingerprint of the original: weights, tokenizer and code
+    remote_code: bool  # whether the model may run code of its own in place of transformers'
+    quantizer: Settings  # `name` and every field
+    text_sha256: str
+    protocol: Settings  # of the task
+    calibration: Settings | None  # with `text_sha256`; None for methods that need none
+    device: str  # cpu or cuda
+    dtype: str
+    runtime: Settings  # batch_size, offload
+    speed: Settings | None  # None: not timed
+
+    @property
+    def key(self) -> str:
+        """The identity as a text: equal ones have equal texts, in every process and on every machine."""
+        return json.dumps(asdict(self), sort_keys=True)
+
+    @property
+    def original(self) -> tuple[str, ...]:
+        """What a quantized model is compared with: only measurements that share it may be ranked together."""
+        return (self.weights, str(self.remote_code), self.dtype, self.device)
+
+    def flat(self) -> Settings:
+        """`quantizer.nbits` -> 4, under the keys of the command line where it has one."""
+        return dict(self._flat())
+
+    def _flat(self) -> Iterator[tuple[str, Any]]:
+        yield "weights", self.weights
+        yield "model.trust_remote_code", self.remote_code
+        yield "device", self.device
+        yield "dtype", self.dtype
+        yield "task.text_sha256", self.text_sha256
+        parts = {"quantizer": self.quantizer, "task": self.protocol, "calibration": self.calibration}
+        parts |= {"runtime": self.runtime, "speed": self.speed}
+        for part, settings in parts.items():
+            yield from ((f"{part}.{key}", value) for key, value in (settings or {}).items())
+
+
+def identify(
+    config: Config,
+    quantizer: Settings,
+    *,
+    weights: str,
+    text_sha256: str,
+    calibration_sha256: str | None,
+    device: str,
+    dtype: str,
+) -> Identity:
+    """The identity of the point that a configuration asks for.
+
+    `quantizer` holds the method's name and its fields, defaults included; `weights` is the model's fingerprint,
+    `calibration_sha256` None for a method that is shown no text; `device` is the kind, `dtype` the precision, resolved.
+    """
+    speed = None if config.speed.name == "none" else asdict(config.speed)
+    if speed is not None:
+        del speed["name"]
+        if device == "cpu":  # no other number depends on how many there are
+            speed["threads"] = config.runtime.threads
+    runtime = {k: v for k, v in asdict(config.runtime).items() if k not in RUNTIME_OUTSIDE}
+    return Identity(
+        weights=weights,
+        remote_code=config.model.trust_remote_code and config.model.source in ("hub", "local"),
+        quantizer=_as_json(quantizer),
+        text_sha256=text_sha256,
+        protocol=_as_json(_protocol(config)),
+        calibration=None if calibration_sha256 is None else _as_json(_calibration(config, calibration_sha256)),
+        device=device,
+        dtype=dtype,
+        runtime=_as_json(runtime),
+        speed=None if speed is None else _as_json(speed),
+    )
+
+
+def _protocol(config: Config) -> Settings:
+    settings = {k: v for k, v in asdict(config.task).items() if k not in SOURCE_OF_TEXT}
+    if config.task.protocol == "lmeval":  # called by its tasks' names, and compares no distributions
+        for key in ("name", "divergence", "divergence_topk"):
+            del settings[key]
+    elif not config.task.divergence:
+        settings["divergence_topk"] = None
+    return settings
+
+
+def _calibration(config: Config, text_sha256: str) -> Settings:
+    settings = {k: v for k, v in asdict(config.calibration).items() if k not in SOURCE_OF_TEXT}
+    del settings["name"]
+    return settings | {"text_sha256": text_sha256}
+
+
+def _as_json(value: Any) -> Any:
+    """As JSON gives it back: tuples are lists, and 2.0 is 2, which a command line may have written either way."""
+    if isinstance(value, dict):
+        return {str(key): _as_json(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_as_json(inner) for inner in value]
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    return value if value is None or isinstance(value, bool | int | float | str) else str(value)
