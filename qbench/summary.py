@@ -52,7 +52,7 @@ def show(result: Result) -> None:
     table.add_row("quantizing, s", "", f"{quantization.quant_seconds:.1f}", f"coverage {quantization.coverage:.1%}")
     if result.speed is not None:
         _add_speed(table, result.speed)
-    console.print(f"{model.name}, {settings['name']} ({options})", style="bold", markup=False)
+    console.print(f"{model.name}, {settings['name']}" + (f" ({options})" if options else ""), style="bold", markup=False)
     if model.note:
         console.print(f"model: {model.note}", markup=False)
     console.print(table)
