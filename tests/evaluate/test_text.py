@@ -10,7 +10,6 @@ from qbench.errors import RequestError
 from qbench.evaluate.text import join_rows, most_tokens, read_text, wikitext_pages
 from qbench.models.tiny import byte_tokenizer
 
-
 # of WikiText-2 raw test with its rows joined, and of its ids for the reference model's tokenizer
 WIKITEXT = "696cca6b65a171b0a358a4be6732cdfdf2dd6164a32e20fd70e3c13fc4dfae83"
 WIKITEXT_IDS = "d58f0371d9335644a25374dc20e797b22e07c27c4399b136b3132b89f4b48f1d"
