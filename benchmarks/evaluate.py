@@ -46,7 +46,7 @@ def main() -> None:
         clock(seconds["forward"], device, lambda one=one: forward(model, one))
         clock(seconds["scored"], device, lambda one=one: token_nll(model, one, 1, "scored"))
         clock(seconds["baseline"], device, lambda one=one, keep=keep: token_nll(model, one, 1, "baseline", keep))
-        compare = CompareTop(keep.ids, keep.log_probabilities, keep.log_tail, TOPK)
+        compare = CompareTop(keep.ids, keep.log_probabilities, keep.log_tail, keep.most_probable, TOPK)
         clock(seconds["compared"], device, lambda one=one, c=compare: token_nll(model, one, 1, "compared", c))
     totals = {name: sum(values) for name, values in seconds.items()}
     print(f"{asked.windows} windows of {asked.tokens} tokens, {asked.device}, {asked.dtype}")

@@ -9,7 +9,7 @@ from importlib.resources.abc import Traversable
 from rich.console import Console
 from rich.table import Table
 
-from qbench.registry import conf_packages, quantizer_names
+from qbench.registry import NONE, conf_packages, quantizer_names
 
 GROUPS = ("model", "quantizer", "task", "calibration", "runtime", "speed", "tracker", "experiment")
 
@@ -38,7 +38,7 @@ def _described(folder: Traversable, prefix: str = "") -> dict[str, str]:
 
 def main() -> int:
     console = Console(width=None if sys.stdout.isatty() else 160)
-    registered = set(quantizer_names())
+    registered = {NONE, *quantizer_names()}
     for group in GROUPS:
         table = Table(title=f"{group}=", title_justify="left", show_header=False, box=None)
         for name, about in options(group).items():

@@ -39,6 +39,7 @@ class TextConfig:
     revision: str | None = None
     separator: str | None = None  # between a dataset's rows; None: a file is taken as it is
     window: int = 2048  # tokens
+    beyond_positions: bool = False  # windows may be longer than a model with rotary positions was made for
 
 
 @dataclass

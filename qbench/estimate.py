@@ -25,6 +25,7 @@ from qbench.errors import PointError
 from qbench.models import load, smollm2, tiny
 from qbench.models.experts import stacked_parameters
 from qbench.models.linears import find_linears
+from qbench.quant.original import BITS_PER_WEIGHT, Original
 from qbench.quant.quantizer import InputStatistics, Quantizer
 
 if TYPE_CHECKING:
@@ -75,6 +76,8 @@ def model_bytes(quantizer: Quantizer, parameters: int, shapes: Counter[tuple[int
 
     `shapes` counts the linears of each `[out, in]`. Raises PointError when the quantizer fails on a random matrix.
     """
+    if isinstance(quantizer, Original):
+        return BITS_PER_WEIGHT, 2 * parameters
     a, b, c, d = _coefficients(quantizer)
     weights = sum(rows * columns * count for (rows, columns), count in shapes.items())
     packed = sum((a * o * i + b * i + c * o + d) * count for (o, i), count in shapes.items())

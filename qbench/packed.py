@@ -14,6 +14,7 @@ from qbench.errors import RequestError, unknown
 from qbench.models import load
 from qbench.models.linears import find_linears
 from qbench.quant import autogptq, checkpoint, manifest
+from qbench.quant.original import Original
 from qbench.quant.quantizer import InputStatistics, Quantizer
 from qbench.record.result import Result
 
@@ -28,6 +29,8 @@ def export_target(config: ExportConfig, run_id: str, quantizer: Quantizer | None
         raise unknown("export.format", config.format, FORMATS)
     if not config.dir:
         return None
+    if isinstance(quantizer, Original):
+        raise RequestError("quantizer=none changes no weight, so there is nothing to export; leave out export.dir")
     folder = Path(config.dir).expanduser()
     FORMATS[config.format].check_target(folder, run_id)
     if config.format == "autogptq" and quantizer is not None and (reason := _refusal(quantizer)):

@@ -16,6 +16,7 @@ from qbench.errors import RequestError
 from qbench.evaluate import measure, speed
 from qbench.evaluate.text import Text, read_text
 from qbench.models import load
+from qbench.quant.original import Original
 from qbench.quant.quantizer import Quantizer
 from qbench.record import wandb_tracker
 from qbench.record.identity import Identity, identify
@@ -86,6 +87,8 @@ def prepare(
     source = read_task(config.task, config.runtime)
     measure.check_length(source, config.task)
     speed.check(config.speed)
+    if isinstance(quantizer, Original) and config.runtime.offload and config.speed.name != "none":
+        raise RequestError("quantizer=none with runtime.offload=true would time the copying of weights; use speed=none")
     if config.tracker.name == "wandb":
         wandb_tracker.check(config.tracker)
     store = Store(config.outputs)

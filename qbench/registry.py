@@ -20,23 +20,29 @@ from qbench.errors import RequestError, unknown
 if TYPE_CHECKING:
     from qbench.quant.quantizer import Quantizer
 
+NONE = "none"  # the original as a row: no method, so no package registers it
 QUANTIZERS = "qbench.quantizers"
 CONF = "qbench.conf"
 
 
 def quantizer_names() -> list[str]:
+    """The methods; `quantizer=none`, which is none, can be asked for besides them."""
     return sorted({entry.name for entry in entry_points(group=QUANTIZERS)})
 
 
 def quantizer_class(name: str) -> type[Quantizer]:
-    """The class registered as `name`.
+    """The class registered as `name`; for `none` the one that leaves the model as it is.
 
     Raises RequestError if there is none (the choices are listed), if two packages claim the name, or if
     what the entry point names is not a Quantizer.
     """
+    if name == NONE:
+        from qbench.quant.original import Original
+
+        return Original
     found = {entry.value: entry for entry in entry_points(group=QUANTIZERS) if entry.name == name}
     if not found:
-        raise unknown("quantizer", name, quantizer_names())
+        raise unknown("quantizer", name, [NONE, *quantizer_names()])
     if len(found) > 1:
         raise RequestError(f"two packages register the quantizer '{name}': {', '.join(sorted(found))}; keep one")
     (entry,) = found.values()
@@ -58,6 +64,8 @@ def make_quantizer(settings: Mapping[str, Any]) -> Quantizer:
     cls = quantizer_class(name)
     legal = {field.name for field in fields(cls)}
     for key in values:
+        if not legal:
+            raise RequestError(f"unknown key quantizer.{key}: quantizer={name} has no settings; leave it out")
         if key not in legal:
             raise unknown(f"key for quantizer={name}:", f"quantizer.{key}", (f"quantizer.{k}" for k in legal))
     try:

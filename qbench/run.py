@@ -29,6 +29,7 @@ from qbench.models.load import LoadedModel
 from qbench.models.offload import runs_offloaded
 from qbench.prepare import Prepared, prepare
 from qbench.quant.linear import use_kernels
+from qbench.quant.original import BITS_PER_WEIGHT, Original
 from qbench.quant.quantizer import Quantizer
 from qbench.quantize import quantize_model, require_finite
 from qbench.record import wandb_tracker
@@ -161,7 +162,8 @@ def _measure(
                 quantized_speed = speed.measure(model, config.speed)
             result = replace(result, speed=speed.record(config.speed, quantized_speed, baseline_speed))
 
-        with clock.phase("evaluate"):
+        still_on_host = offload and isinstance(quantizer, Original)  # what a quantizer packs stays on the device
+        with clock.phase("evaluate"), runs_offloaded(model, still_on_host):
             scores = evaluation.score(model, baseline)
         records, tasks, kept = evaluation.records(scores, baseline, cached)
         done = replace(result, status="ok", error=None, evaluation=records, tasks=tasks, seconds=clock.seconds)
@@ -179,6 +181,9 @@ def _measure(
 def _quantize(
     model: Any, quantizer: Quantizer, calibration: Calibration | None, config: Config, parameters: int
 ) -> QuantizationRecord:
+    if isinstance(quantizer, Original):
+        left = [SkippedRow(s.name, s.weights, s.reason) for s in find_linears(model).skipped]
+        return _describe(model, config, parameters, None, [], left, wall_seconds=0)
     device = model.device
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -222,7 +227,7 @@ def _describe(
         ),
         quant_seconds=sum(row.seconds for row in layers),
         wall_seconds=wall_seconds,
-        bits_per_weight=8 * packed_bytes / weights,
+        bits_per_weight=8 * packed_bytes / weights if weights else BITS_PER_WEIGHT,  # none, of the original
         packed_bytes=packed_bytes,
         model_bytes=packed_bytes + 2 * (parameters - weights),
         coverage=coverage(model),

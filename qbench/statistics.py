@@ -14,7 +14,7 @@ they need no seed. Shares of documents have formulas of their own: Wilson, and B
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -48,7 +48,9 @@ def paired_delta(
         raise ValueError(f"paired windows must match, got {nll.shape} and {baseline_nll.shape}")
     weights = np.ones_like(nll) if weights is None else weights
     columns = (nll * weights, baseline_nll * weights, weights)
-    return jackknife(lambda q, b, w: np.exp(q / w) - np.exp(b / w), *columns, level=level)
+    estimate = jackknife(lambda q, b, w: np.exp(q / w) - np.exp(b / w), *columns, level=level)
+    # to the last bit that of the two numbers that are shown
+    return replace(estimate, value=perplexity(nll, weights) - perplexity(baseline_nll, weights))
 
 
 def jackknife(statistic: Callable[..., np.ndarray], *columns: np.ndarray, level: float = 0.95) -> Estimate:

@@ -20,6 +20,7 @@ def show(result: Result) -> None:
         return
     quantization, model, settings = result.quantization, result.model, result.config["quantizer"]
     options = " ".join(f"{k}={v}" for k, v in settings.items() if k != "name")
+    title = f"{model.name}, {settings['name']}" + (f" ({options})" if options else "")
     table = Table(title_justify="left", title=None, box=None, pad_edge=False, show_header=True)
     for name, justify in (("", "left"), ("16 bit", "right"), (settings["name"], "right"), ("difference", "left")):
         table.add_column(name, justify=justify)
@@ -52,7 +53,7 @@ def show(result: Result) -> None:
     table.add_row("quantizing, s", "", f"{quantization.quant_seconds:.1f}", f"coverage {quantization.coverage:.1%}")
     if result.speed is not None:
         _add_speed(table, result.speed)
-    console.print(f"{model.name}, {settings['name']} ({options})", style="bold", markup=False)
+    console.print(title, style="bold", markup=False)
     if model.note:
         console.print(f"model: {model.note}", markup=False)
     console.print(table)

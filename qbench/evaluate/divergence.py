@@ -5,9 +5,9 @@ llama.cpp's perplexity tool reports. They see changes that cancel in a perplexit
 right and wrong tokens alike.
 
 Two models are never in memory together. The baseline's run keeps, per position, its k most probable tokens and
-TAIL_SAMPLES of the others, its tail; each with its log-probability, 8 bytes a token. So 25,000 positions at k = 64 are
-16 MB, on disk and, while they are used, in memory. With p_tail and q_tail what P and Q leave to the tail, and P~ and Q~
-their distributions inside of it,
+TAIL_SAMPLES of the others, its tail; each with its log-probability, 8 bytes a token; and its argmax, 4 bytes. So 25,000
+positions at k = 64 are 16 MB, on disk and, while they are used, in memory. With p_tail and q_tail what P and Q leave to
+the tail, and P~ and Q~ their distributions inside of it,
 
     KL(P || Q) = KL_k + p_tail KL(P~ || Q~)      and      KL(Q || P) = KL_k' + q_tail KL(Q~ || P~),
 
@@ -21,6 +21,10 @@ The samples' distribution g is half P~ and half uniform over the tail, since wha
 alone would almost never draw. Their noise is part of the intervals over windows: over 160 positions of that model it
 was 1.5 % of KL(P || Q) and 5 % of KL(Q || P). At k = vocabulary there is no tail, and everything is exact; top-1
 agreement and the RMS change always are.
+
+For equal logits all of this is zero, and the agreement one, to the last bit: both sides compute the same numbers by the
+same operations. Hence both tails are summed, and none is taken as what the top k leave of 1; and both sides find their
+most probable token by argmax. In 16 bit logits tie often, and the first of a topk is another one of the tied.
 """
 
 from __future__ import annotations
@@ -30,7 +34,7 @@ import torch
 from torch import Tensor
 
 TAIL_SAMPLES = 16
-FLOOR = 1e-9  # of q_tail, a difference of rounded numbers
+FORM = 2  # of what KeepTop keeps: kept scores of another form are measured again
 
 
 class KeepTop:
@@ -41,16 +45,19 @@ class KeepTop:
         self.ids = np.empty(0, np.int32)  # [windows, tokens, kept] once the first logits are seen
         self.log_probabilities = np.empty(0)  # fp32 (fp64 for a model in fp64), as ids
         self.log_tail = np.full(self.shape, -np.inf)  # of P's probability outside the top k
+        self.most_probable = np.empty(self.shape, np.int32)  # argmax; where logits tie, not always the first of the k
         self.generator: torch.Generator | None = None
 
     def __call__(self, window: int, rows: slice, logits: Tensor, denominator: Tensor) -> None:
+        self.most_probable[window, rows] = logits.argmax(-1).cpu().numpy()
         top, ids = logits.topk(min(self.k, logits.shape[-1]), dim=-1)
         kept = top - denominator[:, None]
         if ids.shape[-1] < logits.shape[-1]:
             tail = logits.scatter(1, ids, -torch.inf)
             log_sum = tail.logsumexp(-1)
             self.log_tail[window, rows] = (log_sum - denominator).double().cpu().numpy()
-            drawn = self._sample(tail.sub_(log_sum[:, None]).exp_(), ids)
+            empty = log_sum.isinf()[:, None]  # all of the tail is -inf, and nothing is drawn from it but at random
+            drawn = self._sample(tail.sub_(log_sum[:, None].masked_fill(empty, 0)).exp_(), ids)
             kept = torch.cat([kept, logits.gather(1, drawn) - denominator[:, None]], dim=-1)
             ids = torch.cat([ids, drawn], dim=-1)
         if not self.ids.size:
@@ -68,10 +75,21 @@ class KeepTop:
 
 
 class CompareTop:
-    """Watches the quantized model's run over the same windows; everything it keeps is `[windows, tokens]`."""
+    """Watches the quantized model's run over the same windows; everything it keeps is `[windows, tokens]`.
 
-    def __init__(self, ids: np.ndarray, log_probabilities: np.ndarray, log_tail: np.ndarray, k: int) -> None:
+    `ids`, `log_probabilities`, `log_tail` and `most_probable` are those of KeepTop.
+    """
+
+    def __init__(
+        self,
+        ids: np.ndarray,
+        log_probabilities: np.ndarray,
+        log_tail: np.ndarray,
+        most_probable: np.ndarray,
+        k: int,
+    ) -> None:
         self.ids, self.log_probabilities, self.log_tail, self.k = ids, log_probabilities, log_tail, k
+        self.most_probable = most_probable
         self.kl = np.empty(ids.shape[:2])
         self.kl_reverse = np.empty(ids.shape[:2])
         self.agrees = np.empty(ids.shape[:2], bool)
@@ -81,31 +99,41 @@ class CompareTop:
         log_p = torch.from_numpy(self.log_probabilities[window, rows]).to(logits.device).double()
         log_q = (logits.gather(1, ids) - denominator[:, None]).double()
         log_tail = torch.from_numpy(self.log_tail[window, rows]).to(logits.device)
-        kl, reverse = divergences(log_p, log_q, log_tail, self.k, logits.shape[-1])
+        log_q_tail = torch.full_like(log_tail, -torch.inf)
+        if self.k < logits.shape[-1]:
+            tail = logits.scatter(1, ids[:, : self.k], -torch.inf)
+            log_q_tail = (tail.logsumexp(-1) - denominator).double()
+            del tail
+        kl, reverse = divergences(log_p, log_q, log_tail, log_q_tail, self.k, logits.shape[-1])
         self.kl[window, rows] = kl.cpu().numpy()
         self.kl_reverse[window, rows] = reverse.cpu().numpy()
-        self.agrees[window, rows] = (logits.argmax(-1) == ids[:, 0]).cpu().numpy()
+        self.agrees[window, rows] = logits.argmax(-1).cpu().numpy() == self.most_probable[window, rows]
 
 
-def divergences(log_p: Tensor, log_q: Tensor, log_p_tail: Tensor, k: int, vocabulary: int) -> tuple[Tensor, Tensor]:
+def divergences(
+    log_p: Tensor, log_q: Tensor, log_p_tail: Tensor, log_q_tail: Tensor, k: int, vocabulary: int
+) -> tuple[Tensor, Tensor]:
     """KL(P || Q) and KL(Q || P), each `[rows]`, in nats.
 
-    From log-probabilities `[rows, k + samples]` of the top k and of the tail's samples, and that of P's tail `[rows]`;
-    without samples where the top k are the vocabulary.
+    From log-probabilities `[rows, k + samples]` of P's top k and of its tail's samples, and those of the two tails
+    `[rows]`; without samples where the top k are the vocabulary. What has no probability counts for nothing.
     """
     top_p, top_q = log_p[:, :k], log_q[:, :k]
     p, q = top_p.exp(), top_q.exp()
-    kl, reverse = (p * (top_p - top_q)).sum(-1), (q * (top_q - top_p)).sum(-1)
+    kl, reverse = _times(p, top_p - top_q).sum(-1), _times(q, top_q - top_p).sum(-1)
     if k >= vocabulary:
         return kl, reverse
-    p_tail, q_tail = log_p_tail.exp(), (1 - q.sum(-1)).clamp_min(FLOOR)
-    log_q_tail = q_tail.log()
+    p_tail, q_tail = log_p_tail.exp(), log_q_tail.exp()
     log_p_inside = log_p[:, k:] - log_p_tail[:, None]
     log_q_inside = log_q[:, k:] - log_q_tail[:, None]
     p, q, log_ratio = log_p_inside.exp(), log_q_inside.exp(), log_q_inside - log_p_inside
     drawn_with = (p + 1 / (vocabulary - k)) / 2
-    inside = ((q - p - p * log_ratio) / drawn_with).mean(-1)
-    inside_reverse = ((p - q + q * log_ratio) / drawn_with).mean(-1)
-    return kl + p_tail * (log_p_tail - log_q_tail + inside), reverse + q_tail * (
-        log_q_tail - log_p_tail + inside_reverse
-    )
+    inside = ((q - p - _times(p, log_ratio)) / drawn_with).mean(-1)
+    inside_reverse = ((p - q + _times(q, log_ratio)) / drawn_with).mean(-1)
+    log_ratio = log_p_tail - log_q_tail
+    return kl + _times(p_tail, log_ratio + inside), reverse + _times(q_tail, inside_reverse - log_ratio)
+
+
+def _times(probability: Tensor, other: Tensor) -> Tensor:
+    """The product, 0 where the probability is, whatever the other is: 0 ln 0 = 0."""
+    return torch.where(probability > 0, probability * other, 0.0)

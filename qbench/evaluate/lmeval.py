@@ -109,10 +109,12 @@ def seed_everything() -> None:
 def _documents(task: TaskConfig) -> list[dict[str, Any]]:
     assert task.path is not None
     path = Path(task.path).expanduser()
-    if path.suffixes and path.suffixes[0] in (".json", ".jsonl"):
+    if {".json", ".jsonl", ".parquet"} & set(path.suffixes):
         return read_json_lines(path)
     if task.names != ["wikitext"]:
-        raise RequestError(f"task.path={path} must be .json or .jsonl, one document of {task.names[0]} per line")
+        raise RequestError(
+            f"task.path={path} must be .json or .jsonl (or .parquet), a line for each document of {task.names[0]}"
+        )
     return [{"page": page} for page in wikitext_pages(read_text(task).content)]
 
 

@@ -51,7 +51,10 @@ def token_nll(model: Any, ids: np.ndarray, batch_size: int, label: str, watch: W
 
 
 def _window_nll(index: int, logits: Tensor, targets: Tensor, watch: Watcher | None) -> np.ndarray:
-    """logits `[tokens, vocabulary]`, targets `[tokens]` -> NLL `[tokens]`."""
+    """logits `[tokens, vocabulary]`, targets `[tokens]` -> NLL `[tokens]`.
+
+    What is not finite ends with its chunk: a watcher samples from the softmax, which has to be one.
+    """
     wide = torch.promote_types(logits.dtype, torch.float32)
     step = max(1, CHUNK_BYTES // (wide.itemsize * logits.shape[-1]))
     nll = []
@@ -61,6 +64,8 @@ def _window_nll(index: int, logits: Tensor, targets: Tensor, watch: Watcher | No
         denominator = chunk.logsumexp(-1)
         nll.append(denominator - chunk.gather(1, targets[rows, None])[:, 0])
         if watch is not None:
+            if not torch.isfinite(nll[-1]).all():
+                break
             watch(index, rows, chunk, denominator)
     return torch.cat(nll).cpu().numpy()
 

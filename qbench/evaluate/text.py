@@ -1,8 +1,7 @@
-"""What a protocol scores: one text, or a list of pages; embedded, from a local file, or from the Hub."""
+"""What a protocol scores: one text, or a list of pages; embedded, from a local file (files.py), or from the Hub."""
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 import json
 import logging
@@ -16,6 +15,7 @@ from typing import Any
 
 from qbench.config import CalibrationConfig, TextConfig
 from qbench.errors import RequestError
+from qbench.evaluate.files import column, lines, read_rows, read_whole
 
 OWN_TOKENS = 8  # more than a tokenizer puts around a text by itself: BOS, EOS, a space in front
 
@@ -48,42 +48,27 @@ def read_text(config: TextConfig) -> Text:
     """The text of a task or a calibration; raises RequestError, naming what would work, when it cannot be had."""
     group = "calibration" if isinstance(config, CalibrationConfig) else "task"
     if config.path is not None:
-        return _local(config, Path(config.path).expanduser(), group)
+        return _local(config, Path(config.path).expanduser(), f"{group}.path")
     if config.dataset is not None:
         return _hub(config, group)
     file = resources.files("qbench.texts") / f"{config.name}.txt"
     if not file.is_file():
         raise RequestError(f"{group}={config.name} names no text: set {group}.path=FILE or {group}.dataset=HUB_ID")
-    return Text(file.read_text(encoding="utf-8"), f"qbench.texts/{config.name}.txt")
+    return Text(file.read_bytes().decode("utf-8"), f"qbench.texts/{config.name}.txt")
 
 
 def read_pages(config: TextConfig) -> Pages:
-    """The pages of a task, from a local file of JSON lines or the Hub; raises RequestError when they cannot be had."""
+    """The pages of a task, from a local file of JSON lines or parquet, or the Hub; raises RequestError for others."""
     if config.path is None:
         rows, source = _rows(config, "task", config.column)
         return Pages(rows, source, config.revision)
     path = Path(config.path).expanduser()
-    pages = [row.get(config.column) for row in read_json_lines(path)]
-    if not all(isinstance(page, str) for page in pages):
-        bad = next(i for i, page in enumerate(pages, 1) if not isinstance(page, str))
-        raise RequestError(f"task.path={path}, line {bad} has no text under '{config.column}'; set task.column=NAME")
-    return Pages(pages, path.name)
+    return Pages(column(read_rows(path, "task.path"), config.column, path, "task.path"), path.name)
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
-    """One JSON object per line, `.gz` or not; raises RequestError, naming the line."""
-    rows = []
-    for number, line in enumerate(_read(path, "task").splitlines(), 1):
-        try:
-            row = json.loads(line)
-        except ValueError:
-            row = None
-        if not isinstance(row, dict):
-            raise RequestError(f"task.path={path}, line {number} is not a JSON object; one object per line is expected")
-        rows.append(row)
-    if not rows:
-        raise RequestError(f"task.path={path} is empty")
-    return rows
+    """The documents of a task: JSON lines, `.gz` or not, or parquet; raises RequestError, naming the line."""
+    return read_rows(path, "task.path")
 
 
 def wikitext_pages(raw: str) -> list[str]:
@@ -119,29 +104,23 @@ def join_rows(rows: Iterable[str], separator: str) -> str:
     return separator.join(row if row.strip() else "" for row in rows)
 
 
-def _local(config: TextConfig, path: Path, group: str) -> Text:
-    content = _read(path, group)
+def _local(config: TextConfig, path: Path, key: str) -> Text:
+    content = read_whole(path, key)
+    if not isinstance(content, str):  # the rows that the Hub would have given
+        return Text(join_rows(column(content, config.column, path, key), _separator(config)), path.name)
     if config.separator is None:
         return Text(content, path.name)
-    return Text(join_rows(content.splitlines(keepends=True), config.separator), path.name)
-
-
-def _read(path: Path, group: str) -> str:
-    """The whole file, unpacked if its name ends in .gz, with its newlines as they are."""
-    try:
-        content = path.read_bytes()
-        return (gzip.decompress(content) if path.suffix == ".gz" else content).decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise RequestError(f"{group}.path={path} is not UTF-8 text (byte {error.start})") from None
-    except (OSError, EOFError) as error:
-        reason = getattr(error, "strerror", None) or f"damaged: {error}"
-        raise RequestError(f"cannot read {group}.path={path}: {reason}") from None
+    return Text(join_rows(lines(content), config.separator), path.name)
 
 
 def _hub(config: TextConfig, group: str) -> Text:
     rows, source = _rows(config, group, config.column)
-    separator = config.separator if config.separator is not None else "\n\n"
-    return Text(join_rows(rows, separator), source, config.revision)
+    return Text(join_rows(rows, _separator(config)), source, config.revision)
+
+
+def _separator(config: TextConfig) -> str:
+    """Between the rows of a dataset, whose column was asked for; a text file has rows only if it is asked for them."""
+    return config.separator if config.separator is not None else "\n\n"
 
 
 def _rows(config: TextConfig, group: str, column: str) -> tuple[list[str], str]:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from qbench.config import RuntimeConfig, TaskConfig
-from qbench.evaluate.divergence import CompareTop, KeepTop
+from qbench.evaluate.divergence import FORM, CompareTop, KeepTop
 from qbench.evaluate.score import token_nll
 from qbench.evaluate.text import Pages, Text
 from qbench.evaluate.windows import Windows
@@ -38,6 +38,7 @@ class WindowedEvaluation:
             "protocol": self.windows.protocol,
             "token ids": self.windows.token_ids_sha256,
             "topk": self.topk,
+            "form": FORM if self.topk else None,
             "batch_size": self.runtime.batch_size,
         }
 
@@ -58,6 +59,7 @@ class WindowedEvaluation:
             "top_ids": keep.ids,
             "top_log_p": keep.log_probabilities,
             "tail_log_p": keep.log_tail,
+            "most_probable": keep.most_probable,
         }
 
     def score(self, model: Any, baseline: Scores | None) -> Scores:
@@ -65,7 +67,8 @@ class WindowedEvaluation:
         label = "evaluating the quantized model"
         if baseline is None or not self.topk:
             return {"token_nll": self._token_nll(model, label)}
-        compare = CompareTop(baseline["top_ids"], baseline["top_log_p"], baseline["tail_log_p"], self.topk)
+        kept = (baseline[name] for name in ("top_ids", "top_log_p", "tail_log_p", "most_probable"))
+        compare = CompareTop(*kept, self.topk)
         nll = self._token_nll(model, label, compare)
         return {
             "token_nll": nll,

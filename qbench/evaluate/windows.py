@@ -6,9 +6,13 @@
 | crops | `c4_gptq:crops256-w2048` | 256 draws of a page longer than a window, one random crop of each (GPTQ, SINQ) |
 | pages | `c4_new:pages1100-w2048-first256` | the first 1100 pages joined by a space, then as windows (GPTQ, c4-new) |
 
-Windows are token ids, since a slice of text would tokenize differently. Special tokens are those that the tokenizer
-puts before a text (a page, for crops) by itself; a window gets none of its own. Each window is fed alone, its first
-token is context only, so L - 1 of its L tokens are scored.
+Windows are token ids, since a slice of text would tokenize differently. Each window is fed alone, its first token is
+context only, so L - 1 of its L tokens are scored. task.add_bos_token says what special tokens there are:
+
+    null    those that the tokenizer puts before a text (a page, for crops) by itself; a window gets none of its own
+    true    a BOS at the start of every window, and none in the text: L - 1 tokens of text follow, and all are scored;
+            `-bos` ends the name. Models that cannot do without (Gemma) are measured so
+    false   none anywhere; `-nobos` ends the name, whatever the tokenizer does by itself: one command, one name
 """
 
 from __future__ import annotations
@@ -27,22 +31,25 @@ from qbench.evaluate.text import Pages, Text, most_tokens, read_pages, read_text
 PROTOCOLS = ("windows", "crops", "pages", "lmeval")
 AT_THE_START = "what the tokenizer puts before the text; none per window"
 BEFORE_CROPPING = "what the tokenizer puts before a page, if the crop starts there; none per window"
+EVERY_WINDOW = "BOS at the start of every window"
+NOWHERE = "none"
 
 
 @dataclass(frozen=True)
 class Windows:
-    """Token ids cut by the protocol; `ids` is int64 `[windows, window_tokens]`."""
+    """Token ids cut by the protocol; `ids` is int64 `[windows, window_tokens]`, a BOS of each window included."""
 
     ids: np.ndarray
     protocol: str
-    total_tokens: int
-    leading_special_tokens: int
-    token_ids_sha256: str  # of all ids of the text, as little-endian int64
+    total_tokens: int  # of the text
+    leading_special_tokens: int  # before the text; before every window where each has a BOS
+    token_ids_sha256: str  # of all ids of the text (of those of the windows, if each has a BOS), little-endian int64
     bos_policy: str = AT_THE_START
 
     @property
     def dropped_tokens(self) -> int:
-        return self.total_tokens - self.ids.size
+        of_text = self.ids.size - (len(self.ids) if self.bos_policy == EVERY_WINDOW else 0)
+        return self.total_tokens - of_text
 
     @property
     def scored_tokens(self) -> int:
@@ -51,11 +58,17 @@ class Windows:
 
 def protocol_name(task: TaskConfig) -> str:
     """`wikitext2:gptq-w2048`, or `wikitext2:gptq-w1024-first4` when only some windows are scored."""
+    bos = {None: "", True: "-bos", False: "-nobos"}[task.add_bos_token]
     if task.protocol == "crops":
-        return f"{task.name}:crops{task.max_windows}-w{task.window}"
+        return f"{task.name}:crops{task.max_windows}-w{task.window}{bos}"
     how = "gptq" if task.protocol == "windows" else f"pages{task.pages}"
     first = f"-first{task.max_windows}" if task.max_windows is not None else ""
-    return f"{task.name}:{how}-w{task.window}{first}"
+    return f"{task.name}:{how}-w{task.window}{first}{bos}"
+
+
+def text_tokens(task: TaskConfig) -> int:
+    """How many tokens of each window are text."""
+    return task.window - bool(task.add_bos_token)
 
 
 def check(task: TaskConfig, runtime: RuntimeConfig) -> None:
@@ -95,11 +108,11 @@ def cut(data: Text | Pages, tokenizer: Any, task: TaskConfig) -> Windows:
 def check_length(data: Text | Pages, task: TaskConfig) -> None:
     """Raises RequestError, before any tokenizer is loaded, for a text that is too short whatever the tokenizer."""
     if isinstance(data, Pages) and task.protocol == "crops":
-        if not any(len(page) > task.window for page in data.content):  # a byte a character at the least
+        if not any(len(page) > text_tokens(task) for page in data.content):  # a byte a character at the least
             _require_page(max(map(most_tokens, data.content), default=0), data, task, "at most ")
         return
     text = _joined(data, task)
-    if len(text.content) < task.window * (task.max_windows or 1):
+    if len(text.content) < text_tokens(task) * (task.max_windows or 1):
         _full_windows(most_tokens(text.content), text, task, "at most ")
 
 
@@ -118,23 +131,26 @@ def _joined(data: Text | Pages, task: TaskConfig) -> Text:
 
 def cut_windows(text: Text, tokenizer: Any, task: TaskConfig) -> Windows:
     """One tokenization, cut from its start; raises RequestError when it does not fill the windows asked for."""
-    ids = _tokenize(tokenizer, text.content)
+    bos = _bos(tokenizer, task)
+    ids = _tokenize(tokenizer, text.content, task)
     full = _full_windows(ids.size, text, task)
-    count = task.max_windows or full
+    count, length = task.max_windows or full, text_tokens(task)
     if task.name == "text":  # any file: its content is what tells two of them apart
         task = replace(task, name=f"text-{text.sha256[:8]}")
+    cut = _behind(bos, ids[: count * length].reshape(count, length))
     return Windows(
-        ids=ids[: count * task.window].reshape(count, task.window),
+        ids=cut,
         protocol=protocol_name(task),
         total_tokens=int(ids.size),
-        leading_special_tokens=_leading_special_tokens(tokenizer, text.content),
-        token_ids_sha256=_sha256(ids),
+        leading_special_tokens=_leading_special_tokens(tokenizer, text.content, task),
+        token_ids_sha256=_sha256(ids if bos is None else cut),
+        bos_policy=_policy(task, AT_THE_START),
     )
 
 
 def _full_windows(tokens: int, text: Text, task: TaskConfig, at_most: str = "") -> int:
     """How many windows the tokens fill; raises RequestError for none, or fewer than asked for."""
-    full = tokens // task.window
+    full = tokens // text_tokens(task)
     if full == 0:
         raise RequestError(
             f"the text {text.source} has {at_most}{tokens} tokens, less than one window of {task.window}; "
@@ -155,43 +171,64 @@ def crop_pages(pages: Pages, tokenizer: Any, task: TaskConfig) -> Windows:
     again; GPTQ's script stops with an error there. Raises RequestError when no page is long enough.
     """
     assert task.max_windows is not None
-    draw = random.Random(0)
+    draw, bos, length = random.Random(0), _bos(tokenizer, task), text_tokens(task)
     tokenized: dict[int, np.ndarray] = {}
     crops = []
     while len(crops) < task.max_windows:
         index = draw.randint(0, len(pages.content) - 1)
         if index not in tokenized:
-            tokenized[index] = _tokenize(tokenizer, pages.content[index])
+            tokenized[index] = _tokenize(tokenizer, pages.content[index], task)
         ids = tokenized[index]
-        if ids.size > task.window:
-            start = draw.randint(0, ids.size - task.window - 1)
-            crops.append(ids[start : start + task.window])
+        if ids.size > length:
+            start = draw.randint(0, ids.size - length - 1)
+            crops.append(ids[start : start + length])
         elif not crops and len(tokenized) == len(pages.content):
             _require_page(max(page.size for page in tokenized.values()), pages, task)
     ids = np.stack(crops)
     return Windows(
-        ids=ids,
+        ids=_behind(bos, ids),
         protocol=protocol_name(task),
         total_tokens=int(ids.size),
-        leading_special_tokens=_leading_special_tokens(tokenizer, pages.content[0]),
-        token_ids_sha256=_sha256(ids),
-        bos_policy=BEFORE_CROPPING,
+        leading_special_tokens=_leading_special_tokens(tokenizer, pages.content[0], task),
+        token_ids_sha256=_sha256(_behind(bos, ids)),
+        bos_policy=_policy(task, BEFORE_CROPPING),
     )
 
 
 def _require_page(longest: int, pages: Pages, task: TaskConfig, at_most: str = "") -> None:
-    if longest <= task.window:
+    if longest <= text_tokens(task):
         raise RequestError(
             f"no page of {pages.source} is longer than one window of {task.window} tokens, the longest has "
             f"{at_most}{longest}; use more pages or a smaller task.window"
         )
 
 
-def _tokenize(tokenizer: Any, content: str) -> np.ndarray:
-    return np.asarray(tokenizer(content, verbose=False)["input_ids"], dtype="<i8")
+def _bos(tokenizer: Any, task: TaskConfig) -> int | None:
+    """The id that every window starts with, if it was asked for; raises RequestError when there is no such token."""
+    if not task.add_bos_token:
+        return None
+    if tokenizer.bos_token_id is None:
+        raise RequestError("task.add_bos_token=true, but this model's tokenizer has no BOS token; leave it out")
+    return int(tokenizer.bos_token_id)
 
 
-def _leading_special_tokens(tokenizer: Any, content: str) -> int:
+def _behind(bos: int | None, ids: np.ndarray) -> np.ndarray:
+    """The rows of `ids` `[windows, tokens]` with the BOS in front of each, if there is one."""
+    return ids if bos is None else np.insert(ids, 0, bos, axis=1)
+
+
+def _policy(task: TaskConfig, by_itself: str) -> str:
+    return {None: by_itself, True: EVERY_WINDOW, False: NOWHERE}[task.add_bos_token]
+
+
+def _tokenize(tokenizer: Any, content: str, task: TaskConfig) -> np.ndarray:
+    special = task.add_bos_token is None
+    return np.asarray(tokenizer(content, add_special_tokens=special, verbose=False)["input_ids"], dtype="<i8")
+
+
+def _leading_special_tokens(tokenizer: Any, content: str, task: TaskConfig) -> int:
+    if task.add_bos_token is not None:
+        return int(task.add_bos_token)
     bare = len(tokenizer(content[:200], add_special_tokens=False, verbose=False)["input_ids"])
     return len(tokenizer(content[:200], verbose=False)["input_ids"]) - bare
 

@@ -5,11 +5,13 @@ import pytest
 import torch
 
 from qbench.config import RuntimeConfig
+from qbench.evaluate import measure, windowed
 from qbench.evaluate.divergence import TAIL_SAMPLES, CompareTop, KeepTop
 from qbench.evaluate.score import token_nll
 from qbench.evaluate.windowed import WindowedEvaluation
 from qbench.evaluate.windows import cut_windows
 from qbench.models.tiny import build
+from qbench.record.store import Store
 from tests.evaluate.test_windows import TEXT, task
 
 VOCABULARY = 258
@@ -25,7 +27,7 @@ def compare(p_logits, q_logits, k):
     keep = KeepTop(1, len(p_logits), k)
     for rows in (slice(0, 3), slice(3, len(p_logits))):
         keep(0, rows, p_logits[rows], p_logits[rows].logsumexp(-1))
-    seen = CompareTop(keep.ids, keep.log_probabilities, keep.log_tail, k)
+    seen = CompareTop(keep.ids, keep.log_probabilities, keep.log_tail, keep.most_probable, k)
     for rows in (slice(0, 5), slice(5, len(p_logits))):
         seen(0, rows, q_logits[rows], q_logits[rows].logsumexp(-1))
     return seen
@@ -80,6 +82,46 @@ def test_equal_models_do_not_diverge(logits):
     np.testing.assert_allclose(seen.kl, 0, atol=1e-12)
     np.testing.assert_allclose(seen.kl_reverse, 0, atol=1e-12)
     assert seen.agrees.all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("k", [1, 8, 300])
+def test_a_model_beside_itself_gives_zeros_and_ones_exactly(dtype, k):
+    """Logits of few values, as 16 bit has them: most rows have several largest, and topk names another than argmax."""
+    generator = torch.Generator().manual_seed(0)
+    tied = (torch.randn(500, 300, generator=generator) * 2).round().to(dtype).float()
+    assert (tied.topk(8).indices[:, 0] != tied.argmax(-1)).any()
+    seen = compare(tied, tied, k)
+    assert seen.agrees.all()
+    assert not seen.kl.any()
+    assert not seen.kl_reverse.any()
+
+
+def test_what_has_no_probability_counts_for_nothing():
+    """Logits of -inf, as models with padded vocabularies give them, at the same places in both."""
+    generator = torch.Generator().manual_seed(0)
+    p, q = torch.randn(2, 6, 50, generator=generator, dtype=torch.float64)
+    finite = [exact(x[:, :20], y[:, :20])[0] for x, y in ((p, q), (q, p))]
+    for x in (p, q):
+        x[:, 20:] = -torch.inf
+    for k in (20, 30, 50):
+        seen = compare(p, q, k)
+        np.testing.assert_allclose(seen.kl[0], finite[0], rtol=1e-9)
+        np.testing.assert_allclose(seen.kl_reverse[0], finite[1], rtol=1e-9)
+
+
+def test_scores_kept_in_another_form_are_not_taken_for_these(tiny, tmp_path, monkeypatch):
+    """Their file has another name, so that it is measured again."""
+    config = task(max_windows=2)
+    evaluation = WindowedEvaluation(cut_windows(TEXT, tiny[1], config), TEXT, config, RuntimeConfig())
+    store = Store(tmp_path)
+    monkeypatch.setattr(windowed, "FORM", 1)
+    assert measure.baseline(evaluation, tiny[0], "model", {}, store)[1] is False
+    assert measure.baseline(evaluation, tiny[0], "model", {}, store)[1] is True
+    monkeypatch.undo()
+    scores, cached = measure.baseline(evaluation, tiny[0], "model", {}, store)
+    assert not cached
+    assert scores["most_probable"].shape == (2, 99)
 
 
 def test_a_tail_without_mass_counts_for_nothing():

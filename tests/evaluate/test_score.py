@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from qbench.config import RuntimeConfig, TaskConfig
 from qbench.errors import PointError
 from qbench.evaluate import score
+from qbench.evaluate.divergence import KeepTop
 from qbench.evaluate.harness import wrap
 from qbench.evaluate.score import token_nll
 from qbench.evaluate.windows import cut_windows
@@ -94,7 +95,9 @@ def test_no_more_than_one_chunk_is_ever_wide(monkeypatch):
     keep = KeepTop(1, tokens, 8)
     with LargestWide() as largest:
         token_nll(Model(), ids, 1, "large", keep)
-        token_nll(Model(), ids, 1, "large", CompareTop(keep.ids, keep.log_probabilities, keep.log_tail, 8))
+        token_nll(
+            Model(), ids, 1, "large", CompareTop(keep.ids, keep.log_probabilities, keep.log_tail, keep.most_probable, 8)
+        )
     assert 0 < largest.nbytes <= chunk
 
 
@@ -104,6 +107,19 @@ def test_nan_names_the_window_and_the_first_layer(windows):
         model.model.layers[1].mlp.up_proj.weight[3] = float("nan")
     with pytest.raises(PointError, match=r"NaN or Inf in window 0 from token 0, first .*layers\.1\.mlp\.up_proj"):
         token_nll(model, windows, 1, "broken")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_nothing_watches_what_is_no_distribution(windows, value):
+    """The baseline's watcher samples from the softmax: multinomial would fail, on a GPU with the whole process."""
+    model = build("dense", 0)[0].eval()
+    with torch.no_grad():
+        model.model.norm.weight[3] = value
+    for watch in (KeepTop(len(windows), 99, 8), lambda *_: pytest.fail("it was shown NaN or Inf")):
+        with pytest.raises(
+            PointError, match=r"NaN or Inf in window 0 from token 0, first in the output of model\.norm"
+        ):
+            token_nll(model, windows, 1, "broken", watch)
 
 
 def test_overflow_is_found_where_it_starts(windows):
@@ -140,7 +156,8 @@ token_nll(Model(), ids[:, :3], 1, "warm-up", KeepTop(1, 2, 64))
 before = peak()
 keep = KeepTop(1, 2047, 64)
 token_nll(Model(), ids, 1, "baseline", keep)
-token_nll(Model(), ids, 1, "quantized", CompareTop(keep.ids, keep.log_probabilities, keep.log_tail, 64))
+seen = CompareTop(keep.ids, keep.log_probabilities, keep.log_tail, keep.most_probable, 64)
+token_nll(Model(), ids, 1, "quantized", seen)
 print((peak() - before - 2047 * 150_000 * 2) / CHUNK_BYTES)
 """
 

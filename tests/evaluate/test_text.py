@@ -1,5 +1,7 @@
+import hashlib
 import re
 
+import numpy as np
 import pytest
 from tokenizers import normalizers, pre_tokenizers, processors
 
@@ -7,6 +9,10 @@ from qbench.config import TaskConfig
 from qbench.errors import RequestError
 from qbench.evaluate.text import join_rows, most_tokens, read_text, wikitext_pages
 from qbench.models.tiny import byte_tokenizer
+
+# of WikiText-2 raw test with its rows joined, and of its ids for the reference model's tokenizer
+WIKITEXT = "696cca6b65a171b0a358a4be6732cdfdf2dd6164a32e20fd70e3c13fc4dfae83"
+WIKITEXT_IDS = "d58f0371d9335644a25374dc20e797b22e07c27c4399b136b3132b89f4b48f1d"
 
 
 def embedded(name):
@@ -83,7 +89,11 @@ def test_wikitext_file_becomes_the_protocols_tokens(data, smollm2_folder):
 
     task = TaskConfig(name="w", protocol="windows", path=str(data / "wiki.test.raw"), separator="\n\n")
     tokenizer = AutoTokenizer.from_pretrained(smollm2_folder)
-    assert len(tokenizer(read_text(task).content, verbose=False)["input_ids"]) == 304_986
+    content = read_text(task).content
+    assert hashlib.sha256(content.encode()).hexdigest() == WIKITEXT
+    ids = tokenizer(content, verbose=False)["input_ids"]
+    assert len(ids) == 304_986
+    assert hashlib.sha256(np.asarray(ids, "<i8").tobytes()).hexdigest() == WIKITEXT_IDS
 
 
 def test_articles_start_at_headings_of_the_first_level():

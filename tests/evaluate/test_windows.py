@@ -6,11 +6,13 @@ import random
 
 import numpy as np
 import pytest
+from tokenizers import processors
 
 from qbench.config import RuntimeConfig, TaskConfig
 from qbench.errors import RequestError
 from qbench.evaluate.text import Pages, Text
 from qbench.evaluate.windows import check, check_length, cut, cut_windows, protocol_name, read
+from qbench.models.tiny import byte_tokenizer
 
 TEXT = Text("Seven grey geese crossed the river in a long, uneven line. " * 20, "test")
 
@@ -87,6 +89,57 @@ def test_pages_of_a_packed_file(tmp_path):
     plain.write_text('{"text": "a"}\nnot json\n')
     with pytest.raises(RequestError, match="line 2 is not a JSON object"):
         read(task(protocol="pages", path=str(plain)))
+
+
+def with_bos(tokenizer):
+    """The byte tokenizer, made to put its BOS before every text by itself."""
+    alone = byte_tokenizer()
+    alone.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)]
+    )
+    return alone
+
+
+@pytest.mark.parametrize("adds_one_by_itself", [False, True])
+def test_a_bos_at_the_start_of_every_window(tiny, adds_one_by_itself):
+    """Window - 1 tokens of text follow it, and all of them are scored; there is never a second one."""
+    tokenizer, bare = (with_bos(tiny[1]) if adds_one_by_itself else tiny[1]), tiny[1](TEXT.content)["input_ids"]
+    windows = cut_windows(TEXT, tokenizer, task(add_bos_token=True))
+    assert windows.ids.tolist() == [[256, *bare[i : i + 99]] for i in range(0, 1089, 99)]
+    assert windows.protocol == "t:gptq-w100-bos"
+    assert (windows.total_tokens, windows.scored_tokens, windows.dropped_tokens) == (1180, 11 * 99, 1180 - 11 * 99)
+    assert (windows.bos_policy, windows.leading_special_tokens) == ("BOS at the start of every window", 1)
+    none = cut_windows(TEXT, tokenizer, task(add_bos_token=False))
+    assert none.ids.tolist() == [bare[i : i + 100] for i in range(0, 1100, 100)]
+    assert (none.protocol, none.bos_policy, none.leading_special_tokens) == ("t:gptq-w100-nobos", "none", 0)
+    by_itself = cut_windows(TEXT, tokenizer, task())
+    assert by_itself.ids[0].tolist() == ([256, *bare[:99]] if adds_one_by_itself else bare[:100])
+    assert by_itself.leading_special_tokens == adds_one_by_itself
+    assert (
+        len({w.token_ids_sha256 for w in (windows, none, by_itself)}) == 2 + adds_one_by_itself
+    )  # null is false, or not
+
+
+def test_crops_and_pages_with_a_bos(tiny):
+    crops = cut(pages(), tiny[1], task(protocol="crops", max_windows=9, add_bos_token=True))
+    shorter = cut(pages(), tiny[1], task(protocol="crops", max_windows=9, window=99))
+    assert (crops.ids[:, 0] == 256).all()
+    assert crops.ids[:, 1:].tolist() == shorter.ids.tolist()
+    assert crops.dropped_tokens == 0
+    assert crops.protocol == "t:crops9-w100-bos"
+    joined = cut(pages(), tiny[1], task(protocol="pages", pages=10, max_windows=5, add_bos_token=True))
+    assert joined.ids[:, 0].tolist() == [256] * 5
+    assert joined.protocol == "t:pages10-w100-first5-bos"
+
+
+def test_a_bos_that_the_tokenizer_has_not_is_refused(tiny):
+    tokenizer = byte_tokenizer()
+    tokenizer.bos_token = None
+    for data, changes in ((TEXT, {}), (pages(), {"protocol": "crops", "max_windows": 2})):
+        with pytest.raises(
+            RequestError, match=r"task\.add_bos_token=true, but this model's tokenizer has no BOS token"
+        ):
+            cut(data, tokenizer, task(add_bos_token=True, **changes))
 
 
 def test_refusals(tiny):
