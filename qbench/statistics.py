@@ -13,7 +13,7 @@ they need no seed. Shares of documents have formulas of their own: Wilson, and B
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -102,6 +102,37 @@ def paired_shares(correct: np.ndarray, baseline_correct: np.ndarray, level: floa
     up, down = (gained + 1) / (n + 2), (lost + 1) / (n + 2)
     reach = float(special.ndtri((1 + level) / 2) * np.sqrt((up + down - (up - down) ** 2) / (n + 2)))
     return Estimate((gained - lost) / n, max(-1.0, up - down - reach), min(1.0, up - down + reach))
+
+
+def contributions(value: float, left_out: np.ndarray) -> np.ndarray:
+    """What each of n documents adds to a number: `[n]`, their mean is `value`, their spread its uncertainty.
+
+    `left_out` `[n]` is the number without each document. These are Tukey's (1958) pseudo-values, moved so that their
+    mean is `value`: their standard error is the jackknife's, and that of two models' differences is the paired
+    jackknife's of the difference of the two numbers, whatever function of the documents the number is. For a mean
+    they are the documents' own values. A document that has nothing beside it adds all.
+    """
+    n = len(left_out)
+    return np.array([value]) if n < 2 else value + (n - 1) * (left_out.mean() - left_out)
+
+
+def pooled_contributions(parts: Sequence[np.ndarray], weights: Sequence[float]) -> np.ndarray | None:
+    """The same for a weighted mean of several tasks' numbers, from the contributions to each, `[documents]` in all.
+
+    Tasks that weigh as much as they have documents are one large task. Otherwise the tasks are strata: their sizes
+    are fixed, and the variances of their numbers add up, each with its weight squared; the contributions are scaled
+    so that the plain standard error of all of them is the root of that sum. None where a task of a single document
+    has a weight of its own: its variance is not known.
+    """
+    sizes = np.array([len(part) for part in parts], float)
+    n, share = sizes.sum(), np.asarray(weights, float) / np.sum(weights)
+    if np.allclose(share, sizes / n, rtol=1e-12, atol=0):
+        return np.concatenate(parts)
+    if (sizes < 2).any():
+        return None
+    value = sum(w * part.mean() for w, part in zip(share, parts, strict=True))
+    scales = n * share / sizes * np.sqrt(sizes / (sizes - 1) * (n - 1) / n)
+    return np.concatenate([value + c * (part - part.mean()) for c, part in zip(scales, parts, strict=True)])
 
 
 def verdict(delta: Estimate, higher_is_better: bool) -> Verdict:

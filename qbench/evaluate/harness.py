@@ -12,61 +12,65 @@ import hashlib
 import json
 import logging
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from qbench.config import RuntimeConfig, TaskConfig
 from qbench.errors import PointError
+from qbench.evaluate import aggregate, hflm, shots
+from qbench.evaluate.documents import LeafScores, TaskScores
+from qbench.evaluate.hflm import wrap
 from qbench.evaluate.lmeval import LoadedTask, seed_everything
-from qbench.evaluate.score import first_nonfinite_layer
 from qbench.evaluate.windowed import Scores, name_of
 from qbench.record.quality import EvaluationRecord, MetricRecord, TaskRecord
 from qbench.statistics import Estimate, jackknife, paired_delta, paired_shares, perplexity, share, verdict
 
-# what lm-eval's weighted metrics make of the mean NLL per word or byte
-WEIGHTED = {"word_perplexity": np.exp, "byte_perplexity": np.exp, "bits_per_byte": lambda m: m / math.log(2)}
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class TaskEvaluation:
-    """lm-eval's tasks with their data, and the tokenizer.
-
-    Scores of a requested name N with leaf tasks T, D documents each:
-    `N|METRIC` lm-eval's own number `[1]`; `T/METRIC` `[D]`; for rolling tasks `T/log_likelihood`, `T/tokens` and, for
-    each of lm-eval's units, `T/METRIC weight` (words or bytes) `[D]`; `N|documents` and `N|token ids`, sha256 `[32]`.
-    """
+    """lm-eval's tasks with their data, and the tokenizer. Scores are the arrays of documents.py, of all tasks."""
 
     tasks: list[LoadedTask]
     tokenizer: Any
     task: TaskConfig
     runtime: RuntimeConfig
     sha256: str
+    made_here: set[bytes] = field(default_factory=set, compare=False)  # prompts of the baselines that this run scored
 
     @property
     def identity(self) -> dict[str, Any]:
         return {
             "protocol": " ".join(task.protocol for task in self.tasks),
             "documents": self.sha256,
+            "revisions": [task.revision for task in self.tasks],
             "batch_size": self.runtime.batch_size,
+            "arrays": 2,  # the form of what is kept
         }
 
     def score_baseline(self, model: Any) -> Scores:
-        return self.score(model, None)
+        scores = self.score(model, None)
+        self.made_here.update(scores[f"{task.name}|prompts"].tobytes() for task in self.tasks)
+        return scores
 
     def score(self, model: Any, baseline: Scores | None) -> Scores:
         """Raises PointError, naming task, document and layer, if the model gives NaN or Inf."""
         lm = wrap(model, self.tokenizer, self.task, self.runtime)
         scores: Scores = {}
         for task in self.tasks:
-            scores |= _score(task, lm, self.task.limit)
-            key = f"{task.name}|documents"
+            scores |= _score(task, lm, self.task.limit).arrays(task.name)
+            key = f"{task.name}|prompts"
             if baseline is not None and not np.array_equal(scores[key], baseline[key]):
+                made_here = baseline[key].tobytes() in self.made_here
                 raise PointError(
-                    f"{task.name}: the kept baseline is of other documents; remove it from outputs/baselines"
+                    f"{task.name}: its prompts change from one evaluation to the next, whatever the seed, so that a "
+                    "model and its baseline would not be asked the same"
+                    if made_here
+                    else f"{task.name}: the kept baseline is of other documents; remove it from outputs/baselines"
                 )
         return scores
 
@@ -76,40 +80,45 @@ class TaskEvaluation:
         """Rolling tasks become perplexities, the others task records; their per-document scores are kept beside."""
         evaluation, tasks, files = [], [], {}
         for task in self.tasks:
+            ours = TaskScores.of(scores, task.name, task.leaves)
+            theirs = None if baseline is None else TaskScores.of(baseline, task.name, task.leaves)
             if task.rolling:
-                record, file, kept = self._perplexity(task, scores, baseline, baseline_cached)
+                record, file, kept = self._perplexity(task, ours, theirs, baseline_cached)
                 evaluation.append(record)
             else:
-                record, file, kept = self._task(task, scores, baseline, baseline_cached)
+                record, file, kept = self._task(task, ours, theirs, baseline_cached)
                 tasks.append(record)
             files[file] = kept
         return evaluation, tasks, files
 
     def _perplexity(
-        self, task: LoadedTask, scores: Scores, baseline: Scores | None, cached: bool
+        self, task: LoadedTask, scores: TaskScores, baseline: TaskScores | None, cached: bool
     ) -> tuple[EvaluationRecord, str, Scores]:
-        (leaf,) = task.leaves
-        tokens = scores[f"{leaf}/tokens"]
-        kept = {"quantized": -scores[f"{leaf}/log_likelihood"] / tokens, "tokens": tokens}
+        (ours,) = scores.leaves.values()
+        assert ours.log_likelihood is not None
+        assert ours.tokens is not None
+        kept = {"quantized": -ours.log_likelihood / ours.tokens, "tokens": ours.tokens}
         delta = None
         if baseline is not None:
-            kept["baseline"] = -baseline[f"{leaf}/log_likelihood"] / tokens
-            delta = paired_delta(kept["quantized"], kept["baseline"], weights=tokens)
-        documents = bytes(scores[f"{task.name}|documents"]).hex()
+            (theirs,) = baseline.leaves.values()
+            assert theirs.log_likelihood is not None
+            kept["baseline"] = -theirs.log_likelihood / ours.tokens
+            delta = paired_delta(kept["quantized"], kept["baseline"], weights=ours.tokens)
         file = name_of(kept)
+        metrics, _ = _metrics(task, scores, baseline)
         record = EvaluationRecord(
             protocol=task.protocol,
             text_source=task.source,
-            text_sha256=documents,
-            token_ids_sha256=bytes(scores[f"{task.name}|token ids"]).hex(),
-            total_tokens=int(tokens.sum()),
-            leading_special_tokens=0 if self.task.add_bos_token is False else self._special_tokens(),
+            text_sha256=bytes(scores.prompts).hex(),
+            token_ids_sha256=bytes(scores.token_ids).hex(),
+            total_tokens=int(ours.tokens.sum()),
+            leading_special_tokens=0 if self.task.add_bos_token is False else hflm.special_tokens(self.tokenizer),
             window_tokens=self.task.window,
-            windows=len(tokens),
+            windows=len(ours.tokens),
             dropped_tokens=0,
-            scored_tokens=int(tokens.sum()),
-            ppl=perplexity(kept["quantized"], tokens),
-            baseline_ppl=None if baseline is None else perplexity(kept["baseline"], tokens),
+            scored_tokens=int(ours.tokens.sum()),
+            ppl=perplexity(kept["quantized"], ours.tokens),
+            baseline_ppl=None if baseline is None else perplexity(kept["baseline"], ours.tokens),
             baseline_cached=cached,
             ppl_delta=delta and delta.value,
             ppl_delta_low=delta and delta.low,
@@ -117,173 +126,165 @@ class TaskEvaluation:
             window_nll_file=file,
             verdict=delta and verdict(delta, higher_is_better=False),
             text_revision=task.revision,
-            bos_policy=self._bos_policy(),
-            metrics=_metrics(task, scores, baseline),
+            bos_policy=hflm.bos_policy(self.tokenizer, self.task),
+            metrics=metrics,
         )
         return record, file, kept
 
     def _task(
-        self, task: LoadedTask, scores: Scores, baseline: Scores | None, cached: bool
+        self, task: LoadedTask, scores: TaskScores, baseline: TaskScores | None, cached: bool
     ) -> tuple[TaskRecord, str, Scores]:
         kept: Scores = {}
-        for whose, values in (("quantized", scores), ("baseline", baseline or {})):
-            kept |= {f"{whose}/{k}": v for k, v in values.items() if k.rpartition("/")[0] in task.leaves}
+        for whose, model in (("quantized", scores), ("baseline", baseline)):
+            kept |= _kept(task, whose, model) if model is not None else {}
         file = name_of(kept)
+        metrics, undefined = _metrics(task, scores, baseline)
+        if scores.truncated_prompts:
+            log.warning(
+                "%s: the prompts of %d of %d documents are longer than task.window=%d and were truncated from the left",
+                task.protocol,
+                scores.truncated_prompts,
+                scores.documents,
+                self.task.window,
+            )
+        if undefined:
+            log.warning("%s: left out, being NaN or infinite: %s", task.protocol, ", ".join(undefined))
         record = TaskRecord(
             protocol=task.protocol,
             task=task.name,
             version=task.version,
-            documents=scores[f"{task.name}|number of documents"].item(),
-            documents_sha256=bytes(scores[f"{task.name}|documents"]).hex(),
-            num_fewshot=next(iter(task.leaves.values())).get_config("num_fewshot"),
+            documents=scores.documents,
+            documents_sha256=bytes(scores.prompts).hex(),
+            num_fewshot=task.num_fewshot,
             max_length=self.task.window,
-            bos_policy=self._bos_policy(),
+            bos_policy=hflm.bos_policy(self.tokenizer, self.task),
             text_source=task.source,
             baseline_cached=cached,
-            metrics=_metrics(task, scores, baseline),
+            metrics=metrics,
             scores_file=file,
+            truncated_prompts=scores.truncated_prompts,
+            undefined_metrics=undefined,
         )
         return record, file, kept
 
-    def _special_tokens(self) -> int:
-        return len(self.tokenizer("a")["input_ids"]) - len(self.tokenizer("a", add_special_tokens=False)["input_ids"])
-
-    def _bos_policy(self) -> str:
-        by_itself = f"what the tokenizer adds by itself ({self._special_tokens()} tokens)"
-        asked = {None: by_itself, True: "BOS", False: "none"}[self.task.add_bos_token]
-        return f"before a text: {asked}; context of a text without any: BOS, else EOS"
-
-
-def wrap(model: Any, tokenizer: Any, task: TaskConfig, runtime: RuntimeConfig) -> Any:
-    """lm-eval's model layer around the live model, with everything said that it would otherwise guess."""
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # HFLM warns about each argument that a live model settles
-    from lm_eval.models.huggingface import HFLM
-
-    class Quiet(HFLM):
-        """One progress bar for all rolling windows; HFLM itself draws one for each batch of them."""
-
-        bar: tqdm | None = None
-
-        def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = False, **batch: Any) -> Any:
-            if batch:  # rolling
-                self.bar = tqdm(desc="lm-eval", unit="window") if self.bar is None else self.bar
-                self.bar.update(len(requests))
-            return super()._loglikelihood_tokens(requests, disable_tqdm or bool(batch), **batch)
-
-    wide = torch.promote_types(next(model.parameters()).dtype, torch.float32)
-    return Quiet(
-        pretrained=model,
-        tokenizer=tokenizer,
-        backend="causal",
-        batch_size=runtime.batch_size,
-        max_length=task.window,
-        softmax_dtype=str(wide).removeprefix("torch."),
-        add_bos_token=task.add_bos_token,
-        device=str(model.device),
-    )
-
 
 @torch.inference_mode()
-def _score(task: LoadedTask, lm: Any, limit: int | None) -> Scores:
+def _score(task: LoadedTask, lm: Any, limit: int | None) -> TaskScores:
     from lm_eval import evaluate
 
     seed_everything()
-    results = evaluate(lm, task.loaded, limit=limit, bootstrap_iters=0, log_samples=True)
-    own = results.get("groups", {}).get(task.name) or results["results"].get(task.name, {})
-    scores = {f"{task.name}|{metric}": np.asarray([own[metric]], float) for metric in own if _is_metric(metric, own)}
-    hashes, ids = [], hashlib.sha256()
-    for leaf in task.leaves:
-        samples = results["samples"][leaf]
+    for leaf in task.leaves.values():
+        shots.reset(leaf)
+    lm.truncated.clear()
+    try:
+        results = evaluate(lm, task.loaded, limit=limit, bootstrap_iters=0, log_samples=True)
+    except OverflowError:
+        raise PointError(f"{task.name}: a perplexity is too large for a number") from None
+    own = results.get("groups", {}).get(task.name) or results["results"][task.name]
+    numbers = {metric: float(own[metric]) for metric in own if _is_metric(metric, own)}
+    if not numbers:
+        raise PointError(f"{task.name}: lm-eval gives no number for it")
+    hashes, leaves, ids, truncated = [], {}, hashlib.sha256(), 0
+    for name, leaf in task.leaves.items():
+        samples = results["samples"][name]
         hashes += [[s[k] for k in ("doc_hash", "prompt_hash", "target_hash")] for s in samples]
         for sample in samples:
-            _require_finite(leaf, sample, lm)
-        by_filter: dict[str, list[dict[str, Any]]] = {}
-        for sample in samples:
-            by_filter.setdefault(sample["filter"], []).append(sample)
-        for name, rows in by_filter.items():
-            for metric in rows[0]["metrics"]:
-                values = [row.get(metric) for row in rows]
-                if task.rolling:
-                    pairs = np.asarray(values, float)
-                    scores[f"{leaf}/log_likelihood"], scores[f"{leaf}/{metric},{name} weight"] = pairs.T
-                elif all(isinstance(value, (int, float, np.number)) for value in values):
-                    scores[f"{leaf}/{metric},{name}"] = np.asarray(values, float)
+            hflm.require_finite(name, sample, lm)
+        scores = _leaf(leaf, samples, results["results"][name])
         if task.rolling:
             encoded = [np.asarray(lm.tok_encode(s["arguments"][0][0]), "<i8") for s in samples]
-            scores[f"{leaf}/tokens"] = np.asarray([len(e) for e in encoded], float)
             ids.update(np.concatenate(encoded).tobytes())
-    scores[f"{task.name}|documents"] = _digest(json.dumps(hashes).encode())
-    scores[f"{task.name}|token ids"] = np.frombuffer(ids.digest(), np.uint8)
-    count = sum(results["n-samples"][leaf]["effective"] for leaf in task.leaves)
-    scores[f"{task.name}|number of documents"] = np.asarray([count])
-    return scores
+            scores = replace(scores, tokens=np.asarray([len(e) for e in encoded], float))
+        leaves[name] = scores
+        truncated += hflm.count_truncated(samples, lm.truncated)
+    return TaskScores(
+        numbers=numbers,
+        leaves=leaves,
+        prompts=np.frombuffer(hashlib.sha256(json.dumps(hashes).encode()).digest(), np.uint8),
+        token_ids=np.frombuffer(ids.digest(), np.uint8),
+        truncated_prompts=truncated,
+    )
 
 
-def _metrics(task: LoadedTask, scores: Scores, baseline: Scores | None) -> list[MetricRecord]:
-    better = {m: b for leaf in task.leaves.values() for m, b in leaf.higher_is_better().items()}
-    found = []
-    for key, value in scores.items():
-        owner, _, metric = key.partition("|")
-        if owner != task.name or "," not in metric:
+def _leaf(leaf: Any, samples: list[dict[str, Any]], own: dict[str, Any]) -> LeafScores:
+    """`samples` are lm-eval's, one for each document and filter; `own` its table of the task."""
+    from lm_eval.api.metrics import mean
+
+    scores = LeafScores(own["sample_len"], {metric: float(own[metric]) for metric in own if _is_metric(metric, own)})
+    log_likelihood = None
+    for metric, number in scores.numbers.items():
+        bare, _, filtered = metric.partition(",")
+        rows = [sample for sample in samples if sample["filter"] == filtered]
+        if not all(bare in row for row in rows):  # not a number of all documents: which ones may differ by model
             continue
-        name = metric.removesuffix(",none")
-        higher = bool(better.get(metric.partition(",")[0], True))
-        delta, flips = _compare(task, metric, scores, baseline) if baseline is not None else (None, None)
-        found.append(
-            MetricRecord(
-                name=name,
-                higher_is_better=higher,
-                value=value.item(),
-                baseline=None if baseline is None else baseline[key].item(),
-                delta=delta and delta.value,
-                delta_low=delta and delta.low,
-                delta_high=delta and delta.high,
-                verdict=delta and verdict(delta, higher),
+        items = [row[bare] for row in rows]
+        function = leaf.aggregation().get(bare, mean)
+        if leaf.OUTPUT_TYPE == "loglikelihood_rolling":
+            log_likelihood = np.asarray(items, float)[:, 0]
+        values = aggregate.own_values(function, items)
+        if values is not None:
+            scores.documents[metric] = values
+        elif (added := aggregate.contributions(function, items, number)) is not None:
+            scores.contributions[metric] = added
+    return replace(scores, log_likelihood=log_likelihood)
+
+
+def _kept(task: LoadedTask, whose: str, scores: TaskScores) -> Scores:
+    """What is kept beside the result: per document and task, and for a group what each document adds to its number."""
+    kept = {
+        f"{whose}/{name}/{metric}": values
+        for name, leaf in scores.leaves.items()
+        for metric, values in (leaf.contributions | leaf.documents).items()
+    }
+    for metric in scores.numbers if task.group is not None else ():
+        added = scores.adds(metric, task.name, task.by_size(metric))
+        kept |= {} if added is None else {f"{whose}/{task.name}/{metric}": added}
+    return kept
+
+
+def _metrics(task: LoadedTask, scores: TaskScores, baseline: TaskScores | None) -> tuple[list[MetricRecord], list[str]]:
+    """The metrics that are numbers, with their differences, and the names of the others."""
+    found, undefined = [], []
+    for metric, value in scores.numbers.items():
+        name, better = metric.removesuffix(",none"), task.higher_is_better(metric)
+        if not math.isfinite(value):
+            undefined.append(name)
+            continue
+        record = MetricRecord(name=name, higher_is_better=better is not False, value=value)
+        if baseline is not None and math.isfinite(baseline.numbers.get(metric, math.nan)):
+            delta, flips = _compare(task, metric, scores, baseline)
+            record = replace(
+                record,
+                baseline=baseline.numbers[metric],
+                delta=delta.value,
+                delta_low=delta.low,
+                delta_high=delta.high,
+                verdict=None if better is None else verdict(delta, better),
                 flip_rate=flips and flips.value,
                 flip_rate_low=flips and flips.low,
                 flip_rate_high=flips and flips.high,
             )
-        )
-    return found
+        found.append(record)
+    return found, undefined
 
 
 def _compare(
-    task: LoadedTask, metric: str, scores: Scores, baseline: Scores
-) -> tuple[Estimate | None, Estimate | None]:
-    """The difference to the baseline over all documents, and the flip rate where documents are right or wrong."""
-    bare = metric.partition(",")[0]
-    if task.rolling:
-        (leaf,) = task.leaves
-        unit = WEIGHTED.get(bare)
-        if unit is None:
-            return None, None
-        ours, theirs = (-s[f"{leaf}/log_likelihood"] for s in (scores, baseline))
-        weight = scores[f"{leaf}/{metric} weight"]
-        return jackknife(lambda q, b, w: unit(q / w) - unit(b / w), ours, theirs, weight), None
-    keys = [f"{leaf}/{metric}" for leaf in task.leaves]
-    if not all(key in scores for key in keys):  # a metric that is not a mean over documents
-        return None, None
-    ours, theirs = (np.concatenate([s[key] for key in keys]) for s in (scores, baseline))
-    if not np.isin(np.concatenate([ours, theirs]), (0, 1)).all():
-        return jackknife(lambda m: m, ours - theirs), None
-    return paired_shares(ours, theirs), share(int((ours != theirs).sum()), len(ours))
-
-
-def _require_finite(leaf: str, sample: dict[str, Any], lm: Any) -> None:
-    responses = [response for request in sample["resps"] for response in request]
-    numbers = [r[0] if isinstance(r, tuple) else r for r in responses]  # a tuple adds whether it would be generated
-    if all(math.isfinite(n) for n in numbers if isinstance(n, float)):
-        return
-    first = sample["arguments"][0]
-    ids = lm.tok_encode("".join(part for part in first if isinstance(part, str)))[: lm.max_length]
-    layer = first_nonfinite_layer(lm.model, torch.tensor([ids], device=lm.device))
-    where = f"first in the output of {layer}" if layer else "but not when its prompt is run again"
-    raise PointError(f"{leaf}: the model gives NaN or Inf in document {sample['doc_id']}, {where}")
+    task: LoadedTask, metric: str, scores: TaskScores, baseline: TaskScores
+) -> tuple[Estimate, Estimate | None]:
+    """The difference of the two numbers, with its interval where what documents add is known, and the flip rate."""
+    difference = scores.numbers[metric] - baseline.numbers[metric]
+    right, baseline_right = scores.outcomes(metric), baseline.outcomes(metric)
+    flips = None
+    if right is not None and baseline_right is not None:
+        flips = share(int((right != baseline_right).sum()), len(right))
+        if task.group is None or task.by_size(metric):  # the share of all documents that are right
+            return replace(paired_shares(right, baseline_right), value=difference), flips
+    ours, theirs = (s.adds(metric, task.name, task.by_size(metric)) for s in (scores, baseline))
+    if ours is None or theirs is None or ours.shape != theirs.shape:
+        return Estimate(difference, None, None), flips
+    return replace(jackknife(lambda mean: mean, ours - theirs), value=difference), flips
 
 
 def _is_metric(name: str, own: dict[str, Any]) -> bool:
-    return "," in name and "_stderr," not in name and isinstance(own[name], (int, float))
-
-
-def _digest(content: bytes) -> np.ndarray:
-    return np.frombuffer(hashlib.sha256(content).digest(), np.uint8)
+    marked = "," in name and "_stderr," not in name and not name.startswith("bypass,")  # which stands for none
+    return marked and isinstance(own[name], (int, float, np.number))

@@ -9,6 +9,8 @@ token (BOS, else EOS) as context, the next ones one token of the text, the last 
 metrics count words and bytes of the text before detokenization; per token the same log-likelihood gives the
 perplexity. Other tasks give a number per document, so accuracies are compared document by document: see TaskRecord.
 
+A tag (glue) stands for its tasks, one record each, and so does a group that aggregates nothing.
+
 task.path=FILE puts a local file's documents in place of the task's dataset, and leaves all else: JSON lines with the
 task's own fields, or, for wikitext, the raw file, whose articles are the documents.
 """
@@ -31,9 +33,8 @@ import torch
 
 from qbench.config import TaskConfig
 from qbench.errors import RequestError
+from qbench.evaluate import shots
 from qbench.evaluate.text import read_json_lines, read_text, wikitext_pages
-
-SEED = 1234  # lm-eval's default for shots and sampling
 
 
 @dataclass(frozen=True)
@@ -47,19 +48,40 @@ class TaskSource:
 
 @dataclass(frozen=True)
 class LoadedTask:
-    """One requested name: a task, a group, or a tag, with its leaf tasks."""
+    """A task, or a group with a number of its own, with its leaf tasks: what one record is made of."""
 
     name: str
-    loaded: dict[str, Any]  # what TaskManager.load returns
+    loaded: dict[str, Any]  # in the form that TaskManager.load returns
     protocol: str
     version: str
     rolling: bool
     source: str
     revision: str | None
+    num_fewshot: int | None  # None where the tasks of a group differ
 
     @property
     def leaves(self) -> dict[str, Any]:
         return self.loaded["tasks"]
+
+    @property
+    def group(self) -> Any:
+        """lm-eval's group of this name; None for a task."""
+        return self.loaded["groups"].get(self.name)
+
+    def by_size(self, metric: str) -> bool:
+        """Whether a group weighs its tasks by their documents for `METRIC,FILTER`; the last one listed counts."""
+        name, _, filtered = metric.partition(",")
+        for listed in reversed(self.group.aggregate_metric_list if self.group is not None else []):
+            if listed.metric == name and (listed.filter_list is None or filtered in listed.filter_list):
+                return bool(listed.weight_by_size)
+        return True
+
+    def higher_is_better(self, metric: str) -> bool | None:
+        """As lm-eval's tasks declare it for `METRIC,FILTER`, True where none does; None where they contradict."""
+        name = metric.partition(",")[0]
+        declared = (leaf.higher_is_better().get(name) for leaf in self.leaves.values())
+        found = {bool(better) for better in declared if better is not None}
+        return None if len(found) > 1 else found.pop() if found else True
 
 
 def read(task: TaskConfig) -> TaskSource:
@@ -79,8 +101,6 @@ def read(task: TaskConfig) -> TaskSource:
     if task.path is not None:
         if len(task.names) > 1:
             raise RequestError(f"task.path holds the documents of one task, task.names has {len(task.names)}")
-        if task.num_fewshot:
-            raise RequestError("task.path holds no documents for shots; leave out task.num_fewshot")
         documents = _documents(task)
         digest.update(repr(documents).encode())
     if task.include_path is not None:
@@ -96,14 +116,20 @@ def load(source: TaskSource) -> list[LoadedTask]:
     """Has lm-eval load the tasks and their data; raises RequestError, with the closest names, when it cannot."""
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     seed_everything()
-    return [_load(name, source) for name in source.task.names]
+    tasks: dict[str, LoadedTask] = {}
+    for name in source.task.names:
+        for task in _load(name, source):
+            if task.name in tasks:
+                raise RequestError(f"task.names={','.join(source.task.names)} holds {task.name} twice")
+            tasks[task.name] = task
+    return list(tasks.values())
 
 
 def seed_everything() -> None:
     """lm-eval's default seeds, which it sets before it loads tasks and runs them."""
     random.seed(0)
-    np.random.seed(SEED)
-    torch.manual_seed(SEED)
+    np.random.seed(shots.SEED)
+    torch.manual_seed(shots.SEED)
 
 
 def _documents(task: TaskConfig) -> list[dict[str, Any]]:
@@ -118,7 +144,8 @@ def _documents(task: TaskConfig) -> list[dict[str, Any]]:
     return [{"page": page} for page in wikitext_pages(read_text(task).content)]
 
 
-def _load(name: str, source: TaskSource) -> LoadedTask:
+def _load(name: str, source: TaskSource) -> list[LoadedTask]:
+    """One for a task or a group that aggregates; one for each member of a tag, or of a group that does not."""
     task = source.task
     manager = _manager(name, task.include_path)
     spec: Any = name
@@ -131,38 +158,76 @@ def _load(name: str, source: TaskSource) -> LoadedTask:
         spec = load_yaml(entry.yaml_path, resolve_func=True) | {"custom_dataset": _in_place_of(source.documents)}
     try:
         loaded = manager.load(spec)
+    except IndexError as error:  # lm-eval looks at the first document
+        raise RequestError(f"lm-eval cannot load {name}: a task of it has no documents") from error
     except Exception as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         raise RequestError(
             f"lm-eval cannot load {name} ({reason}); its data comes from the Hugging Face Hub, or from task.path=FILE"
         ) from error
-    for leaf in loaded["tasks"].values():
-        if getattr(leaf, "UNSAFE_CODE", False):
-            raise RequestError(f"lm-eval marks {leaf.task_name} as unsafe: it runs code that the model writes")
-        _set_shots(leaf, task.num_fewshot)
-    rolling = any(leaf.OUTPUT_TYPE == "loglikelihood_rolling" for leaf in loaded["tasks"].values())
-    if rolling and len(loaded["tasks"]) > 1:
-        raise RequestError(f"{name} holds rolling tasks; name them one by one: {', '.join(loaded['tasks'])}")
-    whole = loaded.get("groups", {}).get(name) or next(iter(loaded["tasks"].values()))
-    number = str(whole.VERSION if hasattr(whole, "VERSION") else whole.version)
-    leaf = next(iter(loaded["tasks"].values()))
-    where = Path(task.path).name if task.path else "/".join(filter(None, (leaf.DATASET_PATH, leaf.DATASET_NAME)))
+    said = {leaf: _check(loaded["tasks"][leaf], source) for leaf in loaded["tasks"]}
+    parts = _parts(loaded["groups"].get(name) or list(loaded["tasks"].values()))
+    if not parts:
+        raise RequestError(f"lm-eval's {name} holds no task")
+    return [_loaded(part, said, task) for part in parts]
+
+
+def _parts(item: Any) -> list[Any]:
+    """The tasks and the groups with a number of their own that a task, group or list of those consists of."""
+    if isinstance(item, list) or (hasattr(item, "has_aggregation") and not item.has_aggregation):
+        return [part for member in item for part in _parts(member)]
+    return [item]
+
+
+def _check(leaf: Any, source: TaskSource) -> str:
+    """Sets the shots of one of lm-eval's tasks and says what they are; raises RequestError if it cannot be run."""
+    name, window = leaf.task_name, source.task.window
+    if getattr(leaf, "UNSAFE_CODE", False):
+        raise RequestError(f"lm-eval marks {name} as unsafe: it runs code that the model writes")
+    if not len(leaf.eval_docs):
+        raise RequestError(f"{name} has no documents")
+    if not leaf.aggregation() and not callable(leaf.get_config("process_results")):
+        raise RequestError(f"{name} defines no metric")
+    if leaf.OUTPUT_TYPE == "generate_until":
+        from lm_eval.models.utils import normalize_gen_kwargs
+
+        longest = normalize_gen_kwargs(leaf.get_config("generation_kwargs") or {})["max_gen_toks"]
+        if longest >= window:
+            raise RequestError(
+                f"{name} generates up to {longest} tokens, which leaves no room for a prompt in task.window={window}"
+            )
+    return shots.give(leaf, source.task.num_fewshot, stands_in=source.documents is not None)
+
+
+def _loaded(part: Any, said: dict[str, str], task: TaskConfig) -> LoadedTask:
+    is_group = hasattr(part, "get_all_tasks")
+    leaves = {leaf.task_name: leaf for leaf in (part.get_all_tasks() if is_group else [part])}
+    groups = {group.name: group for group in ([part, *part.get_all_groups()] if is_group else [])}
+    name = part.name if is_group else part.task_name
+    rolling = any(leaf.OUTPUT_TYPE == "loglikelihood_rolling" for leaf in leaves.values())
+    if rolling and is_group:
+        raise RequestError(f"{name} holds rolling tasks; name them one by one: {', '.join(leaves)}")
+    number = str(part.version if is_group else part.VERSION)
+    first = next(iter(leaves.values()))
+    counts = {leaf.get_config("num_fewshot") for leaf in leaves.values()}
+    where = Path(task.path).name if task.path else "/".join(filter(None, (first.DATASET_PATH, first.DATASET_NAME)))
     return LoadedTask(
         name=name,
-        loaded=loaded,
-        protocol=protocol_name(name, number, None if rolling else leaf.get_config("num_fewshot"), task),
+        loaded={"tasks": leaves, "groups": groups, "group_map": {g.name: g.child_names for g in groups.values()}},
+        protocol=protocol_name(name, number, "+".join(dict.fromkeys(said[leaf] for leaf in leaves)), task),
         version=number,
         rolling=rolling,
         source=where,
-        revision=None if task.path else _revision(leaf),
+        revision=None if task.path else _revision(first),
+        num_fewshot=counts.pop() if len(counts) == 1 else None,
     )
 
 
-def protocol_name(name: str, number: str, shots: int | None, task: TaskConfig) -> str:
-    """`piqa:lmeval-v1.0-0shot-w2048-limit100`; `shots` is None for rolling tasks."""
+def protocol_name(name: str, number: str, shots: str, task: TaskConfig) -> str:
+    """`piqa:lmeval-v1.0-0shot-w2048-limit100`; `shots` is empty for rolling tasks."""
     parts = [f"{name}:lmeval-v{number}"]
-    if shots is not None:
-        parts.append(f"{shots}shot")
+    if shots:
+        parts.append(shots)
     parts.append(f"w{task.window}")
     if task.limit is not None:
         parts.append(f"limit{task.limit}")
@@ -212,14 +277,6 @@ def _in_place_of(documents: list[dict[str, Any]]) -> Any:
             return self.setdefault(split, datasets.Dataset.from_list(documents))
 
     return lambda **_: AnySplit()
-
-
-def _set_shots(leaf: Any, asked: int | None) -> None:
-    """lm-eval's own rule: a task that says 0 keeps 0, one that says nothing gets 0."""
-    default = leaf.get_config("num_fewshot")
-    if default is None or (asked is not None and default != 0):
-        leaf.set_config(key="num_fewshot", value=asked or 0)
-    leaf.set_fewshot_seed(seed=SEED)
 
 
 def _revision(leaf: Any) -> str | None:

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from qbench import __version__
 from qbench.config import RuntimeConfig, TaskConfig
-from qbench.evaluate import lmeval, windows
+from qbench.evaluate import hflm, lmeval, windows
 from qbench.evaluate.harness import TaskEvaluation
 from qbench.evaluate.text import Pages, Text
 from qbench.evaluate.windowed import Scores, WindowedEvaluation
@@ -47,8 +47,9 @@ def check_length(source: Source, task: TaskConfig) -> None:
 
 
 def prepare(source: Source, tokenizer: Any, task: TaskConfig, runtime: RuntimeConfig) -> Evaluation:
-    """Raises RequestError when the text does not fit the protocol, or lm-eval cannot load a task."""
+    """Raises RequestError when the text does not fit the protocol, or lm-eval cannot load a task as it is asked for."""
     if isinstance(source, lmeval.TaskSource):
+        hflm.check(tokenizer, task)
         return TaskEvaluation(lmeval.load(source), tokenizer, task, runtime, source.sha256)
     return WindowedEvaluation(windows.cut(source, tokenizer, task), source, task, runtime)
 

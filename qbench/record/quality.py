@@ -42,7 +42,7 @@ class MetricRecord(Strict):
     value: float
     baseline: float | None = None
     delta: float | None = None  # value - baseline
-    delta_low: float | None = None  # 95 % interval over documents
+    delta_low: float | None = None  # 95 % interval over documents; None where what each of them adds is not known
     delta_high: float | None = None
     verdict: Verdict | None = None
     flip_rate: float | None = None  # share of the documents that turned right or wrong; for metrics of right and wrong
@@ -80,17 +80,21 @@ class EvaluationRecord(Strict):
 
 @dataclass(frozen=True)
 class TaskRecord(Strict):
-    """An lm-eval task that is not a perplexity; a group of tasks is one record, over all of its documents."""
+    """An lm-eval task that is not a perplexity; a group of tasks that aggregates is one record, as it aggregates."""
 
     protocol: str
     task: str  # lm-eval's name
     version: str
     documents: int
     documents_sha256: str  # of lm-eval's hashes of every document, prompt and target
-    num_fewshot: int
+    num_fewshot: int | None  # None where the tasks of a group differ; the protocol names all
     max_length: int
     bos_policy: str
     text_source: str
     baseline_cached: bool
     metrics: list[MetricRecord]
-    scores_file: str  # safetensors beside the result: `TASK/METRIC` per document, `quantized/...` and `baseline/...`
+    # safetensors beside the result, `quantized/TASK/METRIC,FILTER` and `baseline/...`: what each document adds to the
+    # metric of the task or group, its own value for a mean; the mean of what they add is the metric
+    scores_file: str
+    truncated_prompts: int = 0  # documents whose prompt was longer than max_length and lost its beginning
+    undefined_metrics: list[str] = field(default_factory=list)  # NaN or infinite, and so not among the metrics

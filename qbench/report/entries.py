@@ -34,7 +34,7 @@ class Score:
     """One quality number of one entry, with the per-window values that its intervals come from."""
 
     protocol: str
-    metric: str  # ppl: exp of the mean of the windows' NLLs; any other: the mean of the documents' values
+    metric: str  # ppl: exp of the mean of the windows' NLLs; any other: the mean of what each document adds
     value: float
     baseline: float | None
     delta: float | None  # value - baseline, with its 95 % interval
@@ -217,7 +217,8 @@ def _scores(result: Result, folder: Path, problems: list[str]) -> Iterator[Score
         )
     for record in result.tasks:
         for metric in record.metrics:
-            windows, weights = values(record.scores_file, record.protocol, partial(_documents, metric=metric.name))
+            read = partial(_documents, task=record.task, metric=metric.name)
+            windows, weights = values(record.scores_file, record.protocol, read)
             yield Score(
                 protocol=record.protocol,
                 metric=metric.name,
@@ -252,10 +253,9 @@ def _nll(tensors: Mapping[str, np.ndarray], count: int) -> Windows:
     return nll, tokens
 
 
-def _documents(tensors: Mapping[str, np.ndarray], metric: str) -> Windows:
-    """The metric per document, over all tasks of a group; lm-eval's name of the absent filter is `none`."""
-    key = metric if "," in metric else f"{metric},none"
-    found = [v for k, v in sorted(tensors.items()) if k.startswith("quantized/") and k.rpartition("/")[2] == key]
-    if not found:  # a metric of the whole task, not a mean over its documents
+def _documents(tensors: Mapping[str, np.ndarray], task: str, metric: str) -> Windows:
+    """What each document adds to the metric of a task or group; lm-eval's name of the absent filter is `none`."""
+    found = tensors.get(f"quantized/{task}/{metric if ',' in metric else f'{metric},none'}")
+    if found is None:  # a metric of which that is not known
         return None, None
-    return np.concatenate(found).astype(np.float64), None
+    return found.astype(np.float64), None

@@ -145,6 +145,7 @@ def tasked(quantizer: str, correct: np.ndarray, **changes: Any) -> tuple[Result,
     )
     half = len(correct) // 2
     scores = {"quantized/a/acc,none": correct[:half], "quantized/b/acc,none": correct[half:]}
+    scores["quantized/pair/acc,none"] = correct
     return replace(result, evaluation=[], tasks=[record]), scores
 
 

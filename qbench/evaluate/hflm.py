@@ -1,0 +1,128 @@
+"""lm-eval's model layer, HFLM, around the live model: its numbers, with everything said that it would keep to itself.
+
+Prompts that do not fit into task.window lose their beginning, as lm-eval has it; here they are counted.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from qbench.config import RuntimeConfig, TaskConfig
+from qbench.errors import PointError, RequestError
+from qbench.evaluate.score import first_nonfinite_layer
+
+
+def check(tokenizer: Any, task: TaskConfig) -> None:
+    """Raises RequestError for a tokenizer that lm-eval's layer cannot use, or that has not the BOS asked for."""
+    if tokenizer.bos_token_id is None and tokenizer.eos_token_id is None:
+        raise RequestError(
+            "lm-eval's tasks need a tokenizer with a BOS or EOS token, the context of a text that has none; "
+            "this model's tokenizer has neither"
+        )
+    if not task.add_bos_token:
+        return
+    if tokenizer.bos_token_id is None:
+        raise RequestError(
+            "task.add_bos_token=true: this model's tokenizer has no BOS token; leave it at null or false"
+        )
+    if tokenizer("a")["input_ids"][:1] != [tokenizer.bos_token_id]:
+        raise RequestError(
+            f"task.add_bos_token=true: this model's tokenizer puts no BOS ({tokenizer.bos_token}) before a text, "
+            "and lm-eval leaves that to it; leave it at null or false"
+        )
+
+
+def special_tokens(tokenizer: Any) -> int:
+    """How many tokens the tokenizer adds to a text by itself."""
+    return len(tokenizer("a")["input_ids"]) - len(tokenizer("a", add_special_tokens=False)["input_ids"])
+
+
+def bos_policy(tokenizer: Any, task: TaskConfig) -> str:
+    by_itself = f"what the tokenizer adds by itself ({special_tokens(tokenizer)} tokens)"
+    asked = {None: by_itself, True: "BOS", False: "none"}[task.add_bos_token]
+    return f"before a text: {asked}; context of a text without any: BOS, else EOS"
+
+
+def wrap(model: Any, tokenizer: Any, task: TaskConfig, runtime: RuntimeConfig) -> Any:
+    """HFLM with the precision, window, batch size and BOS of the request, and `truncated`: the prompts that were cut.
+
+    `truncated` holds the pair (context, continuation) of a likelihood and the prompt of a generation.
+    """
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # HFLM warns about each argument that a live model settles
+    from lm_eval.models.huggingface import HFLM
+
+    class Counting(HFLM):
+        truncated: set[Any]
+        bar: tqdm | None = None  # one for all rolling windows; HFLM itself draws one for each batch of them
+
+        def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = False, **batch: Any) -> Any:
+            if batch:  # rolling: windows that lm-eval cut to fit
+                self.bar = tqdm(desc="lm-eval", unit="window") if self.bar is None else self.bar
+                self.bar.update(len(requests))
+            else:
+                for texts, context, continuation in requests:
+                    if len(continuation) > self.max_length:
+                        raise PointError(
+                            f"an answer has {len(continuation)} tokens, more than task.window={self.max_length}: "
+                            f"{texts[1][:40]!r}..."
+                        )
+                    if len(context) + len(continuation) > self.max_length + 1:
+                        self.truncated.add(texts)
+            return super()._loglikelihood_tokens(requests, disable_tqdm or bool(batch), **batch)
+
+        def tok_batch_encode(
+            self, strings: Any, padding_side: str = "left", left_truncate_len: int | None = None, **more: Any
+        ) -> Any:
+            ids, mask = super().tok_batch_encode(strings, padding_side, None, **more)
+            if left_truncate_len:
+                lengths = mask.sum(1).tolist()
+                self.truncated |= {s for s, n in zip(strings, lengths, strict=True) if n > left_truncate_len}
+                ids, mask = ids[:, -left_truncate_len:], mask[:, -left_truncate_len:]
+            return ids, mask
+
+    wide = torch.promote_types(next(model.parameters()).dtype, torch.float32)
+    lm = Counting(
+        pretrained=model,
+        tokenizer=tokenizer,
+        backend="causal",
+        batch_size=runtime.batch_size,
+        max_length=task.window,
+        softmax_dtype=str(wide).removeprefix("torch."),
+        add_bos_token=task.add_bos_token,
+        device=str(model.device),
+    )
+    lm.truncated = set()
+    return lm
+
+
+def count_truncated(samples: list[dict[str, Any]], truncated: set[Any]) -> int:
+    """Documents of which a prompt was cut; `samples` are lm-eval's, one for each document and filter."""
+    cut = set()
+    for sample in samples:
+        for arguments in sample["arguments"]:
+            if tuple(arguments) in truncated if _is_pair(arguments) else arguments[0] in truncated:
+                cut.add(sample["doc_id"])
+    return len(cut)
+
+
+def _is_pair(arguments: Any) -> bool:
+    """Of a likelihood: context and continuation. A generation's second argument is a dictionary."""
+    return all(isinstance(part, str) for part in arguments)
+
+
+def require_finite(leaf: str, sample: dict[str, Any], lm: Any) -> None:
+    """Raises PointError, naming task, document and layer, for a response of NaN or Inf."""
+    responses = [response for request in sample["resps"] for response in request]
+    numbers = [r[0] if isinstance(r, tuple) else r for r in responses]  # a tuple adds whether it would be generated
+    if all(math.isfinite(n) for n in numbers if isinstance(n, float)):
+        return
+    first = sample["arguments"][0]
+    ids = lm.tok_encode("".join(part for part in first if isinstance(part, str)))[: lm.max_length]
+    layer = first_nonfinite_layer(lm.model, torch.tensor([ids], device=lm.device))
+    where = f"first in the output of {layer}" if layer else "but not when its prompt is run again"
+    raise PointError(f"{leaf}: the model gives NaN or Inf in document {sample['doc_id']}, {where}")
