@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from qbench import __version__, calibrate, packed
 from qbench.config import CalibrationConfig, Config, ModelConfig, RuntimeConfig, TaskConfig
 from qbench.evaluate import measure, speed
 from qbench.evaluate.text import Text, read_text
-from qbench.models import load
+from qbench.models import hub, load
 from qbench.quant.quantizer import Quantizer
 from qbench.record import wandb_tracker
 from qbench.record.result import Result
@@ -34,6 +34,7 @@ class Prepared:
     source: measure.Source
     calibration_text: Text | None
     settings: dict[str, Any]  # what of the configuration can change a number
+    model_id: str  # fingerprint of the weights
     run_id: str
     export: Path | None  # where the packed checkpoint will go
     store: Store
@@ -72,6 +73,7 @@ def prepare(
     if config.tracker.name == "wandb":
         wandb_tracker.check(config.tracker)
     store = Store(config.outputs)
+    config = replace(config, model=hub.pinned(config.model))  # a branch moves, a point does not
     model_id = fingerprint(config.model)
     calibration_text = read_calibration(config.calibration) if quantizer is not None and quantizer.needs else None
     if calibration_text is not None:
@@ -81,7 +83,7 @@ def prepare(
     run_id = identity(settings, model_id, texts, str(device.type), str(dtype), __version__)
     export = packed.export_target(config.export, run_id, quantizer)
     return Prepared(
-        config, command, quantizer, device, dtype, source, calibration_text, settings, run_id, export, store
+        config, command, quantizer, device, dtype, source, calibration_text, settings, model_id, run_id, export, store
     )
 
 

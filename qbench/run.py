@@ -94,7 +94,7 @@ def _run(point: Prepared) -> Result:
         environment=describe(str(point.device), str(point.dtype).removeprefix("torch.")),
     )
     result, scores, loaded = _measure(
-        started, config, point.quantizer, calibration, point.device, point.dtype, evaluation, store
+        started, config, point.model_id, point.quantizer, calibration, point.device, point.dtype, evaluation, store
     )
     store.save(result, scores)
     if point.export is not None and loaded is not None:  # after the result: a full disk must not lose it
@@ -105,6 +105,7 @@ def _run(point: Prepared) -> Result:
 def _measure(
     result: Result,
     config: Config,
+    model_id: str,
     quantizer: Quantizer | None,
     calibration: Calibration | None,
     device: torch.device,
@@ -119,7 +120,7 @@ def _measure(
     clock, offload = Clock(), config.runtime.offload
     try:
         with clock.phase("load"):
-            loaded = load.load(config.model, dtype, device, store.models, offload)
+            loaded = load.load(config.model, dtype, device, store.models, offload, model_id)
             require_finite(loaded.model, offload)
             packed.check_model(config.export, loaded.model, quantizer)
         model = loaded.model

@@ -42,11 +42,15 @@ def local(config: ModelConfig) -> Path:
     return folder
 
 
+class ModelError(RequestError):
+    """The configuration itself says that no point of this model can run."""
+
+
 def check_config(folder: Path, name: str, trust_remote_code: bool) -> None:
-    """Raises RequestError when the folder's config.json says that its model cannot be measured."""
+    """Raises ModelError when the folder's config.json says that its model cannot be measured as it is."""
     config = _read_json(folder / "config.json")
     if found := quantized_as(config):
-        raise RequestError(
+        raise ModelError(
             f"{name} is quantized already ({found}), and what is compared here starts from weights in 16 or 32 bits: "
             "name the checkpoint that it was made of, or one that was dequantized and saved anew; a checkpoint that "
             "export.dir packed runs with model=packed"
@@ -55,8 +59,8 @@ def check_config(folder: Path, name: str, trust_remote_code: bool) -> None:
         raise code_refused(name)
 
 
-def code_refused(name: str) -> RequestError:
-    return RequestError(
+def code_refused(name: str) -> ModelError:
+    return ModelError(
         f"{name} is only read by Python code that comes with it; once you have read and trust that code, say "
         "model.trust_remote_code=true"
     )

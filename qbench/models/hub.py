@@ -7,7 +7,9 @@ whether the model can be measured, then come tokenizer and settings, then the *.
 
 from __future__ import annotations
 
+import logging
 import re
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -23,8 +25,9 @@ def pinned(config: ModelConfig) -> ModelConfig:
     """The same model at the commit that its revision is now, under its own name; raises RequestError as `commit`."""
     if config.source != "hub":
         return config
-    name = config.id if config.name == "hub" and config.id else config.name
-    return replace(config, name=name, revision=commit(_repository(config), config.revision))
+    repository = _repository(config)
+    name = repository if config.name == "hub" else config.name
+    return replace(config, name=name, revision=commit(repository, config.revision))
 
 
 @cache  # one process asks once: all points of a sweep are of one commit
@@ -38,21 +41,25 @@ def commit(repository: str, revision: str | None) -> str:
     return _fetch(repository, revision, ["config.json"]).name
 
 
-def settings(config: ModelConfig) -> Path:
-    """Folder with everything but the weights; raises RequestError if the model cannot be had or measured."""
+def described(config: ModelConfig) -> Path:
+    """Folder with config.json, and code if it may run; raises RequestError if the model cannot be had or measured."""
     repository, revision = _repository(config), commit(_repository(config), config.revision)
-    snapshot = _fetch(repository, revision, ["config.json"])
+    snapshot = _fetch(repository, revision, ["config.json", *(["*.py"] if config.trust_remote_code else [])])
     if not (snapshot / "config.json").is_file():
         raise RequestError(f"{repository} at {revision} has no config.json on the Hub; is it a model of transformers?")
     folder.check_config(snapshot, repository, config.trust_remote_code)
-    code = ["*.py"] if config.trust_remote_code else []
-    return _fetch(repository, revision, [*folder.SETTINGS, *code])
+    return snapshot
+
+
+def settings(config: ModelConfig) -> Path:
+    """The folder of `described`, with all but the weights: tokenizer, generation settings, chat template."""
+    return _fetch(_repository(config), described(config).name, folder.SETTINGS)
 
 
 def weights(config: ModelConfig) -> Path:
     """The folder of `settings`, with the weights."""
     snapshot, name = settings(config), f"{config.id} on the Hub"
-    _fetch(_repository(config), snapshot.name, folder.weight_files(snapshot, name, present=False), beside=())
+    _fetch(_repository(config), snapshot.name, folder.weight_files(snapshot, name, present=False))
     folder.weight_files(snapshot, name)
     return snapshot
 
@@ -63,17 +70,17 @@ def _repository(config: ModelConfig) -> str:
     return config.id
 
 
-def _fetch(repository: str, revision: str | None, patterns: list[str], beside: tuple[str, ...] = folder.BESIDE) -> Path:
-    """The snapshot's folder, whose name is the commit, once it holds the files that match and are not `beside`."""
+def _fetch(repository: str, revision: str | None, patterns: Sequence[str]) -> Path:
+    """The snapshot's folder, whose name is the commit, once it holds the files of the repository that match."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
+    logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)  # what fails is said once, below
     # `*` also stands for slashes: original/params.json is not meant, additional_chat_templates/x.jinja is
-    below = [f"*/{pattern}" for pattern in ("*.json", "*.model", "*.txt", "*.tiktoken")]
+    below = [f"*/{pattern}" for pattern in folder.SETTINGS if pattern != "*.jinja"]
+    ignored = [*below, *folder.BESIDE]
     try:
-        found = snapshot_download(
-            repository, revision=revision, allow_patterns=patterns, ignore_patterns=[*below, *beside]
-        )
+        found = snapshot_download(repository, revision=revision, allow_patterns=[*patterns], ignore_patterns=ignored)
     except GatedRepoError:
         reason = "it is gated: accept its licence on its page there, then log in with: hf auth login"
     except RepositoryNotFoundError:
@@ -81,10 +88,9 @@ def _fetch(repository: str, revision: str | None, patterns: list[str], beside: t
     except RevisionNotFoundError:
         reason = f"it has no revision {revision}"
     except Exception as error:  # whatever the network brings
-        first_line = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-        reason = (
-            f"{first_line.rstrip('.')}. Without network use model=smollm2-135m (embedded) or model=local model.path=DIR"
-        )
+        first_line = (str(error).strip().splitlines() or [type(error).__name__])[0][:200].rstrip(".")
+        without = "without network use model=smollm2-135m (embedded) or model=local model.path=DIR"
+        reason = f"{first_line}; {without}"
     else:
         return Path(found)
     raise RequestError(f"cannot get {repository} from the Hugging Face Hub: {reason}")
