@@ -226,6 +226,19 @@ def test_layers_of_different_form_and_too_large_values_are_refused(tmp_path, mod
         autogptq.save(plain, tokenizer, tmp_path / "a")
 
 
+@pytest.mark.parametrize(
+    ("sizes", "said"),
+    [
+        ({(64, 64), (64, 192)}, 64),  # a whole row in one layer
+        ({(64, 64), (192, 192)}, -1),
+        ({(64, 128), (64, 192)}, 64),
+        ({(64, 128), (192, 192)}, None),
+    ],
+)
+def test_the_group_size_that_says_all_layers(sizes, said):
+    assert autogptq.common_group(sizes) == said
+
+
 KILLED = """
 import sys, time
 from pathlib import Path
