@@ -22,6 +22,7 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from qbench import requests
 from qbench.config import Config, register
 from qbench.errors import RequestError
+from qbench.hubnames import spelled_out
 
 DONE, FAILED, WRONG = 0, 1, 2
 
@@ -31,6 +32,7 @@ def main() -> int:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises its errors instead of printing and exiting
     register()
     requests.add_third_party_conf()
+    sys.argv[1:] = spelled_out(sys.argv[1:])
     if "--dry-run" in sys.argv:  # of a sweep, if need be of one point
         rest = [a for a in sys.argv[1:] if a not in ("--dry-run", "-m", "--multirun")]
         sys.argv[1:] = ["-m", *rest, "hydra.sweeper.dry_run=true"]

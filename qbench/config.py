@@ -18,7 +18,7 @@ class ModelConfig:
     name: str = MISSING
     source: str = MISSING  # hub, local, packed, smollm2 or random: who delivers the weights
     id: str | None = None  # Hub repository, for source=hub
-    revision: str | None = None  # commit of the Hub repository
+    revision: str | None = None  # branch, tag or commit of the Hub repository; recorded as the commit
     path: str | None = None  # folder, for source=local and source=packed
     trust_remote_code: bool = False
     architecture: str | None = None  # dense or moe, for source=random

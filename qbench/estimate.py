@@ -22,7 +22,7 @@ from rich.text import Text
 
 from qbench.config import ModelConfig
 from qbench.errors import PointError
-from qbench.models import load, smollm2, tiny
+from qbench.models import folder, hub, smollm2, tiny
 from qbench.models.experts import stacked_parameters
 from qbench.models.linears import find_linears
 from qbench.quant.original import BITS_PER_WEIGHT, Original
@@ -124,16 +124,19 @@ def _without_storage(config: ModelConfig) -> Any:
 
     if config.source == "random":
         return tiny.build(config.architecture or "", config.seed)[0]
+    if config.source == "packed":  # its bytes are those of the point that made it
+        return None
+    trust: dict[str, Any] = {"trust_remote_code": config.trust_remote_code}  # unsaid, transformers asks on stdin
     try:
         if config.source == "smollm2":
             gguf = smollm2.gguf_file()
-            about = AutoConfig.from_pretrained(gguf.parent, gguf_file=gguf.name)
-        elif config.source in ("hub", "local"):
-            folder = config.id if config.source == "hub" else config.path
-            about = load.readable(lambda: AutoConfig.from_pretrained(folder, revision=config.revision), str(folder))
-        else:  # a packed checkpoint: its bytes are those of the point that made it
-            return None
+            about = AutoConfig.from_pretrained(gguf.parent, gguf_file=gguf.name, **trust)
+        else:
+            place = hub.described(config) if config.source == "hub" else folder.local(config)
+            about = AutoConfig.from_pretrained(place, **trust)
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(about)
+            return AutoModelForCausalLM.from_config(about, **trust)
+    except folder.ModelError:  # no point of it can run
+        raise
     except Exception:  # no network, no such model: the point itself will say what is wrong
         return None

@@ -45,9 +45,15 @@ def check_model(config: ExportConfig, model: Any, quantizer: Quantizer | None) -
     found = find_linears(model)
     for name in found.experts:
         raise RequestError(f"export.format=autogptq has no place for fused experts ({name}); use export.format=packed")
+    sizes = set()
     for name, layer in found.layers.items():
-        if reason := autogptq.shape_refusal(*layer.weight.shape, quantizer.columns(layer.weight)):
+        rows, columns = layer.weight.shape
+        group_size = quantizer.columns(layer.weight)
+        if reason := autogptq.shape_refusal(rows, columns, group_size):
             raise RequestError(f"layer {name}: {reason}")
+        sizes.add((group_size, columns))
+    if autogptq.common_group(sizes) is None:
+        raise RequestError(f"export.format=autogptq: {autogptq.DIFFERENT}")
 
 
 def _refusal(quantizer: Quantizer) -> str | None:

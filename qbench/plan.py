@@ -17,6 +17,7 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from qbench import requests
 from qbench.config import Config
 from qbench.errors import RequestError
+from qbench.hubnames import spelled_out
 
 if TYPE_CHECKING:
     from qbench.prepare import Prepared
@@ -44,7 +45,7 @@ def expand(arguments: list[str], hydra: DictConfig, loader: ConfigLoader) -> lis
         for override in overrides:
             if override.is_sweep_override() and override.get_key_element() == "experiment":
                 raise RequestError("one experiment at a time: an experiment is a sweep already")
-        found += [tuple(p) for p in BasicSweeper.split_arguments(overrides, None)[0]]
+        found += [tuple(spelled_out(p)) for p in BasicSweeper.split_arguments(overrides, None)[0]]
     return list(dict.fromkeys(found))
 
 

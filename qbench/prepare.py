@@ -15,7 +15,7 @@ from qbench.config import CalibrationConfig, Config, ModelConfig, RuntimeConfig,
 from qbench.errors import RequestError
 from qbench.evaluate import measure, speed
 from qbench.evaluate.text import Text, read_text
-from qbench.models import load
+from qbench.models import hub, load
 from qbench.quant.original import Original
 from qbench.quant.quantizer import Quantizer
 from qbench.record import wandb_tracker
@@ -37,7 +37,7 @@ class Prepared:
     dtype: torch.dtype
     source: measure.Source
     calibration_text: Text | None
-    identity: Identity
+    identity: Identity  # its `weights` is the model's fingerprint
     run_id: str  # of the identity and this version of qbench
     export: Path | None  # where the packed checkpoint will go
     store: Store
@@ -92,7 +92,7 @@ def prepare(
     if config.tracker.name == "wandb":
         wandb_tracker.check(config.tracker)
     store = Store(config.outputs)
-    config = replace(config, model=named(config.model, command))
+    config = replace(config, model=hub.pinned(named(config.model, command)))  # a branch moves, a point does not
     weights = fingerprint(config.model)
     calibration_text = read_calibration(config.calibration) if quantizer is not None and quantizer.needs else None
     if calibration_text is not None:

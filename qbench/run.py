@@ -121,7 +121,7 @@ def _measure(
     clock, offload = Clock(), config.runtime.offload
     try:
         with clock.phase("load"):
-            loaded = load.load(config.model, dtype, device, store.models, offload)
+            loaded = load.load(config.model, dtype, device, store.models, offload, result.identity.weights)
             require_finite(loaded.model, offload)
             packed.check_model(config.export, loaded.model, quantizer)
         model = loaded.model
@@ -154,8 +154,9 @@ def _measure(
         else:
             left = [SkippedRow(s.name, s.weights, s.reason) for s in find_linears(model).skipped]
             quantization = _describe(model, config, parameters, None, [], left, wall_seconds=0)
-        result = replace(result, quantization=quantization)
         use_kernels(model)
+        quantization = replace(quantization, weight_bytes=weight_bytes(model))  # in the layout that is measured
+        result = replace(result, quantization=quantization)
 
         if timed:
             with clock.phase("speed"):
@@ -235,5 +236,4 @@ def _describe(
         peak_rss_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         layers=layers,
         skipped=skipped,
-        weight_bytes=weight_bytes(model),
     )

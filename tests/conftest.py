@@ -70,6 +70,14 @@ def smollm2_folder():
     return smollm2.prepare(Path(os.environ.get("QBENCH_TEST_CACHE", ROOT / "outputs" / "models")), 0)
 
 
+@pytest.fixture(params=["packed", "laid out"])
+def layout(request, monkeypatch):
+    """Runs a test twice: with the weights packed, and laid out for the kernels, whose ops have a CPU implementation."""
+    if request.param == "laid out":
+        monkeypatch.setattr("qbench.quant.linear._have_kernels", lambda device: True)
+    return request.param
+
+
 @pytest.fixture
 def data():
     if not DATA.is_dir():

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from safetensors.numpy import load_file
 
+from qbench.models.tiny import build
 from qbench.quant import checkpoint
 from qbench.quant.manifest import read
 from qbench.record.result import Result
@@ -13,6 +14,7 @@ from qbench.record.result import Result
 TINY = ("model=tiny-dense", "task.max_windows=2", "quantizer=rtn")
 
 
+@pytest.mark.usefixtures("layout")
 def test_export_writes_a_checkpoint_and_is_not_part_of_the_point(qbench):
     first = qbench(*TINY)
     exported = qbench(*TINY, "export.dir=exports/a")
@@ -81,6 +83,7 @@ def test_a_failed_export_keeps_the_result(qbench, monkeypatch):
 AUTOGPTQ = ("export.format=autogptq", "quantizer.group_size=32", "export.dir=exports/a")
 
 
+@pytest.mark.usefixtures("layout")
 def test_export_as_autogptq(qbench):
     exported = qbench(*TINY, *AUTOGPTQ)
     assert exported.status == 0
@@ -93,7 +96,35 @@ def test_export_as_autogptq(qbench):
     assert str(Path.cwd()) not in Path("exports/a/config.json").read_text()
     tensors = load_file("exports/a/model.safetensors")
     assert tensors["model.layers.0.mlp.down_proj.qweight"].dtype == "int32"
+    assert sum(name.endswith(".qweight") for name in tensors) == 14
+    assert len(tensors) == 66  # four per linear; embedding and norms
     assert qbench(*TINY, *AUTOGPTQ, "quantizer.nbits=8").status == 2  # another point's place
+
+
+def test_a_group_as_wide_as_some_layers_is_said_as_asked(qbench):
+    """Of tiny-dense's layers, which read 64 or 192 channels, groups of 64 are whole rows in some."""
+    assert qbench(*TINY, *AUTOGPTQ, "quantizer.group_size=64", "quantizer.symmetric=true").status == 0
+    assert json.loads(Path("exports/a/quantize_config.json").read_text())["group_size"] == 64
+
+
+@pytest.mark.parametrize("format", ["packed", "autogptq"])
+def test_an_export_generates_as_the_model_did(qbench, tiny, format):
+    from transformers import AutoTokenizer, GenerationConfig
+
+    model, tokenizer = build("dense", 0)
+    asked = dict(eos_token_id=[257, 3, 5], do_sample=False, temperature=0.6, repetition_penalty=1.3)  # as published
+    tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+    model.save_pretrained("m")
+    tokenizer.save_pretrained("m")
+    Path("m/generation_config.json").write_text(json.dumps(asked))
+    export = (f"export.format={format}", "export.dir=exports/a", "quantizer.symmetric=true", "quantizer.group_size=32")
+    assert qbench("model=local", "model.path=m", *TINY[1:], *export).status == 0
+    written = GenerationConfig.from_pretrained("exports/a")
+    assert {key: getattr(written, key) for key in asked} == asked
+    assert AutoTokenizer.from_pretrained("exports/a").chat_template == tokenizer.chat_template
+    if format == "packed":
+        reloaded = checkpoint.load(Path("exports/a")).generation_config
+        assert reloaded.to_dict() == GenerationConfig.from_pretrained("m").to_dict()
 
 
 @pytest.mark.parametrize(
@@ -119,6 +150,7 @@ def test_what_autogptq_cannot_hold_is_refused_before_anything_is_measured(qbench
     assert not list(Path("exports").rglob("*"))
 
 
+@pytest.mark.usefixtures("layout")
 @pytest.mark.parametrize("model", ["tiny-dense", "tiny-moe"])
 def test_a_packed_checkpoint_is_evaluated_without_its_original(qbench, model):
     exported = qbench(*TINY, f"model={model}", "quantizer.nbits=3", "export.dir=exports/a")

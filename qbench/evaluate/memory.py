@@ -1,7 +1,7 @@
 """What a model takes: the bytes of its weights by component, and the peak of the memory while something runs.
 
-Weights are counted from the buffers as stored. What an allocator or the kernel reports holds caches and whatever else
-is alive; it is good for one thing, a peak, and is read for that alone.
+Weights are counted from the buffers as they are held. What an allocator or the kernel reports holds caches and
+whatever else is alive; it is good for one thing, a peak, and is read for that alone.
 """
 
 from __future__ import annotations
@@ -17,21 +17,23 @@ import torch
 from torch import nn
 
 from qbench.models.experts import stacked_parameters
-from qbench.models.linears import find_linears, quantized_weights
+from qbench.models.linears import find_linears
 from qbench.quant.linear import PackedWeight
 from qbench.record.quantization import WeightBytes
 
 
 def weight_bytes(model: Any) -> WeightBytes:
-    """Bytes of the model's parameters and buffers by component; a tensor that several modules share counts once.
+    """Bytes that the model's parameters and buffers take in memory now, by component; a shared one counts once.
 
+    A weight that is laid out for a GPU's kernels counts as laid out. What is stored is `QuantizedWeight.nbytes`.
     Linear weights that are not quantized (all of them in a baseline, the routers of a mixture) are `linears`.
     """
     counted = dict.fromkeys((field.name for field in fields(WeightBytes)), 0)
-    for weight in quantized_weights(model):
-        for part, size in weight.stored_bytes().items():
+    holders = [module for module in model.modules() if isinstance(module, PackedWeight)]
+    for holder in holders:
+        for part, size in holder.held_bytes().items():
             counted[part] += size
-    packed = {id(b) for m in model.modules() if isinstance(m, PackedWeight) for b in m.buffers(recurse=False)}
+    packed = {id(buffer) for holder in holders for buffer in holder.buffers(recurse=False)}
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     head = id(getattr(model.get_output_embeddings(), "weight", None))
     linears = _linear_names(model)

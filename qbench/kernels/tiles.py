@@ -69,6 +69,13 @@ class Tiles:
         parts = (self.data, self.input_scale, self.codebook, self.permutation)
         return sum(part.numel() * part.element_size() for part in parts if part is not None)
 
+    def parts(self) -> dict[str, int]:
+        """Bytes of `data` by what they hold, padding included: codes, scale and, where stored, zero."""
+        chunks = self.data.shape[:-1].numel()
+        codes = chunks * ROWS * COLUMNS * self.nbits // 8
+        aux = self.data.numel() - codes
+        return {"codes": codes} | ({"scale": aux // 2, "zero": aux // 2} if self.has_zero else {"scale": aux})
+
 
 def unsupported(weight: QuantizedWeight) -> str | None:
     """Why the kernels cannot hold this weight; None if they can."""

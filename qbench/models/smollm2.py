@@ -31,6 +31,7 @@ import torch
 
 from qbench.errors import RequestError
 from qbench.lock import locked, remove_stale
+from qbench.models.complete import require_complete
 
 log = logging.getLogger(__name__)
 
@@ -103,13 +104,16 @@ def gguf_file() -> Path:
 def _read_gguf(path: Path) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    common = {"gguf_file": path.name}
+    common = {"gguf_file": path.name, "trust_remote_code": False}
     tokenizer = AutoTokenizer.from_pretrained(path.parent, **common)
-    read = AutoModelForCausalLM.from_pretrained(path.parent, dtype=torch.float32, **common)
+    read, report = AutoModelForCausalLM.from_pretrained(
+        path.parent, dtype=torch.float32, output_loading_info=True, **common
+    )
+    require_complete(read, report, path.name)
     # transformers calls what it read from a GGUF quantized and refuses to save it, although the weights are fp32
     config = type(read.config).from_dict(read.config.to_dict())
     config.__dict__.pop("quantization_config", None)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
     model.load_state_dict(read.state_dict())
     return model, tokenizer
 

@@ -21,7 +21,7 @@ That includes an asymmetric group whose weights all lie on one side of zero, sin
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,14 +30,15 @@ from torch import Tensor, nn
 
 from qbench import __version__
 from qbench.errors import RequestError
-from qbench.quant import checkpoint
+from qbench.quant import checkpoint, settings
 from qbench.quant.aux import FP16_MAX
-from qbench.quant.linear import PackedWeight, QuantLinear
+from qbench.quant.linear import PackedWeight, QuantLinear, in_packed_format
 from qbench.quant.weight import QuantizedWeight
 
 QUANTIZE_CONFIG = "quantize_config.json"
 WORD = 32  # bits; readers want both sizes of a layer in multiples of it
 INSTEAD = "export.format=packed keeps everything"
+DIFFERENT = f"the layers differ in bits or group size, and AutoGPTQ's format has one of each; {INSTEAD}"
 
 
 def check_target(folder: Path, run_id: str | None = None) -> None:
@@ -85,13 +86,12 @@ def save(
     Raises RequestError, before anything is written, naming the layer that cannot be expressed.
     """
     check_target(folder)
-    weights = expressible(model)
-    described = describe(weights, origin or {})
-    v1 = described["checkpoint_format"] == "gptq"
     dtype = torch.bfloat16 if model.dtype == torch.bfloat16 else torch.float16
-    with checkpoint.new_folder(folder) as partial:
-        model.config.save_pretrained(partial)
-        tokenizer.save_pretrained(partial)
+    with in_packed_format(model), checkpoint.new_folder(folder) as partial:
+        weights = expressible(model)
+        described = describe(weights, origin or {})
+        v1 = described["checkpoint_format"] == "gptq"
+        settings.write(model, tokenizer, partial)
         path = partial / "config.json"
         config = json.loads(path.read_text(encoding="utf-8"))
         config |= {"dtype": str(dtype).removeprefix("torch."), "quantization_config": described}
@@ -135,8 +135,8 @@ def expressible(model: nn.Module) -> dict[str, QuantizedWeight]:
             f"outside of the codes, since their weights all lie on one side of zero; AutoGPTQ's format has no room "
             f"for that: use quantizer.symmetric=true or export.format=packed"
         )
-    if len({weight.nbits for weight in weights.values()}) > 1 or len({_declared(w) for w in weights.values()}) > 1:
-        raise RequestError(f"the layers differ in bits or group size, and AutoGPTQ's format has one of each; {INSTEAD}")
+    if len({weight.nbits for weight in weights.values()}) > 1 or common_group(_sizes(weights)) is None:
+        raise RequestError(DIFFERENT)
     return weights
 
 
@@ -148,7 +148,7 @@ def describe(weights: Mapping[str, QuantizedWeight], origin: Mapping[str, Any]) 
         "quant_method": "gptq",
         "checkpoint_format": "gptq" if symmetric else "gptq_v2",
         "bits": first.nbits,
-        "group_size": _declared(first),
+        "group_size": common_group(_sizes(weights)),
         "sym": symmetric,
         "desc_act": any(weight.permutation is not None for weight in weights.values()),
         "lm_head": False,
@@ -213,8 +213,19 @@ def _sixteen_bit(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor.to(dtype)
 
 
-def _declared(weight: QuantizedWeight) -> int:
-    return -1 if weight.group_size == weight.shape[1] else weight.group_size
+def _sizes(weights: Mapping[str, QuantizedWeight]) -> set[tuple[int, int]]:
+    return {(weight.group_size, weight.shape[1]) for weight in weights.values()}
+
+
+def common_group(sizes: Collection[tuple[int, int]]) -> int | None:
+    """The one group size, or -1 for whole rows, that says all (group size, input channels); None if there is none.
+
+    A row of 64 channels in groups of 64 is one whole row as well, beside layers whose rows are longer.
+    """
+    if all(group_size == columns for group_size, columns in sizes):
+        return -1
+    groups = {group_size for group_size, _ in sizes}
+    return groups.pop() if len(groups) == 1 else None
 
 
 def _origin(folder: Path) -> Mapping[str, Any]:

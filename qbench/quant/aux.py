@@ -43,7 +43,8 @@ class Aux:
         step = torch.where(integers, torch.ones_like(step), step).clamp_min(FP16_TINY).half()
         offset = low.half()
         codes = ((padded - offset.float()[:, None]) / step.float()[:, None]).round().clamp(0, 255)
-        return Aux(codes.to(torch.uint8).flatten()[: flat.numel()].view(values.shape), step, offset)
+        stored = codes.to(torch.uint8).flatten()[: flat.numel()].view(values.shape)
+        return Aux(stored.clone(), step, offset)  # a view would keep the padding in memory
 
     def dense(self) -> Tensor:
         """The values in fp32, `[..., out, groups]`."""

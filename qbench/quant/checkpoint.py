@@ -1,6 +1,6 @@
 """Packed checkpoints: a quantized model as a folder that needs neither the original weights nor the quantizer.
 
-    config.json, tokenizer files      as save_pretrained writes them
+    config.json, tokenizer files      as save_pretrained writes them; generation_config.json too (settings.py)
     model-00001-of-00002.safetensors  packed buffers and every other tensor under its name in the model, tied ones once
     qbench.json                       format, version, each quantized layer, and the sha256 of every other file
 
@@ -27,7 +27,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from qbench.errors import RequestError
-from qbench.quant.linear import PackedWeight, QuantLinear
+from qbench.quant import settings
+from qbench.quant.linear import QuantLinear, in_packed_format
 from qbench.quant.manifest import FORMAT, MANIFEST, VERSION, describe, file_sha256, read, rebuild, seal, verify
 from qbench.quant.weight import QuantizedWeight
 
@@ -86,14 +87,11 @@ def save(
     restore.
     """
     check_target(folder)
-    for module in model.modules():
-        if isinstance(module, PackedWeight):
-            module.restore()  # what is stored is the packed format, not the layout of a GPU's kernels
-    layers = _layers(model)
-    tensors, tied = _unique_tensors(model)
-    with new_folder(folder) as partial:
-        model.config.save_pretrained(partial)
-        tokenizer.save_pretrained(partial)
+    # what is stored is the packed format, not the layout of a GPU's kernels
+    with in_packed_format(model), new_folder(folder) as partial:
+        layers = _layers(model)
+        tensors, tied = _unique_tensors(model)
+        settings.write(model, tokenizer, partial)
         write_shards(tensors.items(), partial, max_shard_bytes)
         manifest = {
             "format": FORMAT,
@@ -145,7 +143,8 @@ def load(
     verify(folder, manifest)
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder, local_files_only=True))
+            config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except Exception as error:  # transformers raises whatever comes to hand for a configuration it does not know
         raise RequestError(f"{folder / 'config.json'}: no model can be built from it: {error}") from error
     tensors = _read_shards(folder, manifest, device)
@@ -161,6 +160,7 @@ def load(
                 raise RequestError(f"{folder / MANIFEST}: {name} is a {layer['kind']}, which is not known here")
             setattr(model.get_submodule(parent), child, module)
         _fill(model, tensors, manifest["tied"], dtype)
+        settings.read_generation(model, folder)
     except RequestError:
         raise
     except (KeyError, TypeError, AttributeError, ValueError) as error:

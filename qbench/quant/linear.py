@@ -1,11 +1,14 @@
 """QuantLinear: the layer that stands where an nn.Linear stood, and holds only packed buffers.
 
 On a GPU, `use_kernels(model)` lays the packed buffers out once as the fused kernels read them (qbench.kernels); the
-packed format is given up for it, so memory does not double, and comes back exactly with `restore()`.
+packed format is given up for it, so memory does not double, and comes back exactly with `restore()`. What is saved is
+the packed format in either layout: `state_dict` gives it, and `in_packed_format` holds a model in it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -94,6 +97,25 @@ class PackedWeight(nn.Module):
             self._buffers.pop(name, None)
             self.register_buffer(name, tensor)
 
+    def held_bytes(self) -> dict[str, int]:
+        """Bytes of the buffers as they are in memory now, by component as in `QuantizedWeight.stored_bytes`.
+
+        More than is stored when laid out for the kernels: the tiles pad rows and columns and hold scales in fp16, while
+        t and the tables of an int8 aux, which the tiles cannot give back exactly, stay beside them.
+        """
+        counted: dict[str, int] = {}
+        for name, tensor in self.named_buffers(recurse=False):
+            sizes = self.tiles.parts() if name == "tiles_data" else {_component(name): tensor.nbytes}
+            for part, size in sizes.items():
+                counted[part] = counted.get(part, 0) + size
+        return counted
+
+    def _save_to_state_dict(self, destination, prefix: str, keep_vars: bool) -> None:
+        """The packed format in either layout: tiles are no buffers that a checkpoint could hold."""
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self._numbers is not None:
+            destination.update({f"{prefix}{name}": tensor for name, tensor in self.weight.tensors().items()})
+
     def _apply(self, fn, recurse: bool = True):
         """Devices may change; the stored precision may not: `.half()` and `.to(dtype)` leave the buffers alone."""
 
@@ -145,26 +167,47 @@ class QuantLinear(PackedWeight):
         return f"in_features={self.in_features}, out_features={self.out_features}, nbits={w.nbits}, method={w.method}"
 
 
+@contextmanager
+def in_packed_format(model: nn.Module) -> Iterator[None]:
+    """While it lasts, every packed weight of `model` is in the packed format; then each is laid out as it was."""
+    laid_out = [m for m in model.modules() if isinstance(m, PackedWeight) and m.tiles is not None]
+    try:
+        for module in laid_out:
+            module.restore()
+        yield
+    finally:
+        for module in laid_out:
+            module.lay_out()
+
+
 def use_kernels(model: Any) -> None:
     """Lays every packed weight on a GPU out for the fused kernels; one that they cannot hold stays packed.
 
     QBENCH_KERNELS=0 in the environment leaves all of them packed, on plain torch.
     """
-    if not ops.wanted():
-        return
     for module in model.modules():
-        if isinstance(module, PackedWeight) and next(module.buffers()).is_cuda:
+        if isinstance(module, PackedWeight) and _have_kernels(next(module.buffers()).device):
             module.lay_out()
+
+
+def _have_kernels(device: torch.device) -> bool:
+    return device.type == "cuda" and ops.wanted()
 
 
 def backend(weight: QuantizedWeight, dtype: torch.dtype) -> str:
     """What multiplies with a packed weight once `use_kernels` has seen it, for activations of `dtype`."""
     device = weight.planes[0].device
-    if device.type != "cuda" or not ops.wanted():
+    if not _have_kernels(device):
         return DEQUANTIZE
     if reason := unsupported(weight):
         return f"{DEQUANTIZE} (no fused kernel for {reason})"
     return ops.backend(device, dtype)
+
+
+def _component(buffer: str) -> str:
+    """`codes_0` -> codes, `scale_step` -> scale, `tiles_permutation` -> permutation."""
+    name = buffer.removeprefix("tiles_").removesuffix("_step").removesuffix("_offset")
+    return "codes" if name.startswith("codes_") else name
 
 
 def relative_error(weight: Tensor, quantized: QuantizedWeight) -> float:

@@ -40,7 +40,7 @@ class SkippedRow(Strict):
 
 @dataclass(frozen=True)
 class WeightBytes(Strict):
-    """Bytes of a loaded model by component, counted from the buffers as stored, each once: tied weights are shared."""
+    """Bytes of a loaded model by component, counted from the buffers as held, each once: tied weights are shared."""
 
     codes: int = 0
     scale: int = 0
@@ -95,7 +95,7 @@ class QuantizationRecord(Strict):
     peak_rss_bytes: int  # of the whole process until quantizing ended
     layers: list[LayerRow]  # empty for a packed checkpoint: errors are measured against the original
     skipped: list[SkippedRow]
-    weight_bytes: WeightBytes | None = None  # of the quantized model as it ran
+    weight_bytes: WeightBytes | None = None  # of the quantized model as it ran, in the kernels' layout on a GPU
 
     @property
     def weight_error(self) -> float | None:

@@ -5,6 +5,8 @@ import torch
 
 from qbench.evaluate.memory import Peak, weight_bytes
 from qbench.models import tiny
+from qbench.models.linears import quantized_weights
+from qbench.quant.linear import PackedWeight, use_kernels
 from qbench.quantize import quantize_model
 from qbench.registry import make_quantizer
 
@@ -69,6 +71,37 @@ def test_routers_stay_linears():
     counted = weight_bytes(built)
     assert counted.linears == 2 * 4 * 64 * 4  # two routers of four experts
     assert counted.codes == (whole.linears - counted.linears) // 4
+
+
+@pytest.mark.parametrize("architecture", ["dense", "moe"])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"name": "sinq", "aux_dtype": "fp16"},
+        {"name": "sinq", "aux_dtype": "int8"},
+        {"name": "rtn", "symmetric": True, "aux_dtype": "int8"},
+        {"name": "rtn", "nbits": 3, "group_size": 32},
+        {"name": "nf4"},
+    ],
+    ids=lambda settings: "-".join(map(str, settings.values())),
+)
+def test_what_is_counted_is_what_is_held(layout, settings, architecture):
+    built, _ = tiny.build(architecture, 0)
+    built.eval().requires_grad_(False)
+    quantize_model(built, make_quantizer({"group_size": 64, **settings}))
+    stored = sum(weight.nbytes for weight in quantized_weights(built))
+    use_kernels(built)
+    held = [m for m in built.modules() if isinstance(m, PackedWeight)]
+    assert all((module.tiles is not None) == (layout == "laid out") for module in held)
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage() for t in (*built.parameters(), *built.buffers())}
+    counted = weight_bytes(built)
+    assert sum(vars(counted).values()) == sum(storage.nbytes() for storage in storages.values())
+    assert sum(weight.nbytes for weight in quantized_weights(built)) == stored  # the stored form, in either layout
+    if layout == "packed":
+        assert counted.codes + counted.aux == stored
+    elif settings.get("aux_dtype") == "int8":  # the tiles' fp16 beside the tables
+        groups = sum(module.format.scale.stored.numel() for module in held)
+        assert counted.scale > 3 * groups
 
 
 def test_peak_of_resident_memory_starts_anew():

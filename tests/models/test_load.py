@@ -42,6 +42,88 @@ def test_fingerprint_follows_the_content(saved):
     assert load.fingerprint(local(saved)) != before
 
 
+DEFINING = ("config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
+MORE = ("x.tiktoken", "spiece.model", "merges.txt", "chat_template.jinja", "additional_chat_templates/tool.jinja")
+BESIDE = ("trainer_state.json", "training_args.bin", "optimizer.safetensors", "README.txt", "README.md", "x.py")
+
+
+def test_fingerprint_covers_what_defines_the_model_and_nothing_else(saved):
+    def touched(name):
+        path = saved / name
+        path.parent.mkdir(exist_ok=True)
+        before = load.fingerprint(local(saved))
+        path.write_bytes((path.read_bytes() if path.is_file() else b"") + b" ")
+        return load.fingerprint(local(saved)) != before
+
+    assert [name for name in (*DEFINING, *MORE) if not touched(name)] == []
+    assert [name for name in BESIDE if touched(name)] == []
+    config = saved / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"auto_map": {"AutoConfig": "x.Y"}}))
+    assert touched("x.py")  # now it is code that may run
+    assert touched("below/y.py")
+
+
+def test_fingerprint_is_computed_once_per_point(qbench, saved, monkeypatch):
+    from qbench.models import folder
+
+    read, hashed = folder.manifest.file_sha256, []
+    monkeypatch.setattr(folder.manifest, "file_sha256", lambda path: hashed.append(path.name) or read(path))
+    assert qbench("model=local", f"model.path={saved}", "quantizer=rtn", "task.max_windows=1").status == 0
+    assert hashed.count("model.safetensors") == 1
+
+
+OWN_CODE = """
+from pathlib import Path
+Path("ran").touch()
+from transformers import LlamaConfig, LlamaForCausalLM
+class OwnConfig(LlamaConfig):
+    model_type = "own"
+class OwnForCausalLM(LlamaForCausalLM):
+    config_class = OwnConfig
+"""
+
+
+@pytest.mark.parametrize("dry_run", [False, True])
+def test_code_of_a_model_runs_only_when_it_is_trusted(qbench, saved, monkeypatch, tmp_path, dry_run):
+    def asked(*args):
+        raise AssertionError("a question on stdin")
+
+    monkeypatch.setattr("builtins.input", asked)
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    auto = {"AutoConfig": "code.OwnConfig", "AutoModelForCausalLM": "code.OwnForCausalLM"}
+    config = json.loads((saved / "config.json").read_text()) | {"model_type": "own", "auto_map": auto}
+    (saved / "config.json").write_text(json.dumps(config))
+    (saved / "code.py").write_text(OWN_CODE)
+    arguments = ("model=local", f"model.path={saved}", *(("--dry-run",) if dry_run else ("task.max_windows=1",)))
+    outcome = qbench(*arguments)
+    assert outcome.status == 2
+    assert outcome.stderr.count("qbench: ") == 1
+    assert "model.trust_remote_code=true" in outcome.stderr
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_tokenizer_of_sentencepiece_alone(saved, tmp_path, monkeypatch):
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (saved / name).unlink()
+    text = tmp_path / "text.txt"
+    text.write_text("\n".join(f"line {i} of a small text about letters and words" for i in range(300)))
+    sentencepiece = pytest.importorskip("sentencepiece")
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(text), model_prefix=str(saved / "tokenizer"), vocab_size=60, minloglevel=2
+    )
+    (saved / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "LlamaTokenizer"}))
+    (saved / "config.json").write_text(
+        json.dumps({**json.loads((saved / "config.json").read_text()), "vocab_size": 60})
+    )
+    ids = load.load_tokenizer(local(saved), tmp_path)("small words")["input_ids"]
+    assert len(ids) > 2
+    real = load._absent
+    monkeypatch.setattr(load, "_absent", lambda module: module == "sentencepiece" or real(module))
+    error = ImportError("`tiktoken` is required to read a `tiktoken` file")
+    with pytest.raises(RequestError, match=r"only read by the package sentencepiece; install it with: pip install"):
+        load.readable(lambda: (_ for _ in ()).throw(error), saved, "m")
+
+
 def test_corrupt_and_missing_files_give_one_sentence(saved, tmp_path):
     weights = saved / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])

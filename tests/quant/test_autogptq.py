@@ -141,6 +141,18 @@ def test_a_folder_holds_every_tensor_once(tmp_path, model, dtype, shard_bytes, s
     assert not tensors, "rotary frequencies and the like are not part of the format"
 
 
+@pytest.mark.parametrize("fields", [{"name": "rtn", "symmetric": True}, {"name": "gptq", "static_groups": False}])
+def test_a_model_laid_out_for_the_kernels_is_written_as_if_packed(tmp_path, model, fields):
+    ours, tokenizer = model(**fields)
+    autogptq.save(ours, tokenizer, tmp_path / "packed")
+    assert all(module.lay_out() for module in ours.modules() if isinstance(module, QuantLinear))
+    autogptq.save(ours, tokenizer, tmp_path / "laid_out")
+    expected, found = (load_file(tmp_path / name / "model.safetensors") for name in ("packed", "laid_out"))
+    assert sum(name.endswith(".qweight") for name in found) == 14
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
 def test_saving_again_replaces_only_our_own(tmp_path, model):
     ours, tokenizer = model()
     autogptq.save(ours, tokenizer, tmp_path / "a", origin={"run_id": "r1"})
@@ -212,6 +224,19 @@ def test_layers_of_different_form_and_too_large_values_are_refused(tmp_path, mod
     plain, _ = build("dense", 0)
     with pytest.raises(RequestError, match="no quantized layer"):
         autogptq.save(plain, tokenizer, tmp_path / "a")
+
+
+@pytest.mark.parametrize(
+    ("sizes", "said"),
+    [
+        ({(64, 64), (64, 192)}, 64),  # a whole row in one layer
+        ({(64, 64), (192, 192)}, -1),
+        ({(64, 128), (64, 192)}, 64),
+        ({(64, 128), (192, 192)}, None),
+    ],
+)
+def test_the_group_size_that_says_all_layers(sizes, said):
+    assert autogptq.common_group(sizes) == said
 
 
 KILLED = """

@@ -11,7 +11,7 @@ from qbench.errors import RequestError
 from qbench.models.linears import find_linears, replace_module
 from qbench.models.tiny import build, byte_tokenizer
 from qbench.quant import checkpoint
-from qbench.quant.linear import QuantLinear
+from qbench.quant.linear import PackedWeight, QuantLinear
 from qbench.quant.manifest import MANIFEST, read, seal
 from qbench.quant.rounding import round_to_nearest
 from qbench.quant.weight import QuantizedWeight
@@ -213,3 +213,18 @@ def test_models_that_cannot_be_packed_are_refused(tmp_path):
     with pytest.raises(RequestError, match=r"mlp\.experts \(Stack\) holds packed weights"):
         checkpoint.save(model, byte_tokenizer(), tmp_path / "packed")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_model_laid_out_for_the_kernels_is_saved_in_the_packed_format(tmp_path, way):
+    model, tokenizer = quantized(WAYS[way])
+    expected, state = model(IDS).logits, {name: t.clone() for name, t in model.state_dict().items()}
+    holders = [module for module in model.modules() if isinstance(module, PackedWeight)]
+    laid_out = [module for module in holders if module.lay_out()]
+    assert laid_out
+    found = model.state_dict()  # what any other writer would save
+    assert found.keys() == state.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in state.items())
+    checkpoint.save(model, tokenizer, tmp_path / "packed")
+    assert all(module.tiles is not None for module in laid_out)  # as it was before
+    assert torch.equal(checkpoint.load(tmp_path / "packed")(IDS).logits, expected)
