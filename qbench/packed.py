@@ -12,7 +12,7 @@ import torch
 from qbench.config import Config, ExportConfig
 from qbench.errors import RequestError, unknown
 from qbench.models import load
-from qbench.models.linears import find_linears
+from qbench.models.linears import find_linears, matrix
 from qbench.quant import autogptq, checkpoint, manifest
 from qbench.quant.quantizer import InputStatistics, Quantizer
 from qbench.record.result import Result
@@ -43,7 +43,8 @@ def check_model(config: ExportConfig, model: Any, quantizer: Quantizer | None) -
     for name in found.experts:
         raise RequestError(f"export.format=autogptq has no place for fused experts ({name}); use export.format=packed")
     for name, layer in found.layers.items():
-        if reason := autogptq.shape_refusal(*layer.weight.shape, quantizer.columns(layer.weight)):
+        weight = matrix(layer)
+        if reason := autogptq.shape_refusal(*weight.shape, quantizer.columns(weight)):
             raise RequestError(f"layer {name}: {reason}")
 
 

@@ -13,7 +13,7 @@ from qbench import __version__, calibrate, packed
 from qbench.config import CalibrationConfig, Config, ModelConfig, RuntimeConfig, TaskConfig
 from qbench.evaluate import measure, speed
 from qbench.evaluate.text import Text, read_text
-from qbench.models import load
+from qbench.models import coverage, load
 from qbench.quant.quantizer import Quantizer
 from qbench.record import wandb_tracker
 from qbench.record.result import Result
@@ -65,6 +65,7 @@ def prepare(
         quantizer = make_quantizer(config.quantizer)
     device = pick_device(config.runtime, here)
     check_offload(config.runtime, device)
+    coverage.check_setting(config.runtime)
     dtype = pick_dtype(config.runtime, device)
     source = read_task(config.task, config.runtime)
     measure.check_length(source, config.task)

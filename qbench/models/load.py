@@ -66,7 +66,7 @@ def load(
         about = manifest.read(folder)["origin"].get("model", {})
         note = f"a packed checkpoint, its original is not here: no baseline. {about.get('note', '')}".strip()
         # a cast of the whole model would reach the stored rotary frequencies: it is made in there
-        model = checkpoint.load(folder, dtype, device, {"QuantExperts": lambda old, w: QuantExperts(*w, old.act_fn)})
+        model = checkpoint.load(folder, dtype, device, {"QuantExperts": lambda old, w: QuantExperts(w, old)})
         return LoadedModel(model, load_tokenizer(config, cache), identity, note)
     if config.source == "random":
         model, tokenizer = tiny.build(config.architecture or "", config.seed)
