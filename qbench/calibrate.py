@@ -8,9 +8,12 @@ over all calibration sequences, and its linears are quantized. `calibration.inpu
     original    what the block gave out in the first pass, unquantized: no block's choices depend on those of another
                 (AWQ's and A-SINQ's own code)
 
+What else the blocks are called with (masks, positions) is the model's own (blocks.py). Most models hand all sequences
+the same; where they do not (token embeddings for every block, keys shared between blocks) each sequence keeps its own.
+
 Within a block all linears are shown what its unquantized ones hand them, either way. Linears that are handed the very
-same tensor (q/k/v; gate/up) form a group; that is observed, not listed per architecture. The attention mask is the one
-the model itself makes.
+same tensor (q/k/v; gate/up) form a group; that is observed, not listed per architecture. Linears that no sequence
+reaches (of an expert that is an nn.Module of its own) stay in 16 bit.
 
 Memory beside the model: the hidden states of all sequences at one depth, tokens x hidden, and the statistics of one
 block (a Hessian is in x in in fp32, the sample of inputs at most INPUT_ROWS x in). Activations inside a block live for
@@ -21,10 +24,8 @@ statistics of one expert (collect.py).
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -32,11 +33,12 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from qbench.blocks import Call, first_inputs, hooks, run_block
 from qbench.collect import Collector, ExpertInputs
 from qbench.config import CalibrationConfig
 from qbench.errors import PointError, RequestError, unknown
 from qbench.evaluate.text import Text, most_tokens
-from qbench.models.linears import find_linears
+from qbench.models.linears import block_list, find_linears, matrix
 from qbench.models.offload import runs_offloaded
 from qbench.quant.quantizer import InputStatistics, Quantizer, Statistic
 from qbench.stream import fetching
@@ -88,7 +90,7 @@ def _full_sequences(tokens: int, text: Text, config: CalibrationConfig, at_most:
     return full
 
 
-Group = dict[str, nn.Linear]
+Group = dict[str, nn.Module]
 QuantizeGroup = Callable[[Group, InputStatistics], None]
 QuantizeExperts = Callable[[str, nn.Module, ExpertInputs], None]
 
@@ -101,22 +103,26 @@ def quantize_blocks(
     quantize: QuantizeGroup,
     quantize_experts: QuantizeExperts,
     offloaded: bool = False,
-) -> None:
+) -> dict[str, int]:
     """Hands every linear group and every module of fused experts, with its statistics, to one of the functions.
 
     In the model's order, within a block first the linears; the functions replace the layers. Of an offloaded model,
     the weights of one block are brought to the device while those of the block before are quantized.
-    Raises PointError for a model whose blocks cannot be found, or linears outside of them.
+    Returns the linears that no calibration token reached, and how many weights each has.
+    Raises PointError for a model whose blocks cannot be found, or do not follow each other.
     """
     original = calibration.inputs == "original"
     blocks = decoder_blocks(model)
+    unreached: dict[str, int] = {}
     with runs_offloaded(model, offloaded):
-        hidden, arguments = _first_inputs(model, [block for _, block in blocks], calibration)
+        hidden, calls = first_inputs(model, [block for _, block in blocks], calibration.ids)
     with fetching(model.device, offloaded) as fetch:
         arrivals = fetch(_weights(model, name) for name, _ in blocks)
-        for (name, block), kwargs in zip(tqdm(blocks, desc="calibrating", unit="block"), arguments, strict=True):
+        for i, (name, block) in enumerate(tqdm(blocks, desc="calibrating", unit="block")):
             next(arrivals)
-            groups, experts = _collect(model, name, block, hidden, kwargs, quantizer.needs, original)
+            how = [of_sequence[i] for of_sequence in calls]
+            groups, experts, missing = _collect(model, name, block, hidden, how, quantizer.needs, original)
+            unreached |= missing
             while groups:
                 group, collector = groups.pop(0)
                 quantize(group, collector.statistics(next(iter(group))))
@@ -126,8 +132,9 @@ def quantize_blocks(
                 quantize_experts(expert_name, model.get_submodule(expert_name), inputs.all_seen(expert_name))
                 del inputs
             if not original:
-                for i in range(len(hidden)):
-                    hidden[i] = _forward(block, hidden[i], kwargs)
+                for j, call in enumerate(how):
+                    hidden[j] = run_block(block, hidden[j], call)
+    return unreached
 
 
 def _weights(model: Any, prefix: str) -> list[Tensor]:
@@ -142,50 +149,61 @@ def _collect(
     prefix: str,
     block: nn.Module,
     hidden: list[Tensor],
-    kwargs: dict[str, Any],
+    calls: list[Call],
     needs: frozenset[Statistic],
     original: bool,
-) -> tuple[list[tuple[Group, Collector]], dict[str, ExpertInputs]]:
+) -> tuple[list[tuple[Group, Collector]], dict[str, ExpertInputs], dict[str, int]]:
     """The block's linear groups and fused experts, each with what it was handed in one pass over all sequences.
 
     With `original` inputs that pass also sends the hidden states on, one sequence at a time, so that they exist once.
+    Third come the linears that no sequence reaches, and how many weights each has.
     """
     tokens = sum(states.shape[0] * states.shape[1] for states in hidden)
+    found = find_linears(model)
+    wanted = {n: m for n, m in found.layers.items() if n.startswith(f"{prefix}.")}
     groups, experts = [], {}
     watched: list[tuple[nn.Module, Callable[..., None]]] = []
-    for group in linear_groups(block, prefix, model, hidden[0], kwargs):
+    for group in linear_groups(block, wanted, hidden, calls):
         first = next(iter(group.values()))
-        groups.append((group, Collector(needs, first.in_features, tokens, first.weight.device)))
+        groups.append((group, Collector(needs, matrix(first).shape[1], tokens, first.weight.device)))
         watched.append((first, groups[-1][1]))
-    for name, module in find_linears(model).experts.items():
+    for name, module in found.experts.items():
         if name.startswith(f"{prefix}."):
-            experts[name] = ExpertInputs(needs, tokens, original)
+            experts[name] = ExpertInputs(needs, tokens, original, module.num_experts)
             watched.append((module, experts[name]))
-    with _hooks(watched):
-        for i, states in enumerate(hidden):
-            output = _forward(block, states, kwargs)
+    with hooks(watched):
+        for i, (states, call) in enumerate(zip(hidden, calls, strict=True)):
+            output = run_block(block, states, call)
             if original:
                 hidden[i] = output
-    return groups, experts
+    reached = {name for group, _ in groups for name in group}
+    return groups, experts, {name: m.weight.numel() for name, m in wanted.items() if name not in reached}
 
 
 def decoder_blocks(model: Any) -> list[tuple[str, nn.Module]]:
-    """The blocks that follow each other, by name: the ModuleList that holds everything there is to quantize."""
-    found = find_linears(model)
-    names = [*found.layers, *found.experts]
-    for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and names and all(n.startswith(f"{name}.") for n in names):
-            return [(f"{name}.{i}", block) for i, block in enumerate(module)]
-    raise PointError(f"{type(model).__name__}: no list of decoder blocks holds all linear layers; cannot calibrate it")
+    """The blocks that follow each other, by name."""
+    name = block_list(model)
+    if name is None:
+        raise PointError(
+            f"{type(model).__name__}: no list of decoder blocks holds its linear layers; cannot calibrate it"
+        )
+    return [(f"{name}.{i}", block) for i, block in enumerate(model.get_submodule(name))]
 
 
-def linear_groups(block: nn.Module, prefix: str, model: Any, states: Tensor, kwargs: dict[str, Any]) -> list[Group]:
-    """Groups the block's linears by the tensor they read, in the order in which they are called."""
-    wanted = {n: m for n, m in find_linears(model).layers.items() if n.startswith(f"{prefix}.")}
-    seen: list[tuple[Tensor, Group]] = []  # holding the tensors keeps one from taking another's place in memory
+def linear_groups(
+    block: nn.Module, wanted: dict[str, nn.Module], hidden: list[Tensor], calls: list[Call]
+) -> list[Group]:
+    """Groups the linears `wanted` of the block by the tensor they read, in the order in which they are called.
 
-    def watch(name: str) -> Callable[[Tensor], None]:
+    As many sequences are looked at as it takes to see each of them, all if need be.
+    """
+    groups: list[Group] = []
+    left = dict(wanted)
+
+    def watch(name: str, seen: list[tuple[Tensor, Group]]) -> Callable[[Tensor], None]:
         def note(input: Tensor) -> None:
+            if left.pop(name, None) is None:
+                return  # called again, as a block does that is gone through twice
             for tensor, group in seen:
                 if tensor is input:
                     group[name] = wanted[name]
@@ -194,60 +212,11 @@ def linear_groups(block: nn.Module, prefix: str, model: Any, states: Tensor, kwa
 
         return note
 
-    with _hooks([(layer, watch(name)) for name, layer in wanted.items()]):
-        _forward(block, states, kwargs)
-    called = [name for _, group in seen for name in group]
-    if missing := set(wanted) - set(called):
-        raise PointError(f"layer {sorted(missing)[0]} was not used by the calibration text; cannot calibrate it")
-    return [group for _, group in seen]
-
-
-@contextmanager
-def _hooks(watched: list[tuple[nn.Module, Callable[..., None]]]) -> Iterator[None]:
-    """Calls each function with the arguments of every call of its module, before it runs."""
-
-    def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any], *, see: Callable[..., None]) -> None:
-        see(*args, **kwargs)
-
-    handles = [m.register_forward_pre_hook(partial(hook, see=see), with_kwargs=True) for m, see in watched]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-class _ReachedBlockError(Exception):
-    """The last block of interest has been handed its input; the rest of the forward pass is not needed."""
-
-
-def _first_inputs(
-    model: Any, blocks: list[nn.Module], calibration: Calibration
-) -> tuple[list[Tensor], list[dict[str, Any]]]:
-    """What the first block is handed, hidden states `[1, window, hidden]` per sequence, and every block's arguments.
-
-    Blocks may differ in their mask and their positions (sliding windows), so one sequence goes through all of them.
-    """
-    hidden: list[Tensor] = []
-    arguments: list[dict[str, Any]] = []
-
-    def note(hidden_states: Tensor, *others: Any, first: bool, **kwargs: Any) -> None:
-        if others:
-            raise PointError(f"{type(model).__name__}: its blocks take arguments by position; cannot calibrate it")
-        if first:
-            hidden.append(hidden_states)
-        if len(hidden) == 1:
-            arguments.append(kwargs)
-        if len(hidden) > 1 or len(arguments) == len(blocks):
-            raise _ReachedBlockError
-
-    with _hooks([(block, partial(note, first=i == 0)) for i, block in enumerate(blocks)]):
-        for ids in calibration.ids:
-            with suppress(_ReachedBlockError):
-                model(torch.from_numpy(ids)[None].to(model.device), use_cache=False)
-    return hidden, arguments
-
-
-def _forward(block: nn.Module, states: Tensor, kwargs: dict[str, Any]) -> Tensor:
-    out = block(states, **kwargs)
-    return out[0] if isinstance(out, tuple) else out
+    for states, call in zip(hidden, calls, strict=True):
+        if not left:
+            break
+        seen: list[tuple[Tensor, Group]] = []  # holding the tensors keeps one from taking another's place in memory
+        with hooks([(layer, watch(name, seen)) for name, layer in list(left.items())]):
+            run_block(block, states, call)
+        groups += [group for _, group in seen]
+    return groups

@@ -44,7 +44,8 @@ class Collector:
             self.hessian.addmm_(rows.T, rows)
         if self.rows is not None:
             every = rows[-self.tokens % self.stride :: self.stride]
-            self.rows[-(-self.tokens // self.stride) :][: len(every)] = every
+            room = self.rows[-(-self.tokens // self.stride) :][: len(every)]  # less, if called more often than once
+            room.copy_(every[: len(room)])
         self.tokens += len(rows)
 
     def statistics(self, name: str) -> InputStatistics:
@@ -62,47 +63,58 @@ class ExpertInputs:
     """The input of a block of fused experts, `[tokens, hidden]` in the model's dtype, and where each token is routed.
 
     Sees the block's calls in the place of a hook. With `original`, an expert's down is to be shown what the unquantized
-    gate and up hand it. Beside it exist, one expert at a time, the statistics of its group
-    and at most INPUT_ROWS of its activations; and, if some expert needs them, the statistics of all tokens, once.
+    gate and up hand it. Experts that are handed their shares of the tokens (models/expert_form.py) are shown what they
+    are handed, rows of zeros left out: k rows for a token. Beside it exist, one expert at a time, the statistics of its
+    group and at most INPUT_ROWS of its activations; and, if some expert needs them, the statistics of all rows, once.
     """
 
-    def __init__(self, needs: frozenset[Statistic], tokens: int, original: bool = False) -> None:
-        self.needs, self.tokens, self.original, self.seen = needs, tokens, original, 0
+    def __init__(self, needs: frozenset[Statistic], tokens: int, original: bool = False, experts: int = 1) -> None:
+        self.needs, self.tokens, self.experts, self.original, self.seen = needs, tokens, experts, original, 0
+        self.rows = 0  # of x that are filled
 
-    def __call__(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> None:
+    def __call__(self, hidden_states: Tensor, *routing: Tensor, **named: Tensor) -> None:
+        routing = (*routing, *named.values())
+        if routing:
+            x, index, tokens = hidden_states, routing[0], len(hidden_states)
+        else:
+            shares = hidden_states.reshape(self.experts, -1, hidden_states.shape[-1])
+            expert, token = torch.where(shares.any(-1))
+            x, index, tokens = shares[expert, token], expert[:, None], shares.shape[1]
         if self.seen == 0:
-            self.x = hidden_states.new_empty(self.tokens, hidden_states.shape[-1])
-            self.routing = top_k_index.new_empty(self.tokens, top_k_index.shape[-1])
-        stop = self.seen + len(hidden_states)
-        self.x[self.seen : stop], self.routing[self.seen : stop] = hidden_states, top_k_index
-        self.seen = stop
+            room = self.tokens if routing else self.tokens * -(-len(x) // tokens)
+            self.x = x.new_empty(room, x.shape[-1])
+            self.routing = index.new_empty(room, index.shape[-1])
+        stop = self.rows + len(x)
+        self.x[self.rows : stop], self.routing[self.rows : stop] = x, index
+        self.seen, self.rows = self.seen + tokens, stop
 
     def all_seen(self, name: str) -> ExpertInputs:
         """Itself; raises PointError unless every calibration token has come by."""
         if self.seen != self.tokens:
             raise PointError(f"layer {name}: {self.seen} of {self.tokens} calibration tokens reached its router")
+        self.x, self.routing = self.x[: self.rows], self.routing[: self.rows]
         return self
 
     def routed(self, expert: int) -> Tensor:
-        """Positions of the tokens that are sent to this expert, int64 `[routed]`."""
+        """Positions in x of the tokens that are sent to this expert, int64 `[routed]`."""
         return torch.where(self.routing == expert)[0]
 
     def starved(self, expert: int) -> bool:
         """Whether too few tokens reach this expert for statistics of its own, and all tokens would say more."""
         return len(self.routed(expert)) < min(MIN_EXPERT_TOKENS, self.tokens)
 
-    def of_gate_and_up(self, expert: int) -> InputStatistics:
-        """What both read: the tokens routed to the expert, or all of them if it is starved."""
+    def of_first(self, expert: int) -> InputStatistics:
+        """What gate and up read: the tokens routed to the expert, or all of them if it is starved."""
         return self._everything if self.starved(expert) else self._over(self.routed(expert), lambda x: x)
 
     def of_down(self, expert: int, activation: Callable[[Tensor], Tensor]) -> InputStatistics:
         """What it reads: `activation`, `[tokens, hidden]` -> `[tokens, intermediate]`, of the same tokens."""
-        everyone = torch.arange(self.tokens, device=self.x.device)
+        everyone = torch.arange(self.rows, device=self.x.device)
         return self._over(everyone if self.starved(expert) else self.routed(expert), activation)
 
     @cached_property
     def _everything(self) -> InputStatistics:
-        return self._over(torch.arange(self.tokens, device=self.x.device), lambda x: x)
+        return self._over(torch.arange(self.rows, device=self.x.device), lambda x: x)
 
     def _over(self, tokens: Tensor, activation: Callable[[Tensor], Tensor]) -> InputStatistics:
         collector: Collector | None = None

@@ -12,6 +12,7 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,9 +23,10 @@ from rich.text import Text
 
 from qbench.config import ModelConfig
 from qbench.errors import PointError
-from qbench.models import folder, hub, smollm2, tiny
-from qbench.models.experts import stacked_parameters
-from qbench.models.linears import find_linears
+from qbench.models import coverage, folder, hub, smollm2, tiny
+from qbench.models.expert_form import expert_weights
+from qbench.models.linears import Linears, find_linears, matrix
+from qbench.models.readers import mark_read_weights, mark_without_storage
 from qbench.quant.original import BITS_PER_WEIGHT, Original
 from qbench.quant.quantizer import InputStatistics, Quantizer
 
@@ -35,31 +37,38 @@ if TYPE_CHECKING:
 def show_plan(plan: Sequence[Planned]) -> dict[str, Any]:
     """Prints one row per point to stderr; returns the same as what JSON holds. A size that is not known is None.
 
-    Below the rows is a sentence for each quantizer that failed on the random matrices.
+    Below the rows is a sentence for what stays in 16 bit of each model, and for each quantizer that failed on the
+    random matrices.
     """
-    shapes: dict[str, tuple[int, Counter] | None] = {}
-    failures: dict[str, None] = {}  # a set that keeps its order
+    skeletons: dict[str, Skeleton | None] = {}
+    failures: dict[str, None] = {}  # sentences; a set that keeps its order
     table = Table(box=None, pad_edge=False)
-    for name in ("point", "run", "state", "bits/weight", "model, MB"):
-        table.add_column(name, justify="right" if name in ("bits/weight", "model, MB") else "left")
+    for name in ("point", "run", "state", "bits/weight", "model, MB", "coverage"):
+        table.add_column(name, justify="left" if name in ("point", "run", "state") else "right")
     rows = []
     for planned in plan:
         point, model = planned.point, planned.point.config.model
-        if (key := repr(model)) not in shapes:
-            shapes[key] = _shapes(model)
+        if (key := repr(model)) not in skeletons:
+            skeletons[key] = _skeleton(model)
+        skeleton = skeletons[key]
+        covered, refused = None, None
+        if skeleton and point.quantizer and not isinstance(point.quantizer, Original):
+            covered, refused = coverage.planned(skeleton.found, point.config.runtime.min_coverage)
+            failures |= dict.fromkeys(coverage.sentences(model.name, skeleton.found, refused))
         try:
-            size = point.quantizer and shapes[key] and model_bytes(point.quantizer, *shapes[key])
+            size = skeleton and skeleton.shapes and point.quantizer
+            size = size and model_bytes(point.quantizer, skeleton.parameters, skeleton.shapes)
         except PointError as error:
             size = None
             failures[f"quantizer={point.config.quantizer['name']}: {error}"] = None
-        state = "recorded" if planned.recorded else "to run"
+        state = "recorded" if planned.recorded else "will fail" if refused else "to run"
         bits, packed = size or (None, None)
         rows.append(
             {"point": planned.label, "run_id": point.run_id, "state": state, "estimated_model_bytes": packed}
-            | {"estimated_bits_per_weight": bits and round(bits, 4)}
+            | {"estimated_bits_per_weight": bits and round(bits, 4), "coverage": covered, "refused": refused}
         )
         cells = (f"{bits:.3f}", f"{packed / 1e6:.1f}") if size else ("?", "?")
-        table.add_row(Text(planned.label), point.run_id, state, *cells)
+        table.add_row(Text(planned.label), point.run_id, state, *cells, "?" if covered is None else f"{covered:.1%}")
     Console(file=sys.stderr, highlight=False, width=None if sys.stderr.isatty() else 160).print(table)
     for sentence in failures:
         print(sentence, file=sys.stderr)
@@ -106,17 +115,30 @@ def _coefficients(quantizer: Quantizer) -> np.ndarray:
     return np.linalg.solve(np.array(terms, dtype=float), np.array(sizes, dtype=float))
 
 
-def _shapes(config: ModelConfig) -> tuple[int, Counter[tuple[int, int]]] | None:
-    """Number of parameters, tied ones once, and how often each `[out, in]` occurs; None if no configuration is here."""
+@dataclass(frozen=True)
+class Skeleton:
+    """What a model's configuration says of its weights."""
+
+    parameters: int  # tied ones once
+    shapes: Counter[tuple[int, int]]  # how often a quantizable weight `[out, in]` occurs
+    found: Linears
+
+
+def _skeleton(config: ModelConfig) -> Skeleton | None:
+    """What will be quantized of a model; None if its configuration is not here."""
     model = _without_storage(config)
     if model is None:
         return None
+    if next(model.parameters()).is_meta:
+        mark_without_storage(model)
+    else:
+        mark_read_weights(model)
     found = find_linears(model)
-    shapes = Counter(tuple(layer.weight.shape) for layer in found.layers.values())
+    shapes = Counter(tuple(matrix(layer).shape) for layer in found.layers.values())
     for module in found.experts.values():
-        count, hidden, intermediate = stacked_parameters(module)["down_proj"].shape
-        shapes.update({(hidden, intermediate): count, (intermediate, hidden): 2 * count})
-    return sum(p.numel() for p in model.parameters()), shapes
+        for weight in expert_weights(module, 0):
+            shapes[tuple(weight.shape)] += module.num_experts
+    return Skeleton(sum(p.numel() for p in model.parameters()), shapes, found)
 
 
 def _without_storage(config: ModelConfig) -> Any:

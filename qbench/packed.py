@@ -12,7 +12,7 @@ import torch
 from qbench.config import Config, ExportConfig
 from qbench.errors import RequestError, unknown
 from qbench.models import load
-from qbench.models.linears import find_linears
+from qbench.models.linears import find_linears, matrix
 from qbench.quant import autogptq, checkpoint, manifest
 from qbench.quant.original import Original
 from qbench.quant.quantizer import InputStatistics, Quantizer
@@ -47,8 +47,9 @@ def check_model(config: ExportConfig, model: Any, quantizer: Quantizer | None) -
         raise RequestError(f"export.format=autogptq has no place for fused experts ({name}); use export.format=packed")
     sizes = set()
     for name, layer in found.layers.items():
-        rows, columns = layer.weight.shape
-        group_size = quantizer.columns(layer.weight)
+        weight = matrix(layer)
+        rows, columns = weight.shape
+        group_size = quantizer.columns(weight)
         if reason := autogptq.shape_refusal(rows, columns, group_size):
             raise RequestError(f"layer {name}: {reason}")
         sizes.add((group_size, columns))

@@ -15,7 +15,7 @@ from qbench.config import CalibrationConfig, Config, ModelConfig, RuntimeConfig,
 from qbench.errors import RequestError
 from qbench.evaluate import measure, speed
 from qbench.evaluate.text import Text, read_text
-from qbench.models import hub, load
+from qbench.models import coverage, hub, load
 from qbench.quant.original import Original
 from qbench.quant.quantizer import Quantizer
 from qbench.record import wandb_tracker
@@ -83,6 +83,7 @@ def prepare(
         quantizer = make_quantizer(config.quantizer)
     device = pick_device(config.runtime, here)
     check_offload(config.runtime, device)
+    coverage.check_setting(config.runtime)
     dtype = pick_dtype(config.runtime, device)
     source = read_task(config.task, config.runtime)
     measure.check_length(source, config.task)

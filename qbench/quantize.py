@@ -9,17 +9,20 @@ import logging
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from qbench.calibrate import Calibration, Group, quantize_blocks
 from qbench.collect import MIN_EXPERT_TOKENS, ExpertInputs
 from qbench.errors import PointError
-from qbench.models.experts import PROJECTIONS, QuantExperts, expert_weights, gated
-from qbench.models.linears import Linears, find_linears, replace_module
+from qbench.models.expert_form import Activation, expert_weights, form
+from qbench.models.experts import QuantExperts
+from qbench.models.linears import Linears, find_linears, matrix, replace_module
 from qbench.quant.diagnostics import kurtosis, mean_imbalance
 from qbench.quant.linear import QuantLinear, backend, relative_error
 from qbench.quant.quantizer import InputStatistics, Quantizer
@@ -31,6 +34,7 @@ from qbench.stream import Fetch, fetching
 log = logging.getLogger(__name__)
 
 ON_GRID = 1e-3  # no honest weight is reproduced this well by four bits
+UNREACHED = "no calibration token reached it"
 ALL_TOKENS = "all tokens"  # in the method of an expert that was calibrated on them, not on its own
 
 
@@ -62,12 +66,13 @@ def quantize_model(
         place(name, *quantize_experts(name, module, quantizer, inputs, fetch))
 
     found = find_linears(model)
-    skipped = [SkippedRow(s.name, s.weights, s.reason) for s in found.skipped]
+    skipped = skipped_rows(found)
     if quantizer.needs:
         if calibration is None:
             raise PointError(f"{type(quantizer).__name__} is a calibrated method: it needs a calibration text")
         del found  # its references would keep every original alive
-        quantize_blocks(model, quantizer, calibration, place_group, place_experts, offloaded)
+        unreached = quantize_blocks(model, quantizer, calibration, place_group, place_experts, offloaded)
+        skipped += [SkippedRow(name, weights, UNREACHED) for name, weights in unreached.items()]
         _warn_of_starved_experts(rows)
         return rows, skipped
     names = [name for name, _ in model.named_modules() if name in found.layers or name in found.experts]
@@ -83,8 +88,13 @@ def quantize_model(
     return rows, skipped
 
 
+def skipped_rows(found: Linears) -> list[SkippedRow]:
+    """What stays in 16 bit, as a result lists it."""
+    return [SkippedRow(s.name, s.weights, s.reason, s.counted) for s in found.skipped]
+
+
 def _warn_of_starved_experts(rows: list[LayerRow]) -> None:
-    downs = [row for row in rows if "routed_tokens" in row.diagnostics and row.name.endswith(PROJECTIONS[-1])]
+    downs = [row for row in rows if "routed_tokens" in row.diagnostics and row.name.endswith("down_proj")]
     if starved := [row for row in downs if ALL_TOKENS in row.method]:
         least = min(starved, key=lambda row: row.diagnostics["routed_tokens"])
         log.warning(
@@ -115,7 +125,7 @@ def quantize_linears(
     group: Group, quantizer: Quantizer, stats: InputStatistics | None = None
 ) -> dict[str, tuple[QuantLinear, LayerRow]]:
     """Quantizes the linears of one group, which read the same input, and describes each result."""
-    weights = [layer.weight.detach() for layer in group.values()]
+    weights = [matrix(layer).contiguous() for layer in group.values()]
     results, rows = quantize_group(list(group), weights, quantizer, stats)
     return {
         name: (QuantLinear(quantized, layer.bias), row)
@@ -126,7 +136,7 @@ def quantize_linears(
 def quantize_experts(
     name: str, module: Any, quantizer: Quantizer, inputs: ExpertInputs | None = None, fetch: Fetch = iter
 ) -> tuple[QuantExperts, list[LayerRow]]:
-    """Quantizes fused experts one by one; the gate and up of one expert are a linear group, its down another.
+    """Quantizes fused experts one by one; gate and up (or up alone) of one are a linear group, its down another.
 
     `fetch` brings an expert's weights to where they are quantized (stream.py); by default they are there.
 
@@ -138,24 +148,25 @@ def quantize_experts(
 
     The stacks are put together at the end, projection by projection, so one projection's codes exist twice then.
     """
-    packed: list[list[QuantizedWeight]] = [[], [], []]
+    packed: list[list[QuantizedWeight]] = [[] for _ in form(module).projections]
     rows: list[LayerRow] = []
+    activation = Activation(module)
     experts = fetch(expert_weights(module, index) for index in range(module.num_experts))
     for index, weights in enumerate(experts):
-        names = _expert_names(name, index)
-        stats = inputs.of_gate_and_up(index) if inputs else None
-        pair, new = quantize_group(names[:2], weights[:2], quantizer, stats)
+        names = _expert_names(name, module, index)
+        stats = inputs.of_first(index) if inputs else None
+        quantized, new = quantize_group(names[:-1], weights[:-1], quantizer, stats)
         if inputs:
-            before = weights[:2] if inputs.original else [weight.dequantize(inputs.x.dtype) for weight in pair]
-            stats = inputs.of_down(index, gated(*before, module.act_fn))
+            before = weights[:-1] if inputs.original else [weight.dequantize(inputs.x.dtype) for weight in quantized]
+            stats = inputs.of_down(index, partial(_before_down, activation, before, index))
             del before
-        down, of_down = quantize_group(names[2:], weights[2:], quantizer, stats)
-        three, new = [*pair, *down], [*new, *of_down]
+        down, of_down = quantize_group(names[-1:], weights[-1:], quantizer, stats)
+        quantized, new = [*quantized, *down], [*new, *of_down]
         if inputs:
-            three, new = _say_what_calibrated(three, new, inputs, index)
+            quantized, new = _say_what_calibrated(quantized, new, inputs, index)
         rows += new
-        for projection, quantized in zip(packed, three, strict=True):
-            projection.append(quantized)
+        for projection, weight in zip(packed, quantized, strict=True):
+            projection.append(weight)
     stacks = []
     for projection in packed:
         try:
@@ -163,7 +174,13 @@ def quantize_experts(
         except ValueError as error:
             raise PointError(f"layer {name}: {error}") from error
         projection.clear()
-    return QuantExperts(*stacks, module.act_fn), rows
+    # biases of an offloaded model have waited in host memory
+    return QuantExperts(stacks, module).to(stacks[0].device), rows
+
+
+def _before_down(activation: Activation, weights: list[Tensor], index: int, x: Tensor) -> Tensor:
+    """What an expert's down reads, `[tokens, intermediate]`, if gate and up (or up alone) are these, `[out, in]`."""
+    return activation([F.linear(x, weight) for weight in weights], index)
 
 
 def _say_what_calibrated(
@@ -238,11 +255,11 @@ def _each_weight(found: Linears) -> Iterator[tuple[str, Tensor]]:
         yield name, layer.weight.detach()
     for name, module in found.experts.items():
         for index in range(module.num_experts):
-            yield from zip(_expert_names(name, index), expert_weights(module, index), strict=True)
+            yield from zip(_expert_names(name, module, index), expert_weights(module, index), strict=True)
 
 
-def _expert_names(name: str, index: int) -> list[str]:
-    return [f"{name}.{index}.{projection}" for projection in PROJECTIONS]
+def _expert_names(name: str, module: nn.Module, index: int) -> list[str]:
+    return [f"{name}.{index}.{projection}" for projection in form(module).projections]
 
 
 def _now(weight: Tensor) -> float:

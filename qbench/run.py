@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import resource
 import sys
 import time
 import traceback
@@ -21,9 +20,10 @@ from qbench.config import Config
 from qbench.errors import PointError, RequestError
 from qbench.evaluate import measure, speed
 from qbench.evaluate.measure import Evaluation
-from qbench.evaluate.memory import weight_bytes
+from qbench.evaluate.memory import Peak, weight_bytes
 from qbench.evaluate.windowed import Scores
 from qbench.models import load
+from qbench.models.coverage import settle_layers, shortfall
 from qbench.models.linears import coverage, find_linears, linear_weights, quantized_weights
 from qbench.models.load import LoadedModel
 from qbench.models.offload import runs_offloaded
@@ -31,7 +31,7 @@ from qbench.prepare import Prepared, prepare
 from qbench.quant.linear import use_kernels
 from qbench.quant.original import BITS_PER_WEIGHT, Original
 from qbench.quant.quantizer import Quantizer
-from qbench.quantize import quantize_model, require_finite
+from qbench.quantize import quantize_model, require_finite, skipped_rows
 from qbench.record import wandb_tracker
 from qbench.record.environment import describe
 from qbench.record.quantization import CalibrationRecord, LayerRow, ModelRecord, QuantizationRecord, SkippedRow
@@ -77,11 +77,6 @@ def run_point(config: Config, command: list[str]) -> Result:
 
 def _run(point: Prepared) -> Result:
     config, store = point.config, point.store
-    tokenizer = load.load_tokenizer(config.model, store.models)
-    evaluation = measure.prepare(point.source, tokenizer, config.task, config.runtime)
-    calibration = None
-    if point.calibration_text is not None:
-        calibration = cut_sequences(point.calibration_text, tokenizer, config.calibration)
     if config.runtime.threads:
         torch.set_num_threads(config.runtime.threads)
     started = Result(
@@ -95,9 +90,21 @@ def _run(point: Prepared) -> Result:
         identity=point.identity,
         environment=describe(str(point.device), str(point.dtype).removeprefix("torch.")),
     )
-    result, scores, loaded = _measure(
-        started, config, point.quantizer, calibration, point.device, point.dtype, evaluation, store
-    )
+    calibration = None
+    try:
+        tokenizer = load.load_tokenizer(config.model, store.models)
+        evaluation = measure.prepare(point.source, tokenizer, config.task, config.runtime)
+        if point.calibration_text is not None:
+            calibration = cut_sequences(point.calibration_text, tokenizer, config.calibration)
+    except Exception as error:
+        result, scores, loaded = _failed(started, error, {}), None, None
+    else:
+        result, scores, loaded = _measure(
+            started, config, point.quantizer, calibration, point.device, point.dtype, evaluation, store
+        )
+    if result.status == "failed" and (earlier := store.load(point.run_id)) is not None and earlier.status == "ok":
+        log.error("measuring again failed; the earlier result of %s is kept", earlier.created_utc)
+        return result
     store.save(result, scores)
     if point.export is not None and loaded is not None:  # after the result: a full disk must not lose it
         packed.export(loaded, point.export, config.export.format, result, point.identity.quantizer)
@@ -123,6 +130,8 @@ def _measure(
         with clock.phase("load"):
             loaded = load.load(config.model, dtype, device, store.models, offload, result.identity.weights)
             require_finite(loaded.model, offload)
+            least = None if isinstance(quantizer, Original) else config.runtime.min_coverage
+            settle_layers(loaded.model, least, offload)
             packed.check_model(config.export, loaded.model, quantizer)
         model = loaded.model
         quantized = sum(weight.numel for weight in quantized_weights(model))
@@ -152,8 +161,8 @@ def _measure(
             with clock.phase("quantize"):
                 quantization = _quantize(model, quantizer, calibration, config, parameters)
         else:
-            left = [SkippedRow(s.name, s.weights, s.reason) for s in find_linears(model).skipped]
-            quantization = _describe(model, config, parameters, None, [], left, wall_seconds=0)
+            left = skipped_rows(find_linears(model))
+            quantization = _describe(model, config, parameters, None, [], left, wall_seconds=0, peak_rss_bytes=None)
         use_kernels(model)
         quantization = replace(quantization, weight_bytes=weight_bytes(model))  # in the layout that is measured
         result = replace(result, quantization=quantization)
@@ -169,36 +178,37 @@ def _measure(
         records, tasks, kept = evaluation.records(scores, baseline, cached)
         done = replace(result, status="ok", error=None, evaluation=records, tasks=tasks, seconds=clock.seconds)
         return done, kept, loaded
-    except RequestError:
-        raise
-    except PointError as error:
-        message = str(error)
     except Exception as error:
-        traceback.print_exc(file=sys.stderr)
+        return _failed(result, error, clock.seconds), None, None
+
+
+def _failed(result: Result, error: Exception, seconds: dict[str, float]) -> Result:
+    """The result of a point that `error` ended; a wrong request is no result, and is raised again."""
+    if isinstance(error, RequestError):
+        raise error
+    message = str(error)
+    if not isinstance(error, PointError):
+        traceback.print_exception(error, file=sys.stderr)
         message = f"{type(error).__name__}: {error}"
-    return replace(result, status="failed", error=message, seconds=clock.seconds), None, None
+    return replace(result, status="failed", error=message, seconds=seconds)
 
 
 def _quantize(
     model: Any, quantizer: Quantizer, calibration: Calibration | None, config: Config, parameters: int
 ) -> QuantizationRecord:
     if isinstance(quantizer, Original):
-        left = [SkippedRow(s.name, s.weights, s.reason) for s in find_linears(model).skipped]
-        return _describe(model, config, parameters, None, [], left, wall_seconds=0)
+        left = skipped_rows(find_linears(model))
+        return _describe(model, config, parameters, None, [], left, wall_seconds=0, peak_rss_bytes=None)
     device = model.device
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
+    resident = Peak(torch.device("cpu"))  # this process's own: the maximum that the system keeps is inherited
     started = time.perf_counter()
     layers, skipped = quantize_model(model, quantizer, calibration, config.runtime.offload)
     wall_seconds = time.perf_counter() - started
-    covered = coverage(model)
-    if covered < config.runtime.min_coverage:
-        left = ", ".join(f"{s.name} ({s.reason})" for s in skipped[:3]) or "no linear layer was found"
-        raise PointError(
-            f"only {covered:.1%} of the linear weights were quantized, runtime.min_coverage asks for "
-            f"{config.runtime.min_coverage:.0%}; left out: {left}"
-        )
-    return _describe(model, config, parameters, calibration, layers, skipped, wall_seconds)
+    if reason := shortfall(coverage(model), config.runtime.min_coverage, skipped, "were"):
+        raise PointError(reason)  # settled before but for linears that no calibration token reached
+    return _describe(model, config, parameters, calibration, layers, skipped, wall_seconds, resident.rss_bytes)
 
 
 def _describe(
@@ -209,6 +219,7 @@ def _describe(
     layers: list[LayerRow],
     skipped: list[SkippedRow],
     wall_seconds: float,
+    peak_rss_bytes: int | None,
 ) -> QuantizationRecord:
     """What a quantized model holds, counted from its buffers, and what making it took."""
     device = model.device
@@ -233,7 +244,7 @@ def _describe(
         model_bytes=packed_bytes + 2 * (parameters - weights),
         coverage=coverage(model),
         peak_alloc_bytes=torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
-        peak_rss_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        peak_rss_bytes=peak_rss_bytes,
         layers=layers,
         skipped=skipped,
     )

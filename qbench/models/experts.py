@@ -1,16 +1,11 @@
-"""Fused experts of a mixture: which modules hold them, and the module that holds them quantized.
+"""The fused experts of a mixture, quantized: the module that stands where they stood, and which weights route to it.
 
-transformers 5 keeps a block's experts in two 3-D parameters, gate_up_proj `[experts, 2 * intermediate, hidden]` and
-down_proj `[experts, hidden, intermediate]`. Nearly all of its mixtures (Qwen, DeepSeek, Mixtral, GLM, OLMoE, ...)
-share one forward; the exceptions (transposed or interleaved weights, biases, a clamped activation) say so through
-flags that the decorator `use_experts_implementation` leaves on the module. Only the common form is accepted, since
-a wrong guess would give a wrong model without a word.
+Which modules hold experts, and in which of transformers' forms, is told in expert_form.py.
 """
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,74 +14,12 @@ from torch import Tensor, nn
 
 from qbench.kernels import ops
 from qbench.kernels.tiles import Tiles
+from qbench.models.expert_form import Activation, expert_weights, form, refusal, stacked_parameters
 from qbench.quant.linear import PackedWeight
 from qbench.quant.stack import select
 from qbench.quant.weight import QuantizedWeight
 
-PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
-ARGUMENTS = ["hidden_states", "top_k_index", "top_k_weights"]
-FLAGS = {  # attribute: the value of the common form, what another value means
-    "is_transposed": (False, "its weights are transposed, [experts, in, out]"),
-    "has_bias": (False, "its experts have biases"),
-    "is_concatenated": (True, "its gate and up rows are interleaved"),
-    "has_gate": (True, "its experts have no gate"),
-    "has_post_expert_norm": (False, "it normalizes after each expert"),
-}
-
-
-def stacked_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
-    """The 3-D parameters that the module itself holds; not of a convolution, whose kernels are 3-D as well."""
-    if isinstance(module, nn.modules.conv._ConvNd):
-        return {}
-    return {name: p for name, p in module.named_parameters(recurse=False) if p.dim() == 3}
-
-
-def refusal(module: nn.Module) -> str | None:
-    """Why this module with 3-D parameters is not of the form that QuantExperts computes; None if it is."""
-    parameters = dict(module.named_parameters(recurse=False))
-    for flag, (common, meaning) in FLAGS.items():
-        if getattr(module, flag, common) != common:
-            return meaning
-    if set(parameters) != {"gate_up_proj", "down_proj"}:
-        return f"its parameters are {', '.join(parameters)}, not gate_up_proj and down_proj"
-    experts, hidden, intermediate = module.down_proj.shape
-    if getattr(module, "num_experts", None) != experts:
-        return f"down_proj has {experts} matrices, num_experts is {getattr(module, 'num_experts', 'missing')}"
-    if module.gate_up_proj.shape != (experts, 2 * intermediate, hidden):
-        shapes = f"{list(module.gate_up_proj.shape)} and {list(module.down_proj.shape)}"
-        return f"its shapes {shapes} are not [experts, 2 * intermediate, hidden] and [experts, hidden, intermediate]"
-    if not callable(getattr(module, "act_fn", None)):
-        return "it has no act_fn"
-    if others := [name for name, _ in module.named_children() if name != "act_fn"]:
-        return f"it also holds {', '.join(others)}"
-    return _other_forward(module)
-
-
-def _other_forward(module: Any) -> str | None:
-    from transformers.integrations.moe import _default_apply_gate
-
-    if not hasattr(module, "is_transposed"):
-        return "it does not declare its layout, as use_experts_implementation does"
-    if type(module)._apply_gate is not _default_apply_gate:
-        return "it combines gate and up in a way of its own"
-    if list(inspect.signature(module.forward).parameters) != ARGUMENTS:
-        return f"its forward does not take {', '.join(ARGUMENTS)}"
-    return None
-
-
-def expert_weights(module: Any, index: int) -> list[Tensor]:
-    """Gate, up `[intermediate, hidden]` and down `[hidden, intermediate]` of one expert, as views."""
-    gate, up = module.gate_up_proj.detach()[index].chunk(2)
-    return [gate, up, module.down_proj.detach()[index]]
-
-
-def gated(gate: Tensor, up: Tensor, act_fn: Any) -> Callable[[Tensor], Tensor]:
-    """act(gate x) * up x, `[tokens, hidden]` -> `[tokens, intermediate]`: what down reads; weights `[out, in]`."""
-
-    def activation(x: Tensor) -> Tensor:
-        return act_fn(F.linear(x, gate)) * F.linear(x, up)
-
-    return activation
+__all__ = ["QuantExperts", "expert_weights", "form", "is_router", "refusal", "stacked_parameters"]
 
 
 def is_router(path: str, rows: int, experts: int) -> bool:
@@ -102,51 +35,76 @@ def is_router(path: str, rows: int, experts: int) -> bool:
 class QuantExperts(nn.Module):
     """The experts of one block, packed in stacks `[experts, out, in]`; a drop-in for the module they came from.
 
-    x `[tokens, hidden]`, top_k_index and top_k_weights `[tokens, k]` -> `[tokens, hidden]` in x's dtype. One
-    expert at a time is multiplied, and only those that some token is sent to; in the kernels' layout (see
+    x `[tokens, hidden]`, top_k_index and top_k_weights `[tokens, k]` -> `[tokens, hidden]` in x's dtype; or, where the
+    original took no routing, x `[experts * tokens, hidden]`, every expert's share after the other, -> the same shape.
+    One expert at a time is multiplied, and only those that some token is sent to; in the kernels' layout (see
     quant/linear.py) up to EXPERT_PAIRS pairs of token and expert take one launch per projection instead.
+
+    `stacks` are those of `form(original).projections`; `original` gives everything else: biases, gate, activation.
     """
 
-    def __init__(self, gate: QuantizedWeight, up: QuantizedWeight, down: QuantizedWeight, act_fn: Any) -> None:
+    def __init__(self, stacks: Sequence[QuantizedWeight], original: Any) -> None:
         super().__init__()
-        self.num_experts, self.hidden_dim, self.intermediate_dim = down.shape
-        self.gate_proj, self.up_proj, self.down_proj = PackedWeight(gate), PackedWeight(up), PackedWeight(down)
-        self.act_fn = act_fn
+        how = form(original)
+        self.routed, self.projections = how.routed, how.projections
+        self.num_experts, self.hidden_dim, self.intermediate_dim = stacks[-1].shape
+        for name, stack in zip(self.projections, stacks, strict=True):
+            setattr(self, name, PackedWeight(stack))
+        self.activation = Activation(original)
+        self.down_proj_bias = getattr(original, "down_proj_bias", None)
+        self.post_expert_norm = getattr(original, "post_expert_norm", None)
 
     def packed(self) -> dict[str, QuantizedWeight]:
         """Its weights by the prefix of their buffers' names; what a checkpoint describes."""
-        return {f"{name}.": getattr(self, name).weight for name in PROJECTIONS}
+        return {f"{name}.": getattr(self, name).weight for name in self.projections}
 
-    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        tiles = [getattr(self, name).tiles for name in PROJECTIONS]
-        if None not in tiles:
-            return self._on_kernels(hidden_states, top_k_index, top_k_weights, *tiles)
-        stacks = [getattr(self, name).weight for name in PROJECTIONS]
+    def forward(
+        self, hidden_states: Tensor, top_k_index: Tensor | None = None, top_k_weights: Tensor | None = None
+    ) -> Tensor:
+        held = [getattr(self, name) for name in self.projections]
+        weights = [one.weight if one.tiles is None else one.tiles for one in held]
+        if top_k_index is None or top_k_weights is None:
+            return self._shares(hidden_states, weights)
+        if top_k_index.numel() <= ops.EXPERT_PAIRS and all(isinstance(weight, Tiles) for weight in weights):
+            return self._pairs(hidden_states, top_k_index, top_k_weights, weights)
         output = torch.zeros_like(hidden_states)
         for index in top_k_index.unique().tolist():
             if index >= self.num_experts:  # transformers' mark for an expert that lives elsewhere
                 continue
             token, slot = torch.where(top_k_index == index)
-            x = hidden_states[token]
-            gate, up, down = (select(weight, index).dequantize(x.dtype) for weight in stacks)
-            y = F.linear(gated(gate, up, self.act_fn)(x), down)
-            y = y * top_k_weights[token, slot, None]
+            y = self._expert(index, hidden_states[token], weights) * top_k_weights[token, slot, None]
             output.index_add_(0, token, y.to(output.dtype))
         return output
 
-    def _on_kernels(
-        self, x: Tensor, index: Tensor, weights: Tensor, gate_tiles: Tiles, up_tiles: Tiles, down_tiles: Tiles
-    ) -> Tensor:
+    def _expert(self, index: int, x: Tensor, weights: list[QuantizedWeight | Tiles]) -> Tensor:
+        """What one expert makes of the tokens x `[tokens, hidden]`."""
+
+        def multiply(x: Tensor, weight: QuantizedWeight | Tiles) -> Tensor:
+            if isinstance(weight, Tiles):
+                return ops.linear(x, ops.select(weight, index))
+            return F.linear(x, select(weight, index).dequantize(x.dtype))
+
+        *first, down = weights
+        y = multiply(self.activation([multiply(x, weight) for weight in first], index), down)
+        return self._finish(y, index)
+
+    def _finish(self, y: Tensor, expert: int | Tensor) -> Tensor:
+        y = y if self.down_proj_bias is None else y + self.down_proj_bias[expert]
+        return y if self.post_expert_norm is None else self.post_expert_norm(y)
+
+    def _shares(self, x: Tensor, weights: list[QuantizedWeight | Tiles]) -> Tensor:
+        shares = x.reshape(self.num_experts, -1, self.hidden_dim)
+        output = torch.zeros_like(shares)
+        for index, share in enumerate(shares):
+            sent = torch.where(share.any(-1))[0]  # the other rows are zero, and experts without biases keep them so
+            if len(sent):
+                output[index, sent] = self._expert(index, share[sent], weights).to(output.dtype)
+        return output.view(-1, self.hidden_dim)
+
+    def _pairs(self, x: Tensor, index: Tensor, scores: Tensor, weights: list[Tiles]) -> Tensor:
         here = index < self.num_experts  # transformers' mark for an expert that lives elsewhere
-        index, weights = index.clamp_max(self.num_experts - 1), weights * here
-        if index.numel() <= ops.EXPERT_PAIRS:
-            gate, up = (ops.linear_experts(x, index, tiles) for tiles in (gate_tiles, up_tiles))
-            y = ops.linear_experts((self.act_fn(gate) * up).flatten(0, 1), index.reshape(-1, 1), down_tiles)
-            return (y.view(*index.shape, -1) * weights.unsqueeze(-1)).sum(1).to(x.dtype)
-        output = torch.zeros_like(x)
-        for expert in index[here].unique().tolist():
-            token, slot = torch.where((index == expert) & here)
-            gate, up = (ops.linear(x[token], ops.select(tiles, expert)) for tiles in (gate_tiles, up_tiles))
-            y = ops.linear(self.act_fn(gate) * up, ops.select(down_tiles, expert)) * weights[token, slot, None]
-            output.index_add_(0, token, y.to(output.dtype))
-        return output
+        index, scores = index.clamp_max(self.num_experts - 1), scores * here
+        *first, down = weights
+        inner = self.activation([ops.linear_experts(x, index, tiles) for tiles in first], index)
+        y = ops.linear_experts(inner.flatten(0, 1), index.reshape(-1, 1), down).view(*index.shape, -1)
+        return (self._finish(y, index) * scores.unsqueeze(-1)).sum(1).to(x.dtype)

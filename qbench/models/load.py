@@ -74,7 +74,7 @@ def load(
         about = manifest.read(place)["origin"].get("model", {})
         note = f"a packed checkpoint, its original is not here: no baseline. {about.get('note', '')}".strip()
         # a cast of the whole model would reach the stored rotary frequencies: it is made in there
-        model = checkpoint.load(place, dtype, device, {"QuantExperts": lambda old, w: QuantExperts(*w, old.act_fn)})
+        model = checkpoint.load(place, dtype, device, {"QuantExperts": lambda old, w: QuantExperts(w, old)})
         return LoadedModel(model, load_tokenizer(config, cache), identity, note)
     if config.source == "random":
         model, tokenizer = tiny.build(config.architecture or "", config.seed)

@@ -136,6 +136,10 @@ class QuantizedWeight:
         )
 
     @property
+    def device(self) -> torch.device:
+        return self.planes[0].device
+
+    @property
     def numel(self) -> int:
         return int(torch.Size(self.shape).numel())
 

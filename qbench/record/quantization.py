@@ -36,6 +36,7 @@ class SkippedRow(Strict):
     name: str
     weights: int
     reason: str
+    counted: bool = True  # False outside the language model, with which coverage is not concerned
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,7 @@ class QuantizationRecord(Strict):
     model_bytes: int  # packed_bytes plus every other parameter at 16 bit
     coverage: float  # share of the linear weights really quantized, 0 to 1
     peak_alloc_bytes: int | None  # of the CUDA allocator while quantizing; None on a CPU
-    peak_rss_bytes: int  # of the whole process until quantizing ended
+    peak_rss_bytes: int | None  # resident memory of the process while quantizing; None where it cannot be reset
     layers: list[LayerRow]  # empty for a packed checkpoint: errors are measured against the original
     skipped: list[SkippedRow]
     weight_bytes: WeightBytes | None = None  # of the quantized model as it ran, in the kernels' layout on a GPU
