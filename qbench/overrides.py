@@ -153,8 +153,8 @@ def _check_range(text: str, sweep: Any) -> None:
     assert isinstance(sweep, RangeSweep)
     try:
         count = sum(1 for _, _ in zip(sweep.range(), range(MOST_VALUES + 1), strict=False))
-    except (ValueError, TypeError, OverflowError) as error:
-        raise RequestError(f"'{text}' is no range: {error}") from None
+    except (ValueError, TypeError, ArithmeticError):  # what decimal says of nan is no sentence
+        raise RequestError(f"'{text}' is no range: say range(START,STOP,STEP), with finite numbers") from None
     if not 0 < count <= MOST_VALUES:
         many = "no value" if not count else f"more than {MOST_VALUES} values"
         raise RequestError(f"'{text}' has {many}; range(START,STOP,STEP) ends before STOP")
