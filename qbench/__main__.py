@@ -7,19 +7,26 @@ imported until a point really runs, so `--help` and a typo are answered at once.
 
 from __future__ import annotations
 
+import sys
+
+from qbench import entry
+
+if __name__ == "__main__":
+    entry.start()
+
 import contextlib
 import json
 import os
-import sys
 from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
-from qbench import requests
+from qbench import experiment, overrides, requests
 from qbench.config import Config, register
 from qbench.errors import RequestError
 from qbench.hubnames import spelled_out
@@ -36,9 +43,6 @@ def main() -> int:
     if "--dry-run" in sys.argv:  # of a sweep, if need be of one point
         rest = [a for a in sys.argv[1:] if a not in ("--dry-run", "-m", "--multirun")]
         sys.argv[1:] = ["-m", *rest, "hydra.sweeper.dry_run=true"]
-    if {"-m", "--multirun"} & set(sys.argv):
-        with contextlib.suppress(HydraException):  # an argument that cannot be read is refused below
-            sys.argv[1:] = requests.leave_to_points(sys.argv[1:])
     statuses: list[int] = []
 
     @hydra.main(version_base="1.3", config_path="pkg://qbench.conf", config_name="config")
@@ -46,20 +50,31 @@ def main() -> int:
         statuses.append(_point(composed))
 
     try:
+        given = overrides.arguments(sys.argv[1:])
+        overrides.check(given.overrides)
+        experiment.check(given.overrides, given.config_dir)
+        if given.multirun:
+            sys.argv[1:] = overrides.leave_to_points(sys.argv[1:])
         point()
     except KeyboardInterrupt:
         print("\ninterrupted; finished points are kept", file=sys.stderr)
         return 130
     except RequestError as error:
         return _refuse(str(error))
-    except (HydraException, OmegaConfBaseException) as error:
+    except (HydraException, OmegaConfBaseException, YAMLError, UnicodeDecodeError) as error:
         return _refuse(requests.explain(error, sys.argv[1:]))
+    except BrokenPipeError:
+        raise
+    except Exception as error:
+        _refuse(entry.unexpected(error))
+        return FAILED
     return max(statuses, default=DONE)
 
 
 def _point(composed: DictConfig) -> int:
     command = list(HydraConfig.get().overrides.task)
     try:
+        overrides.check_keys(composed)
         config: Config = OmegaConf.to_object(composed)  # type: ignore[assignment]
         with contextlib.redirect_stdout(sys.stderr):  # a library that prints must not spoil the last line
             from qbench import summary
@@ -67,8 +82,6 @@ def _point(composed: DictConfig) -> int:
 
             result = run_point(config, command)
             summary.show(result)
-    except MissingMandatoryValue as error:
-        return _refuse(f"{error.full_key} must be set: {error.full_key}=VALUE")
     except RequestError as error:
         return _refuse(str(error))
     _print_json(result.summary())
@@ -76,7 +89,8 @@ def _point(composed: DictConfig) -> int:
 
 
 def _print_json(value: dict[str, Any]) -> None:
-    print(json.dumps(value), flush=True)
+    with contextlib.suppress(BrokenPipeError):  # nobody reads it: what was done and recorded stays so
+        print(json.dumps(value), flush=True)
 
 
 def _refuse(message: str) -> int:
@@ -85,4 +99,4 @@ def _refuse(message: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    entry.leave(main)

@@ -9,6 +9,7 @@ from importlib.resources.abc import Traversable
 from rich.console import Console
 from rich.table import Table
 
+from qbench import entry
 from qbench.registry import NONE, conf_packages, quantizer_names
 
 GROUPS = ("model", "quantizer", "task", "calibration", "runtime", "speed", "tracker", "experiment")
@@ -27,13 +28,22 @@ def options(group: str) -> dict[str, str]:
 def _described(folder: Traversable, prefix: str = "") -> dict[str, str]:
     """The options of a folder; one in a folder below it is called FOLDER/OPTION, as Hydra does."""
     found = {}
-    for entry in folder.iterdir():
-        if entry.is_dir():
-            found |= _described(entry, f"{prefix}{entry.name}/")
-        elif entry.name.endswith(".yaml"):
-            first = entry.read_text(encoding="utf-8").splitlines()[0]
-            found[prefix + entry.name.removesuffix(".yaml")] = first.lstrip("# ") if first.startswith("#") else ""
+    for file in folder.iterdir():
+        if file.is_dir():
+            found |= _described(file, f"{prefix}{file.name}/")
+        elif file.name.endswith(".yaml"):
+            found[prefix + file.name.removesuffix(".yaml")] = _first_comment(file)
     return found
+
+
+def _first_comment(file: Traversable) -> str:
+    """Of the lines that begin the file; `# @package` is an instruction to Hydra."""
+    for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
+        if not line.startswith("#"):
+            return ""
+        if (text := line.lstrip("# ").rstrip()) and not text.startswith("@package"):
+            return text
+    return ""
 
 
 def main() -> int:
@@ -50,4 +60,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    entry.leave(main)

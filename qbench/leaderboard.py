@@ -15,6 +15,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import TextIO
 
+from qbench.entry import leave
 from qbench.errors import RequestError, unknown
 from qbench.record.outline import Outline
 from qbench.record.result import Result
@@ -119,4 +120,4 @@ def _deliver(text: str, output: Path | None) -> None:
 
 if __name__ == "__main__":
     gc.disable()  # a thousand results are millions of objects, and none of them is garbage before the end
-    sys.exit(main())
+    leave(main)

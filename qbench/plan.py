@@ -12,12 +12,14 @@ from hydra.core.config_loader import ConfigLoader
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
-from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
-from qbench import requests
+from qbench import experiment, requests
 from qbench.config import Config
 from qbench.errors import RequestError
 from qbench.hubnames import spelled_out
+from qbench.overrides import check, check_keys
 
 if TYPE_CHECKING:
     from qbench.prepare import Prepared
@@ -41,11 +43,14 @@ def expand(arguments: list[str], hydra: DictConfig, loader: ConfigLoader) -> lis
     if sweeper["params"] or not products:
         products.insert(0, sweeper["params"] or {})
     for product in products:
-        overrides = parser.parse_overrides([*(f"{k}={v}" for k, v in product.items()), *arguments])
+        overrides = parser.parse_overrides([*(experiment.assignment(k, v) for k, v in product.items()), *arguments])
+        check([o.input_line or "" for o in overrides])
         for override in overrides:
             if override.is_sweep_override() and override.get_key_element() == "experiment":
                 raise RequestError("one experiment at a time: an experiment is a sweep already")
         found += [tuple(spelled_out(p)) for p in BasicSweeper.split_arguments(overrides, None)[0]]
+    if not found:
+        raise RequestError(f"{' '.join(arguments)} chooses no point: a glob(...) that matches none of its options")
     return list(dict.fromkeys(found))
 
 
@@ -91,10 +96,9 @@ def _compose(overrides: tuple[str, ...], composed: DictConfig, loader: ConfigLoa
         point = loader.load_sweep_config(composed, list(overrides))
         with open_dict(point):
             del point["hydra"]
+        check_keys(point)
         return OmegaConf.to_object(point)  # type: ignore[return-value]
-    except MissingMandatoryValue as error:
-        raise RequestError(f"{error.full_key} must be set: {error.full_key}=VALUE") from None
-    except (HydraException, OmegaConfBaseException) as error:
+    except (HydraException, OmegaConfBaseException, YAMLError, UnicodeDecodeError) as error:
         raise RequestError(requests.explain(error, overrides)) from None
 
 

@@ -12,6 +12,7 @@ import os
 import sys
 from pathlib import Path
 
+from qbench.entry import leave
 from qbench.errors import RequestError
 from qbench.record.store import write_atomically
 from qbench.report import entries, verdict
@@ -135,4 +136,4 @@ def _say(message: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main, closed_pipe=128 + 13)

@@ -8,17 +8,18 @@ from collections.abc import Sequence
 from hydra import compose, initialize_config_module
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.global_hydra import GlobalHydra
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.plugins import Plugins
 from hydra.core.singleton import Singleton
-from hydra.errors import MissingConfigException, OverrideParseException
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import DictConfig
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+from yaml import YAMLError
 
-from qbench.errors import unknown
+from qbench import overrides as command_line
+from qbench.catalog import GROUPS, options
+from qbench.errors import RequestError, unknown
 from qbench.registry import conf_packages
-
-GROUPS = ("model", "quantizer", "task", "calibration", "runtime", "speed", "tracker", "experiment")
 
 
 class ThirdPartyConf(SearchPathPlugin):
@@ -33,37 +34,27 @@ def add_third_party_conf() -> None:
     Plugins.instance().register(ThirdPartyConf)
 
 
-def leave_to_points(arguments: Sequence[str]) -> list[str]:
-    """The arguments of a sweep, with the settings of a swept group written so that only the points take them.
-
-    Hydra applies `quantizer.ratios=10` of `quantizer=awq,asinq quantizer.ratios=10` to the default quantizer first,
-    which may have no such key; `quantizer.ratios=choice(10)` says the same and reaches the points alone.
-    """
-    swept = {a.partition("=")[0] for a in arguments if a.partition("=")[0] in GROUPS and "," in a}
-    kept = []
-    for argument in arguments:
-        if argument.lstrip("+").partition(".")[0] in swept and "=" in argument:
-            override = OverridesParser.create().parse_override(argument)
-            if not override.is_sweep_override():
-                argument = f"{override.get_key_element()}=choice({override.get_value_element_as_str()})"
-        kept.append(argument)
-    return kept
-
-
 def explain(error: Exception, overrides: Sequence[str]) -> str:
-    """One sentence for a Hydra or OmegaConf error about these `overrides` of the command line."""
+    """One sentence for an error of Hydra, OmegaConf or YAML about these `overrides` of the command line."""
+    if isinstance(error, MissingMandatoryValue):
+        return f"{error.full_key} must be set: {error.full_key}=VALUE"
+    if isinstance(error, YAMLError):
+        return about_yaml(error)
+    if isinstance(error, UnicodeDecodeError):
+        return f"a YAML file is not UTF-8 text (byte {error.start}): save it as UTF-8"
     if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options:
         group, _, option = error.missing_cfg_file.partition("/")
         if group in GROUPS:
-            from qbench.catalog import options
-
             return str(unknown(group, option, options(group)))  # Hydra's own list lacks those in folders below
         group, _, option = error.missing_cfg_file.rpartition("/")
         more = "; others come with: pip install 'qbench-llm[launchers]'" if group == "hydra/launcher" else ""
         return f"{unknown(group, option, error.options)}{more}"
     text = str(error)
     if isinstance(error, OverrideParseException):
-        return f"cannot read '{error.override}'; an override has the form KEY=VALUE or GROUP=OPTION"
+        try:
+            command_line.parse(error.override)
+        except RequestError as refusal:
+            return str(refusal)
     # only a key that is not in the schema; a value of the wrong type is said by OmegaConf itself below
     if found := re.search(r"Could not override '([^']+)'\.?", text):
         key = found.group(1)
@@ -75,14 +66,23 @@ def explain(error: Exception, overrides: Sequence[str]) -> str:
     return ": ".join(dict.fromkeys(kept[:2])).replace("::", ":")
 
 
+def about_yaml(error: YAMLError) -> str:
+    """One sentence for a file that is no YAML, with the line and column if the parser knows them."""
+    mark = getattr(error, "problem_mark", None)
+    place = f"{mark.name}, line {mark.line + 1}, column {mark.column + 1}" if mark else "a YAML file"
+    return f"{place}: {getattr(error, 'problem', None) or ' '.join(str(error).split())}"
+
+
 def legal_keys(overrides: Sequence[str]) -> list[str]:
     """Every key the command line may set, for the groups that these overrides select."""
-    chosen = [a for a in overrides if a.partition("=")[0] in GROUPS and "," not in a]
     state = Singleton.get_state()
     try:
         GlobalHydra.instance().clear()
         with initialize_config_module("qbench.conf", version_base="1.3"):
-            composed = compose("config", overrides=chosen)
+            try:
+                composed = compose("config", overrides=command_line.chosen(overrides))
+            except (HydraException, OmegaConfBaseException):  # they choose what --config-dir brings, or what is wrong
+                composed = compose("config")
     finally:
         Singleton.set_state(state)
     return [*GROUPS, *_flatten(composed)]

@@ -13,10 +13,10 @@ so the same command resumes a sweep.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 import time
-import traceback
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,8 +28,9 @@ from hydra.experimental.callback import Callback
 from hydra.types import HydraContext
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
-from qbench import requests
+from qbench import entry, requests
 from qbench.errors import RequestError
 
 if TYPE_CHECKING:
@@ -47,11 +48,11 @@ class Sweep(Callback):
         except RequestError as error:
             _say(f"qbench: {error}")
             status = 2
-        except (HydraException, OmegaConfBaseException) as error:
+        except (HydraException, OmegaConfBaseException, YAMLError) as error:
             _say(f"qbench: {requests.explain(error, config.hydra.overrides.task)}")
             status = 2
-        except Exception:  # Hydra would print it as a warning and go on
-            traceback.print_exc()
+        except Exception as error:  # Hydra would print it as a warning and go on
+            _say(f"qbench: {entry.unexpected(error)}")
             status = 1
         sys.exit(status)
 
@@ -115,4 +116,5 @@ def _say(message: str) -> None:
 
 
 def _print_json(value: dict[str, Any]) -> None:
-    print(json.dumps(value), flush=True)
+    with contextlib.suppress(BrokenPipeError):  # nobody reads it: what was done and recorded stays so
+        print(json.dumps(value), flush=True)
