@@ -11,12 +11,11 @@ import torch
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
 from qbench.calibrate import Calibration, cut_sequences, quantize_blocks
-from qbench.config import CalibrationConfig, Config, ModelConfig
+from qbench.config import CalibrationConfig
 from qbench.errors import PointError, RequestError
 from qbench.evaluate.text import Text
 from qbench.models.tiny import build, byte_tokenizer
 from qbench.plugins.rtn import RTN
-from qbench.prepare import _what_matters
 from qbench.quant.linear import QuantLinear
 from qbench.quant.quantizer import Quantizer, Statistic
 from qbench.quantize import quantize_linears, quantize_model, replace_module
@@ -169,14 +168,6 @@ def test_calibrated_point_records_what_it_was_shown(qbench):
     assert original.summary["ppl"] != outcome.summary["ppl"]
     free = [qbench(*tiny[:2], "quantizer=rtn", f"calibration.sequences={n}").summary["run_id"] for n in (4, 5)]
     assert free[0] == free[1]  # a calibration-free method is the same point whatever the calibration
-
-
-def test_points_of_quantized_inputs_are_the_points_they_were():
-    shown = CalibrationConfig(name="t")
-    plain = Config(model=ModelConfig(name="m", source="random"), calibration=shown)
-    assert "inputs" not in _what_matters(plain, Watcher())["calibration"]
-    other = replace(plain, calibration=replace(shown, inputs="original"))
-    assert _what_matters(other, Watcher())["calibration"]["inputs"] == "original"
 
 
 def test_a_mixture_is_calibrated_from_the_command_line(qbench):

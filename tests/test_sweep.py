@@ -110,7 +110,9 @@ def test_an_earlier_result_with_nan_is_not_what_a_dead_process_wrote(tmp_path, m
     broken = replace(result, evaluation=[replace(result.evaluation[0], ppl=math.nan)])
     examples.save(tmp_path, (broken, scores))
     config = result.config | {"outputs": str(tmp_path)}
-    point = child.Point(1, 1, "x", (), result.run_id, config, "cpu", "float32", str(tmp_path / "log"), "sweep")
+    point = child.Point(
+        1, 1, "x", (), result.run_id, result.identity, config, "cpu", "float32", str(tmp_path / "log"), "sweep"
+    )
     monkeypatch.setattr(child, "COMMAND", ("false",))
     assert child.run(point).result.status == "failed"
 

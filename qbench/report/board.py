@@ -95,12 +95,16 @@ def _titled(found: list[Section]) -> list[Section]:
             "model.trust_remote_code": section.rows[0].entry.identity.remote_code,
             "dtype": section.dtype,
             "device": section.device,
-            "text": section.text[: titles.SHORT],
+            "text": f"{_text_source(section)}@{section.text[: titles.SHORT]}",
         }
         for section in found
     ]
     told = titles.tell_apart([f"{section.model}, {section.protocol}" for section in found], facts)
     return [replace(section, title=title) for section, title in zip(found, told, strict=True)]
+
+
+def _text_source(section: Section) -> str:
+    return str(naming.described(section.rows[0].entry.result).get("task.text")).rpartition("@")[0]
 
 
 def _last_if_none(value: float) -> tuple[bool, float]:

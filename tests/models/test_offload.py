@@ -237,15 +237,6 @@ def test_a_packed_checkpoint_has_nothing_to_offload(qbench):
     assert "qbench: model=packed is loaded as it is packed, in full; leave out runtime.offload" in outcome.stderr
 
 
-def test_points_without_it_are_the_points_they_were():
-    from qbench.config import Config, ModelConfig, RuntimeConfig
-    from qbench.prepare import _what_matters
-
-    plain = Config(model=ModelConfig(name="m", source="random"))
-    assert "offload" not in _what_matters(plain, RTN())["runtime"]
-    assert _what_matters(replace(plain, runtime=RuntimeConfig(offload=True)), RTN())["runtime"]["offload"] is True
-
-
 def many_blocks():
     """24 blocks of 30 MB in bf16, made on the GPU, where it takes no time."""
     shape = dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=8, head_dim=128)

@@ -158,6 +158,10 @@ def test_front_and_plots():
     blue = (np.abs(image.astype(int) - [0x1F, 0x77, 0xB4]).sum(-1) < 30).sum()
     assert blue > 100  # the points
     assert plots([summary | {"ppl": float("nan")} for summary in summaries]) == {}
+    others = [summary | {"fingerprint": "random:2"} for summary in summaries]  # of the same name
+    assert list(plots(summaries + others)) == ["tiny, mini:gptq-w512 (1)", "tiny, mini:gptq-w512 (2)"]
+    others = [summary | {"text_sha256": "cd" * 32} for summary in summaries]
+    assert list(plots(summaries + others)) == ["tiny, mini:gptq-w512 (text=ab)", "tiny, mini:gptq-w512 (text=cdcdcdcd)"]
 
 
 def test_a_failing_tracker_warns_and_returns(tmp_path, monkeypatch, caplog):

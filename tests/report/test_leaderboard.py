@@ -334,6 +334,71 @@ def test_numbers_that_are_none_stay_out_of_the_ranking(outputs, show):
     assert (last["quantizer"], last["ppl"], last["rank"], last["front"]) == ("gptq", None, None, "")
 
 
+def ranked(document):
+    return {row["quantizer"]: (row["rank"], row["tied"], row["front"]) for row in document[0]["rows"]}
+
+
+LOSSES = {"rtn": 1.5, "hqq": 0.8, "sinq": 0.2, "awq": 0.5}
+
+
+@pytest.mark.parametrize("broken", LOSSES)
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_one_row_without_a_number_moves_no_other(tmp_path, show, broken, value):
+    """Its windows may be finite or not: the row comes last, without a rank, and the others stay as they are."""
+    points = {name: point(name, 4, nll(loss, i), bits=4 + i / 9) for i, (name, loss) in enumerate(LOSSES.items())}
+    others = save(tmp_path / "without", *(each for name, each in points.items() if name != broken))
+    expected = ranked(json.loads(show(others, "--format", "json")[1]))
+    result, scores = points[broken]
+    record = replace(result.evaluation[0], ppl=value)
+    for number, windows in enumerate((scores["quantized"], scores["quantized"] * np.nan)):
+        outputs = save(
+            tmp_path / f"with-{number}",
+            *(each for name, each in points.items() if name != broken),
+            (replace(result, evaluation=[record]), scores | {"quantized": windows}),
+        )
+        document = json.loads(show(outputs, "--format", "json")[1])
+        assert document[0]["rows"][-1]["quantizer"] == broken
+        found = ranked(document)
+        assert found.pop(broken) == (None, False, "")
+        assert found == expected
+        by_delta = json.loads(show(outputs, "--format", "json", "--metric", "kl")[1])  # which no row has
+        assert [row["quantizer"] for row in by_delta[0]["rows"]] == [row["quantizer"] for row in document[0]["rows"]]
+
+
+@pytest.mark.parametrize("metric", ["acc", "f1"])
+def test_a_document_without_a_number_moves_no_other_accuracy(tmp_path, show, metric):
+    right = (np.arange(200) % 4 != 0).astype(float)
+    worse = right * (np.arange(200) % 3 != 0)
+    none = right.copy()
+    none[7] = np.nan
+    outputs = save(tmp_path, tasked("sinq", right), tasked("rtn", worse), tasked("hqq", none))
+    (section,) = (s for s in json.loads(show(outputs, "--format", "json")[1]) if "baseline_acc" in s)
+    found = [(row["quantizer"], row["rank"]) for row in section["rows"]]
+    assert found == [("sinq", 1), ("rtn", 2), ("hqq", None)]
+
+
+def test_a_lost_file_of_the_best_row_leaves_the_others_their_weights(tmp_path, show):
+    """RTN is better in the long windows and worse in the short ones: by tokens it is clearly better, by windows not."""
+    tokens = np.array([1000.0, 10.0] * 12)
+    hqq = nll(0.5, 1)
+    rtn = hqq + np.array([-0.05, 0.05] * 12) + np.random.default_rng(3).normal(0, 0.002, 24)
+    measured = [("sinq", nll(0.1, 2)), ("rtn", rtn), ("hqq", hqq)]
+    points = [(result, scores | {"tokens": tokens}) for result, scores in (point(n, 4, w) for n, w in measured)]
+    for number, (result, scores) in enumerate(points):
+        value = float(np.exp((scores["quantized"] * tokens).sum() / tokens.sum()))
+        points[number] = replace(result, evaluation=[replace(result.evaluation[0], ppl=value)]), scores
+    whole = json.loads(show(save(tmp_path / "whole", *points), "--format", "json")[1])
+    places = {name: rank for name, (rank, *_) in ranked(whole).items()}
+    outputs = save(tmp_path / "lost", *points)
+    best = points[0][0]
+    (outputs / "results" / best.run_id / best.evaluation[0].window_nll_file).unlink()
+    found = ranked(json.loads(show(outputs, "--format", "json")[1]))
+    assert found["sinq"][0] is None
+    others = {name: rank for name, (rank, *_) in found.items() if name != "sinq"}
+    assert others == {name: places[name] - 1 for name in others}
+    assert others == {"rtn": 1, "hqq": 2}
+
+
 def test_extreme_numbers_never_stop_the_report(outputs, show):
     result, windows = point("extreme", 4, nll(0.2))
     del result.identity.quantizer["nbits"]
@@ -459,6 +524,14 @@ def test_history_names_the_change_and_nothing_else(tmp_path, show):
     assert [row["change_point"] for row in line["rows"]] == ["", "", "", "up: qbench 0.2.0 to 0.3.0"]
     assert [row["qbench_version"] for row in line["rows"]] == ["0.1.0", "0.1.0", "0.2.0", "0.3.0"]
     assert "1 change point in 4 records" in show(outputs, "--history")[1]
+
+
+def test_the_history_of_one_metric_holds_no_other(tmp_path, show):
+    right = (np.arange(200) % 4 != 0).astype(float)
+    outputs = save(tmp_path, tasked("sinq", right, day=1), tasked("sinq", right, day=2, version="0.2.0"))
+    document = json.loads(show(outputs, "--history", "--format", "json")[1])
+    assert [[row.get("acc", row.get("f1")) for row in line["rows"]] for line in document] == [[0.75, 0.75], [0.5, 0.5]]
+    assert not any(row["change_point"] for line in document for row in line["rows"])
 
 
 def test_history_of_bytes_names_any_difference(tmp_path, show):
