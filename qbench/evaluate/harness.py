@@ -45,6 +45,7 @@ class TaskEvaluation:
     task: TaskConfig
     runtime: RuntimeConfig
     sha256: str
+    ids = None  # lm-eval tokenizes each request when its turn comes
 
     @property
     def identity(self) -> dict[str, Any]:
