@@ -18,7 +18,7 @@ from qbench import __version__, packed
 from qbench.calibrate import Calibration, cut_sequences
 from qbench.config import Config
 from qbench.errors import PointError, RequestError
-from qbench.evaluate import measure, speed
+from qbench.evaluate import limits, measure, speed
 from qbench.evaluate.measure import Evaluation
 from qbench.evaluate.memory import Peak, weight_bytes
 from qbench.evaluate.windowed import Scores
@@ -77,6 +77,7 @@ def run_point(config: Config, command: list[str]) -> Result:
 
 def _run(point: Prepared) -> Result:
     config, store = point.config, point.store
+    limits.check_request(config, point.calibration_text is not None)
     if config.runtime.threads:
         torch.set_num_threads(config.runtime.threads)
     started = Result(
@@ -129,6 +130,7 @@ def _measure(
     try:
         with clock.phase("load"):
             loaded = load.load(config.model, dtype, device, store.models, offload, result.identity.weights)
+            limits.check_model(loaded.model, config, evaluation.ids, calibration and calibration.ids)
             require_finite(loaded.model, offload)
             least = None if isinstance(quantizer, Original) else config.runtime.min_coverage
             settle_layers(loaded.model, least, offload)

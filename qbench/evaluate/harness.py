@@ -41,6 +41,7 @@ class TaskEvaluation:
     runtime: RuntimeConfig
     sha256: str
     made_here: set[bytes] = field(default_factory=set, compare=False)  # prompts of the baselines that this run scored
+    ids = None  # lm-eval tokenizes each request when its turn comes
 
     @property
     def identity(self) -> dict[str, Any]:

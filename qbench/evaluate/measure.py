@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
+import numpy as np
+
 from qbench import __version__
 from qbench.config import RuntimeConfig, TaskConfig
 from qbench.evaluate import hflm, lmeval, windows
@@ -24,6 +26,11 @@ class Evaluation(Protocol):
 
     @property
     def identity(self) -> dict[str, Any]: ...
+
+    @property
+    def ids(self) -> np.ndarray | None:
+        """Of the windows, `[windows, tokens]`; None where they are made while it is scored."""
+        ...
 
     def score_baseline(self, model: Any) -> Scores: ...
 

@@ -32,6 +32,10 @@ class WindowedEvaluation:
     runtime: RuntimeConfig
 
     @property
+    def ids(self) -> np.ndarray:
+        return self.windows.ids
+
+    @property
     def identity(self) -> dict[str, Any]:
         """What a baseline's scores depend on, the model aside."""
         return {

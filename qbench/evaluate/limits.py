@@ -1,0 +1,108 @@
+"""What a model can be fed: token ids that its embedding has, and no more positions than it has.
+
+An id beyond the embedding is an IndexError on a CPU, and on a GPU an assertion on the device, after which the process
+can do nothing more. So are positions that are rows of a table. Rotary positions can be counted on for ever, at a loss
+that is not the quantizer's: that has to be asked for (`beyond_positions=true`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from qbench.config import CalibrationConfig, Config, ModelConfig, SpeedConfig, TaskConfig
+from qbench.errors import RequestError
+from qbench.models import load
+
+
+@dataclass(frozen=True)
+class Limits:
+    """None where the model sets none, as those without positions do."""
+
+    vocabulary: int | None  # rows of the embedding
+    positions: int | None
+    rotary: bool = False
+
+    @staticmethod
+    def of(config: Any) -> Limits:
+        """As transformers' configuration says."""
+        text = config.get_text_config(decoder=True)
+        rotary = any(getattr(text, key, None) is not None for key in ("rope_parameters", "rope_theta", "rotary_dim"))
+        return Limits(getattr(text, "vocab_size", None), getattr(text, "max_position_embeddings", None), rotary)
+
+
+def check_request(config: Config, calibrated: bool) -> None:
+    """Raises RequestError, before any weight is read, for windows that the model's configuration has no room for."""
+    if (limits := announced(config.model)) is not None:
+        check_positions(limits, config.task, config.calibration if calibrated else None, config.speed)
+
+
+def check_model(model: Any, config: Config, scored: np.ndarray | None, calibration: np.ndarray | None) -> None:
+    """Raises RequestError, before the first forward pass, for windows or ids that the loaded model has no room for.
+
+    `scored` and `calibration` are the ids `[windows, tokens]`; None where a task makes them as it goes, or none is.
+    """
+    limits = Limits.of(model.config)
+    check_positions(limits, config.task, None if calibration is None else config.calibration, config.speed)
+    limits = replace(limits, vocabulary=model.get_input_embeddings().weight.shape[0])
+    for ids, what in ((scored, "the text"), (calibration, "the calibration text")):
+        if ids is not None:
+            check_ids(limits, ids, what)
+
+
+def announced(config: ModelConfig) -> Limits | None:
+    """From the model's configuration alone, before any weight is read; None where it is not a file at hand."""
+    from transformers import AutoConfig
+
+    if config.source == "local":
+        folder, revision = config.path, None
+    elif config.source == "hub":
+        folder, revision = config.id, config.revision
+    else:  # the embedded and the random models are small: they are looked at once they are loaded
+        return None
+    try:
+        about = load.readable(
+            lambda: AutoConfig.from_pretrained(folder, revision=revision, trust_remote_code=config.trust_remote_code),
+            str(folder),
+        )
+    except RequestError:  # the loader says it better
+        return None
+    return Limits.of(about)
+
+
+def check_positions(
+    limits: Limits, task: TaskConfig, calibration: CalibrationConfig | None, speed: SpeedConfig | None
+) -> None:
+    """Raises RequestError when a window that is asked for is longer than the model's positions."""
+    most = limits.positions
+    if most is None:
+        return
+    for group, asked in (("task", task), ("calibration", calibration)):
+        if asked is None or asked.window <= most or (asked.beyond_positions and limits.rotary):
+            continue
+        if asked.beyond_positions:
+            way = "which are learned, so that there are no others"
+        else:
+            way = f"or {group}.beyond_positions=true, if its positions are rotary"
+        raise RequestError(
+            f"{group}.window={asked.window}, but this model takes {most} positions (max_position_embeddings); use "
+            f"{group}.window={most}, {way}"
+        )
+    if speed is not None and speed.name != "none":
+        longest = max(speed.prefill_tokens or 0, (speed.context_tokens or 0) + (speed.decode_tokens or 0))
+        if longest > most:
+            raise RequestError(
+                f"speed asks for {longest} tokens in a sequence, this model takes {most}; lower speed.prefill_tokens "
+                "or speed.context_tokens"
+            )
+
+
+def check_ids(limits: Limits, ids: np.ndarray, what: str) -> None:
+    """Raises RequestError when `ids`, those of `what`, hold one that the embedding has no row for."""
+    if limits.vocabulary is not None and ids.size and (largest := int(ids.max())) >= limits.vocabulary:
+        raise RequestError(
+            f"the tokenizer gives {what} the token id {largest}, but the model knows {limits.vocabulary} tokens (its "
+            "embedding's rows): they do not belong together; resize the model's embedding or use its own tokenizer"
+        )
