@@ -42,6 +42,7 @@ def give(leaf: Any, asked: int | None, stands_in: bool) -> str:
         log.warning("%s fixes 0 shots, which lm-eval keeps; it gets the %d of task.num_fewshot here", name, asked)
     shots = (default or 0) if asked is None else asked
     leaf.set_config(key="num_fewshot", value=shots)
+    reset(leaf)
     return f"{shots}shot" + (_origin(leaf, shots, stands_in) if shots else "")
 
 

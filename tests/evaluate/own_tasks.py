@@ -29,7 +29,7 @@ WORDS = [
 
 def questions(count: int, start: int = 0) -> list[dict[str, Any]]:
     return [
-        {"q": f"{WORDS[i % 12]} number {i} is", "choices": [WORDS[i % 12], WORDS[(5 * i + 1) % 12]], "label": i % 2}
+        {"q": f"{WORDS[i % 6]} number {i} is", "choices": [WORDS[i % 6], WORDS[(5 * i + 1) % 6]], "label": i % 2}
         for i in range(start, start + count)
     ]
 
