@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -35,6 +36,21 @@ def check(tokenizer: Any, task: TaskConfig) -> None:
             f"task.add_bos_token=true: this model's tokenizer puts no BOS ({tokenizer.bos_token}) before a text, "
             "and lm-eval leaves that to it; leave it at null or false"
         )
+
+
+def check_room(leaves: Iterable[Any], window: int) -> None:
+    """Raises RequestError for one of lm-eval's tasks whose answers may be so long that no prompt fits before them."""
+    from lm_eval.models.utils import normalize_gen_kwargs
+
+    for leaf in leaves:
+        if leaf.OUTPUT_TYPE != "generate_until":
+            continue
+        longest = normalize_gen_kwargs(leaf.get_config("generation_kwargs") or {})["max_gen_toks"]
+        if longest >= window:
+            raise RequestError(
+                f"{leaf.task_name} generates up to {longest} tokens, which leaves no room for a prompt in "
+                f"task.window={window}; ask for more"
+            )
 
 
 def special_tokens(tokenizer: Any) -> int:

@@ -181,21 +181,13 @@ def _parts(item: Any) -> list[Any]:
 
 def _check(leaf: Any, source: TaskSource) -> str:
     """Sets the shots of one of lm-eval's tasks and says what they are; raises RequestError if it cannot be run."""
-    name, window = leaf.task_name, source.task.window
+    name = leaf.task_name
     if getattr(leaf, "UNSAFE_CODE", False):
         raise RequestError(f"lm-eval marks {name} as unsafe: it runs code that the model writes")
     if not len(leaf.eval_docs):
         raise RequestError(f"{name} has no documents")
     if not leaf.aggregation() and not callable(leaf.get_config("process_results")):
         raise RequestError(f"{name} defines no metric")
-    if leaf.OUTPUT_TYPE == "generate_until":
-        from lm_eval.models.utils import normalize_gen_kwargs
-
-        longest = normalize_gen_kwargs(leaf.get_config("generation_kwargs") or {})["max_gen_toks"]
-        if longest >= window:
-            raise RequestError(
-                f"{name} generates up to {longest} tokens, which leaves no room for a prompt in task.window={window}"
-            )
     return shots.give(leaf, source.task.num_fewshot, stands_in=source.documents is not None)
 
 

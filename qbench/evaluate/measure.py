@@ -57,7 +57,9 @@ def prepare(source: Source, tokenizer: Any, task: TaskConfig, runtime: RuntimeCo
     """Raises RequestError when the text does not fit the protocol, or lm-eval cannot load a task as it is asked for."""
     if isinstance(source, lmeval.TaskSource):
         hflm.check(tokenizer, task)
-        return TaskEvaluation(lmeval.load(source), tokenizer, task, runtime, source.sha256)
+        tasks = lmeval.load(source)
+        hflm.check_room((leaf for loaded in tasks for leaf in loaded.leaves.values()), task.window)
+        return TaskEvaluation(tasks, tokenizer, task, runtime, source.sha256)
     return WindowedEvaluation(windows.cut(source, tokenizer, task), source, task, runtime)
 
 
