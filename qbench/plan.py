@@ -85,6 +85,8 @@ def plan(found: list[tuple[str, ...]], composed: DictConfig, loader: ConfigLoade
         except RequestError as error:
             refused.setdefault(str(error), []).append(label)
         else:
+            if point.config.model.revision != config.model.revision:  # of a branch: it may move before the point runs
+                overrides = (*overrides, f"model.revision={point.config.model.revision}")
             planned.setdefault(point.run_id, Planned(overrides, label, point, point.recorded()))
     if refused:
         raise RequestError(_refusal(refused, len(found)))

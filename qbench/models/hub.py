@@ -22,12 +22,19 @@ COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 def pinned(config: ModelConfig) -> ModelConfig:
-    """The same model at the commit that its revision is now, under its own name; raises RequestError as `commit`."""
+    """The same model at the commit that its revision is now, under its own name.
+
+    Raises RequestError when the Hub has no such repository or revision, or a model that cannot be measured; of what is
+    a commit already, nothing is asked.
+    """
     if config.source != "hub":
         return config
     repository = _repository(config)
     name = repository if config.name == "hub" else config.name
-    return replace(config, name=name, revision=commit(repository, config.revision))
+    found = replace(config, name=name, revision=commit(repository, config.revision))
+    if found.revision != config.revision:  # its config.json is here
+        described(found)
+    return found
 
 
 @cache  # one process asks once: all points of a sweep are of one commit

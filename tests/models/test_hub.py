@@ -5,9 +5,14 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
+import torch
 
+from qbench.config import ModelConfig
+from qbench.models import load
+from qbench.models.hub import commit, pinned
 from qbench.models.tiny import build
 from tests.hub_server import serving
 
@@ -112,7 +117,65 @@ def test_a_sweep_mixes_repositories_and_named_models(tmp_path, hub, run, saved):
     assert status == 0, stderr
     assert [r["model"] for r in sweep["results"]] == ["org/seed0", "tiny-dense", "org/seed1"]
     fingerprints = [recorded(tmp_path, r["run_id"])["model"]["fingerprint"] for r in sweep["results"]]
+    pins = [a for r in sweep["results"] for a in recorded(tmp_path, r["run_id"])["command"] if "revision" in a]
+    assert pins == [f"model.revision={commit}" for commit in commits.values()]  # a branch may move in between
     assert fingerprints[::2] == [f"hub:{name}@{commit}" for name, commit in commits.items()]
+
+
+@pytest.fixture
+def online(monkeypatch, hub, tmp_path):
+    """This process asks the stand-in, with a cache of its own."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.url + "/{repo_id}/resolve/{revision}/{filename}")
+    commit.cache_clear()
+    yield hub
+    commit.cache_clear()
+
+
+def test_a_model_is_read_from_its_commit_and_not_from_a_folder_of_its_name(online, saved, tmp_path, monkeypatch, tiny):
+    first = online.push("org/tiny", saved(0))
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(saved(7), tmp_path / "org/tiny")
+    config = ModelConfig(name="hub", source="hub", id="org/tiny")
+    assert load.fingerprint(config) == f"hub:org/tiny@{first}"
+    assert set(online.fetched) <= {"config.json"}  # to know the commit takes no weights
+    loaded = load.load(config, torch.float32, torch.device("cpu"), tmp_path)
+    assert torch.equal(loaded.model.model.embed_tokens.weight, tiny[0].model.embed_tokens.weight)
+    assert loaded.fingerprint == f"hub:org/tiny@{first}"
+    assert set(online.fetched) == NEEDED
+    assert pinned(config) == replace(config, name="org/tiny", revision=first)
+
+    second = online.push("org/tiny", saved(1))
+    commit.cache_clear()  # another process
+    assert load.fingerprint(config) == f"hub:org/tiny@{second}"
+    assert load.fingerprint(replace(config, revision=first)) == f"hub:org/tiny@{first}"
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    commit.cache_clear()
+    assert load.fingerprint(config) == f"hub:org/tiny@{second}"  # as the cache knows it
+
+
+def test_shards_that_the_index_names_are_fetched_and_no_others(online, saved, tmp_path):
+    folder = saved(0)
+    (folder / "model.safetensors").unlink()
+    build("dense", 0)[0].save_pretrained(folder, max_shard_size="200KB")
+    shards = {path.name for path in folder.glob("model-*.safetensors")}
+    assert len(shards) > 1
+    online.push("org/tiny", folder)
+    load.load(ModelConfig(name="hub", source="hub", id="org/tiny"), torch.float32, torch.device("cpu"), tmp_path)
+    assert {name for name in online.fetched if name.endswith(".safetensors")} == shards
+
+
+def test_code_is_fetched_only_for_who_trusts_it(online, saved, tmp_path):
+    online.push("org/tiny", saved(0))
+    config = ModelConfig(name="hub", source="hub", id="org/tiny")
+    load.load_tokenizer(config, tmp_path)
+    assert "modeling_x.py" not in online.fetched
+    load.load_tokenizer(replace(config, trust_remote_code=True), tmp_path)
+    assert "modeling_x.py" in online.fetched
 
 
 @pytest.mark.parametrize(
@@ -123,23 +186,23 @@ def test_a_sweep_mixes_repositories_and_named_models(tmp_path, hub, run, saved):
     ],
     ids=["quantized", "code of its own"],
 )
-def test_what_cannot_be_measured_is_refused_by_its_config_alone(hub, run, saved, config, sentence):
+def test_what_cannot_be_measured_is_refused_by_its_config_alone(online, qbench, saved, config, sentence):
     folder = saved(0)
-    found = json.loads((folder / "config.json").read_text()) | config
-    (folder / "config.json").write_text(json.dumps(found))
-    hub.push("org/tiny", folder)
-    for arguments in (("model=org/tiny", *SHORT), ("--dry-run", "model=org/tiny", *SHORT)):
-        status, _, stderr = run(*arguments)
-        assert (status, stderr.count("qbench: ")) == (2, 1), stderr
-        assert sentence in stderr
-    assert set(hub.fetched) == {"config.json"}
+    (folder / "config.json").write_text(json.dumps(json.loads((folder / "config.json").read_text()) | config))
+    found = online.push("org/tiny", folder)
+    branch, pinned_to = ("model=org/tiny", *SHORT), ("model=org/tiny", f"model.revision={found}", *SHORT)
+    for arguments in (branch, pinned_to, ("--dry-run", *branch), ("--dry-run", *pinned_to)):
+        outcome = qbench(*arguments)
+        assert (outcome.status, outcome.stderr.count("qbench: ")) == (2, 1), outcome.stderr
+        assert sentence in outcome.stderr
+    assert set(online.fetched) == {"config.json"}
 
 
-def test_what_is_not_there_is_said(hub, run, saved):
-    hub.push("org/tiny", saved(0))
-    status, _, stderr = run("model=org/nothing", *SHORT)
-    assert status == 2
-    assert "cannot get org/nothing from the Hugging Face Hub: there is no such repository" in stderr
-    status, _, stderr = run("model=org/tiny", "model.revision=v9", *SHORT)
-    assert status == 2
-    assert "it has no revision v9" in stderr
+def test_what_is_not_there_is_said(online, qbench, saved):
+    online.push("org/tiny", saved(0))
+    outcome = qbench("model=org/nothing", *SHORT)
+    assert outcome.status == 2
+    assert "cannot get org/nothing from the Hugging Face Hub: there is no such repository" in outcome.stderr
+    outcome = qbench("model=org/tiny", "model.revision=v9", *SHORT)
+    assert outcome.status == 2
+    assert "it has no revision v9" in outcome.stderr
