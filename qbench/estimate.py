@@ -23,8 +23,7 @@ from rich.text import Text
 
 from qbench.config import ModelConfig
 from qbench.errors import PointError
-from qbench.models import load, smollm2, tiny
-from qbench.models import coverage
+from qbench.models import coverage, load, smollm2, tiny
 from qbench.models.expert_form import expert_weights
 from qbench.models.linears import Linears, find_linears, matrix
 from qbench.models.readers import mark_read_weights, mark_without_storage

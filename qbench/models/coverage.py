@@ -57,7 +57,8 @@ def sentences(model: str, found: Linears, refused: str | None) -> list[str]:
     said = []
     if any(s.counted for s in found.skipped):
         said.append(
-            f"model={model}: {share(found):.1%} of the linear weights are quantized; left out: {left_out(found.skipped)}"
+            f"model={model}: {share(found):.1%} of the linear weights will be quantized; "
+            f"left out: {left_out(found.skipped)}"
         )
     if towers := [s for s in found.skipped if not s.counted]:
         said.append(
