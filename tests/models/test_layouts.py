@@ -156,7 +156,7 @@ def test_a_checkpoint_of_the_layout_gives_the_same_logits(build, tmp_path):
 
 @pytest.mark.parametrize("build", MIXTURES, ids=lambda build: build.__name__)
 def test_experts_laid_out_for_the_kernels_compute_the_same(build, monkeypatch):
-    """Biases, gates and missing gates are no matter of the kernels: they only multiply. Grouped launches, and single."""
+    """Biases and gates are no matter of the kernels: they only multiply. Grouped launches, and single."""
     from qbench.kernels import ops
 
     model = made(build)
