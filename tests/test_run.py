@@ -1,5 +1,6 @@
 """What a point that fails leaves behind: its reason, and never less than was there."""
 
+import resource
 from pathlib import Path
 
 from qbench.evaluate import measure
@@ -39,14 +40,12 @@ def test_what_fails_before_measuring_leaves_its_reason(qbench, monkeypatch):
     assert result.error == outcome.summary["error"] == "ValueError: the GPU is full"
 
 
-def test_the_peak_while_quantizing_is_of_this_process_and_this_phase(qbench):
-    """The maximum that the system keeps for a process would be handed down by a larger parent."""
-    import resource
-
+def test_the_peak_while_quantizing_is_that_of_the_phase(qbench):
+    """Not the maximum since the process began, which a child moreover takes over from a larger parent."""
     block = bytearray(600 << 20)
     block[:: 1 << 12] = b"x" * len(block[:: 1 << 12])
     del block
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     assert qbench(*TINY).status == 0
     [result] = recorded()
-    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     assert 0 < result.quantization.peak_rss_bytes < most - (200 << 20)
