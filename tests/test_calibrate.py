@@ -8,7 +8,16 @@ from typing import ClassVar
 import numpy as np
 import pytest
 import torch
-from transformers import Gemma3ForCausalLM, Gemma3TextConfig
+from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    Gemma4ForCausalLM,
+    Gemma4TextConfig,
+    RecurrentGemmaConfig,
+    RecurrentGemmaForCausalLM,
+    Zamba2Config,
+    Zamba2ForCausalLM,
+)
 
 from qbench.calibrate import Calibration, cut_sequences, quantize_blocks
 from qbench.config import CalibrationConfig
@@ -88,7 +97,19 @@ def sliding():
     )
 
 
-@pytest.mark.parametrize("make", [lambda: build("dense", 0)[0], sliding], ids=["qwen3", "gemma3"])
+def zamba2():
+    """Its blocks are handed the embeddings of the tokens besides, by position, and share a transformer block."""
+    shape = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4, n_mamba_heads=4)
+    kinds = dict(layers_block_type=["mamba", "hybrid", "hybrid"], hybrid_layer_ids=[1, 2])
+    mamba = dict(mamba_d_state=8, mamba_headdim=32, mamba_ngroups=1, num_mem_blocks=1, adapter_rank=8)
+    return Zamba2ForCausalLM(Zamba2Config(**shape, **kinds, **mamba, vocab_size=258, num_key_value_heads=4))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [lambda: build("dense", 0)[0], sliding, lambda: gemma4(), lambda: recurrent_gemma(), zamba2],
+    ids=["qwen3", "gemma3", "gemma4", "recurrent_gemma", "zamba2"],
+)
 def test_statistics_equal_those_of_plain_forward_passes(make):
     """Also the proof that the attention is causal and positions are right: the passes are the model's own."""
     model = make().eval()
@@ -141,11 +162,57 @@ def test_a_calibrated_method_without_calibration_is_refused():
         quantize_model(build("dense", 0)[0], Watcher())
 
 
-def test_a_linear_that_no_token_reaches_is_named():
+def test_a_linear_that_no_token_reaches_stays_in_16_bit_and_is_listed():
     model = build("dense", 0)[0]
     model.model.layers[1].mlp.unused = torch.nn.Linear(64, 64)
-    with pytest.raises(PointError, match=r"layer model\.layers\.1\.mlp\.unused was not used by the calibration text"):
-        quantize_model(model, Watcher(), calibration())
+    rows, skipped = quantize_model(model, Watcher(), calibration())
+    assert len(rows) == 14
+    [row] = skipped
+    assert (row.name, row.weights) == ("model.layers.1.mlp.unused", 64 * 64)
+    assert row.reason == "no calibration token reached it"
+    assert row.counted
+
+
+def test_a_linear_that_only_a_later_sequence_reaches_is_calibrated_on_it():
+    class Rare(torch.nn.Module):
+        """An expert of its own: called with the tokens whose first hidden value is the largest of all sequences."""
+
+        def __init__(self, inner, limit):
+            super().__init__()
+            self.inner, self.rare, self.limit = inner, torch.nn.Linear(64, 64), limit
+
+        def forward(self, x):
+            chosen = x[..., 0] >= self.limit
+            out = self.inner(x)
+            if chosen.any():
+                out = out + torch.zeros_like(out).masked_scatter(chosen[..., None], self.rare(x[chosen]))
+            return out
+
+    model = build("dense", 0)[0].eval()
+    x = inputs_of(model, "model.layers.0.mlp.gate_proj", calibration().ids)[:, 0].view(3, 40)
+    last = int(x.amax(1).argmax())
+    text = calibration()
+    order = [i for i in range(3) if i != last] + [last]
+    model.model.layers[0].mlp = Rare(model.model.layers[0].mlp, float(x.max()))
+    rows, skipped = quantize_model(model, Watcher(), replace(text, ids=text.ids[order]))
+    assert not skipped
+    assert "model.layers.0.mlp.rare" in {row.name for row in rows}
+
+
+def gemma4():
+    """Every block is handed an embedding of its own of each token, and blocks share keys and values."""
+    shape = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=4, num_attention_heads=4, head_dim=16)
+    kinds = ["sliding_attention", "full_attention"] * 2
+    return Gemma4ForCausalLM(
+        Gemma4TextConfig(**shape, vocab_size=258, vocab_size_per_layer_input=258, hidden_size_per_layer_input=16,
+                         num_key_value_heads=2, sliding_window=8, layer_types=kinds, num_kv_shared_layers=2)
+    )  # fmt: skip
+
+
+def recurrent_gemma():
+    """Its blocks take their arguments by position."""
+    shape = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4, lru_width=64)
+    return RecurrentGemmaForCausalLM(RecurrentGemmaConfig(**shape, vocab_size=258, attention_window_size=16))
 
 
 def test_calibrated_point_records_what_it_was_shown(qbench):

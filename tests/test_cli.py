@@ -207,11 +207,22 @@ def test_a_mixture_is_quantized_expert_by_expert(qbench):
 def test_low_coverage_is_refused_with_the_names_of_what_was_left_out(qbench, monkeypatch):
     from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
-    usual = Qwen3MoeExperts._apply_gate
-    monkeypatch.setattr(Qwen3MoeExperts, "_apply_gate", lambda self, gate_up: usual(self, gate_up).clamp(-9, 9))
+    def forward(self, hidden_states, top_k_index, top_k_weights, temperature=None):
+        return usual(self, hidden_states, top_k_index, top_k_weights)
+
+    usual = Qwen3MoeExperts.forward
+    monkeypatch.setattr(Qwen3MoeExperts, "forward", forward)
+    plan = qbench("model=tiny-moe", "task.max_windows=1", "--dry-run")
+    assert plan.status == 0
+    [planned] = plan.summary["plan"]
+    assert planned["coverage"] < 0.5
+    assert planned["refused"] in plan.stderr.replace("\n", " ")
+    assert "will fail" in plan.stderr
     outcome = qbench("model=tiny-moe", "task.max_windows=1")
     assert outcome.status == 1
-    assert "of the linear weights were quantized" in outcome.summary["error"]
+    assert outcome.summary["error"] == planned["refused"]
+    assert "of the linear weights can be quantized" in outcome.summary["error"]
+    assert recorded()[0].seconds.keys() == {"load"}  # no baseline, no quantizing
     assert "experts.gate_up_proj (fused experts of an unknown layout: Qwen3MoeExperts" in outcome.summary["error"]
     assert qbench("model=tiny-moe", "task.max_windows=1", "runtime.min_coverage=0.1").status == 0
 

@@ -62,7 +62,7 @@ def test_a_bad_export_dir_is_refused_before_anything_is_measured(qbench, place):
 
 
 def test_a_failed_point_exports_nothing(qbench):
-    outcome = qbench(*TINY, "runtime.min_coverage=1.1", "export.dir=exports/a")
+    outcome = qbench(*TINY, "model=tiny-moe", "runtime.min_coverage=1", "export.dir=exports/a")
     assert outcome.status == 1
     assert not list(Path("exports").iterdir())
 

@@ -56,12 +56,14 @@ def sentences(model: str, found: Linears, refused: str | None) -> list[str]:
         return [f"model={model}: {refused}"]
     said = []
     if any(s.counted for s in found.skipped):
-        left = left_out(found.skipped)
-        said.append(f"model={model}: {share(found):.1%} of the linear weights are quantized; left out: {left}")
-    if towers := [s for s in found.skipped if not s.counted]:
         said.append(
-            f"model={model}: {len(towers)} weights are {towers[0].reason} ({towers[0].name}, ...); they stay in 16 bit"
+            f"model={model}: {share(found):.1%} of the linear weights will be quantized; "
+            f"left out: {left_out(found.skipped)}"
         )
+    for reason in dict.fromkeys(s.reason for s in found.skipped if not s.counted):
+        names = [s.name for s in found.skipped if s.reason == reason and not s.counted]
+        more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+        said.append(f"model={model}: in 16 bit and not counted, since {reason}: {', '.join(names[:NAMED])}{more}")
     return said
 
 

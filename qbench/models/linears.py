@@ -5,14 +5,15 @@ keeps the experts of a mixture as three-dimensional parameters, which a walk ove
 a word. Whatever stays in 16 bit is listed with a reason:
 
 - routers, since a wrong choice of expert costs more than their few bytes; so a mixture's coverage is a little below 1
-- linears outside the decoder blocks (a projection of the embeddings), which no calibrated method reaches: all methods
-  leave them, so that all answer for the same weights
 - linears whose weight the model reads instead of calling them (readers.py)
 - subclasses of nn.Linear with a forward of their own: what their weight means is not known
 
-These count against coverage. What lies outside the language model (a vision tower, its projector) is listed too and
-does not count: no text ever passes it. The output head and the embeddings stay in 16 bit, as in the papers, and are
-not listed.
+- linears in another list of layers than the decoder blocks
+
+These count against coverage. Listed without counting is what lies beside the blocks: a projection of the embeddings,
+which no calibrated method reaches and which all methods therefore leave, as they leave the embeddings; and what lies
+outside the language model (a vision tower, its projector), since no text ever passes it. The output head and the
+embeddings stay in 16 bit, as in the papers, and are not listed.
 """
 
 from __future__ import annotations
@@ -87,13 +88,13 @@ def find_linears(model: Any) -> Linears:
                 # bitsandbytes' layers, for one, are subclasses of nn.Linear whose weights are codes
                 found.skipped.extend(_left_out(name, module, f"{type(module).__name__} has a forward of its own"))
             elif not in_blocks:
-                found.skipped.extend(_left_out(name, module, OUTSIDE))
+                found.skipped.extend(_left_out(name, module, OUTSIDE, counted=_in_a_list(model, name)))
             elif getattr(module, "read_by_model", False):
                 found.skipped.extend(_left_out(name, module, READ))
             else:
                 found.layers[name] = module
         elif stacked_parameters(module) and not in_blocks:
-            found.skipped.extend(_left_out(name, module, OUTSIDE))
+            found.skipped.extend(_left_out(name, module, OUTSIDE, counted=_in_a_list(model, name)))
         elif stacked_parameters(module) and refusal(module) is None:
             found.experts[name] = module
         else:
@@ -145,6 +146,15 @@ def _largest_list(model: Any, prefix: str) -> str | None:
                 held[name] += weights
     largest = max(held, key=lambda path: held[path], default=None)
     return largest if largest is not None and held[largest] else None
+
+
+def _in_a_list(model: Any, name: str) -> bool:
+    """Whether the module is part of a list of layers: of such a list there may be as much as of the blocks."""
+    while name:
+        name = name.rpartition(".")[0]
+        if isinstance(model.get_submodule(name), nn.ModuleList):
+            return True
+    return False
 
 
 def _within(name: str, prefix: str) -> bool:

@@ -36,7 +36,7 @@ class SkippedRow(Strict):
     name: str
     weights: int
     reason: str
-    counted: bool = True  # False outside the language model, with which coverage is not concerned
+    counted: bool = True  # False beside the decoder blocks, with which coverage is not concerned
 
 
 @dataclass(frozen=True)
