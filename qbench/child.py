@@ -26,12 +26,13 @@ from typing import Any
 from filelock import lock_descriptor
 
 from qbench import __version__
+from qbench.errors import WriteError
 from qbench.record.result import Result
 from qbench.record.store import Store, identity
 
 COMMAND = (sys.executable, "-X", "faulthandler", "-m", "qbench")  # faulthandler: a segfault says where
 TAIL_LINES, TAIL_BYTES = 5, 4000
-DONE, WRONG = 0, 2
+DONE, FAILED, WRONG = 0, 1, 2
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,11 @@ def run(point: Point) -> Outcome:
     with _one_of(point.shares) as (descriptors, environment):
         print(f"{point.place} {point.label}: started, log in {point.log}", file=sys.stderr, flush=True)
         started = time.perf_counter()
-        status, said = _spawn(point, descriptors, environment)
+        try:
+            status, said = _spawn(point, descriptors, environment)
+        except OSError as error:  # no room for its log, no more processes
+            reason = f"its process could not be started: {error.strerror}"
+            return Outcome(point, record_failure(point, reason))
         seconds = time.perf_counter() - started
     after = store.load(point.run_id)
     written = after is not None and (before is None or after.to_json() != before.to_json())  # a NaN equals no NaN
@@ -143,13 +148,16 @@ def record_failure(point: Point, error: str) -> Result:
     with store.lock(f"point-{point.run_id}", f"point {point.run_id}"):
         there = store.load(point.run_id)
         if there is None or there.status != "ok":
-            store.save(result)
+            try:
+                store.save(result)
+            except WriteError as error:  # the sweep goes on, and its end tells this one
+                return error.result
     return result
 
 
 def explain_exit(status: int, said: str) -> str:
     """One sentence for a process that ended with `status` (negative: by that signal) and without a result."""
-    if status == WRONG and (refusals := [line for line in said.splitlines() if line.startswith("qbench: ")]):
+    if status in (FAILED, WRONG) and (refusals := [line for line in said.splitlines() if line.startswith("qbench: ")]):
         return refusals[-1].removeprefix("qbench: ")
     number = -status if status < 0 else status - 128 if 128 < status < 160 else 0
     if number:

@@ -18,6 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from qbench.catalog import GROUPS, options
 from qbench.errors import RequestError, unknown
 
+LONGEST_OPTION = 200  # letters: a longer one is no file's name
 MOST_VALUES = 10_000  # of one range(...): more is a slip of the pen
 
 
@@ -132,9 +133,11 @@ def _check_option(text: str, override: Override) -> None:
     for option in _elements(override):
         if isinstance(option, QuotedString):
             option = option.text
-        if (option is None and group == "experiment") or (isinstance(option, str) and option):
+        if (option is None and group == "experiment") or (
+            isinstance(option, str) and 0 < len(option) <= LONGEST_OPTION
+        ):
             continue
-        raise _no_option(group, Override._get_value_element_as_str(option))
+        raise _no_option(group, Override._get_value_element_as_str(option)[:LONGEST_OPTION])
 
 
 def _no_option(group: str, given: str) -> RequestError:

@@ -115,7 +115,7 @@ def _remembered(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def _refusal(refused: Mapping[str, list[str]], total: int) -> str:
     if len(refused) == 1 and len(next(iter(refused.values()))) == total:
-        return next(iter(refused))
+        return next(iter(refused)).replace("\n", " ")
     count = sum(map(len, refused.values()))
-    lines = [f"  {label}: {sentence}" for sentence, labels in refused.items() for label in labels]
+    lines = [f"  {label}: {sentence}".replace("\n", " ") for sentence, labels in refused.items() for label in labels]
     return "\n".join([f"{count} of {total} points cannot run, so none was started:", *lines])
