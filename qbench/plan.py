@@ -38,9 +38,11 @@ def expand(arguments: list[str], hydra: DictConfig, loader: ConfigLoader) -> lis
     parser = OverridesParser.create(config_loader=loader)
     found: list[tuple[str, ...]] = []
     sweeper = OmegaConf.to_container(hydra.sweeper, resolve=False)
-    products = list(sweeper["also"])
-    if sweeper["params"] or not products:
-        products.insert(0, sweeper["params"] or {})
+    products, params = sweeper["also"] or [], sweeper["params"] or {}
+    if not isinstance(products, list) or not all(isinstance(product, dict) for product in [params, *products]):
+        raise RequestError("hydra.sweeper.params must be a mapping of KEY: VALUES, and also a list of such mappings")
+    if params or not products:
+        products = [params, *products]
     for product in products:
         overrides = parser.parse_overrides([*(experiment.assignment(k, v) for k, v in product.items()), *arguments])
         check([o.input_line or "" for o in overrides])
