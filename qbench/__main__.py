@@ -28,7 +28,8 @@ from yaml import YAMLError
 
 from qbench import experiment, overrides, requests
 from qbench.config import Config, register
-from qbench.errors import RequestError
+from qbench.disk import FULL
+from qbench.errors import RequestError, WriteError
 from qbench.hubnames import spelled_out
 
 DONE, FAILED, WRONG = 0, 1, 2
@@ -66,7 +67,10 @@ def main() -> int:
     except BrokenPipeError:
         raise
     except Exception as error:
-        _refuse(entry.unexpected(error))
+        if isinstance(error, OSError) and error.errno in FULL:
+            _refuse(f"there is no room to write {error.filename or 'a file'}: {error.strerror}")
+        else:
+            _refuse(entry.unexpected(error))
         return FAILED
     return max(statuses, default=DONE)
 
@@ -84,6 +88,10 @@ def _point(composed: DictConfig) -> int:
             summary.show(result)
     except RequestError as error:
         return _refuse(str(error))
+    except WriteError as error:  # who asked has at least what was measured
+        _refuse(str(error))
+        _print_json(error.result.summary())
+        return FAILED
     _print_json(result.summary())
     return DONE if result.status == "ok" else FAILED
 
@@ -94,7 +102,7 @@ def _print_json(value: dict[str, Any]) -> None:
 
 
 def _refuse(message: str) -> int:
-    print(f"qbench: {message}", file=sys.stderr)
+    print("qbench:", message.replace("\n", " "), file=sys.stderr)  # a name may hold a line break
     return WRONG
 
 

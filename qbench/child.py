@@ -4,8 +4,8 @@ The process is the ordinary `python -m qbench OVERRIDES`, so what a sweep record
 process that dies without a result (a crash, the kernel's out-of-memory killer, `kill -9`) is recorded here as a
 failed point, with the signal or exit status and the last lines that it wrote.
 
-Points that run side by side share a host: each takes one `Share`, a GPU or a part of the cores, and returns it when
-its process ends. A share is an flock that the process itself keeps open, so it ends with the process.
+Points that run side by side share a host: each takes one `Share` (share.py), a GPU or a part of the cores. The process
+itself keeps its lock open, so the share is returned when the process ends.
 """
 
 from __future__ import annotations
@@ -14,33 +14,23 @@ import os
 import signal
 import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from filelock import lock_descriptor
-
 from qbench import __version__
+from qbench.errors import WriteError
 from qbench.record.identity import Identity
 from qbench.record.result import Result
-from qbench.record.store import Store, identity
+from qbench.record.store import Store
+from qbench.share import Share, one_of
 
 COMMAND = (sys.executable, "-X", "faulthandler", "-m", "qbench")  # faulthandler: a segfault says where
 TAIL_LINES, TAIL_BYTES = 5, 4000
-DONE, WRONG = 0, 2
-
-
-@dataclass(frozen=True)
-class Share:
-    """What one of the points that run side by side on a host may use."""
-
-    lock: str
-    environment: dict[str, str]
+DONE, FAILED, WRONG = 0, 1, 2
 
 
 @dataclass(frozen=True)
@@ -60,7 +50,8 @@ class Point:
     sweep: str  # its name, which groups the points' W&B runs unless the user has named a group
     exports: bool = False
     flags: tuple[str, ...] = ()  # of the command line: where else configuration is found
-    shares: tuple[Share, ...] = ()  # none: the point has its host to itself
+    shares: tuple[Share, ...] = ()  # of its host, one of which it needs; none: it takes the GPU that it uses by itself
+    slots: tuple[Share, ...] = ()  # where fewer points may run at a time than there are shares
 
     @property
     def place(self) -> str:
@@ -91,34 +82,18 @@ class Work:
         return outcome
 
 
-def host_shares(jobs: int, gpus: Sequence[str], folder: Path) -> tuple[Share, ...]:
-    """Shares of this host for `jobs` points at a time: one GPU each where there are any, and equal parts of the cores.
-
-    A GPU is locked for the whole host, so two sweeps of one user never meet on it; cores are shared out among the
-    points of the sweep that writes to `folder`. OMP_NUM_THREADS is left alone where the user has set it.
-    """
-    jobs = min(jobs, len(gpus)) if gpus else jobs
-    threads = {} if "OMP_NUM_THREADS" in os.environ else {"OMP_NUM_THREADS": str(max(1, cores() // jobs))}
-    common = Path(tempfile.gettempdir()) / f"qbench-{os.getuid()}"  # of this host, not of a shared file system
-    if not gpus:
-        sweep = identity(str(folder.resolve()))
-        return tuple(Share(str(common / f"{sweep}-{i}.lock"), threads) for i in range(jobs))
-    return tuple(Share(str(common / f"gpu-{gpu}.lock"), threads | {"CUDA_VISIBLE_DEVICES": gpu}) for gpu in gpus)
-
-
-def cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0))
-
-
 def run(point: Point) -> Outcome:
     """Runs the point in a fresh process and returns what came of it; a failure is recorded, never raised."""
     store = Store(point.config["outputs"])
     before = store.load(point.run_id)
-    with _one_of(point.shares) as (descriptors, environment):
+    with one_of(point.slots, point.shares) as (descriptors, environment):
         print(f"{point.place} {point.label}: started, log in {point.log}", file=sys.stderr, flush=True)
         started = time.perf_counter()
-        status, said = _spawn(point, descriptors, environment)
+        try:
+            status, said = _spawn(point, descriptors, environment)
+        except OSError as error:  # no room for its log, no more processes
+            reason = f"its process could not be started: {error.strerror}"
+            return Outcome(point, record_failure(point, reason))
         seconds = time.perf_counter() - started
     after = store.load(point.run_id)
     written = after is not None and (before is None or after.to_json() != before.to_json())  # a NaN equals no NaN
@@ -146,13 +121,16 @@ def record_failure(point: Point, error: str) -> Result:
     with store.lock(f"point-{point.run_id}", f"point {point.run_id}"):
         there = store.load(point.run_id)
         if there is None or there.status != "ok":
-            store.save(result)
+            try:
+                store.save(result)
+            except WriteError as error:  # the sweep goes on, and its end tells this one
+                return error.result
     return result
 
 
 def explain_exit(status: int, said: str) -> str:
     """One sentence for a process that ended with `status` (negative: by that signal) and without a result."""
-    if status == WRONG and (refusals := [line for line in said.splitlines() if line.startswith("qbench: ")]):
+    if status in (FAILED, WRONG) and (refusals := [line for line in said.splitlines() if line.startswith("qbench: ")]):
         return refusals[-1].removeprefix("qbench: ")
     number = -status if status < 0 else status - 128 if 128 < status < 160 else 0
     if number:
@@ -215,26 +193,6 @@ def _spawn(point: Point, descriptors: Sequence[int], environment: dict[str, str]
     with log.open("rb") as file:
         file.seek(max(start, log.stat().st_size - TAIL_BYTES))
         return status, file.read().decode(errors="replace")
-
-
-@contextmanager
-def _one_of(shares: Sequence[Share]) -> Iterator[tuple[list[int], dict[str, str]]]:
-    """Waits for a free share; gives the lock's descriptor, for the process to inherit, and its environment."""
-    if not shares:
-        yield [], {}
-        return
-    while True:
-        for share in shares:
-            path = Path(share.lock)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
-            try:
-                if lock_descriptor(descriptor, blocking=False):
-                    yield [descriptor], share.environment
-                    return
-            finally:
-                os.close(descriptor)  # the lock lives on while the process holds the same open file
-        time.sleep(0.2)
 
 
 class Job:

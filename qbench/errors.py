@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from qbench.record.result import Result
 
 
 class RequestError(ValueError):
@@ -12,6 +16,14 @@ class RequestError(ValueError):
 
 class PointError(RuntimeError):
     """The point was a fair request and failed while running; its result records this sentence. Exit 1."""
+
+
+class WriteError(PointError):
+    """What a point measured, or its checkpoint, could not be written; `result` is what is known of it. Exit 1."""
+
+    def __init__(self, result: Result, message: str | None = None) -> None:
+        super().__init__(message or result.error or "")
+        self.result = result
 
 
 def unknown(kind: str, given: str, choices: Iterable[str]) -> RequestError:

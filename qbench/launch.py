@@ -16,10 +16,11 @@ from hydra.core.plugins import Plugins
 from hydra.types import HydraContext
 from omegaconf import DictConfig, open_dict
 
-from qbench.child import Job, Outcome, Point, Work, cores, host_shares, record_failure
+from qbench.child import Job, Outcome, Point, Work, record_failure
 from qbench.errors import RequestError
 from qbench.plan import Planned
 from qbench.record.store import Store
+from qbench.share import cores, gpus, host_shares
 
 CORES_PER_POINT = 4  # on a CPU host, unless the launcher is told a number of jobs
 
@@ -39,17 +40,16 @@ def placement(launcher: DictConfig) -> str:
 def points(todo: list[Planned], hydra: DictConfig, where: str, sweep: str) -> tuple[str, list[Point]]:
     """How many run at a time, in words, and what is sent to where they run; `sweep` is the sweep's name."""
     folder = Path(hydra.sweep.dir)
-    shares, words = (), "one after the other"
+    shares, slots, words = (), (), "one after the other"
     if where == "slurm":
         words = "as a job array"
     elif where != "here":
-        gpus = _gpus() if any(p.point.device.type == "cuda" for p in todo) else []
-        if gpus and any(p.point.device.index for p in todo):
+        cards = gpus() if any(p.point.device.type == "cuda" for p in todo) else []
+        if cards and any(p.point.device.index for p in todo):
             raise RequestError("every job is given one GPU of its own here: say runtime.device=cuda")
-        jobs = _jobs(hydra.launcher, len(gpus))
-        shares = host_shares(jobs, gpus, folder)
+        shares, slots = host_shares(cards, _jobs(hydra.launcher, len(cards)), folder)
         threads = shares[0].environment.get("OMP_NUM_THREADS", os.environ.get("OMP_NUM_THREADS"))
-        words = f"{len(shares)} at a time, {threads} threads each" + (", one GPU each" if gpus else "")
+        words = f"{len(slots or shares)} at a time, {threads} threads each" + (", one GPU each" if cards else "")
     flags = [a for a in hydra.overrides.hydra if a.startswith("hydra.searchpath=")]
     for source in hydra.runtime.config_sources:
         flags += ["--config-dir", source.path] if source.provider == "command-line" else []
@@ -72,6 +72,7 @@ def points(todo: list[Planned], hydra: DictConfig, where: str, sweep: str) -> tu
                 exports=point.export is not None,
                 flags=tuple(flags),
                 shares=shares,
+                slots=slots,
             )
         )
     return words, found
@@ -89,20 +90,12 @@ def _jobs(launcher: DictConfig, gpus: int) -> int:
     return gpus or max(1, cores() // CORES_PER_POINT)
 
 
-def _gpus() -> list[str]:
-    import torch
-
-    if visible := os.environ.get("CUDA_VISIBLE_DEVICES"):
-        return visible.split(",")
-    return [str(i) for i in range(torch.cuda.device_count())]
-
-
 def launch(points: list[Point], config: DictConfig, context: HydraContext, where: str) -> Iterator[Outcome]:
     """Hands the points to the launcher and gives each one's outcome, whatever became of it."""
     with open_dict(config.hydra):
         config.hydra.sweep.dir = str(config.hydra.sweep.dir)  # ${now:} is another time in another process
         if where == "joblib":
-            config.hydra.launcher.n_jobs = len(points[0].shares)
+            config.hydra.launcher.n_jobs = len(points[0].slots or points[0].shares)
     launcher = Plugins.instance().instantiate_launcher(context, Work(tuple(points)), config)
     if where in ("submitit", "slurm"):
         yield from _submit(launcher, points)

@@ -18,6 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from qbench.catalog import GROUPS, options
 from qbench.errors import RequestError, unknown
 
+LONGEST_OPTION = 200  # letters: a longer one is no file's name
 MOST_VALUES = 10_000  # of one range(...): more is a slip of the pen
 
 
@@ -61,6 +62,9 @@ def check(overrides: Iterable[str]) -> None:
             raise RequestError(f"'{text}' chooses from a group's options, and these are the groups: {groups}")
         if override.key_or_group in GROUPS:
             _check_option(text, override)
+        elif override.package is not None or "/" in override.key_or_group:  # a group of Hydra's own
+            if not override.key_or_group or not isinstance(override.value(), str):
+                raise RequestError(f"'{text}' chooses no option: a group takes a name, GROUP=OPTION")
 
 
 def parse(text: str) -> Override:
@@ -132,9 +136,11 @@ def _check_option(text: str, override: Override) -> None:
     for option in _elements(override):
         if isinstance(option, QuotedString):
             option = option.text
-        if (option is None and group == "experiment") or (isinstance(option, str) and option):
+        if (option is None and group == "experiment") or (
+            isinstance(option, str) and 0 < len(option) <= LONGEST_OPTION
+        ):
             continue
-        raise _no_option(group, Override._get_value_element_as_str(option))
+        raise _no_option(group, Override._get_value_element_as_str(option)[:LONGEST_OPTION])
 
 
 def _no_option(group: str, given: str) -> RequestError:

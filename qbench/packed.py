@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from qbench.config import Config, ExportConfig
-from qbench.errors import RequestError, unknown
+from qbench.errors import RequestError, WriteError, unknown
 from qbench.models import load
 from qbench.models.linears import find_linears, matrix
 from qbench.quant import autogptq, checkpoint, manifest
@@ -77,7 +77,7 @@ def is_exported(folder: Path) -> bool:
 
 
 def export(loaded: load.LoadedModel, folder: Path, format: str, result: Result, quantizer: dict[str, Any]) -> None:
-    """Writes the quantized model of a point that is recorded; its folder names no other folder."""
+    """Writes the quantized model of a point that is recorded; its folder names no other folder. Raises WriteError."""
     assert result.model is not None
     origin = {
         "run_id": result.run_id,
@@ -88,7 +88,7 @@ def export(loaded: load.LoadedModel, folder: Path, format: str, result: Result, 
     try:
         FORMATS[format].save(loaded.model, loaded.tokenizer, folder, origin=origin)
     except RequestError as error:
-        raise RequestError(f"the result is recorded, but there is no checkpoint: {error}") from error
+        raise WriteError(result, f"the result is recorded, but there is no checkpoint: {error}") from error
     log.info("%s checkpoint written to %s", format, folder)
 
 

@@ -39,9 +39,11 @@ def expand(arguments: list[str], hydra: DictConfig, loader: ConfigLoader) -> lis
     parser = OverridesParser.create(config_loader=loader)
     found: list[tuple[str, ...]] = []
     sweeper = OmegaConf.to_container(hydra.sweeper, resolve=False)
-    products = list(sweeper["also"])
-    if sweeper["params"] or not products:
-        products.insert(0, sweeper["params"] or {})
+    products, params = sweeper["also"] or [], sweeper["params"] or {}
+    if not isinstance(products, list) or not all(isinstance(product, dict) for product in [params, *products]):
+        raise RequestError("hydra.sweeper.params must be a mapping of KEY: VALUES, and also a list of such mappings")
+    if params or not products:
+        products = [params, *products]
     for product in products:
         overrides = parser.parse_overrides([*(experiment.assignment(k, v) for k, v in product.items()), *arguments])
         check([o.input_line or "" for o in overrides])
@@ -118,7 +120,7 @@ def _remembered(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def _refusal(refused: Mapping[str, list[str]], total: int) -> str:
     if len(refused) == 1 and len(next(iter(refused.values()))) == total:
-        return next(iter(refused))
+        return next(iter(refused)).replace("\n", " ")
     count = sum(map(len, refused.values()))
-    lines = [f"  {label}: {sentence}" for sentence, labels in refused.items() for label in labels]
+    lines = [f"  {label}: {sentence}".replace("\n", " ") for sentence, labels in refused.items() for label in labels]
     return "\n".join([f"{count} of {total} points cannot run, so none was started:", *lines])

@@ -7,7 +7,7 @@ import sys
 import time
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any
@@ -37,6 +37,7 @@ from qbench.record.environment import describe
 from qbench.record.quantization import CalibrationRecord, LayerRow, ModelRecord, QuantizationRecord, SkippedRow
 from qbench.record.result import Result
 from qbench.record.store import Store
+from qbench.share import gpu_of
 
 log = logging.getLogger(__name__)
 
@@ -62,7 +63,9 @@ def run_point(config: Config, command: list[str]) -> Result:
     Raises RequestError for a request that cannot be served; nothing is recorded then.
     """
     point = prepare(config, command)
-    with point.store.lock(f"point-{point.run_id}", f"point {point.run_id}"):
+    # the GPU before the point: a sweep's processes hold theirs when they come here, and may wait for the point
+    gpu = gpu_of(point.device) if point.recorded() is None else nullcontext()
+    with gpu, point.store.lock(f"point-{point.run_id}", f"point {point.run_id}"):
         result = point.recorded()
         if result is not None:
             log.info("already recorded; runtime.rerun=true measures it again")

@@ -15,9 +15,11 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import sys
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +38,7 @@ from qbench.errors import RequestError
 if TYPE_CHECKING:
     from qbench.child import Outcome
     from qbench.plan import Planned
+    from qbench.record.result import Result
 
 
 class Sweep(Callback):
@@ -85,14 +88,11 @@ def _sweep(config: DictConfig) -> int:
 def _conclude(plan: list[Planned], outcomes: Mapping[str, Outcome], seconds: float) -> int:
     """The leaderboard and the failures on stderr, one JSON line on stdout; returns the exit status."""
     from qbench import leaderboard
-    from qbench.record import wandb_tracker
 
     results = [p.recorded or outcomes[p.point.run_id].result for p in plan]
     for outputs in dict.fromkeys(p.point.config.outputs for p in plan):
         leaderboard.show(Path(outputs), {p.point.run_id for p in plan}, sys.stderr)
-    config = plan[0].point.config
-    if config.tracker.name == "wandb":
-        wandb_tracker.track_sweep(results, config.tracker, Path(config.outputs))
+    _track(plan, results)
     failed = [o for o in outcomes.values() if o.result.status != "ok"]
     if failed:
         _say(f"{len(failed)} of {len(plan)} points failed; the same command tries them again:")
@@ -109,6 +109,28 @@ def _conclude(plan: list[Planned], outcomes: Mapping[str, Outcome], seconds: flo
         }
     )
     return 1 if failed else 0
+
+
+def _track(plan: list[Planned], results: list[Result]) -> None:
+    """Tells each tracker of its points' sweep, and of those that were recorded already: the others told it themselves.
+
+    All are in the group of this sweep, so one that was extended has its earlier points with it.
+    """
+    from qbench.record import wandb_tracker
+
+    group = os.environ.get("WANDB_RUN_GROUP") or wandb_tracker.sweep_name([p.point.run_id for p in plan])
+    told: dict[str, list[int]] = {}  # points may differ in their tracker, and in where they are recorded
+    for index, planned in enumerate(plan):
+        config = planned.point.config
+        if config.tracker.name == "wandb":
+            told.setdefault(repr((config.tracker, config.outputs)), []).append(index)
+    for indices in told.values():
+        config = plan[indices[0]].point.config
+        tracker, folder = replace(config.tracker, group=config.tracker.group or group), Path(config.outputs)
+        for index in indices:
+            if plan[index].recorded is not None:
+                wandb_tracker.track(results[index], tracker, folder)
+        wandb_tracker.track_sweep([results[index] for index in indices], tracker, folder)
 
 
 def _say(message: str) -> None:

@@ -146,11 +146,11 @@ def answer(request: list[str], folder: Path) -> tuple[int | str, str]:
 
 def _become(request: list[str], folder: Path, out: int, err: int) -> None:
     """In the fork: the command itself; never returns."""
-    from qbench import entry
-    from qbench.__main__ import main
-
     status = 99
     try:
+        from qbench import entry
+        from qbench.__main__ import main
+
         os.chdir(folder)
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         os.dup2(out, 1)
@@ -175,7 +175,7 @@ def fault(status: int | str, said: str, running: bool) -> str | None:
         return "a traceback, or an error that nobody foresaw"
     if status != 2:
         return None
-    lines = [line for line in said.splitlines() if line.strip()]
+    lines = [line for line in said.split("\n") if line.strip()]  # a name may hold U+2028
     own = [index for index, line in enumerate(lines) if line.startswith("qbench: ")]
     if len(own) != 1:
         return f"{len(own)} sentences for one wrong request"
@@ -192,6 +192,7 @@ def prepare_this_process() -> None:
     import torch
     import transformers.models.qwen3
 
+    import qbench.__main__
     import qbench.estimate
     import qbench.launch
     import qbench.leaderboard

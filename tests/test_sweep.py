@@ -17,14 +17,16 @@ import numpy as np
 import pytest
 
 from qbench import child
-from qbench.child import Share, explain_exit, host_shares
+from qbench.child import explain_exit
 from qbench.lock import locked, remove_stale
 from qbench.plan import expand
 from qbench.record.result import Result
 from qbench.record.store import PARTIAL, Store
 from qbench.record.wandb_tracker import sweep_name
+from qbench.share import cores
 from tests.conftest import ROOT
 from tests.kill_sweep import Attack, points_of
+from tests.record import wandb_stub
 from tests.report import examples
 
 TINY = ("model=tiny-dense", "task.max_windows=2")
@@ -105,6 +107,25 @@ def test_the_points_of_a_sweep_share_a_group_that_ends_with_it(qbench, monkeypat
     assert all(result["error"].endswith("last lines: mine") for result in failed)
 
 
+def test_recorded_points_are_tracked_in_the_group_of_the_sweep_that_asks(qbench, monkeypatch):
+    """As the single command would; points may name trackers and folders of their own."""
+    monkeypatch.delenv("WANDB_RUN_GROUP", raising=False)
+    runs = wandb_stub.install(monkeypatch)
+    for method in ("rtn", "nf4"):
+        for place in ("a", "b"):
+            assert qbench(*TINY, f"quantizer={method}", f"outputs={place}").status == 0
+    first = qbench("-m", *TINY, "quantizer=rtn,nf4", "outputs=a,b", "tracker=wandb").summary
+    assert (first["skipped"], len(runs)) == (2, 3)  # the points of both folders are the same two
+    ids = [result["run_id"] for result in first["results"]]
+    assert [run.about["job_type"] for run in runs] == ["point", "point", "sweep"]
+    assert [run.about["id"] for run in runs[:2]] == ids
+    assert {run.about["group"] for run in runs} == {sweep_name(ids)}
+    runs.clear()
+    assert qbench("-m", *TINY, "quantizer=rtn", "outputs=a", "tracker=wandb,none", "tracker.project=x").status == 2
+    qbench("-m", *TINY, "quantizer=rtn", "outputs=a", "tracker=wandb", "tracker.group=mine")
+    assert [run.about["group"] for run in runs] == ["mine", "mine"]
+
+
 def test_an_earlier_result_with_nan_is_not_what_a_dead_process_wrote(tmp_path, monkeypatch):
     result, scores = examples.point()
     broken = replace(result, evaluation=[replace(result.evaluation[0], ppl=math.nan)])
@@ -135,8 +156,7 @@ def test_invalid_points_are_refused_all_at_once_before_the_first_starts(qbench, 
     for nbits in (3, 5):
         assert f"  quantizer=nf4 quantizer.nbits={nbits}: unknown key 'quantizer.nbits'" in outcome.stderr
     assert "choose from: quantizer.aux_dtype, quantizer.group_size" in outcome.stderr
-    assert not list(Path("outputs/results").iterdir())
-    assert not Path("outputs/sweeps").exists()
+    assert not Path("outputs").exists()
 
 
 def test_texts_that_are_too_short_are_refused_before_the_first_point_starts(qbench, monkeypatch):
@@ -181,7 +201,7 @@ def test_dry_run_shows_the_plan_and_runs_nothing(qbench, monkeypatch):
     rtn, sinq = outcome.summary["plan"]
     assert rtn["estimated_bits_per_weight"] == 4.5
     assert sinq["estimated_bits_per_weight"] == 4.6875
-    assert not list(Path("outputs/results").iterdir())
+    assert not Path("outputs").exists()
 
 
 def test_dry_run_survives_a_quantizer_that_refuses_its_random_matrices(qbench, monkeypatch):
@@ -251,43 +271,6 @@ def test_the_demo_leaves_out_what_does_not_exist():
     assert len(points) == 14
     assert "quantizer=nf4 experiment=demo model=tiny-dense" in points
     assert "quantizer=asinq quantizer.nbits=3 experiment=demo model=tiny-dense" in points
-
-
-def test_shares_of_a_host(tmp_path, monkeypatch):
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    monkeypatch.setattr(child, "cores", lambda: 16)
-    shares = host_shares(3, [], tmp_path)
-    assert [s.environment for s in shares] == [{"OMP_NUM_THREADS": "5"}] * 3
-    gpus = host_shares(99, ["0", "GPU-5"], tmp_path)
-    assert [s.environment["CUDA_VISIBLE_DEVICES"] for s in gpus] == ["0", "GPU-5"]
-    assert {s.environment["OMP_NUM_THREADS"] for s in gpus} == {"8"}
-    assert len({s.lock for s in gpus}) == 2
-    monkeypatch.setenv("OMP_NUM_THREADS", "2")
-    assert host_shares(3, [], tmp_path)[0].environment == {}
-
-
-def test_a_share_is_taken_by_one_and_outlives_its_taker_as_long_as_the_process(tmp_path):
-    shares = (Share(str(tmp_path / "a"), {"X": "a"}), Share(str(tmp_path / "b"), {"X": "b"}))
-    seen = []
-
-    def take():
-        with child._one_of(shares) as (_, environment):
-            seen.append(environment["X"])
-            time.sleep(0.3)
-
-    with child._one_of(shares) as (descriptors, environment):
-        assert environment == {"X": "a"}
-        process = subprocess.Popen(["sleep", "30"], pass_fds=descriptors)
-    threads = [threading.Thread(target=take) for _ in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert seen == ["b", "b"]  # one after the other: the process still has a
-    process.kill()
-    process.wait()
-    with child._one_of(shares) as (_, environment):
-        assert environment == {"X": "a"}
 
 
 HOLDER = """
@@ -403,7 +386,7 @@ def test_side_by_side(tmp_path, launcher):
     assert again.returncode == 0, stderr
     assert json.loads(stdout.splitlines()[-1])["skipped"] == 2
     threads = {r.environment["threads"] for r in map(_read, tmp_path.glob("outputs/results/*/result.json"))}
-    assert threads == {int(os.environ.get("OMP_NUM_THREADS", max(1, child.cores() // 2)))}
+    assert threads == {int(os.environ.get("OMP_NUM_THREADS", max(1, cores() // 2)))}
 
 
 @pytest.mark.slow

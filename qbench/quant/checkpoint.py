@@ -14,7 +14,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import tempfile
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -26,6 +25,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from qbench.disk import refusal
 from qbench.errors import RequestError
 from qbench.quant import settings
 from qbench.quant.linear import QuantLinear, in_packed_format
@@ -43,17 +43,16 @@ def check_target(
     origin_of: Callable[[Path], Mapping[str, Any]] = lambda folder: read(folder)["origin"],
     kind: str = "packed checkpoint",
 ) -> None:
-    """Raises RequestError when `save` could not put a checkpoint at `folder`; creates its parent folder.
+    """Raises RequestError when `save` could not put a checkpoint at `folder`; creates nothing.
 
     With `run_id`, the checkpoint of another point counts as occupied too: a sweep must not overwrite its own points.
     `origin_of` reads what a checkpoint of this `kind` was made of, or raises RequestError if the folder holds none.
     """
     if folder.exists() and not folder.is_dir():
         raise RequestError(f"{folder} is a file; name a new folder for the checkpoint")
+    if (reason := refusal(folder.parent)) is not None:
+        raise RequestError(f"cannot write a checkpoint to {folder}: {reason}")
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder.parent):
-            pass
         occupied = folder.is_dir() and any(folder.iterdir())
     except OSError as error:
         raise RequestError(f"cannot write a checkpoint to {folder}: {error.strerror}") from None
@@ -113,7 +112,7 @@ def new_folder(folder: Path) -> Iterator[Path]:
     """
     partial = folder.parent / f"{PARTIAL}{folder.name}-{uuid.uuid4().hex[:8]}"
     try:
-        partial.mkdir()
+        partial.mkdir(parents=True)
         yield partial
         for path in _files(partial):
             _flush(path)

@@ -16,52 +16,59 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import tempfile
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save as save_tensors
 
-from qbench.errors import RequestError
+from qbench.disk import refusal
+from qbench.errors import RequestError, WriteError
 from qbench.lock import locked, remove_stale
 from qbench.record.result import Result, ResultError
+
+log = logging.getLogger(__name__)
 
 PARTIAL = ".partial-"
 
 
 class Store:
     def __init__(self, root: str | Path) -> None:
-        """Raises RequestError when the folder cannot be written."""
+        """Creates nothing. Raises RequestError when the folder could not be written."""
         self.root = Path(root)
         self.results = self.root / "results"
         self.baselines = self.root / "baselines"
         self.models = self.root / "models"
-        try:
-            for folder in (self.results, self.baselines):
-                folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=self.root):
-                pass
-        except OSError as error:
-            raise RequestError(
-                f"cannot write to outputs={self.root}: {error.strerror}; set outputs=DIR to a writable folder"
-            ) from None
+        if (reason := refusal(self.root)) is not None:
+            raise RequestError(f"cannot write to outputs={self.root}: {reason}; set outputs=DIR to a writable folder")
 
     def save(self, result: Result, files: Mapping[str, Mapping[str, np.ndarray]] | None = None) -> Path:
-        """Writes the point and returns the path of its result.json; `files` are those that the result refers to."""
+        """Writes the point and returns the path of its result.json; `files` are those that the result refers to.
+
+        Raises WriteError, with what is known of the point, when there is no room for it; what was there stays.
+        """
         folder = self.results / result.run_id
-        folder.mkdir(parents=True, exist_ok=True)
-        names = result.files()
-        for name, tensors in (files or {}).items():
-            write_atomically(folder / name, save_tensors({k: np.ascontiguousarray(v) for k, v in tensors.items()}))
         path = folder / "result.json"
-        write_atomically(path, result.to_json().encode())
-        for other in folder.iterdir():
-            if other.name not in names and other != path:
-                other.unlink(missing_ok=True)
+        names = result.files()
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            for name, tensors in (files or {}).items():
+                write_atomically(folder / name, save_tensors({k: np.ascontiguousarray(v) for k, v in tensors.items()}))
+            write_atomically(path, result.to_json().encode())
+            for other in folder.iterdir():
+                if other.name not in names and other != path:
+                    other.unlink(missing_ok=True)
+        except OSError as error:
+            measured = result.error or "it was measured"
+            raise WriteError(
+                replace(result, status="failed", error=f"{measured}, but not recorded in {folder}: {error.strerror}")
+            ) from error
         return path
 
     def load(self, run_id: str) -> Result | None:
@@ -78,10 +85,19 @@ class Store:
         return locked(self.root / "locks" / f"{name}.lock", what)
 
     def save_baseline(self, key: str, scores: Mapping[str, np.ndarray], about: Mapping[str, str]) -> None:
-        """Keeps what an unquantized model scored; `about` says which model and text, and is checked when it is read."""
-        remove_stale(self.baselines, PARTIAL)
+        """Keeps what an unquantized model scored; `about` says which model and text, and is checked when it is read.
+
+        It only saves work: where it cannot be written, that is said and the next point measures it again.
+        """
         tensors = {k: np.ascontiguousarray(v) for k, v in scores.items()}
-        write_atomically(self.baselines / f"{key}.safetensors", save_tensors(tensors, metadata=dict(about)))
+        try:
+            self.baselines.mkdir(parents=True, exist_ok=True)
+            remove_stale(self.baselines, PARTIAL)
+            write_atomically(self.baselines / f"{key}.safetensors", save_tensors(tensors, metadata=dict(about)))
+        except OSError as error:
+            log.warning(
+                "the baseline is not kept in %s (%s): the next point measures it again", self.baselines, error.strerror
+            )
 
     def load_baseline(self, key: str, about: Mapping[str, str]) -> dict[str, np.ndarray] | None:
         """What was saved under the key, or None when it must be measured.

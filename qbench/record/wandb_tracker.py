@@ -1,7 +1,8 @@
 """Weights & Biases: one run per point, and one per sweep. A failure here never loses a result.
 
-Online if an API key is configured, else offline (upload later with `wandb sync`), and never a prompt. A run's id
-follows from what it is about, so measuring a point again, or resuming a sweep, updates its run instead of adding one.
+As WANDB_MODE says; without it online if an API key is configured, else offline (upload later with `wandb sync`), and
+never a prompt. A run's id follows from what it is about, so measuring a point again, or resuming a sweep, updates its
+run instead of adding one.
 The points of a sweep share a group: `tracker.group`, or WANDB_RUN_GROUP, which wandb itself reads.
 """
 
@@ -97,11 +98,13 @@ def sweep_name(run_ids: Sequence[str]) -> str:
 def _log_run(
     fill: Callable[[Any, Any], None], about: dict[str, Any], config: TrackerConfig, folder: Path, failed: bool
 ) -> None:
+    mode = config.mode if config.mode != "auto" else os.environ.get("WANDB_MODE", "auto").strip().lower()
+    if mode == "disabled":
+        return
     try:
         import wandb
 
-        mode = config.mode
-        if mode == "auto":
+        if mode not in MODES or mode == "auto":
             mode = "online" if _has_key(wandb) else "offline"
         folder.mkdir(parents=True, exist_ok=True)
         with _run(wandb, about, config, folder, mode, failed) as run:

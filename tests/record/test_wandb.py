@@ -1,9 +1,6 @@
-"""W&B offline: what a run file holds, read back through wandb's own record types."""
+"""W&B: what its runs are told (to a stand-in for the module), and once what the real one keeps offline."""
 
 import builtins
-import json
-import struct
-import time
 from dataclasses import replace
 
 import numpy as np
@@ -15,95 +12,68 @@ from qbench.errors import RequestError
 from qbench.record.pareto import front, plots
 from qbench.record.store import write_atomically
 from qbench.record.wandb_tracker import check, sweep_name, track, track_sweep
+from tests.record import wandb_stub
 from tests.record.test_result import example
 
-wandb = pytest.importorskip("wandb", reason="pip install 'qbench-llm[wandb]'")
-wandb_internal_pb2 = pytest.importorskip("wandb.proto.wandb_internal_pb2")
-
 OFFLINE = TrackerConfig(name="wandb", project="p", mode="offline")
+AUTO = replace(OFFLINE, mode="auto")
 
 
-def records(path):
-    """The messages of a `.wandb` file: wandb's own protobuf records in LevelDB's log framing."""
-    content, position, parts = path.read_bytes(), 7, []  # after the file's ident, magic and version
-    while position + 7 <= len(content):
-        if 32768 - position % 32768 < 7:  # too little left in the block for a header: padding
-            position += 32768 - position % 32768
-            continue
-        length, kind = struct.unpack("<HB", content[position + 4 : position + 7])
-        parts.append(content[position + 7 : position + 7 + length])
-        position += 7 + length
-        if kind in (1, 4):  # full, or the last of several
-            record = wandb_internal_pb2.Record()
-            record.ParseFromString(b"".join(parts))
-            parts = []
-            yield record
+@pytest.fixture
+def runs(monkeypatch):
+    return wandb_stub.install(monkeypatch)
 
 
-def read_back(folder):
-    """{run, config, summary, history, files} of the only offline run below `folder`."""
-    (path,) = folder.glob("wandb/offline-run-*/*.wandb")
-    found = {"config": {}, "summary": {}, "history": {}, "files": path.parent / "files"}
-    for record in records(path):
-        if record.HasField("run"):
-            found["run"] = record.run
-            found["config"] |= {u.key: json.loads(u.value_json) for u in record.run.config.update}
-        for update in record.summary.update:
-            found["summary"][update.key or "/".join(update.nested_key)] = json.loads(update.value_json)
-        if record.HasField("history"):
-            for item in record.history.item:
-                place = found["history"]
-                *path, last = item.nested_key or [item.key]
-                for key in path:
-                    place = place.setdefault(key, {})
-                place[last] = json.loads(item.value_json)
-    return found
-
-
-def read_back_when_written(folder, seconds=60, last="ppl"):
-    """wandb's writer is a process of its own, and on a loaded machine it may still be writing after finish()."""
-    for _ in range(seconds * 4):
-        if last in (found := read_back(folder))["summary"] and "run" in found:
-            break
-        time.sleep(0.25)
-    return found
-
-
-def table(found, key):
-    """A logged table as a list of rows by column."""
-    content = json.loads((found["files"] / found["history"][key]["path"]).read_text())
-    return [dict(zip(content["columns"], row, strict=True)) for row in content["data"]]
-
-
-def test_offline_run_holds_config_summary_and_layers(tmp_path, caplog):
+def test_a_run_holds_config_summary_and_layers(tmp_path, caplog, runs):
     nll = {"quantized": np.array([2.0, 2.5, 2.5, 4.0]), "baseline": np.array([2.0, 2.1, 2.2, 2.3])}
     (tmp_path / "results" / example().run_id).mkdir(parents=True)
     write_atomically(tmp_path / "results" / example().run_id / "w.safetensors", save(nll))
     track(example(), OFFLINE, tmp_path)
     assert "failed" not in caplog.text
-    found = read_back_when_written(tmp_path)
-    assert found["run"].run_id == example().run_id
-    assert found["run"].job_type == "point"
-    assert found["config"]["quantizer"]["nbits"] == 4
-    assert found["summary"]["ppl"] == 9.0
-    assert found["summary"]["bits_per_weight"] == 4.5
+    (run,) = runs
+    assert (run.about["id"], run.about["job_type"], run.about["mode"]) == (example().run_id, "point", "offline")
+    assert run.about["config"]["quantizer"]["nbits"] == 4
+    assert (run.summary["ppl"], run.summary["bits_per_weight"], run.exit_code) == (9.0, 4.5, 0)
     columns = ("model_name", "quantizer_name", "nbits", "group_size", "protocol")
-    assert [found["config"][key] for key in columns] == ["tiny", "sinq", 4, 64, "mini:gptq-w512"]
-    assert set(found["run"].tags) == {"ok", "tiny", "sinq", "mini:gptq-w512"}
-    (layer,) = table(found, "layers")
+    assert [run.about["config"][key] for key in columns] == ["tiny", "sinq", 4, 64, "mini:gptq-w512"]
+    assert set(run.about["tags"]) == {"ok", "tiny", "sinq", "mini:gptq-w512"}
+    (layer,) = run.logged["layers"].rows
     assert layer["name"] == "model.layers.0.q"
     assert layer["stored_bytes.input_scale"] == 32
-    histogram = found["history"]["window_nll"]
-    assert histogram["_type"] == "histogram"
-    assert sum(histogram["values"]) == 4
-    assert (histogram["bins"][0], histogram["bins"][-1]) == (2.0, 4.0)
-    assert found["history"]["baseline_window_nll"]["bins"][-1] == 2.3
+    assert run.logged["window_nll"] == [2.0, 2.5, 2.5, 4.0]
+    assert run.logged["baseline_window_nll"] == [2.0, 2.1, 2.2, 2.3]
 
 
-def test_a_point_that_is_measured_again_replaces_its_run(tmp_path):
+@pytest.mark.slow
+def test_the_real_one_keeps_a_point_and_a_sweep_offline(tmp_path, caplog):
+    pytest.importorskip("wandb", reason="pip install 'qbench-llm[wandb]'")
+    pytest.importorskip("matplotlib", reason="pip install 'qbench-llm[wandb]'")
     track(example(), OFFLINE, tmp_path)
-    (first,) = tmp_path.glob("wandb/offline-run-*")
-    first.rename(first.with_name("offline-run-20260101_000000-0123456789abcdef"))
+    track_sweep(sweep(), OFFLINE, tmp_path)
+    assert "failed" not in caplog.text
+    names = {path.parent.name.partition("_")[2].partition("-")[2] for path in tmp_path.glob("wandb/*/*.wandb")}
+    assert names == {example().run_id, sweep_name([point.run_id for point in sweep()])}
+
+
+@pytest.mark.parametrize(
+    ("environment", "key", "modes"),
+    [(None, False, ["offline"]), (None, True, ["online"]), ("disabled", True, []), ("offline", True, ["offline"]),
+     ("online", False, ["online"])],
+)  # fmt: skip
+def test_auto_is_what_the_environment_says(tmp_path, monkeypatch, environment, key, modes):
+    runs = wandb_stub.install(monkeypatch, key)
+    monkeypatch.setattr(builtins, "input", lambda *_: pytest.fail("prompted"))
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    if environment is not None:
+        monkeypatch.setenv("WANDB_MODE", environment)
+    track(example(), AUTO, tmp_path)
+    assert [run.about["mode"] for run in runs] == modes
+    track(example(), OFFLINE, tmp_path)  # what is asked for comes before the environment
+    assert runs[-1].about["mode"] == "offline"
+
+
+def test_a_point_that_is_measured_again_replaces_its_run(tmp_path, runs):
+    track(example(), OFFLINE, tmp_path)
     track(example(run_id="fedcba9876543210"), OFFLINE, tmp_path)
     track(example(), OFFLINE, tmp_path)
     names = sorted(path.name.rpartition("-")[2] for path in tmp_path.glob("wandb/offline-run-*"))
@@ -122,29 +92,27 @@ def sweep():
     return [*points, example(run_id="broken", status="failed", error="why", evaluation=[], quantization=None)]
 
 
-def test_sweep_summary_holds_the_leaderboard_and_the_plot(tmp_path, caplog, monkeypatch):
+def test_sweep_summary_holds_the_leaderboard_and_the_plot(tmp_path, caplog, monkeypatch, runs):
     pytest.importorskip("matplotlib")
     monkeypatch.delenv("WANDB_RUN_GROUP", raising=False)
     track_sweep(sweep(), OFFLINE, tmp_path)
     assert "failed" not in caplog.text
-    found = read_back_when_written(tmp_path, last="points")
-    assert found["run"].run_id == sweep_name(["broken", "point2", "point1", "point0"])
-    assert (found["run"].job_type, found["run"].run_group) == ("sweep", found["run"].run_id)
-    assert (found["summary"]["points"], found["summary"]["ok"], found["summary"]["failed"]) == (4, 3, 1)
-    rows = table(found, "leaderboard")
+    (run,) = runs
+    assert run.about["id"] == run.about["group"] == sweep_name(["broken", "point2", "point1", "point0"])
+    assert run.about["job_type"] == "sweep"
+    assert run.summary == {"points": 4, "ok": 3, "failed": 1}
+    assert run.exit_code == 1
+    rows = run.logged["leaderboard"].rows
     assert [row["ppl"] for row in rows] == [12.0, 13.0, 30.0, None]
     assert rows[3]["error"] == "why"
-    (key,) = (key for key in found["history"] if key.startswith("pareto"))
-    image = (found["files"] / found["history"][key]["path"]).read_bytes()
-    assert image.startswith(b"\x89PNG")
-    assert len(image) > 10_000
+    (key,) = (key for key in run.logged if key.startswith("pareto"))
+    assert run.logged[key].image.format == "PNG"
 
 
-def test_the_same_sweep_again_is_the_same_run(tmp_path):
+def test_the_same_sweep_again_is_the_same_run(tmp_path, runs):
     track_sweep(sweep(), OFFLINE, tmp_path)
-    (first,) = tmp_path.glob("wandb/offline-run-*")
-    first.rename(first.with_name(first.name.replace(first.name.split("-")[2], "20260101_000000")))
     track_sweep(sweep()[::-1], OFFLINE, tmp_path)
+    assert runs[0].about["id"] == runs[1].about["id"]
     assert len(list(tmp_path.glob("wandb/offline-run-*"))) == 1
 
 
@@ -164,20 +132,13 @@ def test_front_and_plots():
     assert list(plots(summaries + others)) == ["tiny, mini:gptq-w512 (text=ab)", "tiny, mini:gptq-w512 (text=cdcdcdcd)"]
 
 
-def test_a_failing_tracker_warns_and_returns(tmp_path, monkeypatch, caplog):
+def test_a_failing_tracker_warns_and_returns(tmp_path, monkeypatch, caplog, runs):
+    import wandb
+
     monkeypatch.setattr(wandb, "init", lambda **_: (_ for _ in ()).throw(RuntimeError("no route")))
     track(example(), OFFLINE, tmp_path)
     track_sweep(sweep(), OFFLINE, tmp_path)
     assert caplog.text.count("the result is saved, but Weights & Biases failed: no route") == 2
-
-
-def test_auto_is_offline_without_a_key_and_never_prompts(tmp_path, monkeypatch):
-    for name in ("WANDB_API_KEY", "WANDB_MODE"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("NETRC", str(tmp_path / "none"))
-    monkeypatch.setattr(builtins, "input", lambda *_: pytest.fail("prompted"))
-    track(example(), TrackerConfig(name="wandb", project="p", mode="auto"), tmp_path)
-    assert list(tmp_path.glob("wandb/offline-run-*"))
 
 
 def test_refusals(monkeypatch):
