@@ -53,7 +53,8 @@ def refusal(device: int) -> str | None:
         reason = f"compute capability {major}.{minor} is below 9.0"
     else:
         try:
-            nvrtc.load("dequantize", device, _defines(4, 64, True, False, OUT=0))
+            for entry, defines in _EACH_KERNEL:
+                nvrtc.load(entry, device, defines)
         except nvrtc.KernelError as error:
             reason = str(error)
     if reason:
@@ -188,6 +189,16 @@ def dequantize(tiles: Tiles, dtype: torch.dtype) -> Tensor:
 def _defines(nbits: int, group_size: int, has_zero: bool, codebook: bool, **others: int) -> tuple[tuple[str, int], ...]:
     found = {"BITS": nbits, "GROUP": min(group_size, COLUMNS), "ZERO": int(has_zero), "CODEBOOK": int(codebook)}
     return tuple(sorted((found | others).items()))
+
+
+_BATCH = _defines(4, 64, True, False, BF16=1, MB=1, RT=1, ONE=0, RING=1)
+_WIDE = _defines(4, 64, True, False, BF16=1, NB=2, GROUPS=1, WK=1)
+_EACH_KERNEL = (  # each of nvrtc.SOURCES as it is launched for the default format, for `refusal`
+    ("dequantize", _defines(4, 64, True, False, OUT=0)),
+    ("dual_linear", _defines(4, 64, True, False, BF16=1, MB=1, RT=1, ONE=1, DEPTH=2)),
+    *(("scale_input", _BATCH), ("dual_linear", _BATCH)),
+    *(("tile_input", _WIDE), ("wide_linear", _WIDE)),
+)
 
 
 def _linear_defines(tiles: Tiles, dtype: torch.dtype, **others: int) -> tuple[tuple[str, int], ...]:

@@ -37,14 +37,22 @@ def compile_cubin(file: str, arch: str, defines: dict[str, int]) -> bytes:
     if cached.is_file():
         return cached.read_bytes()
     code = _compile(file, [*options, f"-I{FOLDER}"])
+    _keep(code, cached)
+    return code
+
+
+def _keep(code: bytes, cached: Path) -> None:
+    """Writes the cache in one step; a folder that cannot be written or a full disk leaves nothing behind."""
+    temporary = None
     try:
         cached.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=cached.parent, delete=False) as temporary:
-            temporary.write(code)
-        os.replace(temporary.name, cached)
+        with tempfile.NamedTemporaryFile(dir=cached.parent, delete=False) as file:
+            temporary = file.name
+            file.write(code)
+        os.replace(temporary, cached)
     except OSError:
-        pass
-    return code
+        if temporary is not None:
+            Path(temporary).unlink(missing_ok=True)
 
 
 @cache
@@ -85,26 +93,33 @@ def _site_packages() -> list[str]:
 @cache
 def _nvrtc_version() -> tuple[int, int]:
     major, minor = ctypes.c_int(), ctypes.c_int()
-    _nvrtc().nvrtcVersion(ctypes.byref(major), ctypes.byref(minor))
+    _checked(_nvrtc().nvrtcVersion(ctypes.byref(major), ctypes.byref(minor)), "asking for the version")
     return major.value, minor.value
+
+
+def _checked(status: int, what: str) -> None:
+    if status:
+        nvrtc = _nvrtc()
+        nvrtc.nvrtcGetErrorString.restype = ctypes.c_char_p
+        raise KernelError(f"NVRTC, {what}: {(nvrtc.nvrtcGetErrorString(status) or b'').decode()} (status {status})")
 
 
 def _compile(file: str, options: list[str]) -> bytes:
     nvrtc, program = _nvrtc(), ctypes.c_void_p()
     source = (FOLDER / file).read_bytes()
-    nvrtc.nvrtcCreateProgram(ctypes.byref(program), source, file.encode(), 0, None, None)
+    _checked(nvrtc.nvrtcCreateProgram(ctypes.byref(program), source, file.encode(), 0, None, None), f"reading {file}")
     try:
         arguments = (ctypes.c_char_p * len(options))(*(option.encode() for option in options))
         if nvrtc.nvrtcCompileProgram(program, len(options), arguments):
             size = ctypes.c_size_t()
-            nvrtc.nvrtcGetProgramLogSize(program, ctypes.byref(size))
+            _checked(nvrtc.nvrtcGetProgramLogSize(program, ctypes.byref(size)), f"the log of {file}")
             log = ctypes.create_string_buffer(size.value)
-            nvrtc.nvrtcGetProgramLog(program, log)
+            _checked(nvrtc.nvrtcGetProgramLog(program, log), f"the log of {file}")
             raise KernelError(f"NVRTC refused {file} {' '.join(options)}: {log.value.decode(errors='replace')}")
         size = ctypes.c_size_t()
-        nvrtc.nvrtcGetCUBINSize(program, ctypes.byref(size))
+        _checked(nvrtc.nvrtcGetCUBINSize(program, ctypes.byref(size)), f"the size of {file}'s code")
         code = ctypes.create_string_buffer(size.value)
-        nvrtc.nvrtcGetCUBIN(program, code)
+        _checked(nvrtc.nvrtcGetCUBIN(program, code), f"{file}'s code")
         return code.raw
     finally:
         nvrtc.nvrtcDestroyProgram(ctypes.byref(program))

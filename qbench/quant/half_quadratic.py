@@ -74,9 +74,11 @@ def round_half_quadratic(
     floor = torch.maximum(high.abs(), low.abs()) / ZERO_LIMIT[aux_dtype]
     exact_scale = ((high - low) / top).maximum(floor).clamp_min(FP16_TINY)
     scale = Aux.compress(exact_scale, aux_dtype)
-    # int8 moves scales and zeros by more than rounding noise: fit zeros and codes to what is stored
-    stored = aux_dtype != "fp16"
-    divisor = scale.dense().clamp_min(FP16_TINY) if stored else exact_scale
+    # Where storing moves scales and zeros by more than rounding noise, zeros and codes are fitted to what is stored:
+    # int8 does, and fp16 where no weight of the group has the other sign. Its zero lies outside of the codes then, at
+    # -low / scale, where fp16 has steps of 0.5 from 512 on and of 16 from 16,384 on.
+    stored = torch.full_like(low, aux_dtype != "fp16", dtype=torch.bool) | (low > 0) | (high < 0)
+    divisor = torch.where(stored, scale.dense().clamp_min(FP16_TINY), exact_scale)
     start = -low / divisor
     if fused:  # one pass for all rounds, one to round
         best, updates = hqq.search(weight, group_size, nbits, divisor, start, astuple(schedule), input_scale)
@@ -85,20 +87,21 @@ def round_half_quadratic(
         best, updates = search(steps, divisor, start, group_size, nbits, schedule)
     best = best.clamp(-FP16_MAX, FP16_MAX)
     zero = Aux.compress(best, aux_dtype)
+    fitted = torch.where(stored, zero.dense(), best)
     diagnostics = {**(diagnostics or {}), "zero_updates": updates}
     if fused:
         return QuantizedWeight(
             tuple(weight.shape),
             nbits,
             group_size,
-            rounding.uniform_on(weight, group_size, nbits, divisor, zero.dense() if stored else best, input_scale),
+            rounding.uniform_on(weight, group_size, nbits, divisor, fitted, input_scale),
             scale,
             zero,
             None if input_scale is None else input_scale.half(),
             method=method,
             diagnostics=diagnostics,
         )
-    per_group(steps, group_size, zero.dense() if stored else best, torch.Tensor.add_)
+    per_group(steps, group_size, fitted, torch.Tensor.add_)
     return QuantizedWeight.build(
         steps.round_().clamp_(0, top).to(torch.uint8),
         scale,

@@ -103,6 +103,35 @@ def test_degenerate_rows(aux_dtype: str):
         torch.testing.assert_close(made.dequantize()[:4], weight[:4], rtol=2e-3, atol=1e-6)
 
 
+@pytest.mark.parametrize("aux_dtype", ["fp16", "int8"])
+@pytest.mark.parametrize("offset", [1.0, 10.0, -10.0])
+def test_codes_are_the_best_for_the_zero_that_is_stored(aux_dtype: str, offset: float):
+    """Far from 0 a zero point is large, and fp16 keeps it to a half or less: what is left is up to the codes."""
+    generator = torch.Generator().manual_seed(0)
+    weight = offset + 0.05 * torch.randn(64, 256, generator=generator)
+    made = HQQ(aux_dtype=aux_dtype).quantize_one(weight)
+    scale, zero = (part.dense().repeat_interleave(64, 1) for part in (made.scale, made.zero))
+    nearest = (weight / scale + zero).round().clamp(0, 15)
+    assert float((made.codes() != nearest).float().mean()) < 1e-4  # ties aside
+    spread = weight - weight.mean()
+    lost, rtn = (
+        (weight - q.quantize_one(weight).dequantize()).norm() / spread.norm()
+        for q in (HQQ(aux_dtype=aux_dtype), RTN(aux_dtype=aux_dtype))
+    )
+    assert lost < rtn
+
+
+def test_around_zero_codes_are_the_official_ones():
+    """There a stored zero is off by less than 2**-8 of a step, and the exact one is rounded with, as by hqq."""
+    weight = heavy_tailed(64, 256)
+    made = HQQ().quantize_one(weight)
+    low, high = group_extremes(weight, 64)
+    scale = (high - low) / 15
+    steps = per_group(weight.clone(), 64, scale, torch.Tensor.div_)
+    best, _ = search(steps.clone(), scale, -low / scale, 64, 4, Schedule())
+    assert torch.equal(made.codes(), per_group(steps, 64, best, torch.Tensor.add_).round().clamp(0, 15).to(torch.uint8))
+
+
 @pytest.mark.parametrize(("aux_dtype", "bits"), [("fp16", 4 + 2 * 16 / 64), ("int8", 4 + 2 * 8.5 / 64)])
 def test_bits_per_weight(aux_dtype: str, bits: float):
     made = HQQ(aux_dtype=aux_dtype).quantize_one(heavy_tailed(64, 256))

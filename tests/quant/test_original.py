@@ -1,0 +1,31 @@
+"""quantizer=none where a method is expected: it has no settings, no size but 16 bit, and nothing to export."""
+
+from collections import Counter
+
+import pytest
+
+from qbench.config import ExportConfig
+from qbench.errors import RequestError
+from qbench.estimate import model_bytes
+from qbench.packed import export_target
+from qbench.quant.original import Original
+from qbench.registry import make_quantizer, quantizer_names
+
+
+def test_it_has_no_settings():
+    assert make_quantizer({"name": "none"}) == Original()
+    assert "none" not in quantizer_names()
+    with pytest.raises(RequestError, match=r"unknown key quantizer\.nbits: quantizer=none has no settings"):
+        make_quantizer({"name": "none", "nbits": 3})
+    with pytest.raises(RequestError, match=r"choose from: .*none"):
+        make_quantizer({"name": "nothing"})
+
+
+@pytest.mark.parametrize("format", ["packed", "autogptq"])
+def test_there_is_nothing_to_export(tmp_path, format):
+    with pytest.raises(RequestError, match="quantizer=none changes no weight"):
+        export_target(ExportConfig(str(tmp_path / "out"), format), "run", Original())
+
+
+def test_a_plan_knows_its_size():
+    assert model_bytes(Original(), 1000, Counter({(8, 16): 2})) == (16, 2000)
