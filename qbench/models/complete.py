@@ -33,10 +33,9 @@ def require_complete(model: Any, report: Mapping[str, Any], name: str) -> None:
             "save_pretrained, or mend its config.json"
         )
     codes = sorted({str(p.dtype) for p in model.parameters() if not p.is_floating_point() or p.element_size() < 2})
-    if codes or getattr(model, "hf_quantizer", None) is not None:
-        kinds = ", ".join(codes) or "its configuration says so"
+    if codes:
         raise RequestError(
-            f"{name} is quantized already ({kinds}): name the checkpoint that it was made of, in 16 or 32 bits"
+            f"{name} is quantized already ({', '.join(codes)}): name the checkpoint it was made of, in 16 or 32 bits"
         )
 
 
