@@ -73,7 +73,8 @@ def run_point(config: Config, command: list[str]) -> Result:
             if point.export is not None and not config.runtime.rerun and point.store.load(point.run_id) is not None:
                 log.info("recorded, but export.dir needs the quantized model: the point is measured again")
             result = _run(point)
-    if config.tracker.name == "wandb":
+    kept = point.store.load(point.run_id)  # an earlier result, if measuring again failed: its run stays as well
+    if config.tracker.name == "wandb" and (kept is None or kept.status == result.status):
         wandb_tracker.track(result, config.tracker, point.store.root)
     return result
 

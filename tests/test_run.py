@@ -16,12 +16,15 @@ def broken(*args, **kwargs):
 
 
 def test_a_failing_rerun_keeps_the_earlier_result_and_its_files(qbench, monkeypatch):
-    assert qbench(*TINY).status == 0
+    tracked = []
+    monkeypatch.setattr("qbench.record.wandb_tracker.track", lambda result, *others: tracked.append(result.status))
+    assert qbench(*TINY, "tracker=wandb").status == 0
     [earlier] = recorded()
     files = {path: path.read_bytes() for path in Path("outputs/results").rglob("*") if path.is_file()}
     monkeypatch.setattr("qbench.run.quantize_model", broken)
-    outcome = qbench(*TINY, "runtime.rerun=true")
+    outcome = qbench(*TINY, "runtime.rerun=true", "tracker=wandb")
     assert outcome.status == 1
+    assert tracked == ["ok"]
     assert outcome.summary["error"] == "ValueError: the GPU is full"
     assert "the earlier result" in outcome.stderr
     assert "is kept" in outcome.stderr
