@@ -64,6 +64,7 @@ def check(overrides: Iterable[str]) -> None:
             _check_option(text, override)
             continue
         group = override.package is not None or "/" in override.key_or_group  # one of Hydra's own
+        group |= not override.key_or_group
         if group and not (override.key_or_group and isinstance(override.value(), str)):
             raise RequestError(f"'{text}' chooses no option: a group takes a name, GROUP=OPTION")
 

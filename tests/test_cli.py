@@ -145,6 +145,8 @@ BAD = [
     (["~quantizer=inf"], "would take quantizer out"),
     (["~task"], "would take task out"),
     (["model@x=rtn"], "takes no @PACKAGE"),
+    (["=1"], "chooses no option"),
+    (["@=1"], "chooses no option"),
     (["--colour"], "unrecognized arguments: --colour"),
     (["--experimental-rerun=x"], "would unpickle a file"),
 ]
@@ -163,7 +165,8 @@ def test_wrong_requests_get_one_sentence_and_exit_2(qbench, arguments, sentence)
     assert not list(Path().rglob("result.json"))
 
 
-GOOD = "# @package _global_\ndefaults:\n  - override /model: tiny-dense\nhydra:\n  sweeper:\n    params: {quantizer: 'rtn,nf4'}\n"
+GOOD = "# @package _global_\ndefaults:\n  - override /model: tiny-dense\n"
+GOOD += "hydra:\n  sweeper:\n    params: {quantizer: 'rtn,nf4'}\n"
 EXPERIMENTS = [
     (GOOD.replace("\n", "\r\n").encode(), None),
     (b"\xef\xbb\xbf" + GOOD.encode(), "begins with a byte order mark"),
