@@ -46,8 +46,13 @@ def _first_comment(file: Traversable) -> str:
     return ""
 
 
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError  # rich would exit with 1; `| head` has seen enough
+
+
 def main() -> int:
-    console = Console(width=None if sys.stdout.isatty() else 160)
+    console = _Console(width=None if sys.stdout.isatty() else 160)
     registered = {NONE, *quantizer_names()}
     for group in GROUPS:
         table = Table(title=f"{group}=", title_justify="left", show_header=False, box=None)

@@ -62,9 +62,10 @@ def check(overrides: Iterable[str]) -> None:
             raise RequestError(f"'{text}' chooses from a group's options, and these are the groups: {groups}")
         if override.key_or_group in GROUPS:
             _check_option(text, override)
-        elif (override.package is not None or "/" in override.key_or_group) and (  # a group of Hydra's own
-            not override.key_or_group or not isinstance(override.value(), str)
-        ):
+            continue
+        group = override.package is not None or "/" in override.key_or_group  # one of Hydra's own
+        group |= not override.key_or_group
+        if group and not (override.key_or_group and isinstance(override.value(), str)):
             raise RequestError(f"'{text}' chooses no option: a group takes a name, GROUP=OPTION")
 
 

@@ -10,6 +10,7 @@ import torch
 
 from qbench.record.result import Result
 from qbench.record.store import PARTIAL
+from tests import random_requests
 
 TINY = ("model=tiny-dense", "task.max_windows=3")
 
@@ -131,6 +132,23 @@ BAD = [
     (["a b"], "an override has the form KEY=VALUE"),
     (["tracker=wandb", "tracker.mode=sometimes"], "tracker.mode must be one of"),
     (["task=wikitext2"], "task.path=FILE"),
+    (["+task.apply_chat_template=true"], "unknown key 'task.apply_chat_template'"),
+    (["++runtime.min_covrage=1"], "unknown key 'runtime.min_covrage'; did you mean 'runtime.min_coverage'?"),
+    (["+anything=1"], "unknown key 'anything'"),
+    (["task.path=a (copy)/t.txt"], """quote the value: 'task.path="a (copy)/t.txt"'"""),
+    (["task.path=k=v"], """quote the value: 'task.path="k=v"'"""),
+    (["task.path=n\u00e4her"], "quote the value: "),
+    (["speed=1"], "unknown speed '1'; choose from: default, none"),
+    (["task=nan"], "unknown task 'nan'"),
+    (["quantizer=null"], "unknown quantizer 'null'"),
+    (["quantizer=[rtn]"], "unknown quantizer '[rtn]'"),
+    (["~quantizer=inf"], "would take quantizer out"),
+    (["~task"], "would take task out"),
+    (["model@x=rtn"], "takes no @PACKAGE"),
+    (["=1"], "chooses no option"),
+    (["@=1"], "chooses no option"),
+    (["--colour"], "unrecognized arguments: --colour"),
+    (["--experimental-rerun=x"], "would unpickle a file"),
 ]
 
 
@@ -145,6 +163,82 @@ def test_wrong_requests_get_one_sentence_and_exit_2(qbench, arguments, sentence)
     assert outcome.stdout == ""
     assert sum(line.startswith("qbench: ") for line in outcome.stderr.splitlines()) == 1
     assert not list(Path().rglob("result.json"))
+
+
+GOOD = "# @package _global_\ndefaults:\n  - override /model: tiny-dense\n"
+GOOD += "hydra:\n  sweeper:\n    params: {quantizer: 'rtn,nf4'}\n"
+EXPERIMENTS = [
+    (GOOD.replace("\n", "\r\n").encode(), None),
+    (b"\xef\xbb\xbf" + GOOD.encode(), "begins with a byte order mark"),
+    (GOOD.replace("  sweeper", "\tsweeper").encode(), "line 5, column 1"),
+    (b"", "is empty"),
+    (b"- 1\n", "holds a list"),
+    (GOOD.encode() + b"\xe9: 1\n", "is not UTF-8 text"),
+    (GOOD.encode() + b"colour: 1\n", "unknown key 'colour'"),
+    (
+        GOOD.replace("params", "parms").encode(),
+        "unknown key 'hydra.sweeper.parms'; did you mean 'hydra.sweeper.params'?",
+    ),
+    (GOOD.replace("{quantizer: 'rtn,nf4'}", "[rtn]").encode(), "hydra.sweeper.params must be a mapping, got list"),
+    (GOOD.partition("\n")[2].encode(), "its first line must be '# @package _global_'"),
+    (GOOD.encode() + b"runtime: {devise: cpu}\n", "devise"),
+]
+
+
+@pytest.mark.parametrize(("content", "sentence"), EXPERIMENTS, ids=[str(s) for _, s in EXPERIMENTS])
+def test_an_experiment_of_ones_own_is_answered_with_its_name(qbench, content, sentence):
+    Path("mine/experiment").mkdir(parents=True)
+    Path("mine/experiment/odd.yaml").write_bytes(content)
+    outcome = qbench("-m", "--config-dir", "mine", "experiment=odd", "--dry-run")
+    if sentence is None:
+        assert (outcome.status, outcome.summary["points"]) == (0, 2)
+        return
+    assert outcome.status == 2
+    (line,) = outcome.stderr.splitlines()
+    assert sentence in line
+    assert "odd" in line
+
+
+FULL = """
+import resource, sys
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv.pop(1)),) * 2)
+from qbench import entry
+from qbench.__main__ import main
+entry.leave(main)
+"""
+
+
+@pytest.mark.slow
+def test_a_full_disk_costs_what_has_no_room(tmp_path):
+    """The kept baseline takes 0.7 MB, the result 15 KB."""
+    for room, status in ((100_000, 0), (8_000, 1)):
+        arguments = [str(room), *TINY, "quantizer=rtn", f"outputs={room}"]
+        done = subprocess.run([sys.executable, "-c", FULL, *arguments], cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == status, done.stderr
+        assert "Traceback" not in done.stderr
+        assert ("the baseline is not kept (File too large)" in done.stderr) is (status == 0) or status == 1
+        summary = json.loads(done.stdout.splitlines()[-1])
+        assert summary["status"] == ("ok" if status == 0 else "failed")
+    assert "it was measured, but not recorded in 8000/results/" in summary["error"]
+    assert not list(tmp_path.rglob(f"{PARTIAL}*"))
+
+
+def test_a_reader_that_has_seen_enough_ends_no_command_in_a_traceback():
+    for module in ("qbench", "qbench.catalog"):
+        command = [sys.executable, "-m", module, *(["--help"] if module == "qbench" else [])]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        process.stdout.close()
+        assert process.stderr.read() == b""
+        assert process.wait() == 0
+        process.stderr.close()
+
+
+@pytest.mark.slow
+def test_random_requests_are_answered():
+    counts = random_requests.check(seed=7, count=60)
+    assert counts["faults"] == 0
+    assert counts["exit 0"] > 0
+    assert counts["exit 2"] > 0
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")

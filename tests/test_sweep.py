@@ -121,9 +121,14 @@ def test_recorded_points_are_tracked_in_the_group_of_the_sweep_that_asks(qbench,
     assert [run.about["id"] for run in runs[:2]] == ids
     assert {run.about["group"] for run in runs} == {sweep_name(ids)}
     runs.clear()
-    assert qbench("-m", *TINY, "quantizer=rtn", "outputs=a", "tracker=wandb,none", "tracker.project=x").status == 2
     qbench("-m", *TINY, "quantizer=rtn", "outputs=a", "tracker=wandb", "tracker.group=mine")
     assert [run.about["group"] for run in runs] == ["mine", "mine"]
+    runs.clear()
+    Path("mine/experiment").mkdir(parents=True)
+    also = "[{quantizer: nf4, outputs: b, tracker: none}, {quantizer: rtn, outputs: a, tracker: wandb}]"
+    Path("mine/experiment/two.yaml").write_text(f"# @package _global_\n{{hydra: {{sweeper: {{also: {also}}}}}}}\n")
+    assert qbench("-m", "--config-dir", "mine", "experiment=two", *TINY).summary["skipped"] == 2
+    assert [(run.about["job_type"], run.about["dir"]) for run in runs] == [("point", "a"), ("sweep", "a")]
 
 
 def test_an_earlier_result_with_nan_is_not_what_a_dead_process_wrote(tmp_path, monkeypatch):
@@ -183,6 +188,13 @@ def test_texts_that_are_too_short_are_refused_before_the_first_point_starts(qben
         (["experiment=dmeo"], "unknown experiment 'dmeo'; did you mean 'demo'?"),
         (["runtime.devise=cpu"], "did you mean 'runtime.device'?"),
         (["quantizer.nbits=3,"], "an override has the form KEY=VALUE"),
+        (["quantizer=glob(*)", "task.foo=1"], "unknown key 'task.foo'"),
+        (["quantizer=glob(zzz*)"], "chooses no point: a glob(...) that matches none"),
+        (["quantizer=rtn,3"], "unknown quantizer '3'"),
+        (["quantizer=rtn,nf4", "+task.chat=1"], "unknown key 'task.chat'"),
+        (["quantizer.nbits=range(2,3,0)"], "is no range"),
+        (["quantizer.nbits=interval(2,4)"], "names no values"),
+        (["hydra.sweeper.also=1"], "hydra.sweeper.params must be a mapping"),
     ],
 )
 def test_wrong_sweeps(qbench, arguments, sentence):
@@ -230,6 +242,8 @@ def test_settings_of_a_swept_group_reach_the_points_alone(qbench):
     assert outcome.status == 2  # of GPTQ, which has none, and not of the default quantizer
     assert "1 of 2 points cannot run" in outcome.stderr
     assert "  quantizer=gptq: unknown key 'quantizer.ratios'" in outcome.stderr
+    for chosen in ("glob(a*)", "choice(awq,asinq)", "choice(awq)", "sort(awq,asinq)", "tag(x,choice(awq,asinq))"):
+        assert qbench("-m", *TINY, f"quantizer={chosen}", "quantizer.ratios=5", "--dry-run").status == 0
     named = "export.dir='x y/${quantizer.name}-${quantizer.nbits}'"
     assert qbench("-m", *TINY, "quantizer=rtn,awq", "quantizer.nbits=3,4", named, "--dry-run").status == 0
 

@@ -50,7 +50,7 @@ def install(monkeypatch: Any, key: bool = False) -> list[Run]:
 
     def init(**about: Any) -> Run:
         files = Path(about["dir"]) / "wandb" / f"{about['mode']}-run-2026{len(runs):04d}-{about['id']}" / "files"
-        files.mkdir(parents=True)
+        files.mkdir(parents=True, exist_ok=True)
         runs.append(Run(about, str(files)))
         return runs[-1]
 
