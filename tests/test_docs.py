@@ -12,6 +12,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
 from qbench.config import Config, register
+from qbench.hubnames import spelled_out
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
@@ -62,7 +63,9 @@ def test_every_point_that_the_readme_asks_for_composes():
             assert importlib.util.find_spec(module), command
             if module == "qbench":
                 for overrides in points([argument for argument in arguments if argument not in OPTIONS]):
-                    assert isinstance(OmegaConf.to_object(compose("config", overrides=overrides)), Config), command
+                    assert isinstance(
+                        OmegaConf.to_object(compose("config", overrides=spelled_out(overrides))), Config
+                    ), command
 
 
 def points(arguments: list[str]) -> list[list[str]]:

@@ -14,7 +14,7 @@ import numpy as np
 
 from qbench.config import CalibrationConfig, Config, ModelConfig, SpeedConfig, TaskConfig
 from qbench.errors import RequestError
-from qbench.models import load
+from qbench.models import folder, hub, load
 
 
 @dataclass(frozen=True)
@@ -53,22 +53,20 @@ def check_model(model: Any, config: Config, scored: np.ndarray | None, calibrati
 
 
 def announced(config: ModelConfig) -> Limits | None:
-    """From the model's configuration alone, before any weight is read; None where it is not a file at hand."""
+    """From the model's configuration alone, before any weight is read; None where it is not a file at hand.
+
+    Raises RequestError for a model that its configuration says cannot be measured.
+    """
     from transformers import AutoConfig
 
     if config.source == "local":
-        folder, revision = config.path, None
+        place = folder.local(config)
     elif config.source == "hub":
-        folder, revision = config.id, config.revision
+        place = hub.described(config)
     else:  # the embedded and the random models are small: they are looked at once they are loaded
         return None
-    try:
-        about = load.readable(
-            lambda: AutoConfig.from_pretrained(folder, revision=revision, trust_remote_code=config.trust_remote_code),
-            str(folder),
-        )
-    except RequestError:  # the loader says it better
-        return None
+    trust = {"trust_remote_code": config.trust_remote_code}
+    about = load.readable(lambda: AutoConfig.from_pretrained(place, **trust), place, config.id or str(place))
     return Limits.of(about)
 
 

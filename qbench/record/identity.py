@@ -29,6 +29,7 @@ Settings = dict[str, Any]
 
 # where a text is read from and how it is put together: the text's hash says what came of it
 SOURCE_OF_TEXT = ("path", "dataset", "subset", "data_files", "split", "column", "revision", "separator", "include_path")
+PERMISSIONS = ("beyond_positions",)  # allow a window, which is inside, and change nothing by themselves
 # device and dtype are held as resolved; the share of weights that a point must cover is checked, not measured
 RUNTIME_OUTSIDE = ("device", "dtype", "threads", "min_coverage", "rerun")
 
@@ -110,7 +111,7 @@ def identify(
 
 
 def _protocol(config: Config) -> Settings:
-    settings = {k: v for k, v in asdict(config.task).items() if k not in SOURCE_OF_TEXT}
+    settings = {k: v for k, v in asdict(config.task).items() if k not in (*SOURCE_OF_TEXT, *PERMISSIONS)}
     if config.task.protocol == "lmeval":  # called by its tasks' names, and compares no distributions
         for key in ("name", "divergence", "divergence_topk"):
             del settings[key]
@@ -120,7 +121,7 @@ def _protocol(config: Config) -> Settings:
 
 
 def _calibration(config: Config, text_sha256: str) -> Settings:
-    settings = {k: v for k, v in asdict(config.calibration).items() if k not in SOURCE_OF_TEXT}
+    settings = {k: v for k, v in asdict(config.calibration).items() if k not in (*SOURCE_OF_TEXT, *PERMISSIONS)}
     del settings["name"]
     return settings | {"text_sha256": text_sha256}
 

@@ -172,9 +172,10 @@ def test_wrong_requests_are_one_sentence(outputs, show, arguments, sentence):
 
 
 def test_a_folder_without_results(tmp_path, show):
-    assert show(tmp_path)[0] == 2
+    assert show(tmp_path / "absent")[0] == 2
+    (tmp_path / "empty" / "results").mkdir(parents=True)
     for style in ANY:
-        assert show(save(tmp_path / "empty"), "--format", style)[0] == 0
+        assert show(tmp_path / "empty", "--format", style)[0] == 0
 
 
 def test_every_format_shows_every_row_and_the_suffix_chooses_it(outputs, show, tmp_path):
