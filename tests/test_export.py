@@ -58,13 +58,13 @@ def test_a_bad_export_dir_is_refused_before_anything_is_measured(qbench, place):
     assert outcome.stderr.count("qbench: ") == 1
     assert place.split("/")[0] in outcome.stderr
     assert not list(Path("outputs").rglob("*.json"))
-    assert not list(Path("outputs/baselines").iterdir())
+    assert not list(Path("outputs").glob("baselines/*"))
 
 
 def test_a_failed_point_exports_nothing(qbench):
     outcome = qbench(*TINY, "model=tiny-moe", "runtime.min_coverage=1", "export.dir=exports/a")
     assert outcome.status == 1
-    assert not list(Path("exports").iterdir())
+    assert not Path("exports").exists()
 
 
 def test_a_failed_export_keeps_the_result(qbench, monkeypatch):
@@ -73,7 +73,8 @@ def test_a_failed_export_keeps_the_result(qbench, monkeypatch):
 
     monkeypatch.setattr(checkpoint, "save_file", full_disk)
     outcome = qbench(*TINY, "export.dir=exports/a")
-    assert outcome.status == 2
+    assert outcome.status == 1
+    assert outcome.summary["status"] == "ok"
     assert "the result is recorded, but" in outcome.stderr
     assert "No space left" in outcome.stderr
     assert not list(Path("exports").iterdir())
@@ -146,7 +147,7 @@ def test_what_autogptq_cannot_hold_is_refused_before_anything_is_measured(qbench
     assert sentence in outcome.stderr
     assert outcome.stderr.count("qbench: ") == 1
     assert not list(Path("outputs").rglob("*.json"))
-    assert not list(Path("outputs/baselines").iterdir())
+    assert not list(Path("outputs").glob("baselines/*"))
     assert not list(Path("exports").rglob("*"))
 
 

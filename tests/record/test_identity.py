@@ -12,7 +12,7 @@ from qbench.config import Config, RuntimeConfig, TaskConfig, register
 from qbench.errors import RequestError
 from qbench.models import load
 from qbench.prepare import Prepared, prepare
-from qbench.record.identity import RUNTIME_OUTSIDE, SOURCE_OF_TEXT, Identity, identify
+from qbench.record.identity import PERMISSIONS, RUNTIME_OUTSIDE, SOURCE_OF_TEXT, Identity, identify
 from qbench.report import board, entries, history
 from qbench.report.baseline import Baseline, Limits
 from qbench.report.columns import order
@@ -197,7 +197,7 @@ def test_a_setting_is_inside_unless_it_is_listed_as_outside(ask):
     """So that a new one tells two measurements apart until somebody has decided that it must not."""
     flat = ask(f"{TINY} quantizer=gptq calibration=mini speed=default").identity.flat()
     for group, kind, outside in (
-        ("task", TaskConfig, SOURCE_OF_TEXT),
+        ("task", TaskConfig, (*SOURCE_OF_TEXT, *PERMISSIONS)),
         ("runtime", RuntimeConfig, RUNTIME_OUTSIDE),
     ):
         held = {key.removeprefix(f"{group}.") for key in flat if key.startswith(f"{group}.")} - {"text_sha256"}
