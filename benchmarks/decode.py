@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from transformers import Qwen3Config, Qwen3ForCausalLM
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from qbench.quant.linear import QuantLinear, use_kernels
+from qbench.layers.linear import QuantLinear, use_kernels
 
 PDL = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)
 BLOCK = 128  # cached positions that a head attends to at a time

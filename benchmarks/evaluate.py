@@ -21,7 +21,7 @@ import torch
 from qbench.config import ModelConfig
 from qbench.evaluate.divergence import CompareTop, KeepTop
 from qbench.evaluate.score import token_nll
-from qbench.models import load
+from qbench.sources import load
 
 TOPK = 64
 

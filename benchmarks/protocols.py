@@ -15,10 +15,10 @@ import torch
 
 from qbench.config import ModelConfig, RuntimeConfig, TaskConfig
 from qbench.evaluate import measure
-from qbench.models import load
-from qbench.quantize import quantize_model
+from qbench.passes.quantize import quantize_model
 from qbench.record.quality import EvaluationRecord
 from qbench.registry import make_quantizer
+from qbench.sources import load
 
 METHODS = (("rtn", 4), ("sinq", 4), ("sinq", 3))
 MODEL = ModelConfig(name="smollm2-135m", source="smollm2")

@@ -24,6 +24,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from qbench.layers.linear import relative_error
 from qbench.plugins.asinq import ASINQ
 from qbench.plugins.awq import AWQ
 from qbench.plugins.gptq import GPTQ
@@ -31,7 +32,6 @@ from qbench.plugins.hqq import HQQ
 from qbench.plugins.nf4 import NF4
 from qbench.plugins.rtn import RTN
 from qbench.plugins.sinq import SINQ
-from qbench.quant.linear import relative_error
 from qbench.quant.quantizer import InputStatistics, Quantizer
 
 Q, KV, WIDE = (4096, 4096), (1024, 4096), (12288, 4096)

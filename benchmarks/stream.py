@@ -23,10 +23,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from qbench.passes.stream import CHUNK_BYTES, CHUNKS, Stream
 from qbench.plugins.rtn import RTN
 from qbench.plugins.sinq import SINQ
 from qbench.quant.quantizer import Quantizer
-from qbench.stream import CHUNK_BYTES, CHUNKS, Stream
 
 Q, KV, WIDE, DOWN = (4096, 4096), (1024, 4096), (12288, 4096), (4096, 12288)
 LAYER = (Q, KV, KV, Q, WIDE, WIDE, DOWN)

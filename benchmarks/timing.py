@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from qbench.quant.aux import Aux
-from qbench.quant.weight import QuantizedWeight
+from qbench.format.aux import Aux
+from qbench.format.weight import QuantizedWeight
 
 DEVICE = "cuda"
 ROTATED_BYTES = 400e6  # distinct weights per measurement; an H200's L2 holds 60 MB

@@ -20,11 +20,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from qbench.format.weight import QuantizedWeight
 from qbench.quant.channel_scale import T_RANGE, OutputError, calibration, channel_scale
 from qbench.quant.quantizer import InputStatistics, Quantizer, Statistic
 from qbench.quant.rounding import round_to_nearest, rounding_error
 from qbench.quant.sinkhorn import check_steps, column_factors
-from qbench.quant.weight import QuantizedWeight
 
 LOSSES = ("l1", "l2")
 

@@ -22,11 +22,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from qbench.format.weight import QuantizedWeight
 from qbench.quant.channel_scale import T_RANGE, OutputError, calibration, channel_scale
 from qbench.quant.diagnostics import column_tiles
 from qbench.quant.quantizer import InputStatistics, Quantizer, Statistic
 from qbench.quant.rounding import grid, round_to_nearest, rounding_error
-from qbench.quant.weight import QuantizedWeight
 
 SHRINKS = [1 - i / 20 for i in range(10)]  # AWQ's grid of 20 steps, followed to half the range
 

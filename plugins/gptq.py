@@ -32,11 +32,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from qbench.format.aux import Aux
+from qbench.format.weight import QuantizedWeight
 from qbench.quant import gpu
-from qbench.quant.aux import Aux
 from qbench.quant.quantizer import InputStatistics, Quantizer, Statistic
 from qbench.quant.rounding import grid, group_extremes
-from qbench.quant.weight import QuantizedWeight
 
 DAMPING_TRIES = 4
 LEAST_RETRY = 1e-3  # damping of the first retry at least: ten times zero would change nothing

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from qbench.format.weight import QuantizedWeight
 from qbench.quant.half_quadratic import Schedule, round_half_quadratic
 from qbench.quant.quantizer import InputStatistics, Quantizer
-from qbench.quant.weight import QuantizedWeight
 
 
 @dataclass(frozen=True)

@@ -18,9 +18,9 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from qbench.format.weight import QuantizedWeight
 from qbench.quant.codebook import FP4_LEVELS, NF4_LEVELS, round_to_levels
 from qbench.quant.quantizer import InputStatistics, Quantizer
-from qbench.quant.weight import QuantizedWeight
 
 
 @dataclass(frozen=True)

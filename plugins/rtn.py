@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from qbench.format.weight import QuantizedWeight
 from qbench.quant.quantizer import InputStatistics, Quantizer
 from qbench.quant.rounding import round_to_nearest
-from qbench.quant.weight import QuantizedWeight
 
 
 @dataclass(frozen=True)

@@ -23,12 +23,12 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from qbench.format.weight import QuantizedWeight
 from qbench.quant.codebook import NF4_LEVELS, round_to_levels
 from qbench.quant.half_quadratic import Schedule, round_half_quadratic
 from qbench.quant.quantizer import InputStatistics, Quantizer
 from qbench.quant.rounding import round_to_nearest
 from qbench.quant.sinkhorn import check_steps, column_factors, sinkhorn
-from qbench.quant.weight import QuantizedWeight
 
 __all__ = ["SINQ", "sinkhorn"]
 

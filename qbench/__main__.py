@@ -26,11 +26,12 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from qbench import experiment, overrides, requests
 from qbench.config import Config, register
-from qbench.disk import FULL
 from qbench.errors import RequestError, WriteError
-from qbench.hubnames import spelled_out
+from qbench.record.disk import FULL
+from qbench.request import experiment, overrides
+from qbench.request import explain as requests
+from qbench.request.hubnames import spelled_out
 
 DONE, FAILED, WRONG = 0, 1, 2
 
@@ -81,7 +82,7 @@ def _point(composed: DictConfig) -> int:
         overrides.check_keys(composed)
         config: Config = OmegaConf.to_object(composed)  # type: ignore[assignment]
         with contextlib.redirect_stdout(sys.stderr):  # a library that prints must not spoil the last line
-            from qbench import summary
+            from qbench.report import summary
             from qbench.run import run_point
 
             result = run_point(config, command)

@@ -14,30 +14,31 @@ from typing import Any
 
 import torch
 
-from qbench import __version__, packed
-from qbench.calibrate import Calibration, cut_sequences
+from qbench import __version__
+from qbench.checkpoint import export as packed
 from qbench.config import Config
 from qbench.errors import PointError, RequestError
 from qbench.evaluate import limits, measure, speed
 from qbench.evaluate.measure import Evaluation
 from qbench.evaluate.memory import Peak, weight_bytes
 from qbench.evaluate.windowed import Scores
-from qbench.models import load
-from qbench.models.coverage import settle_layers, shortfall
-from qbench.models.linears import coverage, find_linears, linear_weights, quantized_weights
-from qbench.models.load import LoadedModel
-from qbench.models.offload import runs_offloaded
-from qbench.prepare import Prepared, prepare
-from qbench.quant.linear import use_kernels
+from qbench.layers.linear import use_kernels
+from qbench.model.coverage import settle_layers, shortfall
+from qbench.model.linears import coverage, find_linears, linear_weights, quantized_weights
+from qbench.model.offload import runs_offloaded
+from qbench.passes.calibrate import Calibration, cut_sequences
+from qbench.passes.quantize import quantize_model, require_finite, skipped_rows
 from qbench.quant.original import BITS_PER_WEIGHT, Original
 from qbench.quant.quantizer import Quantizer
-from qbench.quantize import quantize_model, require_finite, skipped_rows
-from qbench.record import wandb_tracker
 from qbench.record.environment import describe
 from qbench.record.quantization import CalibrationRecord, LayerRow, ModelRecord, QuantizationRecord, SkippedRow
 from qbench.record.result import Result
 from qbench.record.store import Store
-from qbench.share import gpu_of
+from qbench.request.prepare import Prepared, prepare
+from qbench.sources import load
+from qbench.sources.load import LoadedModel
+from qbench.sweep.share import gpu_of
+from qbench.track import wandb as wandb_tracker
 
 log = logging.getLogger(__name__)
 

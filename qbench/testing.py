@@ -26,9 +26,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qbench.quant.linear import QuantLinear, relative_error
+from qbench.format.weight import QuantizedWeight
+from qbench.layers.linear import QuantLinear, relative_error
 from qbench.quant.quantizer import InputStatistics, Quantizer, Statistic
-from qbench.quant.weight import QuantizedWeight
 
 SPREAD = 0.05
 PLAIN = (bool, int, float, str, type(None), list, tuple)  # what a YAML file can say

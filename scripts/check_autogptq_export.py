@@ -30,15 +30,15 @@ from gptqmodel import BACKEND, GPTQModel
 from gptqmodel.nn_modules.qlinear import BaseQuantLinear
 from torch import Tensor, nn
 
-from qbench.calibrate import cut_sequences
+from qbench.checkpoint import autogptq
 from qbench.config import CalibrationConfig, ModelConfig
 from qbench.evaluate.text import read_text
-from qbench.models import load
-from qbench.models.linears import replace_module
-from qbench.quant import autogptq
-from qbench.quant.linear import QuantLinear
-from qbench.quantize import quantize_model
+from qbench.layers.linear import QuantLinear
+from qbench.model.linears import replace_module
+from qbench.passes.calibrate import cut_sequences
+from qbench.passes.quantize import quantize_model
 from qbench.registry import make_quantizer
+from qbench.sources import load
 
 CASES: dict[str, dict[str, Any]] = {
     "rtn": {"name": "rtn"},

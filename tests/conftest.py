@@ -56,7 +56,7 @@ def qbench(tmp_path, monkeypatch):
 @pytest.fixture(scope="session")
 def tiny():
     """A fresh random dense model and its byte tokenizer, for tests that do not change it."""
-    from qbench.models.tiny import build
+    from qbench.sources.tiny import build
 
     model, tokenizer = build("dense", 0)
     return model.eval().requires_grad_(False), tokenizer
@@ -65,7 +65,7 @@ def tiny():
 @pytest.fixture(scope="session")
 def smollm2_folder():
     """The converted reference model, shared between runs in outputs/models."""
-    from qbench.models import smollm2
+    from qbench.sources import smollm2
 
     return smollm2.prepare(Path(os.environ.get("QBENCH_TEST_CACHE", ROOT / "outputs" / "models")), 0)
 
@@ -74,7 +74,7 @@ def smollm2_folder():
 def layout(request, monkeypatch):
     """Runs a test twice: with the weights packed, and laid out for the kernels, whose ops have a CPU implementation."""
     if request.param == "laid out":
-        monkeypatch.setattr("qbench.quant.linear._have_kernels", lambda device: True)
+        monkeypatch.setattr("qbench.layers.linear._have_kernels", lambda device: True)
     return request.param
 
 

@@ -192,13 +192,6 @@ def prepare_this_process() -> None:
     import torch
     import transformers.models.qwen3
 
-    import qbench.__main__
-    import qbench.estimate
-    import qbench.launch
-    import qbench.leaderboard
-    import qbench.plan
-    import qbench.run  # noqa: F401
-
     torch.set_num_threads(1)
     del transformers
 

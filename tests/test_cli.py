@@ -249,7 +249,7 @@ def test_cuda_without_cuda(qbench):
 
 
 def saved_tiny(folder: Path, spoil=lambda model: None) -> Path:
-    from qbench.models.tiny import build
+    from qbench.sources.tiny import build
 
     model, tokenizer = build("dense", 0)
     with torch.no_grad():
@@ -325,9 +325,9 @@ def test_a_quantizer_that_breaks_its_contract_fails_the_point(monkeypatch):
     from dataclasses import dataclass
 
     from qbench.errors import PointError
+    from qbench.passes.quantize import quantize_linears
     from qbench.quant.quantizer import Quantizer
     from qbench.quant.rounding import round_to_nearest
-    from qbench.quantize import quantize_linears
 
     @dataclass(frozen=True)
     class Transposed(Quantizer):

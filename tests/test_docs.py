@@ -12,7 +12,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
 from qbench.config import Config, register
-from qbench.hubnames import spelled_out
+from qbench.request.hubnames import spelled_out
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"

@@ -17,7 +17,7 @@ def broken(*args, **kwargs):
 
 def test_a_failing_rerun_keeps_the_earlier_result_and_its_files(qbench, monkeypatch):
     tracked = []
-    monkeypatch.setattr("qbench.record.wandb_tracker.track", lambda result, *others: tracked.append(result.status))
+    monkeypatch.setattr("qbench.track.wandb.track", lambda result, *others: tracked.append(result.status))
     assert qbench(*TINY, "tracker=wandb").status == 0
     [earlier] = recorded()
     files = {path: path.read_bytes() for path in Path("outputs/results").rglob("*") if path.is_file()}

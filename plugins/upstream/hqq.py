@@ -14,10 +14,10 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from qbench.format.aux import Aux
+from qbench.format.weight import QuantizedWeight
 from qbench.plugins.upstream import official, whole_groups
-from qbench.quant.aux import Aux
 from qbench.quant.quantizer import InputStatistics, Quantizer
-from qbench.quant.weight import QuantizedWeight
 
 
 @dataclass(frozen=True)

@@ -20,10 +20,10 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from qbench.format.aux import Aux
+from qbench.format.weight import QuantizedWeight
 from qbench.plugins.upstream import official, whole_groups
-from qbench.quant.aux import Aux
 from qbench.quant.quantizer import InputStatistics, Quantizer
-from qbench.quant.weight import QuantizedWeight
 
 NARROWEST = 16  # input channels of a tile
 # the wheel holds a module that patches transformers whenever Python starts, for every user of the environment

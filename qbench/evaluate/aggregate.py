@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from qbench import statistics
+from qbench import intervals as statistics
 
 # a function that has no closed form below runs at most so often: documents are then left out in as many blocks
 BLOCKS = 100

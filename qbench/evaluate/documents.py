@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from qbench.statistics import pooled_contributions
+from qbench.intervals import pooled_contributions
 
 Arrays = dict[str, np.ndarray]
 

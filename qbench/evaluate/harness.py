@@ -25,8 +25,8 @@ from qbench.evaluate.documents import LeafScores, TaskScores
 from qbench.evaluate.hflm import wrap
 from qbench.evaluate.lmeval import LoadedTask, seed_everything
 from qbench.evaluate.windowed import Scores, name_of
+from qbench.intervals import Estimate, jackknife, paired_delta, paired_shares, perplexity, share, verdict
 from qbench.record.quality import EvaluationRecord, MetricRecord, TaskRecord
-from qbench.statistics import Estimate, jackknife, paired_delta, paired_shares, perplexity, share, verdict
 
 log = logging.getLogger(__name__)
 

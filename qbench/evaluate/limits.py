@@ -14,7 +14,8 @@ import numpy as np
 
 from qbench.config import CalibrationConfig, Config, ModelConfig, SpeedConfig, TaskConfig
 from qbench.errors import RequestError
-from qbench.models import folder, hub, load
+from qbench.sources import files as folder
+from qbench.sources import hub, load
 
 
 @dataclass(frozen=True)

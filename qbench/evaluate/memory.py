@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from qbench.models.experts import stacked_parameters
-from qbench.models.linears import find_linears
-from qbench.quant.linear import PackedWeight
+from qbench.layers.experts import stacked_parameters
+from qbench.layers.linear import PackedWeight
+from qbench.model.linears import find_linears
 from qbench.record.quantization import WeightBytes
 
 

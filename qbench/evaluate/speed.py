@@ -26,7 +26,7 @@ from qbench.config import SpeedConfig
 from qbench.errors import PointError, RequestError, unknown
 from qbench.evaluate.energy import joules_per_token
 from qbench.evaluate.memory import Peak
-from qbench.models.experts import QuantExperts, stacked_parameters
+from qbench.layers.experts import QuantExperts, stacked_parameters
 from qbench.record.speed import InferenceRecord, PhaseRecord, SpeedRecord, SpreadRecord
 
 log = logging.getLogger(__name__)

@@ -13,9 +13,9 @@ from qbench.evaluate.divergence import FORM, CompareTop, KeepTop
 from qbench.evaluate.score import token_nll
 from qbench.evaluate.text import Pages, Text
 from qbench.evaluate.windows import Windows
+from qbench.intervals import Estimate, paired_delta, perplexity, positive_mean, verdict
 from qbench.record.quality import DivergenceRecord, EvaluationRecord, IntervalRecord, TaskRecord
 from qbench.record.store import identity
-from qbench.statistics import Estimate, paired_delta, perplexity, positive_mean, verdict
 
 log = logging.getLogger(__name__)
 

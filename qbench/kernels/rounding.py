@@ -15,8 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from qbench.quant.aux import FP16_MAX
-from qbench.quant.packing import PLANES
+from qbench.format.aux import FP16_MAX
+from qbench.format.packing import PLANES
 
 TILE = 4096  # weights that a program holds
 

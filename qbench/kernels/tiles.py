@@ -18,9 +18,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from qbench.quant.aux import Aux
-from qbench.quant.packing import pack
-from qbench.quant.weight import QuantizedWeight
+from qbench.format.aux import Aux
+from qbench.format.packing import pack
+from qbench.format.weight import QuantizedWeight
 
 ROWS, COLUMNS = 16, 128
 # Words [strip, r, g, chunk, tig, word] to the order in memory; dimensions of a word's index are split first.

@@ -1,1 +1,1 @@
-"""The tensor format, the interface of a quantizer, and the layer that holds the result."""
+"""The interface of a quantizer, and the arithmetic that methods share."""

@@ -12,10 +12,10 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from qbench.format.aux import FP16_TINY, Aux
+from qbench.format.weight import QuantizedWeight, per_group
 from qbench.quant import gpu
-from qbench.quant.aux import FP16_TINY, Aux
 from qbench.quant.rounding import group_extremes
-from qbench.quant.weight import QuantizedWeight, per_group
 
 # The table of QLoRA's appendix E. Computing the quantiles anew gives it only to 2e-7, and codes mean the same to
 # other software only if the table is the same.

@@ -22,10 +22,10 @@ from dataclasses import astuple, dataclass
 import torch
 from torch import Tensor
 
+from qbench.format.aux import FP16_MAX, FP16_TINY, Aux
+from qbench.format.weight import QuantizedWeight, per_group
 from qbench.quant import gpu
-from qbench.quant.aux import FP16_MAX, FP16_TINY, Aux
 from qbench.quant.rounding import ZERO_LIMIT, group_extremes
-from qbench.quant.weight import QuantizedWeight, per_group
 
 CHUNK_BYTES = 1 << 20  # rows worked on together on a CPU: a chunk stays in cache for all steps of a round
 

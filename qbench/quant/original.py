@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from qbench.format.weight import QuantizedWeight
 from qbench.quant.quantizer import InputStatistics, Quantizer
-from qbench.quant.weight import QuantizedWeight
 
 BITS_PER_WEIGHT = 16.0
 

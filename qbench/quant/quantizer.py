@@ -23,9 +23,9 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from qbench.quant.aux import AUX_DTYPES
-from qbench.quant.packing import PLANES
-from qbench.quant.weight import QuantizedWeight
+from qbench.format.aux import AUX_DTYPES
+from qbench.format.packing import PLANES
+from qbench.format.weight import QuantizedWeight
 
 
 class Statistic(Enum):

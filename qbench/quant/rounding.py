@@ -12,9 +12,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from qbench.format.aux import FP16_TINY, Aux
+from qbench.format.weight import QuantizedWeight, per_group
 from qbench.quant import gpu
-from qbench.quant.aux import FP16_TINY, Aux
-from qbench.quant.weight import QuantizedWeight, per_group
 
 # A group whose values are all close to one number c has a zero point near -c / scale; plain formulas give Inf there.
 # The range is kept from falling below |c| * (2**nbits - 1) / limit, so that the zero point is stored exactly: fp16

@@ -1,1 +1,1 @@
-"""What a point leaves behind: the result schema, the store, the trackers. No torch here."""
+"""What a point leaves behind: its identity, the result's schema, the store and its locks. No torch here."""

@@ -28,9 +28,9 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save as save_tensors
 
-from qbench.disk import refusal
 from qbench.errors import RequestError, WriteError
-from qbench.lock import locked, remove_stale
+from qbench.record.disk import refusal
+from qbench.record.lock import locked, remove_stale
 from qbench.record.result import Result, ResultError
 
 log = logging.getLogger(__name__)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from qbench.intervals import Estimate
 from qbench.record import titles
 from qbench.report import naming
 from qbench.report.board import Row
@@ -17,7 +18,6 @@ from qbench.report.columns import order
 from qbench.report.entries import Entry, Score
 from qbench.report.noise import difference, is_real
 from qbench.report.table import Table
-from qbench.statistics import Estimate
 
 LEAST = 1e-4  # of the earlier value
 EXACT = ("bits_per_weight", "model_bytes", "coverage", "weight_error")

@@ -1,6 +1,6 @@
 """Which of many models can be told apart, from their scores on the same windows or documents.
 
-The intervals are those of `qbench.statistics.paired_delta`, the paired jackknife's. A thousand models need one
+The intervals are those of `qbench.intervals.paired_delta`, the paired jackknife's. A thousand models need one
 `[models, windows]` array of left-one-out values, and any two of them then compare in microseconds.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 from scipy import special
 
-from qbench.statistics import Estimate
+from qbench.intervals import Estimate
 
 
 def is_real(difference: Estimate) -> bool:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from lm_eval.api import metrics
 
-from qbench import statistics
+from qbench import intervals as statistics
 from qbench.evaluate import aggregate
 from qbench.evaluate.documents import LeafScores, TaskScores
 

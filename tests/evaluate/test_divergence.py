@@ -10,8 +10,8 @@ from qbench.evaluate.divergence import TAIL_SAMPLES, CompareTop, KeepTop
 from qbench.evaluate.score import token_nll
 from qbench.evaluate.windowed import WindowedEvaluation
 from qbench.evaluate.windows import cut_windows
-from qbench.models.tiny import build
 from qbench.record.store import Store
+from qbench.sources.tiny import build
 from tests.evaluate.test_windows import TEXT, task
 
 VOCABULARY = 258

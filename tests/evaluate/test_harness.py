@@ -12,10 +12,10 @@ from safetensors.numpy import save_file
 from qbench.errors import PointError, RequestError
 from qbench.evaluate import lmeval
 from qbench.evaluate.hflm import wrap
-from qbench.models.tiny import build, byte_tokenizer
 from qbench.record.result import Result
 from qbench.report import entries
 from qbench.report.noise import difference
+from qbench.sources.tiny import build, byte_tokenizer
 from tests.evaluate.own_tasks import asked, group, prepare, questions, write
 from tests.report.examples import point
 

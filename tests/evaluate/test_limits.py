@@ -8,7 +8,7 @@ import transformers
 from qbench.config import CalibrationConfig, SpeedConfig, TaskConfig
 from qbench.errors import RequestError
 from qbench.evaluate.limits import Limits, check_ids, check_positions
-from qbench.models.tiny import build, byte_tokenizer
+from qbench.sources.tiny import build, byte_tokenizer
 
 
 def task(**changes):

@@ -12,8 +12,8 @@ from qbench.config import RuntimeConfig, TaskConfig
 from qbench.errors import PointError, RequestError
 from qbench.evaluate import lmeval, measure
 from qbench.evaluate.harness import wrap
-from qbench.models.tiny import build
 from qbench.record.result import Result
+from qbench.sources.tiny import build
 
 ARTICLES = " = One = \n \n It rained @-@ a lot . \n = = Part = = \n And more . \n = Two = \n \n The sun 's out . \n"
 

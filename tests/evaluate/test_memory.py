@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from qbench.evaluate.memory import Peak, weight_bytes
-from qbench.models import tiny
-from qbench.models.linears import quantized_weights
-from qbench.quant.linear import PackedWeight, use_kernels
-from qbench.quantize import quantize_model
+from qbench.layers.linear import PackedWeight, use_kernels
+from qbench.model.linears import quantized_weights
+from qbench.passes.quantize import quantize_model
 from qbench.registry import make_quantizer
+from qbench.sources import tiny
 
 HEAD_FREE = 258 * 64 * 4  # the tied embedding, fp32
 LINEARS = 2 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 192)  # q, o; k, v; gate, up, down of two layers
@@ -50,7 +50,7 @@ def test_quantized_by_component(model):
 
 def test_what_each_method_stores(model):
     layer = {"l": model.model.layers[0].mlp.down_proj}
-    from qbench.quantize import quantize_linears
+    from qbench.passes.quantize import quantize_linears
 
     def stored(**settings):
         (_, row), *_ = quantize_linears(layer, make_quantizer({"group_size": 64, **settings})).values()

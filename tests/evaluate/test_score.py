@@ -14,8 +14,8 @@ from qbench.evaluate.divergence import KeepTop
 from qbench.evaluate.harness import wrap
 from qbench.evaluate.score import token_nll
 from qbench.evaluate.windows import cut_windows
-from qbench.models.tiny import build
-from qbench.statistics import perplexity
+from qbench.intervals import perplexity
+from qbench.sources.tiny import build
 from tests.evaluate.test_windows import TEXT, task
 
 

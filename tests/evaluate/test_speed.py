@@ -10,10 +10,10 @@ from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 from qbench.config import SpeedConfig
 from qbench.errors import PointError, RequestError
 from qbench.evaluate import energy, speed
-from qbench.models import tiny
-from qbench.quantize import quantize_model
+from qbench.passes.quantize import quantize_model
 from qbench.record.result import Result
 from qbench.registry import make_quantizer
+from qbench.sources import tiny
 
 SMALL = SpeedConfig("default", batch_size=2, prefill_tokens=12, context_tokens=8, decode_tokens=6, repeats=3)
 

@@ -8,7 +8,7 @@ from tokenizers import normalizers, pre_tokenizers, processors
 from qbench.config import TaskConfig
 from qbench.errors import RequestError
 from qbench.evaluate.text import join_rows, most_tokens, read_text, wikitext_pages
-from qbench.models.tiny import byte_tokenizer
+from qbench.sources.tiny import byte_tokenizer
 
 # of WikiText-2 raw test with its rows joined, and of its ids for the reference model's tokenizer
 WIKITEXT = "696cca6b65a171b0a358a4be6732cdfdf2dd6164a32e20fd70e3c13fc4dfae83"

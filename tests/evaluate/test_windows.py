@@ -12,7 +12,7 @@ from qbench.config import RuntimeConfig, TaskConfig
 from qbench.errors import RequestError
 from qbench.evaluate.text import Pages, Text
 from qbench.evaluate.windows import check, check_length, cut, cut_windows, protocol_name, read
-from qbench.models.tiny import byte_tokenizer
+from qbench.sources.tiny import byte_tokenizer
 
 TEXT = Text("Seven grey geese crossed the river in a long, uneven line. " * 20, "test")
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from qbench.quant.aux import Aux
-from qbench.quant.weight import QuantizedWeight
+from qbench.format.aux import Aux
+from qbench.format.weight import QuantizedWeight
 
 FORMATS = [(2, False), (3, False), (4, False), (8, False), (4, True)]
 

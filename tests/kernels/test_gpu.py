@@ -7,7 +7,7 @@ import torch
 
 from qbench.kernels import cuda, ops
 from qbench.kernels.tiles import to_tiles
-from qbench.quant.linear import QuantLinear, use_kernels
+from qbench.layers.linear import QuantLinear, use_kernels
 from tests.kernels.cases import FORMATS, random_weight, relative_error
 
 pytestmark = pytest.mark.gpu

@@ -7,7 +7,7 @@ import torch
 
 from qbench.kernels import ops
 from qbench.kernels.tiles import to_tiles
-from qbench.quant.linear import QuantLinear
+from qbench.layers.linear import QuantLinear
 from tests.kernels.cases import FORMATS, random_weight, relative_error
 
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from qbench.layers.linear import relative_error
 from qbench.plugins.asinq import ASINQ
 from qbench.plugins.awq import AWQ
 from qbench.plugins.gptq import GPTQ
@@ -15,7 +16,6 @@ from qbench.plugins.nf4 import FP4, NF4
 from qbench.plugins.rtn import RTN
 from qbench.plugins.sinq import SINQ
 from qbench.quant import gpu
-from qbench.quant.linear import relative_error
 from qbench.testing import correlated_inputs, same, statistics_of
 
 pytestmark = [

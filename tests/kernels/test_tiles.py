@@ -7,7 +7,7 @@ import torch
 
 from qbench.kernels import tiles as layout
 from qbench.kernels.tiles import from_tiles, to_tiles, unsupported
-from qbench.quant.linear import PackedWeight, QuantLinear, backend
+from qbench.layers.linear import PackedWeight, QuantLinear, backend
 from tests.kernels.cases import FORMATS, random_weight
 
 

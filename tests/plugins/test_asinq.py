@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from qbench.format.weight import QuantizedWeight
 from qbench.plugins.asinq import ASINQ
 from qbench.plugins.sinq import SINQ, sinkhorn
 from qbench.quant.rounding import round_to_nearest
-from qbench.quant.weight import QuantizedWeight
 from qbench.testing import gaussian, same, statistics_of
 
 

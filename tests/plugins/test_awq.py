@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from qbench.format.weight import QuantizedWeight
 from qbench.plugins.awq import AWQ, relative_magnitude
 from qbench.plugins.rtn import RTN
 from qbench.quant.channel_scale import OutputError, channel_scale
 from qbench.quant.quantizer import InputStatistics
 from qbench.quant.rounding import round_to_nearest
-from qbench.quant.weight import QuantizedWeight
 from qbench.testing import same, statistics_of
 
 ROWS = (96, 32, 48)

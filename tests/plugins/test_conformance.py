@@ -10,8 +10,8 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from qbench.quant.aux import Aux
-from qbench.quant.packing import PLANES
+from qbench.format.aux import Aux
+from qbench.format.packing import PLANES
 from qbench.quant.quantizer import Quantizer, Statistic
 from qbench.quant.rounding import round_to_nearest
 from qbench.registry import quantizer_class, quantizer_names

@@ -10,10 +10,10 @@ import torch
 import yaml
 from torch import Tensor
 
+from qbench.format.weight import QuantizedWeight
 from qbench.plugins.gptq import GPTQ, blocks, unit_factor
 from qbench.plugins.rtn import RTN
 from qbench.quant.quantizer import InputStatistics, Statistic
-from qbench.quant.weight import QuantizedWeight
 
 PLAIN = {"act_order": False, "static_groups": False}  # as first published; the defaults differ
 

@@ -9,12 +9,12 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from qbench.format.weight import per_group
+from qbench.layers.linear import relative_error
 from qbench.plugins.hqq import HQQ
 from qbench.plugins.rtn import RTN
 from qbench.quant.half_quadratic import Schedule, group_means, one_round, search
-from qbench.quant.linear import relative_error
 from qbench.quant.rounding import group_extremes
-from qbench.quant.weight import per_group
 
 MODELS = Path(__file__).parents[2] / "outputs" / "models"
 

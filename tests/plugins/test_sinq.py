@@ -4,13 +4,13 @@ import pytest
 import torch
 
 from qbench.errors import RequestError
+from qbench.layers.linear import relative_error
 from qbench.plugins.hqq import HQQ
 from qbench.plugins.nf4 import NF4
 from qbench.plugins.rtn import RTN
 from qbench.plugins.sinq import SINQ, sinkhorn
 from qbench.quant.codebook import NF4_LEVELS
 from qbench.quant.diagnostics import imbalance, kurtosis, mean_imbalance
-from qbench.quant.linear import relative_error
 from qbench.quant.rounding import round_to_nearest
 from qbench.registry import make_quantizer
 

@@ -23,11 +23,11 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from qbench.models import smollm2
+from qbench.layers.linear import relative_error
 from qbench.plugins.rtn import RTN
 from qbench.plugins.sinq import SINQ
 from qbench.quant.codebook import NF4_LEVELS
-from qbench.quant.linear import relative_error
+from qbench.sources import smollm2
 
 pytestmark = pytest.mark.oracle
 

@@ -16,11 +16,11 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from qbench.layers.linear import relative_error
 from qbench.plugins.hqq import HQQ
 from qbench.plugins.nf4 import NF4
 from qbench.plugins.rtn import RTN
 from qbench.plugins.sinq import SINQ
-from qbench.quant.linear import relative_error
 from qbench.registry import make_quantizer
 
 pytestmark = pytest.mark.oracle

@@ -4,12 +4,12 @@ from collections import Counter
 
 import pytest
 
+from qbench.checkpoint.export import export_target
 from qbench.config import ExportConfig
 from qbench.errors import RequestError
-from qbench.estimate import model_bytes
-from qbench.packed import export_target
 from qbench.quant.original import Original
 from qbench.registry import make_quantizer, quantizer_names
+from qbench.request.estimate import model_bytes
 
 
 def test_it_has_no_settings():

@@ -10,13 +10,13 @@ from omegaconf import OmegaConf
 
 from qbench.config import Config, RuntimeConfig, TaskConfig, register
 from qbench.errors import RequestError
-from qbench.models import load
-from qbench.prepare import Prepared, prepare
 from qbench.record.identity import PERMISSIONS, RUNTIME_OUTSIDE, SOURCE_OF_TEXT, Identity, identify
 from qbench.report import board, entries, history
 from qbench.report.baseline import Baseline, Limits
 from qbench.report.columns import order
 from qbench.report.regress import compare
+from qbench.request.prepare import Prepared, prepare
+from qbench.sources import load
 from tests.report import examples
 
 

@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 
+from qbench.intervals import paired_delta, perplexity
 from qbench.record.identity import Identity
 from qbench.record.quality import EvaluationRecord, MetricRecord, TaskRecord
 from qbench.record.quantization import LayerRow, ModelRecord, QuantizationRecord
 from qbench.record.result import Result
 from qbench.record.store import Store, identity
-from qbench.statistics import paired_delta, perplexity
 
 KINDS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj")
 BASELINE = np.random.default_rng(0).normal(3.3, 0.3, 24)

@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
+from qbench.intervals import paired_delta
 from qbench.report.noise import Paired, difference, is_real
-from qbench.statistics import paired_delta
 
 
 def test_the_value_is_the_difference_of_the_perplexities():

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 
+from qbench.format.aux import Aux
+from qbench.format.weight import QuantizedWeight
 from qbench.plugins.sinq import SINQ
-from qbench.quant.aux import Aux
 from qbench.quant.diagnostics import mean_imbalance
 from qbench.quant.rounding import round_to_nearest
-from qbench.quant.weight import QuantizedWeight
 from qbench.regress import main
 from qbench.report.baseline import Baseline
 from tests.report.examples import BASELINE, failed, nll, point, save, tasked, with_identity

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from qbench.quant.aux import FP16_TINY, Aux
+from qbench.format.aux import FP16_TINY, Aux
+from qbench.format.weight import QuantizedWeight, per_group
 from qbench.quant.quantizer import InputStatistics, Quantizer
 from qbench.quant.rounding import group_extremes
-from qbench.quant.weight import QuantizedWeight, per_group
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""How a quantized weight is stored: codes, scales and zero points, packed. Imports nothing else of qbench."""

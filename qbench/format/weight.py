@@ -1,0 +1,172 @@
+"""QuantizedWeight: the one tensor format of every method.
+
+    W[o, i] ~= (codes[o, i] - zero[o, g(i)]) * scale[o, g(i)] * t[i]
+    W[o, i] ~=  codebook[codes[o, i]]        * scale[o, g(i)] * t[i]      with a codebook
+
+`g(i) = i // group_size`; the last group of a row may be ragged. Without a stored zero point the grid is
+centred: zero = 2**(nbits - 1). `t` is the input scale (SINQ's second axis, AWQ's channel scale). With a
+permutation the columns were quantized in another order (GPTQ's act-order): column `i` of the stored codes is
+column `permutation[i]` of the weight. A stack of experts has one more leading dimension everywhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from qbench.format.aux import Aux
+from qbench.format.packing import pack, unpack
+
+
+@dataclass(frozen=True)
+class QuantizedWeight:
+    """Weights `[..., out, in]` as packed codes and aux; build one with `QuantizedWeight.build`."""
+
+    shape: tuple[int, ...]
+    nbits: int
+    group_size: int
+    planes: tuple[Tensor, ...]  # uint8 [..., out, bytes], see packing.py
+    scale: Aux  # [..., out, groups]
+    zero: Aux | None = None  # [..., out, groups]
+    input_scale: Tensor | None = None  # t, fp16 [..., in]
+    codebook: Tensor | None = None  # fp32 [2**nbits]
+    permutation: Tensor | None = None  # int32 [..., in]
+    method: str = ""  # the method in effect, which for one layer may differ from the one asked for
+    diagnostics: Mapping[str, float] = field(default_factory=dict)  # for its row in the result
+
+    @staticmethod
+    def build(
+        codes: Tensor,
+        scale: Aux,
+        *,
+        nbits: int,
+        group_size: int,
+        zero: Aux | None = None,
+        input_scale: Tensor | None = None,
+        codebook: Tensor | None = None,
+        permutation: Tensor | None = None,
+        method: str = "",
+        diagnostics: Mapping[str, float] | None = None,
+    ) -> QuantizedWeight:
+        """Packs `codes` `[..., out, in]`; raises ValueError when a part does not fit the codes' shape."""
+        *lead, _, columns = codes.shape
+        groups = -(-columns // group_size)
+        expected = {"scale": (scale.stored, (*codes.shape[:-1], groups))}
+        if zero is not None:
+            expected["zero"] = (zero.stored, (*codes.shape[:-1], groups))
+        if input_scale is not None:
+            expected["input scale"] = (input_scale, (*lead, columns))
+        if permutation is not None:
+            expected["permutation"] = (permutation, (*lead, columns))
+        if codebook is not None:
+            expected["codebook"] = (codebook, (2**nbits,))
+        for name, (tensor, shape) in expected.items():
+            if tuple(tensor.shape) != shape:
+                raise ValueError(f"{name} must have shape {list(shape)}, got {list(tensor.shape)}")
+        return QuantizedWeight(
+            tuple(codes.shape),
+            nbits,
+            group_size,
+            pack(codes, nbits),
+            scale,
+            zero,
+            None if input_scale is None else input_scale.half(),
+            None if codebook is None else codebook.float(),
+            None if permutation is None else permutation.int(),
+            method,
+            dict(diagnostics or {}),
+        )
+
+    def codes(self) -> Tensor:
+        """The unpacked codes, uint8 `[..., out, in]`, in stored column order."""
+        return unpack(self.planes, self.nbits, self.shape[-1])
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The weights `[..., out, in]`, computed in fp32 by the formula above, then cast to `dtype`."""
+        codes = self.codes()
+        if self.codebook is None:
+            values = codes.float()
+        else:  # by 32-bit indices, which indexing with [] would widen to 64
+            values = self.codebook.index_select(0, codes.flatten().int()).view(codes.shape)
+        if self.codebook is None:
+            if self.zero is None:
+                values -= 2.0 ** (self.nbits - 1)
+            else:
+                per_group(values, self.group_size, self.zero.dense(), torch.Tensor.sub_)
+        per_group(values, self.group_size, self.scale.dense(), torch.Tensor.mul_)
+        if self.permutation is not None:
+            order = self.permutation.long().unsqueeze(-2).expand(self.shape)
+            values = torch.empty_like(values).scatter_(-1, order, values)
+        if self.input_scale is not None:
+            values *= self.input_scale.float().unsqueeze(-2)
+        return values.to(dtype)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Every stored buffer by name: what is counted, moved and saved."""
+        named = {f"codes_{i}": plane for i, plane in enumerate(self.planes)}
+        for name, aux in (("scale", self.scale), ("zero", self.zero)):
+            if aux is not None:
+                named[name] = aux.stored
+                if aux.step is not None and aux.offset is not None:
+                    named[f"{name}_step"], named[f"{name}_offset"] = aux.step, aux.offset
+        for name in ("input_scale", "codebook", "permutation"):
+            if (tensor := getattr(self, name)) is not None:
+                named[name] = tensor
+        return named
+
+    def with_tensors(self, named: dict[str, Tensor]) -> QuantizedWeight:
+        """The same weight over other buffers of the same names, for example on another device."""
+
+        def aux(name: str) -> Aux | None:
+            if name not in named:
+                return None
+            return Aux(named[name], named.get(f"{name}_step"), named.get(f"{name}_offset"))
+
+        scale = aux("scale")
+        assert scale is not None
+        return replace(
+            self,
+            planes=tuple(named[f"codes_{i}"] for i in range(len(self.planes))),
+            scale=scale,
+            zero=aux("zero"),
+            **{name: named.get(name) for name in ("input_scale", "codebook", "permutation")},
+        )
+
+    @property
+    def device(self) -> torch.device:
+        return self.planes[0].device
+
+    @property
+    def numel(self) -> int:
+        return int(torch.Size(self.shape).numel())
+
+    @property
+    def nbytes(self) -> int:
+        """Stored bytes, codes and aux, counted from the buffers."""
+        return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors().values())
+
+    def stored_bytes(self) -> dict[str, int]:
+        """Bytes by component: codes, scale, zero, input_scale, codebook, permutation, those that are stored."""
+        counted: dict[str, int] = {}
+        for name, tensor in self.tensors().items():
+            part = "codes" if name.startswith("codes_") else name.removesuffix("_step").removesuffix("_offset")
+            counted[part] = counted.get(part, 0) + tensor.numel() * tensor.element_size()
+        return counted
+
+    @property
+    def bits_per_weight(self) -> float:
+        return 8 * self.nbytes / self.numel
+
+
+def per_group(values: Tensor, group_size: int, factors: Tensor, operation) -> Tensor:
+    """Applies an in-place operation between `values` `[..., in]` and per-group `factors` `[..., groups]`."""
+    full = values.shape[-1] // group_size * group_size
+    if full:
+        blocks = values[..., :full].unflatten(-1, (-1, group_size))
+        operation(blocks, factors[..., : full // group_size].unsqueeze(-1))
+    if full < values.shape[-1]:
+        operation(values[..., full:], factors[..., -1:])
+    return values

@@ -1,0 +1,142 @@
+"""Uncertainty in one place: perplexities, divergences and accuracies, and what may be concluded from their differences.
+
+Everything a protocol reports is a function of means over its windows (or documents): a perplexity is exp of a mean
+NLL, a difference to the baseline is a function of two such means over the same windows, an RMS is the root of a mean.
+`jackknife` gives all of them an interval: leave each window out once, take the spread of the results as the standard
+error (Efron and Stein 1981), and scale it by Student's t with n - 1 degrees of freedom. Windows that both models see
+are left out together, so that what varies with the text and not with the model cancels: that is the pairing.
+
+By simulation (tests/test_intervals.py) these intervals hold the truth 93 to 97 % of the time from 4 windows on,
+where a percentile bootstrap of the same data, even an expanded one, holds it only 75 to 93 % below 8 windows. And
+they need no seed. Shares of documents have formulas of their own: Wilson, and Bonett and Price for paired ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import numpy as np
+from scipy import special  # not scipy.stats, whose import alone takes as long as a whole leaderboard
+
+Verdict = Literal["better", "worse", "not distinguishable"]
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A number and its interval; the bounds are None when there is a single window."""
+
+    value: float
+    low: float | None
+    high: float | None
+
+
+def perplexity(nll: np.ndarray, weights: np.ndarray | None = None) -> float:
+    """exp of the mean NLL per window `[windows]`, weighted by the tokens (words, bytes) of each if they differ."""
+    return float(np.exp(np.average(nll, weights=weights)))
+
+
+def paired_delta(
+    nll: np.ndarray, baseline_nll: np.ndarray, *, weights: np.ndarray | None = None, level: float = 0.95
+) -> Estimate:
+    """perplexity(nll) - perplexity(baseline_nll), with its paired interval; mean NLLs per window, `[windows]`.
+
+    Raises ValueError for vectors of different lengths.
+    """
+    if nll.shape != baseline_nll.shape or nll.ndim != 1:
+        raise ValueError(f"paired windows must match, got {nll.shape} and {baseline_nll.shape}")
+    weights = np.ones_like(nll) if weights is None else weights
+    columns = (nll * weights, baseline_nll * weights, weights)
+    estimate = jackknife(lambda q, b, w: np.exp(q / w) - np.exp(b / w), *columns, level=level)
+    # to the last bit that of the two numbers that are shown
+    return replace(estimate, value=perplexity(nll, weights) - perplexity(baseline_nll, weights))
+
+
+def jackknife(statistic: Callable[..., np.ndarray], *columns: np.ndarray, level: float = 0.95) -> Estimate:
+    """`statistic` of the columns' means, each column `[windows]`, with an interval.
+
+    `statistic` takes one mean per column, elementwise over arrays.
+    """
+    n = len(columns[0])
+    value = float(statistic(*(column.mean() for column in columns)))
+    if n < 2:
+        return Estimate(value, None, None)
+    left_out = statistic(*((column.sum() - column) / (n - 1) for column in columns))
+    error = np.sqrt((n - 1) / n * np.square(left_out - left_out.mean()).sum())
+    reach = float(special.stdtrit(n - 1, (1 + level) / 2) * error)
+    return Estimate(value, value - reach, value + reach)
+
+
+def positive_mean(values: np.ndarray, power: float = 1.0, level: float = 0.95) -> Estimate:
+    """mean(values) ** power for values that cannot be negative, `[windows]`: a divergence, or (power 1/2) an RMS.
+
+    The interval is made on the log scale, where such skewed quantities are closer to normal, and so never leaves the
+    positive numbers. Where the mean is zero or below (rounding, for equal models) it is made on the plain scale.
+    """
+    n = len(values)
+    if n < 2 or ((values.sum() - values) <= 0).any():
+        return jackknife(lambda m: np.maximum(m, 0) ** power, values, level=level)
+    log = jackknife(lambda m: power * np.log(m), values, level=level)
+    return Estimate(float(np.exp(log.value)), float(np.exp(log.low)), float(np.exp(log.high)))
+
+
+def share(successes: int, n: int, level: float = 0.95) -> Estimate:
+    """successes / n with Wilson's score interval, for a flip rate or an accuracy."""
+    z = float(special.ndtri((1 + level) / 2))
+    center = (successes + z**2 / 2) / (n + z**2)
+    reach = z / (n + z**2) * np.sqrt(successes * (n - successes) / n + z**2 / 4)
+    value = successes / n  # within the bounds, but for rounding at 0 and 1
+    return Estimate(value, min(value, float(center - reach)), max(value, float(center + reach)))
+
+
+def paired_shares(correct: np.ndarray, baseline_correct: np.ndarray, level: float = 0.95) -> Estimate:
+    """Accuracy minus the baseline's on the same documents; both 0 or 1, `[documents]`.
+
+    The interval of Bonett and Price (2012, "Adjusted Wald confidence interval for a difference of binomial
+    proportions based on paired data"), good also when only a handful of documents changed.
+    """
+    n = len(correct)
+    gained = int(((correct == 1) & (baseline_correct == 0)).sum())
+    lost = int(((correct == 0) & (baseline_correct == 1)).sum())
+    up, down = (gained + 1) / (n + 2), (lost + 1) / (n + 2)
+    reach = float(special.ndtri((1 + level) / 2) * np.sqrt((up + down - (up - down) ** 2) / (n + 2)))
+    return Estimate((gained - lost) / n, max(-1.0, up - down - reach), min(1.0, up - down + reach))
+
+
+def contributions(value: float, left_out: np.ndarray) -> np.ndarray:
+    """What each of n documents adds to a number: `[n]`, their mean is `value`, their spread its uncertainty.
+
+    `left_out` `[n]` is the number without each document. These are Tukey's (1958) pseudo-values, moved so that their
+    mean is `value`: their standard error is the jackknife's, and that of two models' differences is the paired
+    jackknife's of the difference of the two numbers, whatever function of the documents the number is. For a mean
+    they are the documents' own values. A document that has nothing beside it adds all.
+    """
+    n = len(left_out)
+    return np.array([value]) if n < 2 else value + (n - 1) * (left_out.mean() - left_out)
+
+
+def pooled_contributions(parts: Sequence[np.ndarray], weights: Sequence[float]) -> np.ndarray | None:
+    """The same for a weighted mean of several tasks' numbers, from the contributions to each, `[documents]` in all.
+
+    Tasks that weigh as much as they have documents are one large task. Otherwise the tasks are strata: their sizes
+    are fixed, and the variances of their numbers add up, each with its weight squared; the contributions are scaled
+    so that the plain standard error of all of them is the root of that sum. None where a task of a single document
+    has a weight of its own: its variance is not known.
+    """
+    sizes = np.array([len(part) for part in parts], float)
+    n, share = sizes.sum(), np.asarray(weights, float) / np.sum(weights)
+    if np.allclose(share, sizes / n, rtol=1e-12, atol=0):
+        return np.concatenate(parts)
+    if (sizes < 2).any():
+        return None
+    value = sum(w * part.mean() for w, part in zip(share, parts, strict=True))
+    scales = n * share / sizes * np.sqrt(sizes / (sizes - 1) * (n - 1) / n)
+    return np.concatenate([value + c * (part - part.mean()) for c, part in zip(scales, parts, strict=True)])
+
+
+def verdict(delta: Estimate, higher_is_better: bool) -> Verdict:
+    """What a difference to the baseline says. Without an interval, or with zero inside of it: nothing."""
+    if delta.low is None or delta.high is None or delta.low <= 0 <= delta.high:
+        return "not distinguishable"
+    return "better" if (delta.value > 0) == higher_is_better else "worse"

@@ -1,0 +1,1 @@
+"""The layers that stand where linears and experts stood, and hold packed weights."""

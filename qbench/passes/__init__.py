@@ -1,0 +1,1 @@
+"""What is done to a loaded model block by block: calibrating and quantizing it."""

@@ -1,0 +1,1 @@
+"""Many points: what a sweep expands to, where its points run, and what came of them."""

@@ -1,0 +1,1 @@
+"""Who is told of a result besides the store: experiment trackers."""

@@ -1,0 +1,193 @@
+"""Weights & Biases: one run per point, and one per sweep. A failure here never loses a result.
+
+As WANDB_MODE says; without it online if an API key is configured, else offline (upload later with `wandb sync`), and
+never a prompt. A run's id follows from what it is about, so measuring a point again, or resuming a sweep, updates its
+run instead of adding one.
+The points of a sweep share a group: `tracker.group`, or WANDB_RUN_GROUP, which wandb itself reads.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.numpy import load as load_tensors
+
+from qbench.config import TrackerConfig
+from qbench.errors import RequestError
+from qbench.record.quantization import LayerRow
+from qbench.record.result import Result
+from qbench.record.store import identity
+from qbench.track import pareto
+
+log = logging.getLogger(__name__)
+
+MODES = ("auto", "online", "offline", "disabled")
+LONGEST_TAG = 64
+
+
+def check(config: TrackerConfig) -> None:
+    """Raises RequestError before anything is measured if the tracker cannot work at all."""
+    if config.mode not in MODES:
+        raise RequestError(f"tracker.mode must be one of {', '.join(MODES)}, got '{config.mode}'")
+    if importlib.util.find_spec("wandb") is None:
+        raise RequestError("tracker=wandb needs the package wandb: pip install 'qbench-llm[wandb]', or tracker=none")
+
+
+def track(result: Result, config: TrackerConfig, folder: Path) -> None:
+    """Logs a point of the store at `folder`; warns, and returns, when W&B cannot be reached or refuses."""
+    summary = result.summary()
+    columns = {"model_name": summary["model"], "quantizer_name": summary["quantizer"]}  # for the UI to pivot by
+    columns |= {key: summary.get(key) for key in ("nbits", "group_size", "protocol")}
+    about = {
+        "job_type": "point",
+        "group": config.group,
+        "id": result.run_id,
+        "name": "-".join(str(summary[key]) for key in ("model", "quantizer", "nbits") if summary[key] is not None),
+        "tags": _tags(result.status, *(summary.get(key) for key in ("model", "quantizer", "protocol"))),
+        "config": result.config | columns | {"environment": result.environment},
+    }
+
+    def fill(wandb: Any, run: Any) -> None:
+        media = _histograms(wandb, result, folder)
+        if result.quantization is not None and result.quantization.layers:
+            media["layers"] = _layers(wandb, result.quantization.layers)
+        if media:
+            run.log(media)
+        run.summary.update({key: value for key, value in summary.items() if value is not None})
+
+    _log_run(fill, about, config, folder, failed=result.status != "ok")
+
+
+def track_sweep(results: Sequence[Result], config: TrackerConfig, folder: Path) -> None:
+    """Logs the summary of a sweep: its leaderboard as a table, its trade-offs as images. Warns when W&B fails."""
+    name = sweep_name([result.run_id for result in results])
+    summaries = sorted((r.summary() for r in results), key=_place)
+    failed = sum(result.status != "ok" for result in results)
+    about = {
+        "job_type": "sweep",
+        "id": name,
+        "name": name,
+        "tags": _tags("sweep", *sorted({str(s["model"]) for s in summaries})),
+        "config": {"points": [result.run_id for result in results]},
+        "group": config.group or os.environ.get("WANDB_RUN_GROUP") or name,
+    }
+
+    def fill(wandb: Any, run: Any) -> None:
+        keys = list(dict.fromkeys(key for summary in summaries for key in summary))
+        rows = [[summary.get(key) for key in keys] for summary in summaries]
+        run.log({"leaderboard": wandb.Table(columns=keys, data=rows)} | _plots(wandb, summaries))
+        run.summary.update({"points": len(results), "ok": len(results) - failed, "failed": failed})
+
+    _log_run(fill, about, config, folder, failed=failed > 0)
+
+
+def sweep_name(run_ids: Sequence[str]) -> str:
+    """The same for the same points in any order: a resumed sweep is the sweep that it resumes."""
+    return f"sweep-{identity(sorted(run_ids))}"
+
+
+def _log_run(
+    fill: Callable[[Any, Any], None], about: dict[str, Any], config: TrackerConfig, folder: Path, failed: bool
+) -> None:
+    mode = config.mode if config.mode != "auto" else os.environ.get("WANDB_MODE", "auto").strip().lower()
+    if mode == "disabled":
+        return
+    try:
+        import wandb
+
+        if mode not in MODES or mode == "auto":
+            mode = "online" if _has_key(wandb) else "offline"
+        folder.mkdir(parents=True, exist_ok=True)
+        with _run(wandb, about, config, folder, mode, failed) as run:
+            fill(wandb, run)
+            kept = Path(run.dir).parent
+        if mode == "offline":  # an upload of the earlier one as well would mix two measurements in one run
+            for earlier in folder.glob(f"wandb/offline-run-*-{about['id']}"):
+                if earlier.resolve() != kept.resolve():
+                    shutil.rmtree(earlier, ignore_errors=True)
+    except Exception as error:
+        log.warning("the result is saved, but Weights & Biases failed: %s", error)
+
+
+@contextmanager
+def _run(
+    wandb: Any, about: dict[str, Any], config: TrackerConfig, folder: Path, mode: str, failed: bool
+) -> Iterator[Any]:
+    run = wandb.init(
+        project=config.project,
+        entity=config.entity,
+        resume="allow" if mode == "online" else None,
+        mode=mode,
+        dir=str(folder),
+        settings=wandb.Settings(silent=True, console="off", disable_git=True, x_disable_meta=True),
+        **about,
+    )
+    try:
+        yield run
+    finally:
+        run.finish(exit_code=int(failed))
+
+
+def _has_key(wandb: Any) -> bool:
+    """True if a key is configured by environment or netrc; asks nobody."""
+    try:
+        return bool(wandb.login(prompt=False))
+    except Exception:
+        return False
+
+
+def _tags(*names: Any) -> list[str]:
+    return [str(name)[:LONGEST_TAG] for name in names if name]
+
+
+def _place(summary: dict[str, Any]) -> tuple[str, bool, str, float]:
+    """By model and protocol, the lowest perplexity first; what failed comes last."""
+    ppl = summary.get("ppl")
+    return str(summary["model"]), ppl is None, str(summary.get("protocol")), 0.0 if ppl is None else ppl
+
+
+def _histograms(wandb: Any, result: Result, folder: Path) -> dict[str, Any]:
+    """The mean NLL per window of the model, and of the baseline: whether a loss is spread or sits in a few windows."""
+    found = {}
+    for index, record in enumerate(result.evaluation):
+        try:
+            tensors = load_tensors((folder / "results" / result.run_id / record.window_nll_file).read_bytes())
+        except (OSError, SafetensorError):
+            continue
+        suffix = f"/{record.protocol}" if index else ""
+        for key, name in (("quantized", "window_nll"), ("baseline", "baseline_window_nll")):
+            if key in tensors:
+                found[name + suffix] = wandb.Histogram(tensors[key].tolist())
+    return found
+
+
+def _layers(wandb: Any, layers: Sequence[LayerRow]) -> Any:
+    """One row a layer; what a row holds by name (stored_bytes, diagnostics) becomes columns of their own."""
+    rows = []
+    for layer in layers:
+        row: dict[str, Any] = {}
+        for key, value in asdict(layer).items():
+            if isinstance(value, dict):
+                row |= {f"{key}.{inner}": number for inner, number in value.items()}
+            else:
+                row[key] = str(list(value)) if isinstance(value, tuple) else value
+        rows.append(row)
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    return wandb.Table(columns=columns, data=[[row.get(column) for column in columns] for row in rows])
+
+
+def _plots(wandb: Any, summaries: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    if importlib.util.find_spec("matplotlib") is None:
+        log.warning("the sweep is tracked without its plots: pip install 'qbench-llm[wandb]' brings matplotlib")
+        return {}
+    plots = pareto.plots(summaries)
+    return {f"pareto/{title}": wandb.Image(image, caption=title) for title, image in plots.items()}
