@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from qbench import entry
-from qbench.registry import NONE, conf_packages, quantizer_names
+from qbench.registry import conf_packages, quantizer_names
 
 GROUPS = ("model", "quantizer", "task", "calibration", "runtime", "speed", "tracker", "experiment")
 
@@ -53,7 +53,7 @@ class _Console(Console):
 
 def main() -> int:
     console = _Console(width=None if sys.stdout.isatty() else 160)
-    registered = {NONE, *quantizer_names()}
+    registered = set(quantizer_names())
     for group in GROUPS:
         table = Table(title=f"{group}=", title_justify="left", show_header=False, box=None)
         for name, about in options(group).items():

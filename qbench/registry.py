@@ -1,9 +1,20 @@
-"""Finds quantizers by the entry-point group `qbench.quantizers`; nothing is imported until one is asked for.
+"""Finds what extends qbench by entry points; nothing is imported until it is asked for.
 
-A third party ships a package with two entry points and edits nothing here:
+Six kinds of thing can come from a third party's package, which edits nothing here:
+
+| kind | entry-point group | the setting that names it | its interface |
+|---|---|---|---|
+| quantizer | `qbench.quantizers` | `quantizer.name` | qbench.quant.quantizer.Quantizer |
+| source | `qbench.sources` | `model.source` | qbench.sources.source.Source |
+| format | `qbench.formats` | none: a quantizer returns it | qbench.format.format.Format |
+| protocol | `qbench.protocols` | `task.protocol` | qbench.evaluate.protocol.Protocol |
+| tracker | `qbench.trackers` | `tracker.name` | qbench.track.tracker.Tracker |
+| exporter | `qbench.exporters` | `export.format` | qbench.checkpoint.exporter.Exporter |
+
+A member is a frozen dataclass whose fields are its settings, and a package names it like this:
 
     [project.entry-points."qbench.quantizers"]
-    mymethod = "my_package.mymethod:MyMethod"     # the frozen dataclass
+    mymethod = "my_package.mymethod:MyMethod"
     [project.entry-points."qbench.conf"]
     my_package = "my_package.conf"                # the package that holds quantizer/mymethod.yaml
 """
@@ -11,7 +22,8 @@ A third party ships a package with two entry points and edits nothing here:
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import dataclass, fields, is_dataclass
+from importlib import import_module
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any
 
@@ -20,58 +32,113 @@ from qbench.errors import RequestError, unknown
 if TYPE_CHECKING:
     from qbench.quant.quantizer import Quantizer
 
-NONE = "none"  # the original as a row: no method, so no package registers it
-QUANTIZERS = "qbench.quantizers"
 CONF = "qbench.conf"
 
 
-def quantizer_names() -> list[str]:
-    """The methods; `quantizer=none`, which is none, can be asked for besides them."""
-    return sorted({entry.name for entry in entry_points(group=QUANTIZERS)})
+@dataclass(frozen=True)
+class Kind:
+    """A kind of extension: how it is called, where it is named in the configuration, and what a member must offer."""
+
+    name: str  # quantizer, source, ...: as in `unknown quantizer 'sink'`
+    node: str  # of the configuration: quantizer, model, task, tracker, export
+    key: str  # of the node that names the member: name, source, protocol, format
+    interface: str  # MODULE:CLASS
+
+    @property
+    def group(self) -> str:
+        return f"qbench.{self.name}s"
+
+    def said(self, name: str) -> str:
+        """As the command line chooses the member: `quantizer=rtn`, `model.source=hub`."""
+        return f"{self.node}={name}" if self.key == "name" else f"{self.node}.{self.key}={name}"
 
 
-def quantizer_class(name: str) -> type[Quantizer]:
-    """The class registered as `name`; for `none` the one that leaves the model as it is.
+QUANTIZER = Kind("quantizer", "quantizer", "name", "qbench.quant.quantizer:Quantizer")
+SOURCE = Kind("source", "model", "source", "qbench.sources.source:Source")
+FORMAT = Kind("format", "", "", "qbench.format.format:Format")
+PROTOCOL = Kind("protocol", "task", "protocol", "qbench.evaluate.protocol:Protocol")
+TRACKER = Kind("tracker", "tracker", "name", "qbench.track.tracker:Tracker")
+EXPORTER = Kind("exporter", "export", "format", "qbench.checkpoint.exporter:Exporter")
+KINDS = (QUANTIZER, SOURCE, FORMAT, PROTOCOL, TRACKER, EXPORTER)
 
-    Raises RequestError if there is none (the choices are listed), if two packages claim the name, or if
-    what the entry point names is not a Quantizer.
+
+def names(kind: Kind) -> list[str]:
+    """What is registered, in the order of the alphabet."""
+    return sorted({entry.name for entry in entry_points(group=kind.group)})
+
+
+def find(kind: Kind, name: str) -> type[Any]:
+    """The class registered as `name`.
+
+    Raises RequestError if there is none (the choices are listed), if two packages claim the name, if it cannot be
+    imported, or if it lacks what the kind's interface asks for.
     """
-    if name == NONE:
-        from qbench.quant.original import Original
-
-        return Original
-    found = {entry.value: entry for entry in entry_points(group=QUANTIZERS) if entry.name == name}
+    found = {entry.value: entry for entry in entry_points(group=kind.group) if entry.name == name}
     if not found:
-        raise unknown("quantizer", name, [NONE, *quantizer_names()])
+        raise unknown(kind.name, name, names(kind))
     if len(found) > 1:
-        raise RequestError(f"two packages register the quantizer '{name}': {', '.join(sorted(found))}; keep one")
+        raise RequestError(f"two packages register the {kind.name} '{name}': {', '.join(sorted(found))}; keep one")
     (entry,) = found.values()
-    from qbench.quant.quantizer import Quantizer
-
-    loaded = entry.load()
-    if not (isinstance(loaded, type) and issubclass(loaded, Quantizer)):
-        raise RequestError(f"'{entry.value}' (quantizer '{name}') is not a qbench.quant.quantizer.Quantizer")
+    try:
+        loaded = entry.load()
+    except (ImportError, AttributeError) as error:
+        raise RequestError(f"the {kind.name} '{name}' ({entry.value}) cannot be imported: {error}") from error
+    if lacking := _lacking(kind, loaded):
+        raise RequestError(
+            f"'{entry.value}' ({kind.name} '{name}') is no {kind.interface.replace(':', '.')}: {lacking}"
+        )
     return loaded
 
 
-def make_quantizer(settings: Mapping[str, Any]) -> Quantizer:
-    """Builds the quantizer that `settings["name"]` names from the other settings, its fields.
+def make(kind: Kind, settings: Mapping[str, Any]) -> Any:
+    """Builds the member that `settings[kind.key]` names from the other settings, its fields.
 
-    Raises RequestError for an unknown name or field, or a value the quantizer refuses.
+    Raises RequestError for an unknown name or field, or a value that the member refuses.
     """
     values = dict(settings)
-    name = str(values.pop("name", ""))
-    cls = quantizer_class(name)
-    legal = {field.name for field in fields(cls)}
+    name = str(values.pop(kind.key, ""))
+    cls = find(kind, name)
+    legal = [field.name for field in fields(cls) if field.init]
     for key in values:
         if not legal:
-            raise RequestError(f"unknown key quantizer.{key}: quantizer={name} has no settings; leave it out")
+            raise RequestError(f"unknown key {kind.node}.{key}: {kind.node}={name} has no settings; leave it out")
         if key not in legal:
-            raise unknown(f"key for quantizer={name}:", f"quantizer.{key}", (f"quantizer.{k}" for k in legal))
+            raise unknown(f"key for {kind.said(name)}:", f"{kind.node}.{key}", (f"{kind.node}.{k}" for k in legal))
     try:
         return cls(**values)
     except (TypeError, ValueError) as error:
-        raise RequestError(f"quantizer={name}: {error}") from None
+        raise RequestError(f"{kind.said(name)}: {error}") from None
+
+
+def quantizer_names() -> list[str]:
+    """The methods, `none` included, which is the original as a row."""
+    return names(QUANTIZER)
+
+
+def quantizer_class(name: str) -> type[Quantizer]:
+    """As `find`."""
+    return find(QUANTIZER, name)
+
+
+def make_quantizer(settings: Mapping[str, Any]) -> Quantizer:
+    """As `make`."""
+    return make(QUANTIZER, settings)
+
+
+def _lacking(kind: Kind, loaded: Any) -> str | None:
+    """What keeps `loaded` from being a member of the kind: it must be a dataclass with all that the interface names."""
+    module, _, cls = kind.interface.partition(":")
+    interface = getattr(import_module(module), cls)
+    if not isinstance(loaded, type):
+        return "it is not a class"
+    if not getattr(interface, "_is_protocol", False):
+        return None if issubclass(loaded, interface) else "it does not subclass it"
+    if not is_dataclass(loaded):
+        return "it is not a dataclass"
+    wanted = {n for n in (*vars(interface), *interface.__annotations__) if not n.startswith("_")}
+    offered = {*dir(loaded), *(field.name for field in fields(loaded))}
+    missing = sorted(wanted - offered)
+    return f"it has no {', '.join(missing)}" if missing else None
 
 
 def conf_packages() -> list[str]:
