@@ -16,7 +16,15 @@ import pytest
 
 from tests.conftest import ROOT
 
-GROUND = ("config", "errors", "registry", "device", "intervals", "entry")  # modules in the root that know no folder
+GROUND = (
+    "config",
+    "errors",
+    "registry",
+    "device",
+    "intervals",
+    "entry",
+    "checkout",
+)  # modules in the root that know no folder
 COMMANDS = ("__main__", "leaderboard", "regress", "catalog")
 BESIDE = ("record", "track", "report")  # they know results and no models, so that any folder above them may tell them
 

@@ -11,6 +11,7 @@ import zipfile
 import pytest
 
 from tests.conftest import ROOT
+from tests.installs import run
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +46,7 @@ def test_it_runs_from_an_empty_folder(wheel, tmp_path):
     (site,) = (tmp_path / "venv" / "lib").glob("python3*/site-packages")
     (site / "lent.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
     subprocess.run([python, "-m", "pip", "install", "-q", "--no-deps", "--no-index", wheel], check=True)
-    run(python, site, tmp_path)
+    check(python, site, tmp_path)
 
 
 @pytest.mark.slow
@@ -58,20 +59,16 @@ def test_it_installs_and_runs_in_an_empty_environment(wheel, tmp_path):
     (site,) = (tmp_path / "venv" / "lib").glob("python3*/site-packages")
     assert not (site / "conf").exists()
     assert not (site / "plugins").exists()
-    run(python, site, tmp_path)
+    check(python, site, tmp_path)
 
 
-def run(python, site, tmp_path):
+def check(python, site, tmp_path):
     (tmp_path / "empty").mkdir()
-    command = [python, "-m", "qbench", "model=tiny-dense", "quantizer=sinq", "task.max_windows=2"]
-    done = subprocess.run(command, cwd=tmp_path / "empty", capture_output=True, text=True, check=False)
+    done = run(
+        *(python, "-m", "qbench", "model=tiny-dense", "quantizer=sinq", "task.max_windows=2"), cwd=tmp_path / "empty"
+    )
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout.splitlines()[-1])["status"] == "ok"
-    where = subprocess.run(
-        [python, "-c", "import qbench, qbench.plugins, qbench.conf; print(qbench.plugins.__file__)"],
-        cwd=tmp_path / "empty",
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert where.stdout.startswith(str(site))
+    code = "import qbench, qbench.plugins, qbench.conf; print(qbench.plugins.__file__)"
+    where = run(python, "-c", code, cwd=tmp_path / "empty")
+    assert where.stdout.startswith(str(site)), where.stderr
