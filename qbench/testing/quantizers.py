@@ -10,7 +10,6 @@ Every method below tests one contract and says in its failure which one is broke
 `[out, in]`, seeded, with the spread of real ones (0.05). A method with `needs` gets statistics of seeded, correlated
 inputs, only those that it names, and its error is measured on the layer's output `X W^T`, which is what it minimizes.
 The one GPU test carries the marker `gpu`; register it if you run pytest with `--strict-markers`.
-This is the only module of qbench that imports pytest.
 """
 
 from __future__ import annotations
