@@ -12,7 +12,7 @@ from qbench.catalog import options
 from qbench.config import register
 from qbench.evaluate import speed, windows
 from qbench.registry import make_quantizer
-from qbench.report import reference
+from qbench.report import published
 from tests.conftest import ROOT
 
 EXPERIMENTS = sorted(path.stem for path in (ROOT / "conf" / "experiment").glob("*.yaml"))
@@ -65,8 +65,8 @@ def test_the_papers_sweeps_measure_every_number_that_is_published(experiment, ta
         for models, config in points(experiment)
         for model in models
     ]
-    published = [n for n in reference.read("sinq_v4") if n.where in tables and n.metric == "ppl"]
-    numbers = [n for n in published if n.quantizer != "none"]
+    printed = [n for n in published.read("sinq_v4") if n.where in tables and n.metric == "ppl"]
+    numbers = [n for n in printed if n.quantizer != "none"]
     assert len(measured) == len(numbers) == size
     for number in numbers:
         wanted = {"name": number.quantizer, "nbits": number.nbits, "group_size": number.group_size}

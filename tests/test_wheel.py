@@ -4,14 +4,13 @@ import json
 import shutil
 import subprocess
 import sys
-import sysconfig
 import venv
 import zipfile
 
 import pytest
 
 from tests.conftest import ROOT
-from tests.installs import run
+from tests.installs import environment, install, run
 
 
 @pytest.fixture(scope="module")
@@ -41,11 +40,9 @@ def test_it_runs_from_an_empty_folder(wheel, tmp_path):
 
     The slow test below installs them for real.
     """
-    venv.create(tmp_path / "venv", with_pip=True)
-    python = tmp_path / "venv" / "bin" / "python"
+    python = environment(tmp_path)
     (site,) = (tmp_path / "venv" / "lib").glob("python3*/site-packages")
-    (site / "lent.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
-    subprocess.run([python, "-m", "pip", "install", "-q", "--no-deps", "--no-index", wheel], check=True)
+    install(python, wheel)
     check(python, site, tmp_path)
 
 

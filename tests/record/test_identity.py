@@ -12,9 +12,9 @@ from qbench.config import Config, RuntimeConfig, TaskConfig, register
 from qbench.errors import RequestError
 from qbench.record.identity import PERMISSIONS, RUNTIME_OUTSIDE, SOURCE_OF_TEXT, Identity, identify
 from qbench.report import board, entries, history
-from qbench.report.baseline import Baseline, Limits
 from qbench.report.columns import order
-from qbench.report.regress import compare
+from qbench.report.gate.compare import compare
+from qbench.report.gate.file import GateFile, Limits
 from qbench.request.prepare import Prepared, prepare
 from qbench.sources import load
 from tests.report import examples
@@ -146,7 +146,7 @@ def test_every_part_decides_alike(case, ask, tmp_path):
     lines = history.tables(recorded.entries, "quality")
     assert len({line.title for line in lines}) == len(lines) == case.rows
 
-    baseline = Baseline.of(recorded.entries[:1], Limits())
+    baseline = GateFile.of(recorded.entries[:1], Limits())
     again = entries.Recorded(recorded.entries[1:], [], [])
     verdicts = {finding.verdict for finding in compare(baseline, again)}
     assert verdicts == ({"pass"} if case.rows == 1 else {"missing", "note"})

@@ -5,7 +5,7 @@ import pytest
 from qbench.catalog import options
 from qbench.config import TaskConfig
 from qbench.evaluate.windows import protocol_name
-from qbench.report import reference
+from qbench.report import published
 from tests.conftest import ROOT
 
 NOT_SCORED = "quantizing"
@@ -13,7 +13,7 @@ NOT_SCORED = "quantizing"
 
 @pytest.fixture(scope="module")
 def sinq():
-    return reference.read("sinq_v4")
+    return published.read("sinq_v4")
 
 
 def protocols():
@@ -29,10 +29,10 @@ def protocols():
     return names
 
 
-@pytest.mark.parametrize("name", sorted(reference.available()))
+@pytest.mark.parametrize("name", sorted(published.available()))
 def test_what_it_names_exists(name):
     models, quantizers, known = options("model"), options("quantizer"), protocols() | {NOT_SCORED}
-    for number in reference.read(name):
+    for number in published.read(name):
         assert number.model in models, number
         assert number.quantizer == "none" or number.quantizer in quantizers, number
         assert number.protocol in known, number
