@@ -54,7 +54,8 @@ def _linear_names(model: Any) -> set[str]:
     """Names of the parameters that are linear weights and not quantized."""
     found = find_linears(model)
     names = {f"{name}.weight" for name in found.layers} | {s.name for s in found.skipped}
-    names |= {f"{s.name}.weight" for s in found.skipped}  # a linear is listed by its own name, a raw parameter by its
+    # Skipped.name is a module's name for an nn.Linear, and a parameter's name otherwise
+    names |= {f"{s.name}.weight" for s in found.skipped}
     return names | {f"{name}.{key}" for name, module in found.experts.items() for key in stacked_parameters(module)}
 
 

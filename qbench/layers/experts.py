@@ -38,7 +38,7 @@ class QuantExperts(nn.Module):
     x `[tokens, hidden]`, top_k_index and top_k_weights `[tokens, k]` -> `[tokens, hidden]` in x's dtype; or, where the
     original took no routing, x `[experts * tokens, hidden]`, every expert's share after the other, -> the same shape.
     One expert at a time is multiplied, and only those that some token is sent to; in the kernels' layout (see
-    quant/linear.py) up to EXPERT_PAIRS pairs of token and expert take one launch per projection instead.
+    layers/linear.py) up to EXPERT_PAIRS pairs of token and expert take one launch per projection instead.
 
     `stacks` are those of `form(original).projections`; `original` gives everything else: biases, gate, activation.
     """

@@ -48,7 +48,7 @@ class Linears:
     """What to quantize, by name in module order, and the linear weights that are left out."""
 
     layers: dict[str, nn.Module]  # nn.Linear, or GPT-2's Conv1D; `matrix` gives the weight `[out, in]` of either
-    experts: dict[str, nn.Module]  # fused experts of a form that models/expert_form.py accepts
+    experts: dict[str, nn.Module]  # fused experts of a form that layers/expert_form.py accepts
     skipped: list[Skipped]
 
     @property

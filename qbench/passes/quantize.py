@@ -79,7 +79,7 @@ def quantize_model(
     with fetching(model.device, offloaded) as fetch:
         arrivals = fetch(list(found.layers[name].parameters()) for name in names if name in found.layers)
         for name in tqdm(names, desc="quantizing", unit="layer"):
-            # popped: the last reference besides the model's own
+            # a reference kept in `found` would hold every original in memory until the last one is quantized
             if name in found.layers:
                 next(arrivals)
                 place_group({name: found.layers.pop(name)}, None)
@@ -214,12 +214,12 @@ def quantize_group(
     total = sum(weight.numel() for weight in weights)
     rows = []
     for name, weight, quantized in zip(names, weights, results, strict=True):
-        _check(name, weight, quantized, method)
-        rows.append(_describe(name, weight, quantized, method, seconds * weight.numel() / total))
+        _hold_to_contract(name, weight, quantized, method)
+        rows.append(_row(name, weight, quantized, method, seconds * weight.numel() / total))
     return results, rows
 
 
-def _describe(name: str, weight: Tensor, quantized: QuantizedWeight, method: str, seconds: float) -> LayerRow:
+def _row(name: str, weight: Tensor, quantized: QuantizedWeight, method: str, seconds: float) -> LayerRow:
     tails = kurtosis(weight)
     t = quantized.input_scale
     return LayerRow(
@@ -240,7 +240,7 @@ def _describe(name: str, weight: Tensor, quantized: QuantizedWeight, method: str
     )
 
 
-def _check(name: str, weight: Tensor, quantized: QuantizedWeight, method: str) -> None:
+def _hold_to_contract(name: str, weight: Tensor, quantized: QuantizedWeight, method: str) -> None:
     if quantized.shape != tuple(weight.shape):
         raise PointError(
             f"layer {name}: {method} returned the shape {list(quantized.shape)} for a weight {list(weight.shape)}"

@@ -100,7 +100,7 @@ def prepare(
     weights = fingerprint(config.model)
     calibration_text = read_calibration(config.calibration) if quantizer is not None and quantizer.needs else None
     if calibration_text is not None:
-        calibrate.check(calibration_text, config.calibration)
+        calibrate.check_text(calibration_text, config.calibration)
     point = identify(
         config,
         _every_field(config.quantizer, quantizer),

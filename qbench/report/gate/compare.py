@@ -43,7 +43,7 @@ def compare(gate_file: GateFile, recorded: Recorded) -> list[Finding]:
     for point in gate_file.points:
         entry, failed = _find(point, recorded)
         if entry is not None:
-            outcomes = list(_check(point, entry, gate_file.limits))
+            outcomes = list(_outcomes(point, entry, gate_file.limits))
         elif failed is not None:
             outcomes = [("point", "failed", f"it failed: {failed.error}")]
         else:
@@ -92,7 +92,7 @@ def _set(key: str, value: Any) -> str:
     return "null" if value is None else str(value)[: titles.SHORT] if key.endswith("sha256") else str(value)
 
 
-def _check(point: GatePoint, entry: Entry, limits: Limits) -> Iterator[Outcome]:
+def _outcomes(point: GatePoint, entry: Entry, limits: Limits) -> Iterator[Outcome]:
     now = GatePoint.of(entry)
     for score in point.scores:
         yield _quality(score, now.scores, limits, entry.scores)
@@ -189,8 +189,6 @@ def _equal(check: str, before: float, after: float) -> Outcome:
 
 
 def _grown(
-    check: str, point: GatePoint, now: GatePoint, limit: float, read: Callable[[GateLayer], float | None]
-) -> Outcome:
     check: str, point: GatePoint, now: GatePoint, limit: float, read: Callable[[GateLayer], float | None]
 ) -> Outcome:
     """The layers whose number grew by more than the limit, or that have none any more."""
