@@ -62,10 +62,10 @@ class Collector:
 class ExpertInputs:
     """The input of a block of fused experts, `[tokens, hidden]` in the model's dtype, and where each token is routed.
 
-    It is a hook: every call of the block adds the tokens and their routing. `of_first` and `of_down`
-    compute one expert's statistics from them, when asked. Of experts that take their shares of the tokens (layers/expert_form.py), the shares
-    are kept without their rows of zeros: k rows for a token. With `original`, an expert's down is calibrated on what
-    the unquantized gate and up give out.
+    It is a hook: every call of the block adds the tokens and their routing. `of_first` and `of_down` compute one
+    expert's statistics from them, when asked. Of experts that take their shares of the tokens (layers/expert_form.py)
+    the shares are kept without their rows of zeros: k rows for a token. With `original`, an expert's down is
+    calibrated on what the unquantized gate and up give out.
 
     Memory beside the input: the statistics of one expert's group, at most INPUT_ROWS of its activations, and, if some
     expert needs them, the statistics of all rows, once.
