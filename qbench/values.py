@@ -17,13 +17,14 @@ MANY = {int: "whole numbers", float: "numbers", str: "texts", bool: "truth value
 
 
 def typed(key: str, value: Any, wanted: Any) -> Any:
-    """`value` as a value of the type `wanted`: 2.0 is the whole number 2, 2024 as a folder's name is "2024".
+    """`value` as a value of the type `wanted`: 2 is a number, and 2024 as a folder's name is the text "2024".
 
     Raises RequestError, naming `key`, for a value that is not of the type: `model.seed: 'abc' is no whole number`.
     """
     fits, found = _convert(value, wanted)
     if not fits:
-        raise RequestError(f"{key}: {value!r} is {_none_of(wanted)}")
+        whole = isinstance(value, float) and value.is_integer()  # where an int is asked, or it would fit
+        raise RequestError(f"{key}: {value!r} is {_none_of(wanted)}{f'; write {int(value)}' if whole else ''}")
     return found
 
 
@@ -55,8 +56,6 @@ def _convert(value: Any, wanted: Any) -> tuple[bool, Any]:
     if wanted is bool:
         return isinstance(value, bool), value
     if wanted is int:
-        if isinstance(value, float) and value.is_integer():
-            return True, int(value)
         return isinstance(value, int) and not isinstance(value, bool), value
     if wanted is float:
         return isinstance(value, int | float) and not isinstance(value, bool) and not math.isnan(value), value
