@@ -13,15 +13,15 @@ from pathlib import Path
 
 import torch
 
-from qbench.config import ModelConfig, RuntimeConfig, TaskConfig
+from qbench.config import RuntimeConfig, TaskConfig
 from qbench.evaluate import measure
 from qbench.passes.quantize import quantize_model
 from qbench.record.quality import EvaluationRecord
 from qbench.registry import make_quantizer
-from qbench.sources import load
+from qbench.sources.smollm2 import SmolLM2
 
 METHODS = (("rtn", 4), ("sinq", 4), ("sinq", 3))
-MODEL = ModelConfig(name="smollm2-135m", source="smollm2")
+MODEL = SmolLM2()
 
 
 def protocols(wikitext: str, c4: str) -> list[TaskConfig]:
@@ -41,7 +41,7 @@ def protocols(wikitext: str, c4: str) -> list[TaskConfig]:
 def main() -> None:
     wikitext, c4, outputs = (*sys.argv[1:], "outputs")[:3]
     runtime = RuntimeConfig()
-    tokenizer = load.load_tokenizer(MODEL, Path(outputs) / "models")
+    tokenizer = MODEL.tokenizer(Path(outputs) / "models")
     evaluations = [
         measure.prepare(measure.read(task, runtime), tokenizer, task, runtime) for task in protocols(wikitext, c4)
     ]
@@ -78,7 +78,7 @@ def main() -> None:
 
 
 def fresh(outputs: str) -> torch.nn.Module:
-    return load.load(MODEL, torch.float32, torch.device("cpu"), Path(outputs) / "models").model
+    return MODEL.load(torch.float32, torch.device("cpu"), Path(outputs) / "models").model
 
 
 def cells(rows: tuple[EvaluationRecord, ...]) -> str:

@@ -1,7 +1,7 @@
 """The shape of a request, checked by Hydra before anything heavy is imported (no torch here).
 
-A quantizer's own fields are not listed: they come from `conf/quantizer/NAME.yaml`, which mirrors the
-quantizer's dataclass, so that a third party adds a method without editing this file.
+What a third party can bring is a mapping here. Its fields come from its YAML, such as `conf/quantizer/NAME.yaml` or
+`conf/model/NAME.yaml`, and are checked against the member's dataclass (registry.make).
 """
 
 from __future__ import annotations
@@ -11,18 +11,6 @@ from typing import Any
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING
-
-
-@dataclass
-class ModelConfig:
-    name: str = MISSING
-    source: str = MISSING  # hub, local, packed, smollm2 or random: who delivers the weights
-    id: str | None = None  # Hub repository, for source=hub
-    revision: str | None = None  # branch, tag or commit of the Hub repository; recorded as the commit
-    path: str | None = None  # folder, for source=local and source=packed
-    trust_remote_code: bool = False
-    architecture: str | None = None  # dense or moe, for source=random
-    seed: int = 0
 
 
 @dataclass
@@ -95,21 +83,15 @@ class TrackerConfig:
 
 
 @dataclass
-class ExportConfig:
-    dir: str | None = None  # folder for the checkpoint of a point that succeeded
-    format: str = "packed"  # or autogptq
-
-
-@dataclass
 class Config:
-    model: ModelConfig = field(default_factory=ModelConfig)
+    model: dict[str, Any] = field(default_factory=dict)
     quantizer: dict[str, Any] = field(default_factory=dict)
     task: TaskConfig = field(default_factory=TaskConfig)
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
     speed: SpeedConfig = field(default_factory=SpeedConfig)
     tracker: TrackerConfig = field(default_factory=TrackerConfig)
-    export: ExportConfig = field(default_factory=ExportConfig)
+    export: dict[str, Any] = field(default_factory=dict)
     outputs: str = "outputs"
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from qbench import __version__
-from qbench.checkpoint import export as packed
+from qbench.checkpoint import export as checkpoint
 from qbench.config import Config
 from qbench.errors import PointError, RequestError
 from qbench.evaluate import limits, measure, speed
@@ -33,10 +33,8 @@ from qbench.quant.quantizer import Quantizer
 from qbench.record.environment import describe
 from qbench.record.quantization import CalibrationRecord, LayerRow, ModelRecord, QuantizationRecord, SkippedRow
 from qbench.record.result import Result
-from qbench.record.store import Store
 from qbench.request.prepare import Prepared, prepare
-from qbench.sources import load
-from qbench.sources.load import LoadedModel
+from qbench.sources.source import LoadedModel
 from qbench.sweep.share import gpu_of
 from qbench.track import wandb as wandb_tracker
 
@@ -82,7 +80,7 @@ def run_point(config: Config, command: list[str]) -> Result:
 
 def _run(point: Prepared) -> Result:
     config, store = point.config, point.store
-    limits.check_request(config, point.calibration_text is not None)
+    limits.check_request(config, point.model.configuration(), point.calibration_text is not None)
     if config.runtime.threads:
         torch.set_num_threads(config.runtime.threads)
     started = Result(
@@ -98,55 +96,48 @@ def _run(point: Prepared) -> Result:
     )
     calibration = None
     try:
-        tokenizer = load.load_tokenizer(config.model, store.models)
+        tokenizer = point.model.tokenizer(store.models)
         evaluation = measure.prepare(point.source, tokenizer, config.task, config.runtime)
         if point.calibration_text is not None:
             calibration = cut_sequences(point.calibration_text, tokenizer, config.calibration)
     except Exception as error:
         result, scores, loaded = _failed(started, error, {}), None, None
     else:
-        result, scores, loaded = _measure(
-            started, config, point.quantizer, calibration, point.device, point.dtype, evaluation, store
-        )
+        result, scores, loaded = _measure(started, point, calibration, evaluation)
     if result.status == "failed" and (earlier := store.load(point.run_id)) is not None and earlier.status == "ok":
         log.error("measuring again failed; the earlier result of %s is kept", earlier.created_utc)
         return result
     store.save(result, scores)
     if point.export is not None and loaded is not None:  # after the result: a full disk must not lose it
-        packed.export(loaded, point.export, config.export.format, result, point.identity.quantizer)
+        checkpoint.export(point.exporter, loaded.model, loaded.tokenizer, point.export, result, config.export["format"])
     return result
 
 
 def _measure(
-    result: Result,
-    config: Config,
-    quantizer: Quantizer | None,
-    calibration: Calibration | None,
-    device: torch.device,
-    dtype: torch.dtype,
-    evaluation: Evaluation,
-    store: Store,
+    result: Result, point: Prepared, calibration: Calibration | None, evaluation: Evaluation
 ) -> tuple[Result, dict[str, Scores] | None, LoadedModel | None]:
     """Fills the result in, up to the step that fails.
 
     Also returns the scores that it refers to, by file, and the quantized model; None for both when a step failed.
     """
+    config, quantizer, store = point.config, point.quantizer, point.store
     clock, offload = Clock(), config.runtime.offload
     try:
         with clock.phase("load"):
-            loaded = load.load(config.model, dtype, device, store.models, offload, result.identity.weights)
+            loaded = point.model.load(point.dtype, point.device, store.models, offload, point.identity.weights)
             limits.check_model(loaded.model, config, evaluation.ids, calibration and calibration.ids)
             require_finite(loaded.model, offload)
             least = None if isinstance(quantizer, Original) else config.runtime.min_coverage
             settle_layers(loaded.model, least, offload)
-            packed.check_model(config.export, loaded.model, quantizer)
+            if point.export is not None and quantizer is not None:
+                checkpoint.check_model(point.exporter, loaded.model, quantizer, config.export["format"])
         model = loaded.model
         quantized = sum(weight.numel for weight in quantized_weights(model))
         parameters = quantized + sum(p.numel() for p in model.parameters())
         result = replace(
             result,
             model=ModelRecord(
-                name=config.model.name,
+                name=point.model.name,
                 fingerprint=loaded.fingerprint,
                 note=loaded.note,
                 parameters=parameters,

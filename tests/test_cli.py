@@ -111,7 +111,7 @@ BAD = [
     (["+quantizer.colour=red"], "'quantizer.colour'"),
     (["quantizer.nbits=1"], "nbits must be one of 2, 3, 4, 8, got 1"),
     (["quantizer.nbits=5"], "nbits must be one of 2, 3, 4, 8, got 5"),
-    (["quantizer.nbits=4.0"], "nbits must be one of 2, 3, 4, 8, got 4.0"),
+    (["quantizer.nbits=4.0"], "quantizer.nbits: 4.0 is no whole number; write 4"),
     (["quantizer.group_size=0"], "group_size must be a positive number"),
     (["quantizer.aux_dtype=fp8"], "aux_dtype must be one of fp16, int8"),
     (["model=local"], "needs model.path=DIR"),

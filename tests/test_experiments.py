@@ -36,7 +36,7 @@ def points(experiment):
             parsed = OverridesParser.create().parse_overrides([f"{key}={value}" for key, value in product.items()])
             for overrides in BasicSweeper.split_arguments(parsed, None)[0]:
                 config = OmegaConf.to_object(compose("config", [f"experiment={experiment}", *overrides]))
-                found.append((models if models != [""] else [config.model.name], config))
+                found.append((models if models != [""] else [config.model["name"]], config))
     return found
 
 
@@ -49,7 +49,7 @@ def test_every_point_is_valid(experiment):
         quantizer = make_quantizer(config.quantizer)
         windows.check(config.task, config.runtime)
         speed.check(config.speed)
-        assert config.model.source != "hub" or (config.model.id and config.model.revision)
+        assert config.model["source"] != "hub" or (config.model["id"] and config.model["revision"])
         assert not quantizer.needs or config.calibration.name
 
 

@@ -17,6 +17,7 @@ import shutil
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from qbench.checkpoint.manifest import FORMAT, MANIFEST, VERSION, describe, file
 from qbench.errors import RequestError
 from qbench.format.format import Format
 from qbench.layers.linear import PackedWeight, QuantLinear, in_packed_format
+from qbench.quant.quantizer import Quantizer
 from qbench.record.disk import refusal
 
 PARTIAL = ".partial-"
@@ -294,3 +296,20 @@ def _flush(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@dataclass(frozen=True)
+class Packed:
+    """export.format=packed: holds what any method makes, and model=packed reads it back."""
+
+    def refuse(self, quantizer: Quantizer) -> str | None:
+        return None
+
+    def refuse_model(self, model: Any, quantizer: Quantizer) -> str | None:
+        return None
+
+    def check_target(self, folder: Path, run_id: str | None = None) -> None:
+        check_target(folder, run_id)
+
+    def save(self, model: Any, tokenizer: Any, folder: Path, origin: Mapping[str, Any]) -> None:
+        save(model, tokenizer, folder, origin=origin)

@@ -12,10 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from qbench.config import CalibrationConfig, Config, ModelConfig, SpeedConfig, TaskConfig
+from qbench.config import CalibrationConfig, Config, SpeedConfig, TaskConfig
 from qbench.errors import RequestError
-from qbench.sources import files as folder
-from qbench.sources import hub, load
 
 
 @dataclass(frozen=True)
@@ -34,10 +32,13 @@ class Limits:
         return Limits(getattr(text, "vocab_size", None), getattr(text, "max_position_embeddings", None), rotary)
 
 
-def check_request(config: Config, calibrated: bool) -> None:
-    """Raises RequestError, before any weight is read, for windows that the model's configuration has no room for."""
-    if (limits := announced(config.model)) is not None:
-        check_positions(limits, config.task, config.calibration if calibrated else None, config.speed)
+def check_request(config: Config, model: Any | None, calibrated: bool) -> None:
+    """Raises RequestError, before any weight is read, for windows that the model's configuration has no room for.
+
+    `model` is transformers' configuration, None where it is not known yet (Source.configuration).
+    """
+    if model is not None:
+        check_positions(Limits.of(model), config.task, config.calibration if calibrated else None, config.speed)
 
 
 def check_model(model: Any, config: Config, scored: np.ndarray | None, calibration: np.ndarray | None) -> None:
@@ -51,24 +52,6 @@ def check_model(model: Any, config: Config, scored: np.ndarray | None, calibrati
     for ids, what in ((scored, "the text"), (calibration, "the calibration text")):
         if ids is not None:
             check_ids(limits, ids, what)
-
-
-def announced(config: ModelConfig) -> Limits | None:
-    """From the model's configuration alone, before any weight is read; None where it is not a file at hand.
-
-    Raises RequestError for a model that its configuration says cannot be measured.
-    """
-    from transformers import AutoConfig
-
-    if config.source == "local":
-        place = folder.local(config)
-    elif config.source == "hub":
-        place = hub.described(config)
-    else:  # the embedded and the random models are small: they are looked at once they are loaded
-        return None
-    trust = {"trust_remote_code": config.trust_remote_code}
-    about = load.readable(lambda: AutoConfig.from_pretrained(place, **trust), place, config.id or str(place))
-    return Limits.of(about)
 
 
 def check_positions(

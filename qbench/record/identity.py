@@ -98,7 +98,7 @@ def identify(
     runtime = {k: v for k, v in asdict(config.runtime).items() if k not in RUNTIME_OUTSIDE}
     return Identity(
         weights=weights,
-        remote_code=config.model.trust_remote_code and config.model.source in ("hub", "local"),
+        remote_code=bool(config.model.get("trust_remote_code")),
         quantizer=_as_json(quantizer),
         text_sha256=text_sha256,
         protocol=_as_json(_protocol(config)),

@@ -16,7 +16,6 @@ from qbench.report.columns import order
 from qbench.report.gate.compare import compare
 from qbench.report.gate.file import GateFile, Limits
 from qbench.request.prepare import Prepared, prepare
-from qbench.sources import load
 from tests.report import examples
 
 
@@ -121,7 +120,7 @@ def measured(point: Prepared, day: int):
         token_ids_sha256=point.source.sha256,
         window_nll_file=f"windows-{point.run_id}.safetensors",
     )
-    model = replace(result.model, name=point.config.model.name, fingerprint=point.identity.weights)
+    model = replace(result.model, name=point.model.name, fingerprint=point.identity.weights)
     changes = dict(run_id=point.run_id, identity=point.identity, model=model, evaluation=[record])
     return replace(result, command=point.command, **changes), windows
 
@@ -179,7 +178,7 @@ def test_another_fingerprint_is_another_measurement(ask):
     ],
 )
 def test_another_model_than_the_configurations_has_a_name_of_its_own(ask, words, name):
-    assert ask(words).config.model.name == name
+    assert ask(words).model.name == name
 
 
 def test_what_was_covered_is_checked_although_it_is_no_part_of_the_identity(ask, tmp_path):
@@ -211,7 +210,7 @@ def test_a_method_of_a_third_party_may_have_any_fields():
     settings = {"name": "mine", "path": Path("a"), "pairs": ((1, 2.0), (3, 0.5)), "more": {"x": None, "y": True}}
     common = dict(weights="w", text_sha256="t", calibration_sha256=None, device="cpu", dtype="float32")
     config = Config(task=TaskConfig(name="t", protocol="windows"))
-    config.model.source = "random"
+    config.model["source"] = "random"
     same = identify(config, settings, **common)
     assert same.quantizer == {"name": "mine", "path": "a", "pairs": [[1, 2], [3, 0.5]], "more": {"x": None, "y": True}}
     result = replace(examples.point()[0], identity=same)
@@ -221,4 +220,4 @@ def test_a_method_of_a_third_party_may_have_any_fields():
 
 
 def test_the_fingerprint_is_that_of_the_models_source(ask):
-    assert ask(TINY).identity.weights == load.fingerprint(ask(TINY).config.model)
+    assert ask(TINY).identity.weights == ask(TINY).model.fingerprint()
