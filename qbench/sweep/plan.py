@@ -64,12 +64,12 @@ def plan(found: list[tuple[str, ...]], composed: DictConfig, loader: ConfigLoade
     will run is as `launch.placement` says.
     """
     from qbench.evaluate import measure
-    from qbench.evaluate.text import read_text
+    from qbench.evaluate.text import read_calibration
     from qbench.request.prepare import prepare
     from qbench.sources import load
 
     common = set(found[0]).intersection(*found[1:])
-    shared = [_remembered(function) for function in (load.fingerprint, measure.read, read_text)]
+    shared = [_remembered(function) for function in (load.fingerprint, measure.read, read_calibration)]
     planned: dict[str, Planned] = {}
     refused: dict[str, list[str]] = {}  # sentence -> the points it is about
     exports: dict[Path, str] = {}
