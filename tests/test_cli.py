@@ -132,7 +132,7 @@ BAD = [
     (["a b"], "an override has the form KEY=VALUE"),
     (["tracker=wandb", "tracker.mode=sometimes"], "tracker.mode must be one of"),
     (["task=wikitext2"], "task.path=FILE"),
-    (["+task.apply_chat_template=true"], "unknown key 'task.apply_chat_template'"),
+    (["+task.apply_chat_template=true"], "unknown key for task.protocol=windows: 'task.apply_chat_template'"),
     (["++runtime.min_covrage=1"], "unknown key 'runtime.min_covrage'; did you mean 'runtime.min_coverage'?"),
     (["+anything=1"], "unknown key 'anything'"),
     (["task.path=a (copy)/t.txt"], """quote the value: 'task.path="a (copy)/t.txt"'"""),

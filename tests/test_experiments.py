@@ -10,8 +10,8 @@ from omegaconf import OmegaConf
 
 from qbench.catalog import options
 from qbench.config import register
-from qbench.evaluate import speed, windows
-from qbench.registry import make_quantizer
+from qbench.evaluate import speed
+from qbench.registry import PROTOCOL, make, make_quantizer
 from qbench.report import published
 from tests.conftest import ROOT
 
@@ -47,7 +47,7 @@ def test_every_point_is_valid(experiment):
     for models, config in found:
         assert set(models) <= set(options("model"))
         quantizer = make_quantizer(config.quantizer)
-        windows.check(config.task, config.runtime)
+        make(PROTOCOL, config.task).check(config.runtime)
         speed.check(config.speed)
         assert config.model["source"] != "hub" or (config.model["id"] and config.model["revision"])
         assert not quantizer.needs or config.calibration.name
@@ -60,7 +60,7 @@ def test_every_point_is_valid(experiment):
 def test_the_papers_sweeps_measure_every_number_that_is_published(experiment, tables, size):
     """Every published perplexity of the table belongs to a point of the sweep, under the same protocol."""
     measured = [
-        {"model": model, "protocol": windows.protocol_name(config.task)}
+        {"model": model, "protocol": make(PROTOCOL, config.task).protocol_name(config.task["name"])}
         | {f"quantizer.{key}": value for key, value in config.quantizer.items() if value is not None}
         for models, config in points(experiment)
         for model in models

@@ -64,11 +64,11 @@ def plan(found: list[tuple[str, ...]], composed: DictConfig, loader: ConfigLoade
     will run is as `launch.placement` says.
     """
     from qbench.evaluate import measure
-    from qbench.evaluate.text import read_text
+    from qbench.evaluate.text import read_calibration
     from qbench.request.prepare import fingerprint, prepare
 
     common = set(found[0]).intersection(*found[1:])
-    shared = [_remembered(function) for function in (fingerprint, measure.read, read_text)]
+    shared = [_remembered(function) for function in (fingerprint, measure.read, read_calibration)]
     planned: dict[str, Planned] = {}
     refused: dict[str, list[str]] = {}  # sentence -> the points it is about
     exports: dict[Path, str] = {}

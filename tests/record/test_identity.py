@@ -8,7 +8,7 @@ import pytest
 from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
 
-from qbench.config import Config, RuntimeConfig, TaskConfig, register
+from qbench.config import Config, RuntimeConfig, register
 from qbench.errors import RequestError
 from qbench.record.identity import PERMISSIONS, RUNTIME_OUTSIDE, SOURCE_OF_TEXT, Identity, identify
 from qbench.report import board, entries, history
@@ -194,12 +194,14 @@ def test_what_was_covered_is_checked_although_it_is_no_part_of_the_identity(ask,
 
 def test_a_setting_is_inside_unless_it_is_listed_as_outside(ask):
     """So that a new one tells two measurements apart until somebody has decided that it must not."""
-    flat = ask(f"{TINY} quantizer=gptq calibration=mini speed=default").identity.flat()
+    asked = ask(f"{TINY} quantizer=gptq calibration=mini speed=default")
+    flat = asked.identity.flat()
     for group, kind, outside in (
-        ("task", TaskConfig, (*SOURCE_OF_TEXT, *PERMISSIONS)),
+        ("task", asked.protocol, (*SOURCE_OF_TEXT, *PERMISSIONS)),
         ("runtime", RuntimeConfig, RUNTIME_OUTSIDE),
     ):
-        held = {key.removeprefix(f"{group}.") for key in flat if key.startswith(f"{group}.")} - {"text_sha256"}
+        held = {key.removeprefix(f"{group}.") for key in flat if key.startswith(f"{group}.")}
+        held -= {"text_sha256", "protocol"}
         assert held == {field.name for field in fields(kind)} - set(outside), group
     assert {"calibration.window", "calibration.sequences", "calibration.inputs", "calibration.text_sha256"} == {
         key for key in flat if key.startswith("calibration.")
@@ -209,9 +211,9 @@ def test_a_setting_is_inside_unless_it_is_listed_as_outside(ask):
 def test_a_method_of_a_third_party_may_have_any_fields():
     settings = {"name": "mine", "path": Path("a"), "pairs": ((1, 2.0), (3, 0.5)), "more": {"x": None, "y": True}}
     common = dict(weights="w", text_sha256="t", calibration_sha256=None, device="cpu", dtype="float32")
-    config = Config(task=TaskConfig(name="t", protocol="windows"))
+    config = Config()
     config.model["source"] = "random"
-    same = identify(config, settings, **common)
+    same = identify(config, settings, {"protocol": "windows"}, **common)
     assert same.quantizer == {"name": "mine", "path": "a", "pairs": [[1, 2], [3, 0.5]], "more": {"x": None, "y": True}}
     result = replace(examples.point()[0], identity=same)
     assert type(result).from_json(result.to_json()).identity == same

@@ -3,8 +3,7 @@
 import pytest
 
 from qbench.catalog import options
-from qbench.config import TaskConfig
-from qbench.evaluate.windows import protocol_name
+from qbench.registry import PROTOCOL, make
 from qbench.report import published
 from tests.conftest import ROOT
 
@@ -20,12 +19,11 @@ def protocols():
     """The protocol names of the tasks that ship, at their defaults."""
     import yaml
 
-    fields = TaskConfig.__dataclass_fields__
     names = set()
     for path in (ROOT / "conf" / "task").glob("*.yaml"):
         task = yaml.safe_load(path.read_text(encoding="utf-8"))
         if task["protocol"] != "lmeval":
-            names.add(protocol_name(TaskConfig(**{k: v for k, v in task.items() if k in fields})))
+            names.add(make(PROTOCOL, task).protocol_name(task["name"]))
     return names
 
 
