@@ -18,10 +18,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from qbench.config import ModelConfig
 from qbench.evaluate.divergence import CompareTop, KeepTop
 from qbench.evaluate.score import token_nll
-from qbench.sources import load
+from qbench.sources.smollm2 import SmolLM2
 
 TOPK = 64
 
@@ -34,9 +33,9 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32")
     asked = parser.parse_args()
-    config = ModelConfig(name="smollm2-135m", source="smollm2")
+    config = SmolLM2()
     device, dtype = torch.device(asked.device), getattr(torch, asked.dtype)
-    model = load.load(config, dtype, device, Path(asked.outputs) / "models").model
+    model = config.load(dtype, device, Path(asked.outputs) / "models").model
     ids = np.random.default_rng(0).integers(0, model.config.vocab_size, (asked.windows, asked.tokens))
     seconds: dict[str, list[float]] = {"forward": [], "scored": [], "compared": [], "baseline": []}
     forward(model, ids[:1])

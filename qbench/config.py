@@ -1,7 +1,7 @@
 """The shape of a request, checked by Hydra before anything heavy is imported (no torch here).
 
-A quantizer's own fields are not listed: they come from `conf/quantizer/NAME.yaml`, which mirrors the
-quantizer's dataclass, so that a third party adds a method without editing this file.
+What a third party can bring is a mapping here. Its fields come from its YAML, such as `conf/quantizer/NAME.yaml` or
+`conf/model/NAME.yaml`, and are checked against the member's dataclass (registry.make).
 """
 
 from __future__ import annotations
@@ -14,20 +14,8 @@ from omegaconf import MISSING
 
 
 @dataclass
-class ModelConfig:
-    name: str = MISSING
-    source: str = MISSING  # hub, local, packed, smollm2 or random: who delivers the weights
-    id: str | None = None  # Hub repository, for source=hub
-    revision: str | None = None  # branch, tag or commit of the Hub repository; recorded as the commit
-    path: str | None = None  # folder, for source=local and source=packed
-    trust_remote_code: bool = False
-    architecture: str | None = None  # dense or moe, for source=random
-    seed: int = 0
-
-
-@dataclass
-class TextConfig:
-    """A text: embedded under `name`, a local file, or a dataset of the Hub."""
+class CalibrationConfig:
+    """The calibration text, embedded under `name`, a local file or a dataset of the Hub, and what is cut from it."""
 
     name: str = MISSING
     path: str | None = None  # local text file, in place of the Hub
@@ -40,24 +28,6 @@ class TextConfig:
     separator: str | None = None  # between a dataset's rows; None: a file is taken as it is
     window: int = 2048  # tokens
     beyond_positions: bool = False  # windows may be longer than a model with rotary positions was made for
-
-
-@dataclass
-class TaskConfig(TextConfig):
-    protocol: str = MISSING  # windows, crops or pages (evaluate/windows.py), or lmeval (evaluate/lmeval.py)
-    max_windows: int | None = None
-    pages: int | None = None  # to join, for protocol=pages
-    divergence: bool = True
-    divergence_topk: int = 64
-    names: list[str] = field(default_factory=list)  # lm-eval's tasks or groups, for protocol=lmeval
-    limit: int | None = None  # documents of each
-    num_fewshot: int | None = None
-    include_path: str | None = None  # folder with YAML of further lm-eval tasks
-    add_bos_token: bool | None = None
-
-
-@dataclass
-class CalibrationConfig(TextConfig):
     sequences: int | None = None
     inputs: str = "quantized"  # of each block, from the blocks before it: quantized or original (calibrate.py)
 
@@ -95,21 +65,15 @@ class TrackerConfig:
 
 
 @dataclass
-class ExportConfig:
-    dir: str | None = None  # folder for the checkpoint of a point that succeeded
-    format: str = "packed"  # or autogptq
-
-
-@dataclass
 class Config:
-    model: ModelConfig = field(default_factory=ModelConfig)
+    model: dict[str, Any] = field(default_factory=dict)
     quantizer: dict[str, Any] = field(default_factory=dict)
-    task: TaskConfig = field(default_factory=TaskConfig)
+    task: dict[str, Any] = field(default_factory=dict)
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
     speed: SpeedConfig = field(default_factory=SpeedConfig)
     tracker: TrackerConfig = field(default_factory=TrackerConfig)
-    export: ExportConfig = field(default_factory=ExportConfig)
+    export: dict[str, Any] = field(default_factory=dict)
     outputs: str = "outputs"
 
 

@@ -19,7 +19,7 @@ from qbench.entry import leave
 from qbench.errors import RequestError, unknown
 from qbench.record.outline import Outline
 from qbench.record.result import Result
-from qbench.report import board, columns, entries, history, reference, table
+from qbench.report import board, columns, entries, history, published, table
 
 FORMATS = ("table", "md", "csv", "json", "tex", "html")
 SUFFIXES = {".md": "md", ".csv": "csv", ".json": "json", ".tex": "tex", ".html": "html", ".htm": "html"}
@@ -75,7 +75,7 @@ def _report(asked: argparse.Namespace) -> str:
     style = asked.format or SUFFIXES.get(asked.output.suffix if asked.output else "", "table")
     if asked.metric not in columns.SORTABLE:
         raise unknown("metric", asked.metric, columns.SORTABLE)
-    published = [number for name in asked.reference for number in reference.read(name)]
+    numbers = [number for name in asked.reference for number in published.read(name)]
     recorded = entries.read(asked.outputs, kind=Result if style == "html" else Outline)  # the page draws every layer
     for problem in recorded.problems:
         print(f"qbench.leaderboard: {table.plain(problem, 500)}", file=sys.stderr)
@@ -83,7 +83,7 @@ def _report(asked: argparse.Namespace) -> str:
     if asked.protocol is not None:
         kept = entries.under(kept, asked.protocol)
     if asked.history:
-        if style == "html" or published:
+        if style == "html" or numbers:
             raise RequestError("--history has no HTML page and takes no --reference; use table, md, csv, json or tex")
         tables = history.tables(kept, asked.metric)
     else:
@@ -93,8 +93,8 @@ def _report(asked: argparse.Namespace) -> str:
         if style == "html":
             from qbench.report import html
 
-            return html.page(sections, failed, recorded.problems, published)
-        tables = [columns.table(section, published) for section in sections]
+            return html.page(sections, failed, recorded.problems, numbers)
+        tables = [columns.table(section, numbers) for section in sections]
         for result in failed:
             name, reason = table.plain(" ".join(result.command), 300), table.plain(result.error or "", 300)
             print(f"qbench.leaderboard: failed point {name}: {reason}", file=sys.stderr)

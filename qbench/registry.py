@@ -24,10 +24,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from importlib import import_module
-from importlib.metadata import entry_points
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_type_hints
 
+from qbench.checkout import entry_points
 from qbench.errors import RequestError, unknown
+from qbench.values import typed
 
 if TYPE_CHECKING:
     from qbench.quant.quantizer import Quantizer
@@ -93,7 +94,8 @@ def find(kind: Kind, name: str) -> type[Any]:
 def make(kind: Kind, settings: Mapping[str, Any]) -> Any:
     """Builds the member that `settings[kind.key]` names from the other settings, its fields.
 
-    Raises RequestError for an unknown name or field, or a value that the member refuses.
+    Raises RequestError for an unknown name or field, a value of another type than the field's, or one that the member
+    refuses with a ValueError.
     """
     values = dict(settings)
     name = str(values.pop(kind.key, ""))
@@ -104,10 +106,19 @@ def make(kind: Kind, settings: Mapping[str, Any]) -> Any:
             raise RequestError(f"unknown key {kind.node}.{key}: {kind.node}={name} has no settings; leave it out")
         if key not in legal:
             raise unknown(f"key for {kind.said(name)}:", f"{kind.node}.{key}", (f"{kind.node}.{k}" for k in legal))
+    types = _types(cls)
+    values = {key: typed(f"{kind.node}.{key}", value, types.get(key, Any)) for key, value in values.items()}
     try:
         return cls(**values)
     except (TypeError, ValueError) as error:
         raise RequestError(f"{kind.said(name)}: {error}") from None
+
+
+def _types(cls: type[Any]) -> dict[str, Any]:
+    try:
+        return get_type_hints(cls)
+    except NameError:  # a type that is imported for the type checker alone
+        return {}
 
 
 def quantizer_names() -> list[str]:

@@ -31,14 +31,14 @@ from gptqmodel.nn_modules.qlinear import BaseQuantLinear
 from torch import Tensor, nn
 
 from qbench.checkpoint import autogptq
-from qbench.config import CalibrationConfig, ModelConfig
-from qbench.evaluate.text import read_text
+from qbench.config import CalibrationConfig
+from qbench.evaluate.text import read_calibration
 from qbench.layers.linear import QuantLinear
 from qbench.model.linears import replace_module
 from qbench.passes.calibrate import cut_sequences
 from qbench.passes.quantize import quantize_model
 from qbench.registry import make_quantizer
-from qbench.sources import load
+from qbench.sources.smollm2 import SmolLM2
 
 CASES: dict[str, dict[str, Any]] = {
     "rtn": {"name": "rtn"},
@@ -51,16 +51,16 @@ CASES: dict[str, dict[str, Any]] = {
     "gptq-act-order": {"name": "gptq", "static_groups": False},
     "gptq-act-order-symmetric": {"name": "gptq", "static_groups": False, "symmetric": True},
 }
-REFERENCE = ModelConfig(name="smollm2-135m", source="smollm2")
+REFERENCE = SmolLM2()
 CALIBRATION = CalibrationConfig(name="mini", window=512, sequences=8)
 LOGIT_TOLERANCE = 4.0  # times what fp16 does to our own model's logits
 
 
 @torch.no_grad()
 def check(case: dict[str, Any], cache: Path, folder: Path) -> bool:
-    ours = load.load(REFERENCE, torch.float32, torch.device("cpu"), cache)
+    ours = REFERENCE.load(torch.float32, torch.device("cpu"), cache)
     quantizer = make_quantizer(case)
-    text = read_text(CALIBRATION)
+    text = read_calibration(CALIBRATION)
     quantize_model(ours.model, quantizer, cut_sequences(text, ours.tokenizer, CALIBRATION) if quantizer.needs else None)
     autogptq.save(ours.model, ours.tokenizer, folder, origin={"quantizer": case})
 

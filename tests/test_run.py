@@ -3,7 +3,7 @@
 import resource
 from pathlib import Path
 
-from qbench.evaluate import measure
+from qbench.evaluate.protocols.windows import TextWindows
 from qbench.record.store import Store
 from qbench.run import quantize_model
 from tests.test_cli import recorded
@@ -35,7 +35,7 @@ def test_a_failing_rerun_keeps_the_earlier_result_and_its_files(qbench, monkeypa
 
 
 def test_what_fails_before_measuring_leaves_its_reason(qbench, monkeypatch):
-    monkeypatch.setattr(measure, "prepare", broken)
+    monkeypatch.setattr(TextWindows, "prepare", broken)
     outcome = qbench(*TINY)
     assert outcome.status == 1
     [result] = recorded()

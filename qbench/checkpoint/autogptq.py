@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +34,11 @@ from qbench.checkpoint import packed as checkpoint
 from qbench.checkpoint import settings
 from qbench.errors import RequestError
 from qbench.format.aux import FP16_MAX
+from qbench.format.format import Format
 from qbench.format.weight import QuantizedWeight
 from qbench.layers.linear import PackedWeight, QuantLinear, in_packed_format
+from qbench.model.linears import find_linears, matrix
+from qbench.quant.quantizer import InputStatistics, Quantizer
 
 QUANTIZE_CONFIG = "quantize_config.json"
 WORD = 32  # bits; readers want both sizes of a layer in multiples of it
@@ -42,13 +46,53 @@ INSTEAD = "export.format=packed keeps everything"
 DIFFERENT = f"the layers differ in bits or group size, and AutoGPTQ's format has one of each; {INSTEAD}"
 
 
+@dataclass(frozen=True)
+class AutoGPTQ:
+    """export.format=autogptq."""
+
+    def refuse(self, quantizer: Quantizer) -> str | None:
+        """Seen from a small weight that it quantizes here."""
+        group_size: int = getattr(quantizer, "group_size", -1)
+        generator = torch.Generator().manual_seed(0)
+        weight = torch.randn(8, 64 if group_size == -1 else group_size, generator=generator)
+        inputs = torch.randn(64, weight.shape[1], generator=generator)
+        stats = InputStatistics(len(inputs), inputs.abs().mean(0), inputs, inputs.T @ inputs)
+        try:
+            [quantized] = quantizer.quantize([weight], stats if quantizer.needs else None)
+        except ValueError:  # said better where it meets the model
+            return None
+        return format_refusal(quantized)
+
+    def refuse_model(self, model: Any, quantizer: Quantizer) -> str | None:
+        found = find_linears(model)
+        for name in found.experts:
+            return f"AutoGPTQ's format has no place for fused experts ({name}); use export.format=packed"
+        sizes = set()
+        for name, layer in found.layers.items():
+            weight = matrix(layer)
+            rows, columns = weight.shape
+            group_size = quantizer.columns(weight)
+            if reason := shape_refusal(rows, columns, group_size):
+                return f"layer {name}: {reason}"
+            sizes.add((group_size, columns))
+        return DIFFERENT if common_group(sizes) is None else None
+
+    def check_target(self, folder: Path, run_id: str | None = None) -> None:
+        check_target(folder, run_id)
+
+    def save(self, model: Any, tokenizer: Any, folder: Path, origin: Mapping[str, Any]) -> None:
+        save(model, tokenizer, folder, origin=origin)
+
+
 def check_target(folder: Path, run_id: str | None = None) -> None:
     """Raises RequestError when `save` could not put a checkpoint at `folder`; as `checkpoint.check_target`."""
     checkpoint.check_target(folder, run_id, _origin, "AutoGPTQ checkpoint of ours")
 
 
-def format_refusal(weight: QuantizedWeight) -> str | None:
+def format_refusal(weight: Format) -> str | None:
     """Why no weight that is stored like this one can be expressed; None if it can."""
+    if not isinstance(weight, QuantizedWeight):
+        return f"it is stored as {weight.name}, which AutoGPTQ's format has no place for; {INSTEAD}"
     for part, what in (
         (weight.input_scale, "it stores an input scale t beside the group scales"),
         (weight.codebook, "its codes index a codebook instead of being evenly spaced"),

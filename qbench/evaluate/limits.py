@@ -12,10 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from qbench.config import CalibrationConfig, Config, ModelConfig, SpeedConfig, TaskConfig
+from qbench.config import CalibrationConfig, Config, SpeedConfig
 from qbench.errors import RequestError
-from qbench.sources import files as folder
-from qbench.sources import hub, load
+from qbench.evaluate.protocol import Protocol
 
 
 @dataclass(frozen=True)
@@ -34,45 +33,32 @@ class Limits:
         return Limits(getattr(text, "vocab_size", None), getattr(text, "max_position_embeddings", None), rotary)
 
 
-def check_request(config: Config, calibrated: bool) -> None:
-    """Raises RequestError, before any weight is read, for windows that the model's configuration has no room for."""
-    if (limits := announced(config.model)) is not None:
-        check_positions(limits, config.task, config.calibration if calibrated else None, config.speed)
+def check_request(config: Config, protocol: Protocol, model: Any | None, calibrated: bool) -> None:
+    """Raises RequestError, before any weight is read, for windows that the model's configuration has no room for.
+
+    `model` is transformers' configuration, None where it is not known yet (Source.configuration).
+    """
+    if model is not None:
+        check_positions(Limits.of(model), protocol, config.calibration if calibrated else None, config.speed)
 
 
-def check_model(model: Any, config: Config, scored: np.ndarray | None, calibration: np.ndarray | None) -> None:
+def check_model(
+    model: Any, config: Config, protocol: Protocol, scored: np.ndarray | None, calibration: np.ndarray | None
+) -> None:
     """Raises RequestError, before the first forward pass, for windows or ids that the loaded model has no room for.
 
     `scored` and `calibration` are the ids `[windows, tokens]`; None where a task makes them as it goes, or none is.
     """
     limits = Limits.of(model.config)
-    check_positions(limits, config.task, None if calibration is None else config.calibration, config.speed)
+    check_positions(limits, protocol, None if calibration is None else config.calibration, config.speed)
     limits = replace(limits, vocabulary=model.get_input_embeddings().weight.shape[0])
     for ids, what in ((scored, "the text"), (calibration, "the calibration text")):
         if ids is not None:
             check_ids(limits, ids, what)
 
 
-def announced(config: ModelConfig) -> Limits | None:
-    """From the model's configuration alone, before any weight is read; None where it is not a file at hand.
-
-    Raises RequestError for a model that its configuration says cannot be measured.
-    """
-    from transformers import AutoConfig
-
-    if config.source == "local":
-        place = folder.local(config)
-    elif config.source == "hub":
-        place = hub.described(config)
-    else:  # the embedded and the random models are small: they are looked at once they are loaded
-        return None
-    trust = {"trust_remote_code": config.trust_remote_code}
-    about = load.readable(lambda: AutoConfig.from_pretrained(place, **trust), place, config.id or str(place))
-    return Limits.of(about)
-
-
 def check_positions(
-    limits: Limits, task: TaskConfig, calibration: CalibrationConfig | None, speed: SpeedConfig | None
+    limits: Limits, task: Protocol, calibration: CalibrationConfig | None, speed: SpeedConfig | None
 ) -> None:
     """Raises RequestError when a window that is asked for is longer than the model's positions."""
     most = limits.positions

@@ -5,8 +5,8 @@ the same tokens: only those numbers compare. Names do not make a section; two of
 titles. Within a section
 - a rank is shared by every row whose paired 95 % interval to the row that leads the rank contains zero;
 - the front is every row that no other beats: none is at least as good in quality and in bits per weight and better in
-  one of them. A beaten row whose interval to the best row of its size or less contains zero is on the front as far as
-  the noise lets anyone see, and marked so.
+  one of them. A beaten row is marked NEAR_FRONT if its difference to the best row that is no larger is not
+  significant.
 
 A row whose number is none (NaN, infinite) or whose scores are lost has no rank, and changes no other row's.
 """

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from qbench.report.board import FRONT, NEAR_FRONT, Row, Section
-from qbench.report.reference import Published, beside
+from qbench.report.published import Published, beside
 from qbench.report.table import Table
 
 Value = float | int | str | None

@@ -28,7 +28,7 @@ from qbench.record.quantization import LayerRow
 from qbench.record.result import Result
 from qbench.report.board import Row, Section
 from qbench.report.columns import LEGEND, MARKS, Column, columns, command, text
-from qbench.report.reference import Published
+from qbench.report.published import Published
 from qbench.report.table import finite, plain
 
 SCRIPTS = (

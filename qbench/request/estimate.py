@@ -21,7 +21,6 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from qbench.config import ModelConfig
 from qbench.errors import PointError
 from qbench.layers.expert_form import expert_weights
 from qbench.model import coverage
@@ -29,8 +28,7 @@ from qbench.model.linears import Linears, find_linears, matrix
 from qbench.model.readers import mark_read_weights, mark_without_storage
 from qbench.quant.original import BITS_PER_WEIGHT, Original
 from qbench.quant.quantizer import InputStatistics, Quantizer
-from qbench.sources import files as folder
-from qbench.sources import hub, smollm2, tiny
+from qbench.sources.source import Source
 
 if TYPE_CHECKING:
     from qbench.sweep.plan import Planned
@@ -49,14 +47,14 @@ def show_plan(plan: Sequence[Planned]) -> dict[str, Any]:
         table.add_column(name, justify="left" if name in ("point", "run", "state") else "right")
     rows = []
     for planned in plan:
-        point, model = planned.point, planned.point.config.model
-        if (key := repr(model)) not in skeletons:
-            skeletons[key] = _skeleton(model)
+        point, source = planned.point, planned.point.model
+        if (key := repr(source)) not in skeletons:
+            skeletons[key] = _skeleton(source)
         skeleton = skeletons[key]
         covered, refused = None, None
         if skeleton and point.quantizer and not isinstance(point.quantizer, Original):
             covered, refused = coverage.planned(skeleton.found, point.config.runtime.min_coverage)
-            failures |= dict.fromkeys(coverage.sentences(model.name, skeleton.found, refused))
+            failures |= dict.fromkeys(coverage.sentences(source.name, skeleton.found, refused))
         try:
             size = skeleton and skeleton.shapes and point.quantizer
             size = size and model_bytes(point.quantizer, skeleton.parameters, skeleton.shapes)
@@ -126,9 +124,9 @@ class Skeleton:
     found: Linears
 
 
-def _skeleton(config: ModelConfig) -> Skeleton | None:
+def _skeleton(source: Source) -> Skeleton | None:
     """What will be quantized of a model; None if its configuration is not here."""
-    model = _without_storage(config)
+    model = source.skeleton()
     if model is None:
         return None
     if next(model.parameters()).is_meta:
@@ -141,26 +139,3 @@ def _skeleton(config: ModelConfig) -> Skeleton | None:
         for weight in expert_weights(module, 0):
             shapes[tuple(weight.shape)] += module.num_experts
     return Skeleton(sum(p.numel() for p in model.parameters()), shapes, found)
-
-
-def _without_storage(config: ModelConfig) -> Any:
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    if config.source == "random":
-        return tiny.build(config.architecture or "", config.seed)[0]
-    if config.source == "packed":  # its bytes are those of the point that made it
-        return None
-    trust: dict[str, Any] = {"trust_remote_code": config.trust_remote_code}  # unsaid, transformers asks on stdin
-    try:
-        if config.source == "smollm2":
-            gguf = smollm2.gguf_file()
-            about = AutoConfig.from_pretrained(gguf.parent, gguf_file=gguf.name, **trust)
-        else:
-            place = hub.described(config) if config.source == "hub" else folder.local(config)
-            about = AutoConfig.from_pretrained(place, **trust)
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(about, **trust)
-    except folder.ModelError:  # no point of it can run
-        raise
-    except Exception:  # no network, no such model: the point itself will say what is wrong
-        return None

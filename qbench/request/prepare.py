@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -11,12 +10,15 @@ from typing import Any
 import torch
 
 from qbench import __version__
-from qbench.checkpoint import export as packed
-from qbench.config import CalibrationConfig, Config, ModelConfig, RuntimeConfig, TaskConfig
+from qbench.checkpoint import export as checkpoint
+from qbench.checkpoint.exporter import Exporter
+from qbench.config import CalibrationConfig, Config
 from qbench.device import check_offload, pick_device, pick_dtype
 from qbench.errors import RequestError
 from qbench.evaluate import measure, speed
-from qbench.evaluate.text import Text, read_text
+from qbench.evaluate.protocol import Protocol
+from qbench.evaluate.protocol import Source as Scored
+from qbench.evaluate.text import Text, read_calibration
 from qbench.model import coverage
 from qbench.passes import calibrate
 from qbench.quant.original import Original
@@ -24,8 +26,8 @@ from qbench.quant.quantizer import Quantizer
 from qbench.record.identity import Identity, identify
 from qbench.record.result import Result
 from qbench.record.store import Store, identity
-from qbench.registry import make_quantizer
-from qbench.sources import hub, load
+from qbench.registry import PROTOCOL, SOURCE, make, make_quantizer
+from qbench.sources.source import Source
 from qbench.track import wandb as wandb_tracker
 
 
@@ -38,12 +40,16 @@ class Prepared:
     quantizer: Quantizer | None
     device: torch.device
     dtype: torch.dtype
-    source: measure.Source
+    protocol: Protocol
+    source: Scored  # what the protocol scores
     calibration_text: Text | None
     identity: Identity  # its `weights` is the model's fingerprint
     run_id: str  # of the identity and this version of qbench
-    export: Path | None  # where the packed checkpoint will go
+    export: Path | None  # where the checkpoint will go
     store: Store
+    model: Source
+    pinned: dict[str, Any]  # of the model's settings, those that may move, as they are now
+    exporter: Exporter
 
     def recorded(self) -> Result | None:
         """The finished point if there is nothing left to do, else None.
@@ -54,7 +60,7 @@ class Prepared:
         if result is None or result.status != "ok":
             return None
         self._check_coverage(result)
-        return result if self.export is None or packed.is_exported(self.export) else None
+        return result if self.export is None or checkpoint.is_exported(self.export) else None
 
     def _check_coverage(self, result: Result) -> None:
         """What one request was content with may be too little for another, and neither changes a number."""
@@ -67,43 +73,57 @@ class Prepared:
             )
 
 
+def fingerprint(source: Source) -> str:
+    return source.fingerprint()
+
+
 def prepare(
     config: Config,
     command: list[str],
     here: bool = True,
-    fingerprint: Callable[[ModelConfig], str] = load.fingerprint,
-    read_task: Callable[[TaskConfig, RuntimeConfig], measure.Source] = measure.read,
-    read_calibration: Callable[[CalibrationConfig], Text] = read_text,
+    fingerprint: Callable[[Source], str] = fingerprint,
+    read: Callable[[Protocol], Scored] = measure.read,
+    read_calibration: Callable[[CalibrationConfig], Text] = read_calibration,
 ) -> Prepared:
     """Checks all that can be checked without loading anything; a sweep does this for every point before its first.
 
     `here` is False when the point will run on another machine, whose devices are not known. Raises RequestError for a
     request that cannot be served.
     """
-    if config.model.source == "packed":
-        config, quantizer = packed.as_recorded(config, command), None
-    else:
+    model: Source = make(SOURCE, config.model)
+    exporter, folder = checkpoint.make_exporter(config.export)
+    if model.original:
         quantizer = make_quantizer(config.quantizer)
+    else:
+        _check_quantized(config, command)
+        config, quantizer = replace(config, quantizer=model.made_by()), None
     device = pick_device(config.runtime, here)
     check_offload(config.runtime, device)
     coverage.check_setting(config.runtime)
     dtype = pick_dtype(config.runtime, device)
-    source = read_task(config.task, config.runtime)
-    measure.check_length(source, config.task)
+    if config.runtime.batch_size < 1:
+        raise RequestError(f"runtime.batch_size must be at least 1, got {config.runtime.batch_size}")
+    protocol: Protocol = make(PROTOCOL, config.task)
+    protocol.check(config.runtime)
+    source = read(protocol)
+    protocol.check_length(source)
     speed.check(config.speed)
     if isinstance(quantizer, Original) and config.runtime.offload and config.speed.name != "none":
         raise RequestError("quantizer=none with runtime.offload=true would time the copying of weights; use speed=none")
     if config.tracker.name == "wandb":
         wandb_tracker.check(config.tracker)
     store = Store(config.outputs)
-    config = replace(config, model=hub.pinned(named(config.model, command)))  # a branch moves, a point does not
-    weights = fingerprint(config.model)
+    asked = model if "name" in (given := _given(command)) else model.named(given)
+    model = asked.pinned()  # a branch moves, a point does not
+    config = replace(config, model={"name": model.name, "source": config.model["source"]} | asdict(model))
+    weights = fingerprint(model)
     calibration_text = read_calibration(config.calibration) if quantizer is not None and quantizer.needs else None
     if calibration_text is not None:
-        calibrate.check(calibration_text, config.calibration)
+        calibrate.check_text(calibration_text, config.calibration)
     point = identify(
         config,
         _every_field(config.quantizer, quantizer),
+        {PROTOCOL.key: config.task[PROTOCOL.key], **protocol.settings()},
         weights=weights,
         text_sha256=source.sha256,
         calibration_sha256=calibration_text and calibration_text.sha256,
@@ -111,30 +131,50 @@ def prepare(
         dtype=str(dtype).removeprefix("torch."),
     )
     run_id = identity(point.key, __version__)
-    export = packed.export_target(config.export, run_id, quantizer)
-    return Prepared(config, command, quantizer, device, dtype, source, calibration_text, point, run_id, export, store)
+    if folder is not None and quantizer is not None:
+        checkpoint.check_target(exporter, folder, run_id, quantizer, config.export["format"])
+    return Prepared(
+        config=config,
+        command=command,
+        quantizer=quantizer,
+        device=device,
+        dtype=dtype,
+        protocol=protocol,
+        source=source,
+        calibration_text=calibration_text,
+        identity=point,
+        run_id=run_id,
+        export=folder,
+        store=store,
+        model=model,
+        pinned=_changed(asked, model),
+        exporter=exporter,
+    )
+
+
+def _check_quantized(config: Config, command: list[str]) -> None:
+    """Raises RequestError for what cannot be asked of a model that is quantized already."""
+    model = f"model={config.model['source']}"
+    if chosen := [c for c in command if c.lstrip("+").startswith(("quantizer=", "quantizer.", "calibration"))]:
+        raise RequestError(f"{model} is quantized already; leave out {' '.join(chosen)}")
+    if config.export.get("dir"):
+        raise RequestError(f"{model} is quantized already, and what was exported stays as it is; leave out export.dir")
+    if config.runtime.offload:
+        raise RequestError(f"{model} is loaded as it is quantized, in full; leave out runtime.offload")
+
+
+def _given(command: list[str]) -> set[str]:
+    """The fields of the model that the command line sets."""
+    keys = {part.lstrip("+").partition("=")[0] for part in command}
+    return {key.removeprefix("model.") for key in keys if key.startswith("model.")}
+
+
+def _changed(before: Source, after: Source) -> dict[str, Any]:
+    """The settings that differ, but for the name, under which nothing is found."""
+    old, new = asdict(before), asdict(after)
+    return {key: value for key, value in new.items() if key != "name" and value != old[key]}
 
 
 def _every_field(asked: dict[str, Any], quantizer: Quantizer | None) -> dict[str, Any]:
     """The settings of a method, those included that nobody named; of a packed checkpoint, what made it."""
     return asked if quantizer is None else {"name": asked["name"], **asdict(quantizer)}
-
-
-def named(model: ModelConfig, command: list[str]) -> ModelConfig:
-    """The model under a name that is its own, unless the command line gave it one with `model.name=`.
-
-    A folder is called by its name. Another repository, revision or seed than the configuration's makes another model,
-    which must not go by the configuration's name: published numbers and plots would take it for that one.
-    """
-    given = {part.lstrip("+").partition("=")[0] for part in command}
-    if "model.name" in given:
-        return model
-    if model.source == "local" and model.path and model.name == "local":
-        return replace(model, name=os.path.basename(os.path.abspath(os.path.expanduser(model.path))) or model.name)
-    name = model.name
-    if model.source == "hub":
-        name = model.id if "model.id" in given and model.id else name
-        name += f"@{model.revision[:8]}" if "model.revision" in given and model.revision else ""
-    elif "model.seed" in given and model.seed != 0:
-        name += f"-seed{model.seed}"
-    return replace(model, name=name)

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from qbench.checkpoint import manifest
-from qbench.config import ModelConfig
 from qbench.errors import RequestError
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -24,22 +23,6 @@ BESIDE = (
     *("trainer_state.json", "training_args*", "*results.json", "optimizer*", "scheduler*", "rng_state*"),
     *("README*", "LICENSE*", "USE_POLICY*", "requirements*.txt"),
 )
-
-
-def local(config: ModelConfig) -> Path:
-    """The folder of model=local; raises RequestError unless it holds a model that can be measured."""
-    if not config.path:
-        raise RequestError(f"model={config.name} needs model.path=DIR, a folder with config.json and *.safetensors")
-    folder = Path(config.path).expanduser()
-    if not folder.is_dir():
-        raise RequestError(f"model.path={config.path} is not a folder; it must hold config.json and *.safetensors")
-    if (folder / manifest.MANIFEST).is_file():
-        raise RequestError(f"model.path={folder} is a packed checkpoint: use model=packed model.path={folder}")
-    if not (folder / "config.json").is_file():
-        raise RequestError(f"model.path={folder} has no config.json; is it a folder written by save_pretrained?")
-    check_config(folder, f"model.path={folder}", config.trust_remote_code)
-    weight_files(folder, f"model.path={folder}")
-    return folder
 
 
 class ModelError(RequestError):

@@ -9,32 +9,98 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
+from typing import Any, ClassVar
 
-from qbench.config import ModelConfig
+import torch
+
 from qbench.errors import RequestError
-from qbench.sources import files as folder
+from qbench.sources import files, pretrained
+from qbench.sources.source import LoadedModel
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
-def pinned(config: ModelConfig) -> ModelConfig:
-    """The same model at the commit that its revision is now, under its own name.
+@dataclass(frozen=True)
+class Hub:
+    """The repository `id` at `revision` (a branch, tag or commit; None: the main branch)."""
 
-    Raises RequestError when the Hub has no such repository or revision, or a model that cannot be measured; of what is
-    a commit already, nothing is asked.
-    """
-    if config.source != "hub":
-        return config
-    repository = _repository(config)
-    name = repository if config.name == "hub" else config.name
-    found = replace(config, name=name, revision=commit(repository, config.revision))
-    if found.revision != config.revision:  # its config.json is here
-        described(found)
-    return found
+    original: ClassVar[bool] = True
+    name: str = "hub"
+    id: str | None = None
+    revision: str | None = None
+    trust_remote_code: bool = False
+
+    def named(self, given: Collection[str]) -> Hub:
+        name = self.id if "id" in given and self.id else self.name
+        at = f"@{self.revision[:8]}" if "revision" in given and self.revision else ""
+        return replace(self, name=name + at)
+
+    def pinned(self) -> Hub:
+        """The same model at the commit that its revision is now, under its own name.
+
+        Raises RequestError when the Hub has no such repository or revision, or a model that cannot be measured; of
+        what is a commit already, nothing is asked.
+        """
+        repository = self._repository()
+        name = repository if self.name == "hub" else self.name
+        found = replace(self, name=name, revision=commit(repository, self.revision))
+        if found.revision != self.revision:  # its config.json is here
+            found.described()
+        return found
+
+    def fingerprint(self) -> str:
+        return f"hub:{self.id}@{self.pinned().revision}"
+
+    def made_by(self) -> None:
+        return None
+
+    def tokenizer(self, cache: Path) -> Any:
+        return pretrained.read_tokenizer(self.settings(), self._repository(), self.trust_remote_code)
+
+    def configuration(self) -> Any:
+        return pretrained.read_configuration(self.described(), self._repository(), self.trust_remote_code)
+
+    def skeleton(self) -> Any | None:
+        return pretrained.without_storage(self.configuration, self.trust_remote_code)
+
+    def load(
+        self, dtype: torch.dtype, device: torch.device, cache: Path, offload: bool = False, identity: str | None = None
+    ) -> LoadedModel:
+        identity, tokenizer = identity or self.fingerprint(), self.tokenizer(cache)
+        model = pretrained.read_model(self.weights(), self._repository(), dtype, self.trust_remote_code)
+        return LoadedModel(pretrained.settled(model, device, offload), tokenizer, identity)
+
+    def described(self) -> Path:
+        """Folder with config.json, and code if it may run; raises RequestError if it cannot be had or measured."""
+        repository = self._repository()
+        code = ["*.py"] if self.trust_remote_code else []
+        snapshot = _fetch(repository, commit(repository, self.revision), ["config.json", *code])
+        if not (snapshot / "config.json").is_file():
+            raise RequestError(
+                f"{repository} at {snapshot.name} has no config.json on the Hub; is it a model of transformers?"
+            )
+        files.check_config(snapshot, repository, self.trust_remote_code)
+        return snapshot
+
+    def settings(self) -> Path:
+        """The folder of `described`, with all but the weights: tokenizer, generation settings, chat template."""
+        return _fetch(self._repository(), self.described().name, files.SETTINGS)
+
+    def weights(self) -> Path:
+        """The folder of `settings`, with the weights."""
+        snapshot, name = self.settings(), f"{self.id} on the Hub"
+        _fetch(self._repository(), snapshot.name, files.weight_files(snapshot, name, present=False))
+        files.weight_files(snapshot, name)
+        return snapshot
+
+    def _repository(self) -> str:
+        if not self.id:
+            raise RequestError(f"model={self.name}: model.id is not set; say model=ORG/NAME, a repository of the Hub")
+        return self.id
 
 
 @cache  # one process asks once: all points of a sweep are of one commit
@@ -48,35 +114,6 @@ def commit(repository: str, revision: str | None) -> str:
     return _fetch(repository, revision, ["config.json"]).name
 
 
-def described(config: ModelConfig) -> Path:
-    """Folder with config.json, and code if it may run; raises RequestError if the model cannot be had or measured."""
-    repository, revision = _repository(config), commit(_repository(config), config.revision)
-    snapshot = _fetch(repository, revision, ["config.json", *(["*.py"] if config.trust_remote_code else [])])
-    if not (snapshot / "config.json").is_file():
-        raise RequestError(f"{repository} at {revision} has no config.json on the Hub; is it a model of transformers?")
-    folder.check_config(snapshot, repository, config.trust_remote_code)
-    return snapshot
-
-
-def settings(config: ModelConfig) -> Path:
-    """The folder of `described`, with all but the weights: tokenizer, generation settings, chat template."""
-    return _fetch(_repository(config), described(config).name, folder.SETTINGS)
-
-
-def weights(config: ModelConfig) -> Path:
-    """The folder of `settings`, with the weights."""
-    snapshot, name = settings(config), f"{config.id} on the Hub"
-    _fetch(_repository(config), snapshot.name, folder.weight_files(snapshot, name, present=False))
-    folder.weight_files(snapshot, name)
-    return snapshot
-
-
-def _repository(config: ModelConfig) -> str:
-    if not config.id:
-        raise RequestError(f"model={config.name}: model.id is not set; say model=ORG/NAME, a repository of the Hub")
-    return config.id
-
-
 def _fetch(repository: str, revision: str | None, patterns: Sequence[str]) -> Path:
     """The snapshot's folder, whose name is the commit, once it holds the files of the repository that match."""
     from huggingface_hub import snapshot_download
@@ -84,8 +121,8 @@ def _fetch(repository: str, revision: str | None, patterns: Sequence[str]) -> Pa
 
     logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)  # what fails is said once, below
     # `*` also stands for slashes: original/params.json is not meant, additional_chat_templates/x.jinja is
-    below = [f"*/{pattern}" for pattern in folder.SETTINGS if pattern != "*.jinja"]
-    ignored = [*below, *folder.BESIDE]
+    below = [f"*/{pattern}" for pattern in files.SETTINGS if pattern != "*.jinja"]
+    ignored = [*below, *files.BESIDE]
     try:
         found = snapshot_download(repository, revision=revision, allow_patterns=[*patterns], ignore_patterns=ignored)
     except GatedRepoError:

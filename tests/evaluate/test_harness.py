@@ -160,7 +160,7 @@ def test_tasks_with_different_shots_name_them_all(folder, two_models):
     write(folder, "first", train=9, num_fewshot=2)
     write(folder, "second")
     group(folder, "both", ["first", "second"], by_size=True)
-    [task] = lmeval.load(lmeval.read(asked(folder, "both")))
+    [task] = lmeval.load(asked(folder, "both").read())
     assert (task.num_fewshot, task.protocol) == (None, "both:lmeval-v1.0-2shot+0shot-w512")
 
 
@@ -214,7 +214,7 @@ def test_prompts_that_lose_their_beginning_are_counted_and_warned_of_once(folder
     write(folder, "choice", num_fewshot=2, train=9)
     _, [whole], _ = measured(asked(folder, "choice", window=512), two_models)
     assert (whole.truncated_prompts, caplog.text) == (0, "")
-    leaf = lmeval.load(lmeval.read(asked(folder, "choice")))[0].leaves["choice"]
+    leaf = lmeval.load(asked(folder, "choice").read())[0].leaves["choice"]
     leaf.build_all_requests(limit=None, rank=0, world_size=1)
     tokens = np.array([len("".join(i.args)) for i in leaf.instances])  # one of each byte
     window = int(np.median(tokens))

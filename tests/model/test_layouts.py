@@ -18,7 +18,7 @@ from qbench.plugins.awq import AWQ
 from qbench.plugins.gptq import GPTQ
 from qbench.plugins.rtn import RTN
 from qbench.plugins.sinq import SINQ
-from qbench.sources.load import load
+from qbench.sources.packed import Packed
 from qbench.sources.tiny import byte_tokenizer
 from tests.model.test_experts import SHAPE
 from tests.passes.test_calibrate import calibration
@@ -147,10 +147,8 @@ def test_a_checkpoint_of_the_layout_gives_the_same_logits(build, tmp_path):
     model = made(build)
     quantize_model(model, SINQ(aux_dtype="int8"))
     checkpoint.save(model, byte_tokenizer(), tmp_path / "packed")
-    from qbench.config import ModelConfig
-
-    config = ModelConfig(name="packed", source="packed", path=str(tmp_path / "packed"))
-    loaded = load(config, torch.float32, torch.device("cpu"), tmp_path)
+    config = Packed(path=str(tmp_path / "packed"))
+    loaded = config.load(torch.float32, torch.device("cpu"), tmp_path)
     assert torch.equal(logits(loaded.model), logits(model))
 
 
@@ -203,4 +201,4 @@ def test_use_kernels_leaves_a_cpu_alone():
     model = made(nemotron_h)
     quantize_model(model, RTN())
     use_kernels(model)
-    assert all(m.tiles is None for m in model.modules() if hasattr(m, "lay_out"))
+    assert all(m.layout is None for m in model.modules() if hasattr(m, "lay_out"))

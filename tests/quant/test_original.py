@@ -4,8 +4,7 @@ from collections import Counter
 
 import pytest
 
-from qbench.checkpoint.export import export_target
-from qbench.config import ExportConfig
+from qbench.checkpoint.export import check_target, make_exporter
 from qbench.errors import RequestError
 from qbench.quant.original import Original
 from qbench.registry import make_quantizer, quantizer_names
@@ -23,8 +22,9 @@ def test_it_has_no_settings():
 
 @pytest.mark.parametrize("format", ["packed", "autogptq"])
 def test_there_is_nothing_to_export(tmp_path, format):
+    exporter, folder = make_exporter({"dir": str(tmp_path / "out"), "format": format})
     with pytest.raises(RequestError, match="quantizer=none changes no weight"):
-        export_target(ExportConfig(str(tmp_path / "out"), format), "run", Original())
+        check_target(exporter, folder, "run", Original(), format)
 
 
 def test_a_plan_knows_its_size():

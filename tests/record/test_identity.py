@@ -8,15 +8,14 @@ import pytest
 from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
 
-from qbench.config import Config, RuntimeConfig, TaskConfig, register
+from qbench.config import Config, RuntimeConfig, register
 from qbench.errors import RequestError
 from qbench.record.identity import PERMISSIONS, RUNTIME_OUTSIDE, SOURCE_OF_TEXT, Identity, identify
 from qbench.report import board, entries, history
-from qbench.report.baseline import Baseline, Limits
 from qbench.report.columns import order
-from qbench.report.regress import compare
+from qbench.report.gate.compare import compare
+from qbench.report.gate.file import GateFile, Limits
 from qbench.request.prepare import Prepared, prepare
-from qbench.sources import load
 from tests.report import examples
 
 
@@ -121,7 +120,7 @@ def measured(point: Prepared, day: int):
         token_ids_sha256=point.source.sha256,
         window_nll_file=f"windows-{point.run_id}.safetensors",
     )
-    model = replace(result.model, name=point.config.model.name, fingerprint=point.identity.weights)
+    model = replace(result.model, name=point.model.name, fingerprint=point.identity.weights)
     changes = dict(run_id=point.run_id, identity=point.identity, model=model, evaluation=[record])
     return replace(result, command=point.command, **changes), windows
 
@@ -146,7 +145,7 @@ def test_every_part_decides_alike(case, ask, tmp_path):
     lines = history.tables(recorded.entries, "quality")
     assert len({line.title for line in lines}) == len(lines) == case.rows
 
-    baseline = Baseline.of(recorded.entries[:1], Limits())
+    baseline = GateFile.of(recorded.entries[:1], Limits())
     again = entries.Recorded(recorded.entries[1:], [], [])
     verdicts = {finding.verdict for finding in compare(baseline, again)}
     assert verdicts == ({"pass"} if case.rows == 1 else {"missing", "note"})
@@ -179,7 +178,7 @@ def test_another_fingerprint_is_another_measurement(ask):
     ],
 )
 def test_another_model_than_the_configurations_has_a_name_of_its_own(ask, words, name):
-    assert ask(words).config.model.name == name
+    assert ask(words).model.name == name
 
 
 def test_what_was_covered_is_checked_although_it_is_no_part_of_the_identity(ask, tmp_path):
@@ -195,12 +194,14 @@ def test_what_was_covered_is_checked_although_it_is_no_part_of_the_identity(ask,
 
 def test_a_setting_is_inside_unless_it_is_listed_as_outside(ask):
     """So that a new one tells two measurements apart until somebody has decided that it must not."""
-    flat = ask(f"{TINY} quantizer=gptq calibration=mini speed=default").identity.flat()
+    asked = ask(f"{TINY} quantizer=gptq calibration=mini speed=default")
+    flat = asked.identity.flat()
     for group, kind, outside in (
-        ("task", TaskConfig, (*SOURCE_OF_TEXT, *PERMISSIONS)),
+        ("task", asked.protocol, (*SOURCE_OF_TEXT, *PERMISSIONS)),
         ("runtime", RuntimeConfig, RUNTIME_OUTSIDE),
     ):
-        held = {key.removeprefix(f"{group}.") for key in flat if key.startswith(f"{group}.")} - {"text_sha256"}
+        held = {key.removeprefix(f"{group}.") for key in flat if key.startswith(f"{group}.")}
+        held -= {"text_sha256", "protocol"}
         assert held == {field.name for field in fields(kind)} - set(outside), group
     assert {"calibration.window", "calibration.sequences", "calibration.inputs", "calibration.text_sha256"} == {
         key for key in flat if key.startswith("calibration.")
@@ -210,9 +211,9 @@ def test_a_setting_is_inside_unless_it_is_listed_as_outside(ask):
 def test_a_method_of_a_third_party_may_have_any_fields():
     settings = {"name": "mine", "path": Path("a"), "pairs": ((1, 2.0), (3, 0.5)), "more": {"x": None, "y": True}}
     common = dict(weights="w", text_sha256="t", calibration_sha256=None, device="cpu", dtype="float32")
-    config = Config(task=TaskConfig(name="t", protocol="windows"))
-    config.model.source = "random"
-    same = identify(config, settings, **common)
+    config = Config()
+    config.model["source"] = "random"
+    same = identify(config, settings, {"protocol": "windows"}, **common)
     assert same.quantizer == {"name": "mine", "path": "a", "pairs": [[1, 2], [3, 0.5]], "more": {"x": None, "y": True}}
     result = replace(examples.point()[0], identity=same)
     assert type(result).from_json(result.to_json()).identity == same
@@ -221,4 +222,4 @@ def test_a_method_of_a_third_party_may_have_any_fields():
 
 
 def test_the_fingerprint_is_that_of_the_models_source(ask):
-    assert ask(TINY).identity.weights == load.fingerprint(ask(TINY).config.model)
+    assert ask(TINY).identity.weights == ask(TINY).model.fingerprint()

@@ -13,7 +13,7 @@ from qbench import leaderboard
 from qbench.leaderboard import main
 from qbench.record.quality import DivergenceRecord, IntervalRecord
 from qbench.record.quantization import CalibrationRecord
-from qbench.report import board, entries, reference
+from qbench.report import board, entries, published
 from qbench.report.columns import order
 from tests.record.test_result import timed
 from tests.report.examples import failed, nll, point, save, tasked, with_identity
@@ -507,8 +507,8 @@ def test_speed_has_columns_where_it_was_measured(tmp_path, show):
 
 
 def test_the_publications_that_come_along_can_be_read():
-    for name in reference.available():
-        assert reference.read(name)
+    for name in published.available():
+        assert published.read(name)
 
 
 def test_history_names_the_change_and_nothing_else(tmp_path, show):

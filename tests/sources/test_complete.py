@@ -6,9 +6,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from qbench.config import ModelConfig
 from qbench.errors import RequestError
-from qbench.sources import load
+from qbench.sources.local import Local
 
 CPU = torch.device("cpu")
 DOWN = "model.layers.1.mlp.down_proj.weight"
@@ -37,8 +36,8 @@ def folder(tmp_path, tiny):
 
 
 def loaded(place, cache):
-    config = ModelConfig(name="local", source="local", path=str(place))
-    return load.load(config, torch.float32, CPU, cache).model
+    config = Local(path=str(place))
+    return config.load(torch.float32, CPU, cache).model
 
 
 def doubled(tensors):

@@ -10,9 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from qbench.config import ModelConfig
-from qbench.sources import load
-from qbench.sources.hub import commit, pinned
+from qbench.sources.hub import Hub, commit
 from qbench.sources.tiny import build
 from tests.sources.hub_server import serving
 
@@ -140,22 +138,22 @@ def test_a_model_is_read_from_its_commit_and_not_from_a_folder_of_its_name(onlin
     first = online.push("org/tiny", saved(0))
     monkeypatch.chdir(tmp_path)
     shutil.copytree(saved(7), tmp_path / "org/tiny")
-    config = ModelConfig(name="hub", source="hub", id="org/tiny")
-    assert load.fingerprint(config) == f"hub:org/tiny@{first}"
+    config = Hub(name="hub", id="org/tiny")
+    assert config.fingerprint() == f"hub:org/tiny@{first}"
     assert set(online.fetched) <= {"config.json"}  # to know the commit takes no weights
-    loaded = load.load(config, torch.float32, torch.device("cpu"), tmp_path)
+    loaded = config.load(torch.float32, torch.device("cpu"), tmp_path)
     assert torch.equal(loaded.model.model.embed_tokens.weight, tiny[0].model.embed_tokens.weight)
     assert loaded.fingerprint == f"hub:org/tiny@{first}"
     assert set(online.fetched) == NEEDED
-    assert pinned(config) == replace(config, name="org/tiny", revision=first)
+    assert config.pinned() == replace(config, name="org/tiny", revision=first)
 
     second = online.push("org/tiny", saved(1))
     commit.cache_clear()  # another process
-    assert load.fingerprint(config) == f"hub:org/tiny@{second}"
-    assert load.fingerprint(replace(config, revision=first)) == f"hub:org/tiny@{first}"
+    assert config.fingerprint() == f"hub:org/tiny@{second}"
+    assert replace(config, revision=first).fingerprint() == f"hub:org/tiny@{first}"
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     commit.cache_clear()
-    assert load.fingerprint(config) == f"hub:org/tiny@{second}"  # as the cache knows it
+    assert config.fingerprint() == f"hub:org/tiny@{second}"  # as the cache knows it
 
 
 def test_shards_that_the_index_names_are_fetched_and_no_others(online, saved, tmp_path):
@@ -165,16 +163,16 @@ def test_shards_that_the_index_names_are_fetched_and_no_others(online, saved, tm
     shards = {path.name for path in folder.glob("model-*.safetensors")}
     assert len(shards) > 1
     online.push("org/tiny", folder)
-    load.load(ModelConfig(name="hub", source="hub", id="org/tiny"), torch.float32, torch.device("cpu"), tmp_path)
+    Hub(name="hub", id="org/tiny").load(torch.float32, torch.device("cpu"), tmp_path)
     assert {name for name in online.fetched if name.endswith(".safetensors")} == shards
 
 
 def test_code_is_fetched_only_for_who_trusts_it(online, saved, tmp_path):
     online.push("org/tiny", saved(0))
-    config = ModelConfig(name="hub", source="hub", id="org/tiny")
-    load.load_tokenizer(config, tmp_path)
+    config = Hub(name="hub", id="org/tiny")
+    config.tokenizer(tmp_path)
     assert "modeling_x.py" not in online.fetched
-    load.load_tokenizer(replace(config, trust_remote_code=True), tmp_path)
+    replace(config, trust_remote_code=True).tokenizer(tmp_path)
     assert "modeling_x.py" in online.fetched
 
 

@@ -3,10 +3,12 @@ import json
 import pytest
 import torch
 
-from qbench.config import ModelConfig
 from qbench.errors import RequestError
 from qbench.model.linears import coverage, find_linears
-from qbench.sources import load, tiny
+from qbench.sources import pretrained, tiny
+from qbench.sources.hub import Hub
+from qbench.sources.local import Local
+from qbench.sources.tiny import Random
 
 CPU = torch.device("cpu")
 
@@ -21,7 +23,7 @@ def saved(tmp_path, tiny):
 
 
 def local(path):
-    return ModelConfig(name="local", source="local", path=str(path))
+    return Local(path=str(path))
 
 
 def logits(model):
@@ -29,17 +31,17 @@ def logits(model):
 
 
 def test_local_folder_gives_the_same_model(saved, tiny, tmp_path):
-    loaded = load.load(local(saved), torch.float32, CPU, tmp_path)
+    loaded = local(saved).load(torch.float32, CPU, tmp_path)
     assert torch.equal(logits(loaded.model), logits(tiny[0]))
     assert loaded.tokenizer("plain text")["input_ids"] == tiny[1]("plain text")["input_ids"]
 
 
 def test_fingerprint_follows_the_content(saved):
-    before = load.fingerprint(local(saved))
-    assert load.fingerprint(local(saved)) == before
+    before = local(saved).fingerprint()
+    assert local(saved).fingerprint() == before
     config = saved / "config.json"
     config.write_text(config.read_text().replace('"rms_norm_eps": 1e-06', '"rms_norm_eps": 1e-05'))
-    assert load.fingerprint(local(saved)) != before
+    assert local(saved).fingerprint() != before
 
 
 DEFINING = ("config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
@@ -51,9 +53,9 @@ def test_fingerprint_covers_what_defines_the_model_and_nothing_else(saved):
     def touched(name):
         path = saved / name
         path.parent.mkdir(exist_ok=True)
-        before = load.fingerprint(local(saved))
+        before = local(saved).fingerprint()
         path.write_bytes((path.read_bytes() if path.is_file() else b"") + b" ")
-        return load.fingerprint(local(saved)) != before
+        return local(saved).fingerprint() != before
 
     assert [name for name in (*DEFINING, *MORE) if not touched(name)] == []
     assert [name for name in BESIDE if touched(name)] == []
@@ -115,42 +117,42 @@ def test_a_tokenizer_of_sentencepiece_alone(saved, tmp_path, monkeypatch):
     (saved / "config.json").write_text(
         json.dumps({**json.loads((saved / "config.json").read_text()), "vocab_size": 60})
     )
-    ids = load.load_tokenizer(local(saved), tmp_path)("small words")["input_ids"]
+    ids = local(saved).tokenizer(tmp_path)("small words")["input_ids"]
     assert len(ids) > 2
-    real = load._absent
-    monkeypatch.setattr(load, "_absent", lambda module: module == "sentencepiece" or real(module))
+    real = pretrained._absent
+    monkeypatch.setattr(pretrained, "_absent", lambda module: module == "sentencepiece" or real(module))
     error = ImportError("`tiktoken` is required to read a `tiktoken` file")
     with pytest.raises(RequestError, match=r"only read by the package sentencepiece; install it with: pip install"):
-        load.readable(lambda: (_ for _ in ()).throw(error), saved, "m")
+        pretrained.readable(lambda: (_ for _ in ()).throw(error), saved, "m")
 
 
 def test_corrupt_and_missing_files_give_one_sentence(saved, tmp_path):
     weights = saved / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
     with pytest.raises(RequestError, match="cannot read a model"):
-        load.load(local(saved), torch.float32, CPU, tmp_path)
+        local(saved).load(torch.float32, CPU, tmp_path)
     weights.unlink()
     with pytest.raises(RequestError, match=r"no \*\.safetensors"):
-        load.fingerprint(local(saved))
+        local(saved).fingerprint()
     (saved / "pytorch_model.bin").write_bytes(b"pickle")
     with pytest.raises(RequestError, match=r"no \*\.safetensors"):
-        load.fingerprint(local(saved))
+        local(saved).fingerprint()
     (saved / "config.json").unlink()
     with pytest.raises(RequestError, match=r"no config\.json"):
-        load.fingerprint(local(saved))
+        local(saved).fingerprint()
 
 
 def test_unknown_architecture_of_a_config(saved, tmp_path):
     config = json.loads((saved / "config.json").read_text())
     (saved / "config.json").write_text(json.dumps(config | {"model_type": "nonsense"}))
     with pytest.raises(RequestError, match="cannot read a model"):
-        load.load(local(saved), torch.float32, CPU, tmp_path)
+        local(saved).load(torch.float32, CPU, tmp_path)
 
 
 def test_unreachable_hub_names_what_works_without_network(tmp_path):
-    config = ModelConfig(name="x", source="hub", id="nobody/nothing", revision="0" * 40)
+    config = Hub(name="x", id="nobody/nothing", revision="0" * 40)
     with pytest.raises(RequestError, match="model=smollm2-135m"):
-        load.load(config, torch.float32, CPU, tmp_path)
+        config.load(torch.float32, CPU, tmp_path)
 
 
 def test_byte_tokenizer_round_trips_any_text():
@@ -189,8 +191,8 @@ def test_linears_leave_the_head_and_name_the_experts():
 
 @pytest.mark.parametrize("source", ["random", "local"])
 def test_sixteen_bit_models_keep_their_rotary_frequencies(source, saved, tmp_path):
-    config = local(saved) if source == "local" else ModelConfig(name="t", source="random", architecture="dense")
-    loaded = load.load(config, torch.bfloat16, CPU, tmp_path)
+    config = local(saved) if source == "local" else Random(name="t", architecture="dense")
+    loaded = config.load(torch.bfloat16, CPU, tmp_path)
     assert {p.dtype for p in loaded.model.parameters()} == {torch.bfloat16}
-    wide = load.load(config, torch.float32, CPU, tmp_path)
+    wide = config.load(torch.float32, CPU, tmp_path)
     assert torch.equal(loaded.model.model.rotary_emb.inv_freq, wide.model.model.rotary_emb.inv_freq)
