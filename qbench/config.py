@@ -1,12 +1,13 @@
 """The shape of a request, checked by Hydra before anything heavy is imported (no torch here).
 
 A quantizer's own fields are not listed: they come from `conf/quantizer/NAME.yaml`, which mirrors the
-quantizer's dataclass, so that a third party adds a method without editing this file.
+quantizer's dataclass, so that a third party adds a method without editing this file. A tracker's are not, either.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
@@ -86,15 +87,6 @@ class SpeedConfig:
 
 
 @dataclass
-class TrackerConfig:
-    name: str = "none"
-    project: str = "qbench"
-    entity: str | None = None
-    group: str | None = None
-    mode: str = "auto"
-
-
-@dataclass
 class ExportConfig:
     dir: str | None = None  # folder for the checkpoint of a point that succeeded
     format: str = "packed"  # or autogptq
@@ -108,9 +100,18 @@ class Config:
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
     speed: SpeedConfig = field(default_factory=SpeedConfig)
-    tracker: TrackerConfig = field(default_factory=TrackerConfig)
+    tracker: dict[str, Any] = field(default_factory=dict)
     export: ExportConfig = field(default_factory=ExportConfig)
     outputs: str = "outputs"
+
+
+def from_container(values: Mapping[str, Any]) -> Config:
+    """The configuration from what `dataclasses.asdict` made of one, also by way of JSON."""
+    empty, parts = Config(), {}
+    for part in fields(Config):
+        kind = type(getattr(empty, part.name))
+        parts[part.name] = kind(**values[part.name]) if is_dataclass(kind) else values[part.name]
+    return Config(**parts)
 
 
 def register() -> None:

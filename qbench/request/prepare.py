@@ -24,9 +24,9 @@ from qbench.quant.quantizer import Quantizer
 from qbench.record.identity import Identity, identify
 from qbench.record.result import Result
 from qbench.record.store import Store, identity
-from qbench.registry import make_quantizer
+from qbench.registry import TRACKER, make, make_quantizer
 from qbench.sources import hub, load
-from qbench.track import wandb as wandb_tracker
+from qbench.track.tracker import Tracker
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,7 @@ class Prepared:
     run_id: str  # of the identity and this version of qbench
     export: Path | None  # where the packed checkpoint will go
     store: Store
+    tracker: Tracker
 
     def recorded(self) -> Result | None:
         """The finished point if there is nothing left to do, else None.
@@ -93,8 +94,8 @@ def prepare(
     speed.check(config.speed)
     if isinstance(quantizer, Original) and config.runtime.offload and config.speed.name != "none":
         raise RequestError("quantizer=none with runtime.offload=true would time the copying of weights; use speed=none")
-    if config.tracker.name == "wandb":
-        wandb_tracker.check(config.tracker)
+    tracker = make(TRACKER, config.tracker)
+    tracker.check()
     store = Store(config.outputs)
     config = replace(config, model=hub.pinned(named(config.model, command)))  # a branch moves, a point does not
     weights = fingerprint(config.model)
@@ -112,7 +113,9 @@ def prepare(
     )
     run_id = identity(point.key, __version__)
     export = packed.export_target(config.export, run_id, quantizer)
-    return Prepared(config, command, quantizer, device, dtype, source, calibration_text, point, run_id, export, store)
+    return Prepared(
+        config, command, quantizer, device, dtype, source, calibration_text, point, run_id, export, store, tracker
+    )
 
 
 def _every_field(asked: dict[str, Any], quantizer: Quantizer | None) -> dict[str, Any]:
