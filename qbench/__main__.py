@@ -1,8 +1,9 @@
 """Hydra entry point: `python -m qbench [-m] [--dry-run] [GROUP=OPTION ...] [KEY=VALUE ...]`.
 
 Progress and a readable summary go to stderr; the last line on stdout is one JSON object, the point's summary or, with
--m, the sweep's. A sweep starts the processes of its points with `--point FILE`. Exit status: 0 done, 1 a point failed (its result says why), 2 the request is wrong. Nothing heavy is
-imported until a point really runs, so `--help` and a typo are answered at once.
+-m, the sweep's. Exit status: 0 done, 1 a point failed (its result says why), 2 the request is wrong. Nothing heavy is
+imported until a point really runs, so `--help` and a typo are answered at once. A sweep starts the process of each of
+its points as `python -m qbench --point FILE`.
 """
 
 from __future__ import annotations

@@ -38,7 +38,7 @@ from qbench.request.prepare import Prepared, prepare
 from qbench.sources import load
 from qbench.sources.load import LoadedModel
 from qbench.sweep.share import gpu_of
-from qbench.track.tracker import tell
+from qbench.track.tracker import harmless
 
 log = logging.getLogger(__name__)
 
@@ -76,16 +76,14 @@ def run_prepared(point: Prepared, group: str | None = None) -> Result:
         if result is not None:
             log.info("already recorded; runtime.rerun=true measures it again")
         else:
-            if (
-                point.export is not None
-                and not point.config.runtime.rerun
-                and point.store.load(point.run_id) is not None
-            ):
+            rerun = point.config.runtime.rerun
+            if point.export is not None and not rerun and point.store.load(point.run_id) is not None:
                 log.info("recorded, but export.dir needs the quantized model: the point is measured again")
             result = _run(point)
     kept = point.store.load(point.run_id)  # an earlier result, if measuring again failed: its run stays as well
     if kept is None or kept.status == result.status:
-        tell(point.tracker, lambda: point.tracker.point(result, point.store.root, group))
+        with harmless(point.tracker):
+            point.tracker.point(result, point.store.root, group)
     return result
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from string import Template
+from typing import Any
 
 from hydra import compose, initialize_config_module
 from hydra.core.config_search_path import ConfigSearchPath
@@ -43,7 +44,7 @@ def register_plugins() -> None:
 
 
 def help_text(overrides: Sequence[str]) -> str:
-    """What `--help` says: `hydra.help` of conf/, filled in as Hydra does it; Hydra would list its groups for a second."""
+    """What `--help` says: `hydra.help` of conf/, as Hydra fills it in, but not in its second and more."""
     composed = _compose(overrides)
     groups = "\n".join(f"{group}: {', '.join(options(group))}" for group in GROUPS)
     template = Template(composed.hydra.help.template)
@@ -54,7 +55,7 @@ def help_text(overrides: Sequence[str]) -> str:
 
 
 def check_added(overrides: Sequence[str]) -> None:
-    """Raises RequestError for a key of Hydra's own that there is not and `+hydra.KEY=VALUE` would add: Hydra takes any."""
+    """Raises RequestError for `+hydra.KEY=VALUE` with a key that Hydra does not have: it would add any."""
     parsed = [command_line.parse(text) for text in overrides]
     added = [o.key_or_group for o in parsed if (o.is_add() or o.is_force_add()) and o.key_or_group.startswith("hydra.")]
     for key in added:

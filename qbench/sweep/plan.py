@@ -67,7 +67,7 @@ def expand(arguments: list[str], hydra: DictConfig, loader: ConfigLoader) -> lis
 
 
 def _product(overrides: Sequence[Override]) -> Iterator[tuple[str, ...]]:
-    """Every combination of the values of each key; a key that is named twice has its later values, in its first place."""
+    """Every combination of the values of each key; one that is named twice has its later values, in its first place."""
     choices: dict[str, list[str]] = {}
     for override in overrides:
         key = override.get_key_element()

@@ -28,7 +28,7 @@ from omegaconf import DictConfig
 from qbench.errors import SweepFailed
 from qbench.sweep.launch import launch, placement, points
 from qbench.sweep.plan import expand, plan
-from qbench.track.tracker import sweep_name, tell
+from qbench.track.tracker import harmless, sweep_name
 
 if TYPE_CHECKING:
     from qbench.record.result import Result
@@ -106,8 +106,10 @@ def _tell(plan: list[Planned], results: list[Result], name: str) -> None:
         tracker, folder = plan[indices[0]].point.tracker, Path(plan[indices[0]].point.config.outputs)
         for index in indices:
             if plan[index].recorded is not None:
-                tell(tracker, lambda point=results[index]: tracker.point(point, folder, name))
-        tell(tracker, lambda own=[results[index] for index in indices]: tracker.sweep(own, folder, name))
+                with harmless(tracker):
+                    tracker.point(results[index], folder, name)
+        with harmless(tracker):
+            tracker.sweep([results[index] for index in indices], folder, name)
 
 
 def _say(message: str) -> None:

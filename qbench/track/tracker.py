@@ -1,9 +1,9 @@
 """What a tracker is: somebody who is told of results besides the store, after they are on disk.
 
 A tracker is a frozen dataclass of its settings, registered under `qbench.trackers` and chosen by `tracker=NAME`. It may
-raise whatever it likes while it is told of a result: `tell` makes a warning of it, so no tracker can lose a result. What
-it sends leaves the machine, so users, hosts, environment variables and folders stay out of it: `without_places` takes
-folders out of a text.
+raise whatever it likes while it is told of a result: `harmless` makes a warning of it, so no tracker can lose a result.
+What it sends leaves the machine, so users, hosts, environment variables and folders stay out of it: `without_places`
+takes folders out of a text.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -52,10 +53,11 @@ class NoTracker:
         pass
 
 
-def tell(tracker: Tracker, told: Callable[[], None]) -> None:
-    """Calls `told`, which tells `tracker` of something that is on disk already; whatever it raises is a warning."""
+@contextmanager
+def harmless(tracker: Tracker) -> Iterator[None]:
+    """In here `tracker` is told of what is on disk already; whatever it raises becomes a warning."""
     try:
-        told()
+        yield
     except Exception as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         log.warning("the result is saved, but the tracker %s failed: %s", type(tracker).__name__, reason)
