@@ -14,7 +14,7 @@ from hydra.plugins.sweeper import Sweeper
 
 import qbench.sweep
 from qbench.errors import SweepFailed
-from qbench.sweep.plan import _product
+from qbench.sweep.plan import combinations
 from tests.conftest import ROOT
 
 READ_AT = {"hydra-core": "1.3.8", "hydra-submitit-launcher": "1.2.0"}
@@ -113,7 +113,7 @@ def test_products_are_those_of_hydras_own_sweeper(overrides, points):
     from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 
     parsed = OverridesParser.create().parse_overrides(overrides)
-    assert list(_product(parsed)) == points
+    assert list(combinations(parsed)) == points
     assert [list(point) for point in points] == BasicSweeper.split_arguments(parsed, None)[0]
 
 

@@ -1,4 +1,4 @@
-"""The built-in trackers pass the conformance suite, wandb with its stand-in; what they are told of a run and a sweep."""
+"""The built-in trackers pass the conformance suite, wandb with its stand-in."""
 
 import pytest
 
