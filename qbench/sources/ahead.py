@@ -1,7 +1,7 @@
 """Brings a source's blocks one after the other: the next one is read while one is in use, and no third one exists.
 
-On a GPU, reading, copying and converting go through a stream of their own. Memory is handed from one stream to the other
-by events, not by waiting: the next block's stream waits until the kernels that use the block before last are through.
+On a GPU, reading, copying and converting go through a stream of their own. Memory is handed from one stream to the
+other by events, not by waiting: the next block's stream waits until the kernels that use the last one are through.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Reads single tensors of a folder's safetensors shards, straight to where they are wanted.
 
 The format: 8 bytes, little endian, the length of a JSON header; the header, which gives every tensor's dtype, shape and
-place; the bytes of the tensors. https://github.com/huggingface/safetensors#format. Headers are read and checked when the
-folder is opened. Tensors are read when they are asked for, with `preadv` and not through a memory map: pages of a map
-count as the process' memory for as long as it exists, and faulting them in is slower than reading.
+place; the bytes of the tensors. https://github.com/huggingface/safetensors#format. Headers are read and checked when
+the folder is opened. Tensors are read when they are asked for, with `preadv` and not through a memory map: pages of a
+map count as the process' memory for as long as it exists, and faulting them in is slower than reading.
 
     disk --preadv--> the tensor itself                               on a CPU
     disk --preadv--> ring of pinned chunks --the stream--> tensor    on a GPU, several threads at a time
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 import math
+import mmap
 import os
 import threading
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ from qbench.errors import PointError, RequestError
 
 CHUNK_BYTES = 16 << 20
 CHUNKS = 8  # transformers converts weights in four threads: each can fill one chunk while another one leaves
+SMALL_BYTES = 1 << 20  # tensors that malloc may keep the memory of
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -81,14 +83,14 @@ class Shards:
         Raises PointError when the file cannot be read any more.
         """
         stored = self.tensors[name]
-        tensor = torch.empty(stored.shape, dtype=stored.dtype, device=device)
         if device.type == "cpu":
-            self._fill(_bytes(tensor), stored, 0)
+            target = _mapped(stored.nbytes)
+            self._fill(target, stored, 0)
         else:
-            target = _bytes(tensor)
+            target = torch.empty(stored.nbytes, dtype=torch.uint8, device=device)
             for begin in range(0, stored.nbytes, CHUNK_BYTES):
                 self._send(target[begin : begin + CHUNK_BYTES], stored, begin)
-        return tensor
+        return target.view(stored.dtype).view(stored.shape)
 
     def _send(self, target: Tensor, stored: Stored, begin: int) -> None:
         ring = self._chunks()
@@ -193,5 +195,8 @@ def _stored(file: Path, entry: dict[str, Any], data: int) -> Stored:
     return Stored(file, dtype, shape, data + begin, end - begin)
 
 
-def _bytes(tensor: Tensor) -> Tensor:
-    return tensor.view(-1).view(torch.uint8) if tensor.numel() else tensor.new_empty(0, dtype=torch.uint8)
+def _mapped(nbytes: int) -> Tensor:
+    """Bytes in host memory that go back to the system with the tensor; what malloc is given back, it mostly keeps."""
+    if nbytes < SMALL_BYTES:
+        return torch.empty(nbytes, dtype=torch.uint8)
+    return torch.frombuffer(mmap.mmap(-1, nbytes), dtype=torch.uint8)

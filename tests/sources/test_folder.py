@@ -1,4 +1,4 @@
-"""A folder read a block at a time: every tensor has from_pretrained's bits, and what is wrong is known before reading."""
+"""A folder, a block at a time: every tensor has from_pretrained's bits, and what is wrong is known before reading."""
 
 import json
 import os
@@ -127,12 +127,12 @@ EXPERT = "model.layers.1.mlp.experts.2"
         (
             "Llama",
             put("model.layers.0.mlp.up_proj.weight", 4, 4),
-            r"mlp.up_proj.weight is \[4, 4\] there and \[128, 64",
+            r"mlp.up_proj.weight is \[4, 4\] there and \[128, ",
         ),
         (
             "Qwen3Moe",
             drop(f"{EXPERT}.down_proj.weight"),
-            r"1.mlp.experts.down_proj is \[3, 64, 32\] there and \[4, 64, ",
+            r"1.mlp.experts.down_proj is \[3, 64, 32\] there and \[4, ",
         ),
         ("Qwen3Moe", drop(f"{EXPERT}.up_proj.weight"), "1.mlp.experts.gate_up_proj cannot be made of the tensors stor"),
         ("Mixtral", put("model.layers.1.block_sparse_moe.experts.2.w2.weight", 4, 4), "1.mlp.experts.down_proj cannot"),
@@ -251,38 +251,91 @@ def test_a_block_that_cannot_be_read_is_said_at_its_turn_and_the_thread_ends():
             raise PointError("the disk is gone")
         return torch.nn.Linear(2, 2)
 
-    seen = []
+    blocks = ahead(block, range(4), CPU)
+    assert [next(blocks)[0], next(blocks)[0]] == [0, 1]
     with pytest.raises(PointError, match="the disk is gone"):
-        for i, _ in ahead(block, range(4), CPU):
-            seen.append(i)
-    assert seen == [0, 1]
+        next(blocks)
     with closing(ahead(block, range(4), CPU)) as blocks:
         next(blocks)
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("qbench-ahead")]
 
 
+gpu = pytest.mark.gpu
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+SPIN_CYCLES = 2_000_000_000  # a second and more
+
+
+@gpu
+@needs_cuda
+@pytest.mark.parametrize("name", ["Qwen3", "Qwen3Moe", "DeepseekV2"])
+def test_blocks_on_a_gpu_have_the_same_bits_and_are_never_overwritten_while_they_are_read(name, tmp_path):
+    """Slow kernels are still queued on each block when the next ones are started and its memory is given back."""
+    settings = dict(num_hidden_layers=12, hidden_size=512, intermediate_size=4096, moe_intermediate_size=1024)
+    folder = save(name, tmp_path, **settings)
+    expected = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).requires_grad_(False)
+    source = Folder(folder, torch.bfloat16, torch.device("cuda"))
+    checks = []
+    for _ in range(3):
+        with closing(ahead(source.block, range(len(source)), torch.device("cuda"))) as blocks:
+            for i, block in blocks:
+                torch.cuda._sleep(20_000_000)
+                wanted = tensors(expected.get_submodule(f"{source.prefix}.{i}"))
+                assert tensors(block).keys() == wanted.keys()
+                checks += [
+                    (tensor.cuda(non_blocking=True) == wanted[key].cuda()).all()
+                    for key, tensor in tensors(block).items()
+                ]
+    assert all(check.item() for check in checks)
+    rest = source.rest()
+    assert torch.equal(rest.lm_head.weight.cpu(), expected.lm_head.weight)
+
+
+@gpu
+@needs_cuda
+def test_a_block_arrives_while_kernels_run(tmp_path):
+    source = Folder(save("Qwen3Moe", tmp_path), torch.bfloat16, torch.device("cuda"))
+    with closing(ahead(source.block, range(3), torch.device("cuda"))) as blocks:
+        next(blocks)
+        torch.cuda._sleep(SPIN_CYCLES)
+        computed = torch.cuda.current_stream().record_event()
+        loaded = source.shards.bytes_read
+        deadline = threading.Event()
+        while source.shards.bytes_read < loaded + source.bytes_of_block(1) and not computed.query():
+            deadline.wait(0.001)
+        assert not computed.query()
+
+
 STREAMS = """
-import resource, sys, torch
+import re, sys, torch
 from contextlib import closing
+from pathlib import Path
 from qbench.passes.chain import Chain
 from qbench.sources.ahead import ahead
 from qbench.sources.folder import Folder
+
+def memory(name):
+    return 1024 * int(re.search(name + r":\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1])
 
 torch.set_num_threads(1)
 source = Folder(sys.argv[1], torch.bfloat16, torch.device("cpu"))
 chain = Chain.of(source.rest())
 ids = torch.arange(32)[None]
-states, calls = chain.begin(ids)
-with closing(ahead(source.block, range(int(sys.argv[2])), torch.device("cpu"))) as blocks:
-    for i, block in blocks:
-        states = chain.block(i, states, calls, block)
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-print(peak, source.bytes_of_block(0), source.bytes_of_block(None))
+start, calls = chain.begin(ids)
+chain.block(0, start, calls, source.block(0))  # what kernels allocate once
+before = memory("VmRSS")
+Path("/proc/self/clear_refs").write_text("5")  # the peak starts here
+for count in (2, len(source)):
+    states = start
+    with closing(ahead(source.block, range(count), torch.device("cpu"))) as blocks:
+        for i, block in blocks:
+            states = chain.block(i, states, calls, block)
+    print(memory("VmHWM") - before, source.bytes_of_block(0))
 """
 
 
 @pytest.mark.slow
-def test_streaming_forty_blocks_takes_hardly_more_memory_than_streaming_two(tmp_path):
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peaks are measured on Linux")
+def test_streaming_takes_two_blocks_of_memory_whatever_their_number(tmp_path):
     from transformers import Qwen3Config
 
     config = Qwen3Config(
@@ -296,17 +349,9 @@ def test_streaming_forty_blocks_takes_hardly_more_memory_than_streaming_two(tmp_
     )
     AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(tmp_path, max_shard_size="90MB")
     assert sum(file.stat().st_size for file in tmp_path.glob("*.safetensors")) > 390e6
-
-    def peak(blocks):
-        command = [sys.executable, "-c", STREAMS, str(tmp_path), str(blocks)]
-        path = os.pathsep.join([str(ROOT), *(p for p in sys.path if Path(p).is_dir())])
-        done = subprocess.run(
-            command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": path}, check=True
-        )
-        return map(int, done.stdout.split())
-
-    base, block, _ = peak(0)
-    two, *_ = peak(2)
-    forty, *_ = peak(40)
-    assert two <= base + 3 * block
-    assert forty <= base + 3 * block
+    path = os.pathsep.join([str(ROOT), *(p for p in sys.path if Path(p).is_dir())])
+    command = [sys.executable, "-c", STREAMS, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": path}, check=True)
+    (two, block), (forty, _) = (map(int, line.split()) for line in done.stdout.splitlines())
+    assert block / 2 < two < 3 * block
+    assert forty < 3 * block
