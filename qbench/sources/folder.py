@@ -12,7 +12,6 @@ unexpected or of the wrong shape is known before a byte of weights is read.
 
 from __future__ import annotations
 
-import copy
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
@@ -25,6 +24,7 @@ from torch import nn
 
 from qbench.errors import RequestError
 from qbench.models.blocks import block_of, find_blocks
+from qbench.sources import skeleton
 from qbench.sources.shards import Lazy, Shards
 
 
@@ -58,12 +58,12 @@ class Folder:
 
     def rest(self) -> Any:
         """The model in eval mode, all but its blocks loaded; its blocks stay on the meta device."""
-        model = self._copy(self._skeleton)
+        model = skeleton.copy_of(self._skeleton, self._skeleton)
         info = self._load(model, self._keys[None])
         model.tie_weights(missing_keys=set(info.missing_keys), recompute_mapping=False)
         for name, module in model.named_modules():
             if block_of(f"{name}.", self.prefix) is None:
-                self._initialize(model, name, module)
+                skeleton.initialize(model, name, module, self.device)
         return model.eval().requires_grad_(False)
 
     def block(self, i: int) -> nn.Module:
@@ -72,11 +72,11 @@ class Folder:
         On CUDA its tensors are filled by the current stream, in whose memory they are. Raises PointError when a shard
         cannot be read any more.
         """
-        fresh, name = self._copy(self._blocks[i]), f"{self.prefix}.{i}"
+        fresh, name = skeleton.copy_of(self._blocks[i], self._skeleton), f"{self.prefix}.{i}"
         try:
             self._load(self._skeleton, self._keys[i])
             for inner, module in self._blocks[i].named_modules(prefix=name):
-                self._initialize(self._skeleton, inner, module)
+                skeleton.initialize(self._skeleton, inner, module, self.device)
             return self._blocks[i].eval().requires_grad_(False)
         finally:
             self._blocks[i] = self._skeleton.get_submodule(self.prefix)[i] = fresh
@@ -160,31 +160,10 @@ class Folder:
             for key in self._keys[i]
         )
 
-    def _initialize(self, model: Any, name: str, module: nn.Module) -> None:
-        """Gives the module's tensors that no shard holds their values: rotary frequencies, causal masks."""
-        from transformers import PreTrainedModel, initialization
-
-        absent = [key for key, buffer in module.named_buffers(recurse=False) if buffer.is_meta]
-        absent += [key for key, parameter in module.named_parameters(recurse=False) if parameter.is_meta]
-        if not absent:
-            return
-        for key in absent:
-            empty = torch.empty_like(getattr(module, key), device=self.device)
-            setattr(module, key, nn.Parameter(empty) if key in module._parameters else empty)
-        models = [(n, m) for n, m in model.named_modules() if isinstance(m, PreTrainedModel)]
-        owner = [m for n, m in models if f"{name}.".startswith(f"{n}." if n else "")][-1]  # the innermost around it
-        with torch.no_grad(), initialization.guard_torch_init_functions():
-            owner._init_weights(module)  # leaves what a shard has filled
-
-    def _copy(self, module: nn.Module) -> nn.Module:
-        """A copy that shares the configurations, so that a setting of the model reaches its blocks."""
-        configs = {id(m.config): m.config for m in self._skeleton.modules() if hasattr(m, "config")}
-        return copy.deepcopy(module, configs)
-
 
 def _skeleton(path: Path, dtype: torch.dtype, trust_remote_code: bool) -> Any:
     """The model on the meta device; raises RequestError when the configuration makes none."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     try:
         with _quiet():
@@ -192,8 +171,7 @@ def _skeleton(path: Path, dtype: torch.dtype, trust_remote_code: bool) -> Any:
             if getattr(config, "quantization_config", None) is not None:
                 method = dict(config.quantization_config).get("quant_method", "an unknown method")
                 raise RequestError(f"{path} is quantized already, with {method}: it has no 16-bit weights to read")
-            with torch.device("meta"):
-                return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+            return skeleton.make(config, dtype, trust_remote_code=trust_remote_code)
     except RequestError:
         raise
     except Exception as error:
