@@ -25,15 +25,19 @@ def find_blocks(model: Any) -> tuple[str, list[nn.Module]]:
         raise NotAChainError(f"{kind} keeps no list of blocks")
     name = max(outermost, key=lambda name: sum(tensor.nbytes for tensor in _tensors(outermost[name])))
     blocks = list(outermost[name])
-    owners: dict[int, int] = {}
-    for i, block in enumerate(blocks):
-        for part in (*block.modules(), *_tensors(block)):
-            if owners.setdefault(id(part), i) != i:
-                raise NotAChainError(f"{kind} shares weights between its blocks {owners[id(part)]} and {i}")
+    owners: dict[int, int | None] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        place = block_of(f"{path}.", name)
+        for part in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+            other = owners.setdefault(id(part), place)
+            if other != place:
+                rest = "the rest of the model" if None in (place, other) else f"its block {other}"
+                raise NotAChainError(
+                    f"{kind} shares weights of its block {other if place is None else place} with {rest}"
+                )
     for pair in model.all_tied_weights_keys.items():
-        places = [block_of(key, name) for key in pair]
-        if places[0] != places[1]:
-            raise NotAChainError(f"{kind} ties {pair[0]} to {pair[1]}, across its blocks")
+        if any(block_of(key, name) is not None for key in pair):
+            raise NotAChainError(f"{kind} ties {pair[0]} to {pair[1]}, a block's weights to others")
     return name, blocks
 
 

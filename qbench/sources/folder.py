@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from qbench.errors import RequestError
+from qbench.errors import PointError, RequestError
 from qbench.models.blocks import block_of, find_blocks
 from qbench.sources import skeleton
 from qbench.sources.shards import Lazy, Shards
@@ -90,7 +90,10 @@ class Folder:
         return model
 
     def _load(self, model: Any, keys: Iterable[str], device: torch.device | None = None) -> Any:
-        """Converts what the shards hold under `keys` into the model's weights; `device` meta reads nothing."""
+        """Converts what the shards hold under `keys` into the model's weights; `device` meta reads nothing.
+
+        Raises RequestError for what the headers tell, PointError for what happens while loading.
+        """
         from transformers.core_model_loading import convert_and_load_state_dict_in_model
         from transformers.modeling_utils import LoadStateDictConfig
 
@@ -103,7 +106,8 @@ class Folder:
             info, _ = convert_and_load_state_dict_in_model(model, values, config)
         if info.conversion_errors:
             key, error = next(iter(info.conversion_errors.items()))
-            raise RequestError(f"{self.path}: {key} cannot be made of the tensors stored for it: {_last_line(error)}")
+            kind = RequestError if device.type == "meta" else PointError
+            raise kind(f"{self.path}: {key} cannot be made of the tensors stored for it: {_last_line(error)}")
         for key, found, wanted in sorted(info.mismatched_keys):
             raise RequestError(f"{self.path}: {key} is {list(found)} there and {list(wanted)} in the configured model")
         return info

@@ -80,14 +80,17 @@ class Shards:
     def read(self, name: str, device: torch.device) -> Tensor:
         """The tensor on `device`, filled by its current stream. May be called from several threads.
 
-        Raises PointError when the file cannot be read any more.
+        Raises PointError when the file cannot be read any more, and when the device has no room.
         """
         stored = self.tensors[name]
+        try:
+            target = _empty(stored.nbytes, device)
+        except (RuntimeError, OSError) as error:
+            reason = str(error).strip().partition("\n")[0]
+            raise PointError(f"{name}, {stored.nbytes / 1e6:.1f} MB, has no room on {device}: {reason}") from error
         if device.type == "cpu":
-            target = _mapped(stored.nbytes)
             self._fill(target, stored, 0)
         else:
-            target = torch.empty(stored.nbytes, dtype=torch.uint8, device=device)
             for begin in range(0, stored.nbytes, CHUNK_BYTES):
                 self._send(target[begin : begin + CHUNK_BYTES], stored, begin)
         return target.view(stored.dtype).view(stored.shape)
@@ -195,8 +198,8 @@ def _stored(file: Path, entry: dict[str, Any], data: int) -> Stored:
     return Stored(file, dtype, shape, data + begin, end - begin)
 
 
-def _mapped(nbytes: int) -> Tensor:
-    """Bytes in host memory that go back to the system with the tensor; what malloc is given back, it mostly keeps."""
-    if nbytes < SMALL_BYTES:
-        return torch.empty(nbytes, dtype=torch.uint8)
+def _empty(nbytes: int, device: torch.device) -> Tensor:
+    """Bytes, in host memory such that they go back to the system with the tensor; malloc keeps most of what it gets."""
+    if device.type != "cpu" or nbytes < SMALL_BYTES:
+        return torch.empty(nbytes, dtype=torch.uint8, device=device)
     return torch.frombuffer(mmap.mmap(-1, nbytes), dtype=torch.uint8)

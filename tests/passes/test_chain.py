@@ -128,7 +128,7 @@ def test_what_somebody_else_has_put_in_the_place_of_forward_stays():
     [
         ("Gemma3nText", r"hands its blocks states \[4, 2, 8, 64\] for ids \[2, 8\]$"),
         ("Gemma4Text", r"hands blocks 0 and 1 the same \w+Dict as shared_kv_states$"),
-        ("Zamba2", "shares weights between its blocks 2 and 4$"),
+        ("Zamba2", "shares weights of its block 4 with its block 2$"),
     ],
 )
 def test_an_architecture_that_is_no_chain_says_so(name, sentence):
@@ -240,7 +240,17 @@ def test_blocks_are_found_by_the_weights_they_hold():
         None,
     ]
     model.model.layers[2].mlp = model.model.layers[0].mlp
-    with pytest.raises(NotAChainError, match="LlamaForCausalLM shares weights between its blocks 0 and 2"):
+    with pytest.raises(NotAChainError, match=r"LlamaForCausalLM shares weights of its block 2 with its block 0$"):
+        find_blocks(model)
+    model = build("Llama")
+    model.model.layers[1].norm = model.model.norm
+    with pytest.raises(NotAChainError, match=r"shares weights of its block 1 with the rest of the model$"):
+        find_blocks(model)
+    model = build("Llama")
+    model.all_tied_weights_keys = {"model.layers.1.mlp.up_proj.weight": "model.layers.0.mlp.up_proj.weight"}
+    with pytest.raises(
+        NotAChainError, match=r"ties model.layers.1.mlp.up_proj.weight to .*, a block's weights to others$"
+    ):
         find_blocks(model)
     with pytest.raises(NotAChainError, match="Linear keeps no list of blocks"):
         find_blocks(nn.Linear(2, 2))

@@ -221,6 +221,17 @@ def test_a_shard_that_shrinks_while_it_is_read_is_said_and_the_source_stays_usab
     assert_same(tensors(source.block(1)), tensors(expected.model.layers[1].requires_grad_(False)))
 
 
+def test_a_device_that_is_full_is_said(tmp_path, monkeypatch):
+    source = Folder(save("Llama", tmp_path), torch.float32, CPU)
+
+    def full(*_):
+        raise torch.OutOfMemoryError("out of memory\nand more")
+
+    monkeypatch.setattr("qbench.sources.shards._empty", full)
+    with pytest.raises(PointError, match=r"^model\.layers\.\d\.\S+, \d\.\d MB, has no room on cpu: out of memory$"):
+        source.block(0)
+
+
 def blocks_of(count):
     made = []
 
