@@ -9,9 +9,8 @@ from qbench.sources import skeleton
 from qbench.sources.ahead import ahead
 from qbench.sources.random import Random
 from qbench.sources.shapes import SHAPES, configuration
-from tests.sources.test_folder import assert_same, needs_cuda, tensors
+from tests.sources.cases import CPU, assert_same, gpu, needs_cuda, tensors
 
-CPU = torch.device("cpu")
 # as the Hub shows for each repository, the head that is tied to the embedding counted once
 PARAMETERS = {
     "smollm2-135m": 134_515_008,
@@ -78,7 +77,7 @@ def test_what_is_not_known_is_refused():
             Random("qwen3-8b", 0, torch.float32, CPU, layers)
 
 
-@pytest.mark.gpu
+@gpu
 @needs_cuda
 def test_a_mixture_too_large_for_the_gpu_streams_through_it():
     source = Random("deepseek-v2.5", 0, torch.bfloat16, torch.device("cuda"))
