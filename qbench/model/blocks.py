@@ -4,27 +4,33 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
+
+from qbench.model.linears import block_list
 
 
 class NotAChainError(Exception):
     """The model is not a plain chain of blocks; the message is one sentence that says where it breaks."""
 
 
-def find_blocks(model: Any) -> tuple[str, list[nn.Module]]:
-    """The name of the list that holds the decoder blocks, as in `model.layers`, and the blocks in order.
+def find_blocks(model: Any, resident: bool = False) -> tuple[str, list[nn.Module]]:
+    """The name of the list that holds the decoder blocks (linears.py), as in `model.layers`, and the blocks in order.
 
-    It is the outermost nn.ModuleList with the most bytes of weights; those on the meta device count as well. Raises
-    NotAChainError for a model without such a list, and for blocks that share weights: one block could not be read,
-    quantized or dropped without another.
+    Raises NotAChainError for a model without such a list and, unless `resident`, for blocks that share weights: one
+    block could not be read, quantized or dropped without another.
     """
     kind = type(model).__name__
-    lists = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
-    outermost = {name: module for name, module in lists.items() if not any(name.startswith(f"{o}.") for o in lists)}
-    if not outermost:
+    name = block_list(model)
+    if name is None:
         raise NotAChainError(f"{kind} keeps no list of blocks")
-    name = max(outermost, key=lambda name: sum(tensor.nbytes for tensor in _tensors(outermost[name])))
-    blocks = list(outermost[name])
+    blocks = list(model.get_submodule(name))
+    if not resident:
+        _refuse_shared_weights(model, name)
+    return name, blocks
+
+
+def _refuse_shared_weights(model: Any, name: str) -> None:
+    kind = type(model).__name__
     owners: dict[int, int | None] = {}
     for path, module in model.named_modules(remove_duplicate=False):
         place = block_of(f"{path}.", name)
@@ -38,7 +44,6 @@ def find_blocks(model: Any) -> tuple[str, list[nn.Module]]:
     for pair in model.all_tied_weights_keys.items():
         if any(block_of(key, name) is not None for key in pair):
             raise NotAChainError(f"{kind} ties {pair[0]} to {pair[1]}, a block's weights to others")
-    return name, blocks
 
 
 def block_of(key: str, prefix: str) -> int | None:
@@ -49,7 +54,3 @@ def block_of(key: str, prefix: str) -> int | None:
     """
     number = key.removeprefix(f"{prefix}.").partition(".")[0]
     return int(number) if key.startswith(f"{prefix}.") and number.isdigit() else None
-
-
-def _tensors(module: nn.Module) -> list[Tensor]:
-    return [*module.parameters(), *module.buffers()]

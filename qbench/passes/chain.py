@@ -54,26 +54,29 @@ StandIn = Callable[[int, Tensor, Call], Tensor]
 class Chain:
     """A model in eval mode, block by block; made by `Chain.of`.
 
-    `width` is what its blocks give out: 0 the states, n a tuple of n whose first are the states.
+    `width` is what its blocks give out: 0 the states, n a tuple of n whose first are the states. Of a `resident` chain
+    all blocks are there and run in order, in one variant: they may share weights, and one may leave something to a
+    later one in an object that both are handed (Gemma 4's keys and values), which every batch has for itself.
     """
 
-    def __init__(self, model: Any, width: int = 0, shares_calls: bool = False) -> None:
-        self.model, self.width = model, width
-        self.name, self.blocks = find_blocks(model)
-        self.shares_calls = shares_calls  # whether all unpadded batches of one shape are handed the same
+    def __init__(self, model: Any, width: int = 0, resident: bool = False) -> None:
+        self.model, self.width, self.resident = model, width, resident
+        self.name, self.blocks = find_blocks(model, resident)
+        self.shares_calls = False  # whether all unpadded batches of one shape are handed the same
         self._flags = {"use_cache": False} | {name: False for name in RECORDED if getattr(model.config, name, False)}
         self._known: tuple[Any, Calls] | None = None  # the last shape, and its calls
 
     @staticmethod
-    def of(model: Any) -> Chain:
+    def of(model: Any, resident: bool = False) -> Chain:
         """Observes that the model is a chain (observe.py), in milliseconds; no block runs, its weights may be absent.
 
+        `resident` asks for less, see above; whether `finish` gives the model's logits is not looked at then.
         Raises NotAChainError, with one sentence, for a model that is none, and ValueError for one in training mode or
         without the weights outside of its blocks.
         """
         from qbench.passes.observe import observe
 
-        return observe(model)
+        return observe(model, resident)
 
     def __len__(self) -> int:
         return len(self.blocks)
@@ -133,7 +136,10 @@ class Chain:
         def take_place(i: int, *args: Any, **kwargs: Any) -> Any:
             if i != len(previous):
                 raise self.broken(f"calls block {i} where block {len(previous)} would be next")
-            handed = previous[-1] if previous else (args[0] if args else kwargs.get("hidden_states"))
+            states = args[0] if args else kwargs.get("hidden_states")
+            handed = previous[-1] if previous else states
+            if self.resident and previous and _equal(states, handed):
+                handed = states  # a copy, as Gemma 4 makes it before the first block that shares keys
             times = sum(value is handed for value in (*args, *kwargs.values()))
             if not isinstance(handed, Tensor) or times == 0:
                 raise self.broken(f"does not hand block {i} what the block before gave out")
@@ -153,6 +159,10 @@ class Chain:
 
 class _EnoughError(Exception):
     """The forward pass has told what was asked; the rest of it is not needed."""
+
+
+def _equal(one: Any, other: Tensor) -> bool:
+    return isinstance(one, Tensor) and one.shape == other.shape and one.dtype == other.dtype and torch.equal(one, other)
 
 
 def _key(ids: Tensor, states: Tensor) -> tuple[Any, ...]:

@@ -6,6 +6,9 @@ Eight tokens go through the model's own forward pass, in which stand-ins give ou
 - no two blocks are handed the same mutable object, like the dictionary through which Gemma 3n's blocks share keys,
 - no two blocks share weights.
 
+Of a resident chain, the first of these is asked for, and that what a block is handed does not depend on what an earlier
+one gave out unless it is left in an object that both are handed.
+
 So nothing is computed between blocks that would have to be computed again for every variant. What a block would keep in
 attributes of its own from call to call cannot be seen, since no block runs.
 """
@@ -37,17 +40,17 @@ class Observed:
 
 
 @torch.no_grad()
-def observe(model: Any) -> Chain:
+def observe(model: Any, resident: bool = False) -> Chain:
     """The model as a chain; raises NotAChainError or ValueError as Chain.of says."""
     if model.training:
         raise ValueError("a chain needs the model in eval mode: call model.eval()")
-    name = Chain(model).name
+    name = Chain(model, resident=resident).name
     for key, tensor in (*model.named_parameters(), *model.named_buffers()):
         if tensor.is_meta and block_of(key, name) is None:
             raise ValueError(f"a chain needs the weights outside of the blocks, and {key} is on the meta device")
     errors: list[tuple[int, NotAChainError]] = []
     for width in WIDTHS:
-        chain, reached = Chain(model, width), [0]
+        chain, reached = Chain(model, width, resident), [0]
         try:
             _check(chain, reached)
             return chain
@@ -61,17 +64,19 @@ def _check(chain: Chain, reached: list[int]) -> None:
     random = torch.Generator().manual_seed(0)
     ids, others = _two_batches(chain.model)
     one = _run(chain, ids, random, reached)
-    _refuse_shared(chain, one.calls)
+    shared = _shared(one.calls)
+    if shared and not chain.resident:
+        raise chain.broken(shared)
     # the same tokens, but all blocks except for the last give out something else
     two = _run(chain, ids, random, reached, one.last)
     for i, (call, again) in enumerate(zip(one.calls, two.calls, strict=True)):
         if (argument := _difference(call, again)) is not None:
             raise chain.broken(f"hands block {i} {argument}, which depends on what an earlier block gave out")
-    if not _same(one.logits, two.logits):
+    if not chain.resident and not _same(one.logits, two.logits):
         raise chain.broken("computes its logits from more than what the last block gives out")
     three = _run(chain, others, random, reached)
     pairs = zip(one.calls, three.calls, strict=True)
-    chain.shares_calls = all(_difference(call, other) is None for call, other in pairs)
+    chain.shares_calls = not shared and all(_difference(call, other) is None for call, other in pairs)
 
 
 def _run(
@@ -116,14 +121,15 @@ def _two_batches(model: Any) -> tuple[Tensor, Tensor]:
     return one.to(embedding.device), two.to(embedding.device)
 
 
-def _refuse_shared(chain: Chain, calls: list[Call]) -> None:
+def _shared(calls: list[Call]) -> str | None:
+    """Says which two blocks are handed one object through which the first can leave something to the second."""
     owners: dict[int, int] = {}
     for i, call in enumerate(calls):
         for argument, value in _arguments(call):
             for part in _mutable(value):
                 if owners.setdefault(id(part), i) != i:
-                    kind = type(part).__name__
-                    raise chain.broken(f"hands blocks {owners[id(part)]} and {i} the same {kind} as {argument}")
+                    return f"hands blocks {owners[id(part)]} and {i} the same {type(part).__name__} as {argument}"
+    return None
 
 
 def _arguments(call: Call) -> Iterator[tuple[str, Any]]:

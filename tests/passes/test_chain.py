@@ -137,6 +137,25 @@ def test_an_architecture_that_is_no_chain_says_so(name, sentence):
         Chain.of(build(name))
 
 
+SHARING = dict(num_kv_shared_layers=1, hidden_size_per_layer_input=8, vocab_size_per_layer_input=258)
+
+
+@pytest.mark.parametrize(("name", "settings"), [("Gemma4Text", SHARING), ("Zamba2", {}), ("Llama", {})])
+def test_a_resident_chain_takes_blocks_that_share_keys_or_weights(name, settings):
+    model = build(name, **settings)
+    chain = Chain.of(model, resident=True)
+    assert chain.shares_calls == (name == "Llama")
+    full = [ids[:1] for ids, inputs in batches() if not inputs]
+    begun = [chain.begin(ids) for ids in full]
+    every = [states for states, _ in begun]
+    for i in range(len(chain)):  # as calibration does: every block takes all batches, twice, before the next one
+        for j, (_, calls) in enumerate(begun):
+            chain.block(i, every[j], calls)
+            every[j] = chain.block(i, every[j], calls)
+    for states, ids in zip(every, full, strict=True):
+        torch.testing.assert_close(chain.finish(states, ids), model(ids, use_cache=False).logits, rtol=1e-5, atol=1e-5)
+
+
 class Block(nn.Module):
     def __init__(self):
         super().__init__()
