@@ -8,8 +8,9 @@ over all calibration sequences, and its linears are quantized. `calibration.inpu
     original    what the block gave out in the first pass, unquantized: no block's choices depend on those of another
                 (AWQ's and A-SINQ's own code)
 
-What else the blocks are called with (masks, positions) is the model's own (blocks.py). Most models hand all sequences
-the same; where they do not (token embeddings for every block, keys shared between blocks) each sequence keeps its own.
+The model is walked as a resident chain (chain.py), so what else the blocks are called with (masks, positions) is the
+model's own. Most models hand all sequences the same; where they do not (token embeddings for every block, keys shared
+between blocks) each sequence keeps its own.
 
 All statistics of a block are taken before any of its linears is quantized. Linears that read the very same tensor
 (q/k/v; gate/up) form a group; that is observed, not listed per architecture. Linears that no sequence reaches (of an
@@ -24,8 +25,10 @@ statistics of one expert (collect.py).
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -36,9 +39,9 @@ from tqdm import tqdm
 from qbench.config import CalibrationConfig
 from qbench.errors import PointError, RequestError, unknown
 from qbench.evaluate.text import Text, most_tokens
-from qbench.model.linears import block_list, find_linears, matrix
-from qbench.model.offload import runs_offloaded
-from qbench.passes.blocks import Call, first_inputs, hooks, run_block
+from qbench.model.blocks import NotAChainError
+from qbench.model.linears import find_linears, matrix
+from qbench.passes.chain import Calls, Chain
 from qbench.passes.collect import Collector, ExpertInputs
 from qbench.passes.stream import fetching
 from qbench.quant.quantizer import InputStatistics, Quantizer, Statistic
@@ -112,16 +115,19 @@ def quantize_blocks(
     Raises PointError for a model whose blocks cannot be found, or do not follow each other.
     """
     original = calibration.inputs == "original"
-    blocks = decoder_blocks(model)
+    try:
+        chain = Chain.of(model.eval(), resident=True)
+        begun = [chain.begin(torch.from_numpy(ids)[None].to(model.device)) for ids in calibration.ids]
+    except NotAChainError as error:
+        raise PointError(f"{error}; cannot calibrate it") from error
+    hidden, calls = [states for states, _ in begun], [handed for _, handed in begun]
+    del begun  # the states exist once
     unreached: dict[str, int] = {}
-    with runs_offloaded(model, offloaded):
-        hidden, calls = first_inputs(model, [block for _, block in blocks], calibration.ids)
     with fetching(model.device, offloaded) as fetch:
-        arrivals = fetch(_weights(model, name) for name, _ in blocks)
-        for i, (name, block) in enumerate(tqdm(blocks, desc="calibrating", unit="block")):
+        arrivals = fetch(_weights(model, f"{chain.name}.{i}") for i in range(len(chain)))
+        for i in tqdm(range(len(chain)), desc="calibrating", unit="block"):
             next(arrivals)
-            how = [of_sequence[i] for of_sequence in calls]
-            groups, experts, missing = _collect(model, name, block, hidden, how, quantizer.needs, original)
+            groups, experts, missing = _collect(chain, i, hidden, calls, quantizer.needs, original)
             unreached |= missing
             while groups:
                 group, collector = groups.pop(0)
@@ -132,8 +138,8 @@ def quantize_blocks(
                 quantize_experts(expert_name, model.get_submodule(expert_name), inputs.all_seen(expert_name))
                 del inputs
             if not original:
-                for j, call in enumerate(how):
-                    hidden[j] = run_block(block, hidden[j], call)
+                for j, handed in enumerate(calls):
+                    hidden[j] = chain.block(i, hidden[j], handed)
     return unreached
 
 
@@ -145,25 +151,25 @@ def _weights(model: Any, prefix: str) -> list[Tensor]:
 
 
 def _collect(
-    model: Any,
-    prefix: str,
-    block: nn.Module,
+    chain: Chain,
+    i: int,
     hidden: list[Tensor],
-    calls: list[Call],
+    calls: list[Calls],
     needs: frozenset[Statistic],
     original: bool,
 ) -> tuple[list[tuple[Group, Collector]], dict[str, ExpertInputs], dict[str, int]]:
-    """The block's linear groups and fused experts, each with what it was handed in one pass over all sequences.
+    """Block `i`'s linear groups and fused experts, each with what it was handed in one pass over all sequences.
 
     With `original` inputs that pass also sends the hidden states on, one sequence at a time, so that they exist once.
     Third come the linears that no sequence reaches, and how many weights each has.
     """
     tokens = sum(states.shape[0] * states.shape[1] for states in hidden)
-    found = find_linears(model)
+    found = find_linears(chain.model)
+    prefix = f"{chain.name}.{i}"
     wanted = {n: m for n, m in found.layers.items() if n.startswith(f"{prefix}.")}
     groups, experts = [], {}
     watched: list[tuple[nn.Module, Callable[..., None]]] = []
-    for group in linear_groups(block, wanted, hidden, calls):
+    for group in linear_groups(chain, i, wanted, hidden, calls):
         first = next(iter(group.values()))
         groups.append((group, Collector(needs, matrix(first).shape[1], tokens, first.weight.device)))
         watched.append((first, groups[-1][1]))
@@ -172,28 +178,18 @@ def _collect(
             experts[name] = ExpertInputs(needs, tokens, original, module.num_experts)
             watched.append((module, experts[name]))
     with hooks(watched):
-        for i, (states, call) in enumerate(zip(hidden, calls, strict=True)):
-            output = run_block(block, states, call)
+        for j, handed in enumerate(calls):
+            output = chain.block(i, hidden[j], handed)
             if original:
-                hidden[i] = output
+                hidden[j] = output
     reached = {name for group, _ in groups for name in group}
     return groups, experts, {name: m.weight.numel() for name, m in wanted.items() if name not in reached}
 
 
-def decoder_blocks(model: Any) -> list[tuple[str, nn.Module]]:
-    """The blocks that follow each other, by name."""
-    name = block_list(model)
-    if name is None:
-        raise PointError(
-            f"{type(model).__name__}: no list of decoder blocks holds its linear layers; cannot calibrate it"
-        )
-    return [(f"{name}.{i}", block) for i, block in enumerate(model.get_submodule(name))]
-
-
 def linear_groups(
-    block: nn.Module, wanted: dict[str, nn.Module], hidden: list[Tensor], calls: list[Call]
+    chain: Chain, i: int, wanted: dict[str, nn.Module], hidden: list[Tensor], calls: list[Calls]
 ) -> list[Group]:
-    """Groups the linears `wanted` of the block by the tensor they read, in the order in which they are called.
+    """Groups the linears `wanted` of block `i` by the tensor they read, in the order in which they are called.
 
     As many sequences are looked at as it takes to see each of them, all if need be.
     """
@@ -212,11 +208,26 @@ def linear_groups(
 
         return note
 
-    for states, call in zip(hidden, calls, strict=True):
+    for states, handed in zip(hidden, calls, strict=True):
         if not left:
             break
         seen: list[tuple[Tensor, Group]] = []  # holding the tensors keeps one from taking another's place in memory
         with hooks([(layer, watch(name, seen)) for name, layer in list(left.items())]):
-            run_block(block, states, call)
+            chain.block(i, states, handed)
         groups += [group for _, group in seen]
     return groups
+
+
+@contextmanager
+def hooks(watched: list[tuple[nn.Module, Callable[..., None]]]) -> Iterator[None]:
+    """Calls each function with the arguments of every call of its module, before it runs."""
+
+    def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any], *, see: Callable[..., None]) -> None:
+        see(*args, **kwargs)
+
+    handles = [m.register_forward_pre_hook(partial(hook, see=see), with_kwargs=True) for m, see in watched]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,204 @@
+"""A model in a folder, as save_pretrained writes it: all but its blocks at once, and a block at a time.
+
+    source = Folder(path, dtype, device)    reads configuration and headers, and checks that they fit each other
+    model = source.rest()                   embedding, rotary, norm and head are real, the blocks on the meta device
+    block = source.block(17)                a module of its own, its weights on the device
+
+Weights go through transformers' own conversion, which fuses a mixture's experts while loading: it is given one block's
+tensors, not yet read, and a model on the meta device. So every tensor has the bits that from_pretrained gives it. The
+check is the same conversion of tensors on the meta device that have the headers' names and shapes: what is missing,
+unexpected or of the wrong shape is known before a byte of weights is read.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from qbench.errors import PointError, RequestError
+from qbench.model.blocks import block_of, find_blocks
+from qbench.sources import skeleton
+from qbench.sources.shards import Lazy, Shards
+
+
+class Folder:
+    """A source of weights in `dtype` on `device`.
+
+    Raises RequestError when the folder is no complete model, or one that is quantized already, and NotAChainError for a
+    model without a list of blocks.
+    """
+
+    def __init__(
+        self, path: Path | str, dtype: torch.dtype, device: torch.device, trust_remote_code: bool = False
+    ) -> None:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+
+        self.path, self.dtype, self.device = Path(path), dtype, torch.device(device)
+        self.shards = Shards(self.path)
+        self._skeleton = _skeleton(self.path, dtype, trust_remote_code)  # weights pass through it, one block at a time
+        self.prefix, self._blocks = find_blocks(self._skeleton)
+        self._mapping = get_model_conversion_mapping(self._skeleton)
+        self._plan = self._skeleton._get_dtype_plan(dtype)  # what stays in fp32 whatever is asked for
+        self._keys = self._by_block()
+        self._check()
+
+    def __len__(self) -> int:
+        return len(self._blocks)
+
+    def bytes_of_block(self, i: int | None) -> int:
+        """What block `i` takes on disk; None: all that lies outside of the blocks."""
+        return sum(self.shards.tensors[key].nbytes for key in self._keys[i])
+
+    def rest(self) -> Any:
+        """The model in eval mode, all but its blocks loaded; its blocks stay on the meta device."""
+        model = skeleton.copy_of(self._skeleton, self._skeleton)
+        info = self._load(model, self._keys[None])
+        model.tie_weights(missing_keys=set(info.missing_keys), recompute_mapping=False)
+        for name, module in model.named_modules():
+            if block_of(f"{name}.", self.prefix) is None:
+                skeleton.initialize(model, name, module, self.device)
+        return model.eval().requires_grad_(False)
+
+    def block(self, i: int) -> nn.Module:
+        """Block `i` in eval mode, loaded; nobody else holds it. One thread at a time.
+
+        On CUDA its tensors are filled by the current stream, in whose memory they are. Raises PointError when a shard
+        cannot be read any more.
+        """
+        fresh, name = skeleton.copy_of(self._blocks[i], self._skeleton), f"{self.prefix}.{i}"
+        try:
+            self._load(self._skeleton, self._keys[i])
+            for inner, module in self._blocks[i].named_modules(prefix=name):
+                skeleton.initialize(self._skeleton, inner, module, self.device)
+            return self._blocks[i].eval().requires_grad_(False)
+        finally:
+            self._blocks[i] = self._skeleton.get_submodule(self.prefix)[i] = fresh
+
+    def whole(self) -> Any:
+        """The whole model, block by block, straight to the device."""
+        model = self.rest()
+        blocks = model.get_submodule(self.prefix)
+        for i in range(len(self)):
+            blocks[i] = self.block(i)
+        return model
+
+    def _load(self, model: Any, keys: Iterable[str], device: torch.device | None = None) -> Any:
+        """Converts what the shards hold under `keys` into the model's weights; `device` meta reads nothing.
+
+        Raises RequestError for what the headers tell, PointError for what happens while loading.
+        """
+        from transformers.core_model_loading import convert_and_load_state_dict_in_model
+        from transformers.modeling_utils import LoadStateDictConfig
+
+        device = device or self.device
+        values = {key: self._value(key, device) for key in keys}
+        config = LoadStateDictConfig(
+            dtype=self.dtype, dtype_plan=self._plan, device_map={"": device}, weight_mapping=self._mapping
+        )
+        with _quiet():
+            info, _ = convert_and_load_state_dict_in_model(model, values, config)
+        if info.conversion_errors:
+            key, error = next(iter(info.conversion_errors.items()))
+            kind = RequestError if device.type == "meta" else PointError
+            raise kind(f"{self.path}: {key} cannot be made of the tensors stored for it: {_last_line(error)}")
+        for key, found, wanted in sorted(info.mismatched_keys):
+            raise RequestError(f"{self.path}: {key} is {list(found)} there and {list(wanted)} in the configured model")
+        return info
+
+    def _value(self, key: str, device: torch.device) -> Any:
+        if device.type != "meta":
+            return Lazy(self.shards, key, device)
+        stored = self.shards.tensors[key]
+        return torch.empty(stored.shape, dtype=stored.dtype, device="meta")
+
+    def _by_block(self) -> dict[int | None, list[str]]:
+        """The shards' keys by the block that they end up in; None: outside of the blocks."""
+        from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+        renamings = [entry for entry in self._mapping if isinstance(entry, WeightRenaming)]
+        converters = [entry for entry in self._mapping if isinstance(entry, WeightConverter)]
+        wanted, base = self._skeleton.state_dict(), self._skeleton.base_model_prefix
+        keys: dict[int | None, list[str]] = defaultdict(list)
+        for key in self.shards.tensors:
+            name, _ = rename_source_key(key, renamings, converters, base, wanted)
+            if name not in wanted and key in wanted:
+                name = key  # as the conversion does
+            keys[block_of(name, self.prefix) if name in wanted else None].append(key)
+        return keys
+
+    def _check(self) -> None:
+        """Raises RequestError unless the headers' names and shapes make this model, no more and no less.
+
+        Of blocks that are alike, in the headers and in the model, one is converted: a mixture has tens of thousands of
+        tensors, at a fraction of a millisecond each.
+        """
+        alike: dict[Any, int] = {}
+        for i, block in enumerate(self._blocks):
+            wanted = tuple((name, tensor.shape) for name, tensor in block.state_dict().items())
+            alike.setdefault((wanted, self._stored(i)), i)
+        chosen = {None, *alike.values()}
+        info = self._load(self._skeleton, [k for i in chosen for k in self._keys[i]], torch.device("meta"))
+        info.missing_keys = {key for key in info.missing_keys if block_of(key, self.prefix) in chosen}
+        for tied, source in self._skeleton.all_tied_weights_keys.items():
+            if not {tied, source} <= info.missing_keys:
+                info.missing_keys -= {tied, source}
+        self._skeleton._adjust_missing_and_unexpected_keys(info)  # removes what the model says may be ignored
+        for has, keys in (("lacks", info.missing_keys), ("has", info.unexpected_keys)):
+            if keys:
+                more = f" and {len(keys) - 1} more" if len(keys) > 1 else ""
+                but = ", which the configured model has" if has == "lacks" else ", which the configured model has not"
+                raise RequestError(f"{self.path} {has} {min(keys)}{more}{but}")
+
+    def _stored(self, i: int) -> frozenset:
+        """What the headers tell of block `i`, its number taken out of the names."""
+        number = re.compile(rf"(^|\.){i}\.")
+        return frozenset(
+            (number.sub(".*.", key, count=1), self.shards.tensors[key].shape, self.shards.tensors[key].dtype)
+            for key in self._keys[i]
+        )
+
+
+def _skeleton(path: Path, dtype: torch.dtype, trust_remote_code: bool) -> Any:
+    """The model on the meta device; raises RequestError when the configuration makes none."""
+    from transformers import AutoConfig
+
+    try:
+        with _quiet():
+            config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=trust_remote_code)
+            if getattr(config, "quantization_config", None) is not None:
+                method = dict(config.quantization_config).get("quant_method", "an unknown method")
+                raise RequestError(f"{path} is quantized already, with {method}: it has no 16-bit weights to read")
+            return skeleton.make(config, dtype, trust_remote_code=trust_remote_code)
+    except RequestError:
+        raise
+    except Exception as error:
+        raise RequestError(f"cannot make a causal language model of {path}/config.json: {_line(error)}") from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' progress bars: one block is no progress to speak of."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+def _line(error: Exception) -> str:
+    return re.sub(r"\s+", " ", (str(error).strip().splitlines() or [type(error).__name__])[0])[:200].rstrip(".")
+
+
+def _last_line(text: str) -> str:
+    return (str(text).strip().splitlines() or ["unknown"])[-1][:200]

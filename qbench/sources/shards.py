@@ -1,0 +1,205 @@
+"""Reads single tensors of a folder's safetensors shards, straight to where they are wanted.
+
+The format: 8 bytes, little endian, the length of a JSON header; the header, which gives every tensor's dtype, shape and
+place; the bytes of the tensors. https://github.com/huggingface/safetensors#format. Headers are read and checked when
+the folder is opened. Tensors are read when they are asked for, with `preadv` and not through a memory map: pages of a
+map count as the process' memory for as long as it exists, and faulting them in is slower than reading.
+
+    disk --preadv--> the tensor itself                               on a CPU
+    disk --preadv--> ring of pinned chunks --the stream--> tensor    on a GPU, several threads at a time
+
+Nothing of it waits for the kernels that run meanwhile, if the current stream is not theirs (ahead.py).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import mmap
+import os
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qbench.errors import PointError, RequestError
+
+CHUNK_BYTES = 16 << 20
+CHUNKS = 8  # transformers converts weights in four threads: each can fill one chunk while another one leaves
+SMALL_BYTES = 1 << 20  # tensors that malloc may keep the memory of
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+INDEX = "model.safetensors.index.json"
+
+
+@dataclass(frozen=True)
+class Stored:
+    """One tensor on disk: `nbytes` from the byte `start` of its file on."""
+
+    file: Path
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int
+    nbytes: int
+
+
+class Shards:
+    """The tensors of a folder by name; `bytes_read` counts what has come off the disk so far.
+
+    Raises RequestError, with one sentence, when a shard is absent, truncated or no safetensors file.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.tensors: dict[str, Stored] = {}
+        self.bytes_read = 0
+        self._files: dict[Path, Any] = {}
+        self._lock = threading.Lock()
+        self._ring: SimpleQueue[tuple[Tensor, torch.cuda.Event | None]] | None = None
+        for file in _shards(folder):
+            for name, stored in _header(file).items():
+                if name in self.tensors:
+                    raise RequestError(f"{folder}: {name} is both in {self.tensors[name].file.name} and in {file.name}")
+                self.tensors[name] = stored
+
+    def read(self, name: str, device: torch.device) -> Tensor:
+        """The tensor on `device`, filled by its current stream. May be called from several threads.
+
+        Raises PointError when the file cannot be read any more, and when the device has no room.
+        """
+        stored = self.tensors[name]
+        try:
+            target = _empty(stored.nbytes, device)
+        except (RuntimeError, OSError) as error:
+            reason = str(error).strip().partition("\n")[0]
+            raise PointError(f"{name}, {stored.nbytes / 1e6:.1f} MB, has no room on {device}: {reason}") from error
+        if device.type == "cpu":
+            self._fill(target, stored, 0)
+        else:
+            for begin in range(0, stored.nbytes, CHUNK_BYTES):
+                self._send(target[begin : begin + CHUNK_BYTES], stored, begin)
+        return target.view(stored.dtype).view(stored.shape)
+
+    def _send(self, target: Tensor, stored: Stored, begin: int) -> None:
+        ring = self._chunks()
+        chunk, free = ring.get()
+        try:
+            if free is not None:
+                free.synchronize()
+            staged = chunk[: target.numel()]
+            self._fill(staged, stored, begin)
+            target.copy_(staged, non_blocking=True)
+            free = torch.cuda.current_stream(target.device).record_event() if target.is_cuda else None
+        finally:
+            ring.put((chunk, free))
+
+    def _fill(self, target: Tensor, stored: Stored, begin: int) -> None:
+        """Reads into a host tensor of bytes, from the byte `begin` of what is stored on."""
+        view, done = memoryview(target.numpy()), 0
+        while done < len(view):
+            try:
+                got = os.preadv(self._open(stored.file), [view[done:]], stored.start + begin + done)
+            except OSError as error:
+                raise PointError(f"{stored.file} cannot be read: {error.strerror}") from error
+            if got == 0:
+                raise PointError(f"{stored.file} has become shorter since it was opened")
+            done += got
+        with self._lock:
+            self.bytes_read += done
+
+    def _open(self, file: Path) -> int:
+        with self._lock:
+            if file not in self._files:
+                self._files[file] = file.open("rb", buffering=0)
+            return self._files[file].fileno()
+
+    def _chunks(self) -> SimpleQueue:
+        with self._lock:
+            if self._ring is None:
+                self._ring = SimpleQueue()
+                for _ in range(CHUNKS):
+                    chunk = torch.empty(CHUNK_BYTES, dtype=torch.uint8, pin_memory=torch.cuda.is_available())
+                    self._ring.put((chunk, None))
+            return self._ring
+
+
+class Lazy:
+    """A tensor that is read when transformers' weight conversion asks for it as `lazy[...]`, in a thread of its own."""
+
+    def __init__(self, shards: Shards, name: str, device: torch.device) -> None:
+        self._shards, self._name, self._device = shards, name, device
+        self._stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
+
+    def __getitem__(self, key: Any) -> Tensor:
+        if self._stream is not None:
+            # For good: the thread casts next, and a cast on another stream would not wait for the copy. It is a thread
+            # of transformers' pool for this conversion, or the one that made this object and has the same stream.
+            torch.cuda.set_stream(self._stream)
+        return self._shards.read(self._name, self._device)
+
+
+def _shards(folder: Path) -> list[Path]:
+    """The files that transformers would read: one model.safetensors, or what the index lists."""
+    if (folder / "model.safetensors").is_file():
+        return [folder / "model.safetensors"]
+    index = folder / INDEX
+    if not index.is_file():
+        raise RequestError(f"{folder} has neither model.safetensors nor {INDEX}")
+    try:
+        listed = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        names = sorted(set(listed.values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise RequestError(f"{index} is not an index of safetensors shards: it needs a weight_map") from error
+    for name in names:
+        if not (folder / name).is_file():
+            raise RequestError(f"{folder} lacks the shard {name}, which {INDEX} lists")
+    return [folder / name for name in names]
+
+
+def _header(file: Path) -> dict[str, Stored]:
+    size = file.stat().st_size
+    with file.open("rb") as opened:
+        length = int.from_bytes(opened.read(8), "little")
+        if length > size - 8:
+            raise RequestError(f"{file} is truncated or no safetensors file: no header fits into its {size} bytes")
+        try:
+            entries = json.loads(opened.read(length))
+            entries.pop("__metadata__", None)
+            found = {name: _stored(file, entry, 8 + length) for name, entry in entries.items()}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise RequestError(f"{file} has no readable safetensors header: {error}") from error
+    needed = max((stored.start + stored.nbytes for stored in found.values()), default=8 + length)
+    if needed != size:
+        word = "is truncated" if size < needed else "is too long"
+        raise RequestError(f"{file} {word}: its header tells of {needed} bytes, and it has {size}")
+    return found
+
+
+def _stored(file: Path, entry: dict[str, Any], data: int) -> Stored:
+    dtype, shape = DTYPES[entry["dtype"]], tuple(entry["shape"])
+    begin, end = entry["data_offsets"]
+    if end - begin != math.prod(shape) * dtype.itemsize or begin < 0:
+        raise ValueError(f"{entry} does not add up")
+    return Stored(file, dtype, shape, data + begin, end - begin)
+
+
+def _empty(nbytes: int, device: torch.device) -> Tensor:
+    """Bytes, in host memory such that they go back to the system with the tensor; malloc keeps most of what it gets."""
+    if device.type != "cpu" or nbytes < SMALL_BYTES:
+        return torch.empty(nbytes, dtype=torch.uint8, device=device)
+    return torch.frombuffer(mmap.mmap(-1, nbytes), dtype=torch.uint8)

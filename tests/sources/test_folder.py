@@ -1,0 +1,209 @@
+"""A folder, a block at a time: every tensor has from_pretrained's bits, and what is wrong is known before reading."""
+
+import json
+import os
+from contextlib import closing
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from qbench.errors import PointError, RequestError
+from qbench.model.blocks import NotAChainError
+from qbench.passes.chain import Chain
+from qbench.sources.ahead import ahead
+from qbench.sources.folder import Folder
+from tests.passes.architectures import CHAINS, build
+from tests.sources.cases import CPU, assert_same, save, tensors
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", CHAINS)
+def test_every_tensor_has_the_bits_of_from_pretrained(name, dtype, tmp_path):
+    folder = save(name, tmp_path)
+    assert len(list(folder.glob("*.safetensors"))) > 3
+    expected = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+    source = Folder(folder, dtype, CPU)
+    assert source.shards.bytes_read == 0
+    model = source.rest()
+    assert source.shards.bytes_read == source.bytes_of_block(None)
+    rest = {n: t for n, t in tensors(model).items() if not n.startswith(source.prefix)}
+    assert_same(rest, {n: t for n, t in tensors(expected).items() if not n.startswith(source.prefix)})
+    for i in (*range(len(source)), 0):  # the first one again
+        before = source.shards.bytes_read
+        block = source.block(i)
+        assert source.shards.bytes_read - before == source.bytes_of_block(i)
+        assert_same(tensors(block), tensors(expected.get_submodule(f"{source.prefix}.{i}")))
+        assert not block.training
+        assert all(t.is_meta for t in tensors(model.get_submodule(f"{source.prefix}.{i}")).values())
+    ids = torch.arange(40).view(2, 20)
+    chain = Chain.of(model)
+    states, calls = chain.begin(ids)
+    with closing(ahead(source.block, range(len(source)), CPU)) as blocks:
+        for i, block in blocks:
+            states = chain.block(i, states, calls, block)
+    assert torch.equal(chain.finish(states, ids), expected(ids, use_cache=False).logits)
+
+
+def test_the_whole_model_is_what_from_pretrained_gives(tmp_path):
+    folder = save("Qwen3Moe", tmp_path, tie_word_embeddings=True)
+    expected = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    model = Folder(folder, torch.float32, CPU).whole()
+    assert_same(tensors(model), tensors(expected))
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    model.set_attn_implementation("eager")  # reaches the blocks, which share the configuration
+    assert {layer.self_attn.config._attn_implementation for layer in model.model.layers} == {"eager"}
+
+
+@pytest.mark.parametrize("equal", [True, False])
+def test_a_head_that_is_stored_beside_the_embedding_is_tied_if_it_is_the_same(equal, tmp_path):
+    folder = save("Llama", tmp_path, tie_word_embeddings=True)
+    rewrite(folder, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"] + (0 if equal else 1)}))
+    expected = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    model = Folder(folder, torch.float32, CPU).rest()
+    assert torch.equal(model.lm_head.weight, expected.lm_head.weight)
+    assert (model.lm_head.weight is model.model.embed_tokens.weight) == equal
+
+
+def rewrite(folder, change):
+    """Stores the folder's tensors in one file after `change` of the dictionary that holds them."""
+    held = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        held |= load_file(file)
+        file.unlink()
+    (folder / "model.safetensors.index.json").unlink(missing_ok=True)
+    change(held)
+    save_file({name: tensor.clone() for name, tensor in held.items()}, folder / "model.safetensors")
+
+
+def drop(*names):
+    return lambda held: [held.pop(name) for name in names]
+
+
+def put(name, *shape):
+    return lambda held: held.update({name: torch.zeros(shape)})
+
+
+EXPERT = "model.layers.1.mlp.experts.2"
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "sentence"),
+    [
+        ("Llama", drop("model.layers.1.mlp.up_proj.weight"), "lacks model.layers.1.mlp.up_proj.weight, which the conf"),
+        ("Llama", drop("model.norm.weight", "lm_head.weight"), "lacks lm_head.weight and 1 more, which the conf"),
+        (
+            "Llama",
+            put("model.layers.2.mlp.extra", 3),
+            "has model.layers.2.mlp.extra, which the configured model has not",
+        ),
+        ("Llama", put("model.layers.3.mlp.up_proj.weight", 3), "has model.layers.3.mlp.up_proj.weight, which the conf"),
+        ("Llama", put("model.norm.weight", 3), r"model.norm.weight is \[3\] there and \[64\] in the configured model"),
+        (
+            "Llama",
+            put("model.layers.0.mlp.up_proj.weight", 4, 4),
+            r"mlp.up_proj.weight is \[4, 4\] there and \[128, ",
+        ),
+        (
+            "Qwen3Moe",
+            drop(f"{EXPERT}.down_proj.weight"),
+            r"1.mlp.experts.down_proj is \[3, 64, 32\] there and \[4, ",
+        ),
+        ("Qwen3Moe", drop(f"{EXPERT}.up_proj.weight"), "1.mlp.experts.gate_up_proj cannot be made of the tensors stor"),
+        ("Mixtral", put("model.layers.1.block_sparse_moe.experts.2.w2.weight", 4, 4), "1.mlp.experts.down_proj cannot"),
+    ],
+)
+def test_what_does_not_fit_the_configuration_is_named_before_anything_is_read(name, change, sentence, tmp_path):
+    folder = save(name, tmp_path)
+    rewrite(folder, change)
+    with pytest.raises(RequestError, match=sentence) as caught:
+        Folder(folder, torch.float32, CPU)
+    assert "\n" not in str(caught.value)
+
+
+def test_what_the_model_ignores_is_ignored(tmp_path):
+    folder = save("GPT2", tmp_path)
+    rewrite(folder, put("transformer.h.1.attn.bias", 1, 1, 8, 8))
+    expected = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    assert_same(tensors(Folder(folder, torch.float32, CPU).whole()), tensors(expected.requires_grad_(False)))
+
+
+def shorten(folder):
+    file = sorted(folder.glob("*.safetensors"))[2]
+    os.truncate(file, file.stat().st_size - 10)
+
+
+def hide(folder):
+    sorted(folder.glob("*.safetensors"))[2].unlink()
+
+
+def double(folder):
+    first, second, *_ = sorted(folder.glob("*.safetensors"))
+    second.write_bytes(first.read_bytes())
+
+
+def configure(**settings):
+    def change(folder):
+        file = folder / "config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | settings))
+
+    return change
+
+
+def overwrite(pattern, content):
+    return lambda folder: sorted(folder.glob(pattern))[0].write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (shorten, r"model-00003-of-\d+.safetensors is truncated: its header tells of \d+ bytes, and it has \d+$"),
+        (hide, r"lacks the shard model-00003-of-\d+.safetensors, which model.safetensors.index.json lists$"),
+        (double, r"\w+.weight is both in model-00001-of-\d+.safetensors and in model-00002-of-\d+.safetensors$"),
+        (overwrite("*.safetensors", b"a page of HTML, which is no model"), "is truncated or no safetensors file"),
+        (overwrite("*.safetensors", b"\3" + b"\0" * 7 + b"[1]"), "has no readable safetensors header"),
+        (overwrite("*.safetensors", b""), "is truncated or no safetensors file: no header fits into its 0 bytes"),
+        (overwrite("*.index.json", b"{}"), "is not an index of safetensors shards: it needs a weight_map"),
+        (lambda folder: (folder / "model.safetensors.index.json").unlink(), "has neither model.safetensors nor model"),
+        (overwrite("config.json", b"{}"), "cannot make a causal language model of"),
+        (configure(quantization_config={"quant_method": "fp8"}), "is quantized already, with fp8"),
+    ],
+)
+def test_a_folder_that_is_no_complete_model_is_refused_in_one_sentence(change, sentence, tmp_path):
+    folder = save("Llama", tmp_path)
+    change(folder)
+    with pytest.raises(RequestError, match=sentence) as caught:
+        Folder(folder, torch.float32, CPU)
+    assert "\n" not in str(caught.value)
+
+
+def test_blocks_that_share_weights_are_refused(tmp_path):
+    build("Zamba2").save_pretrained(tmp_path)
+    with pytest.raises(NotAChainError, match="Zamba2ForCausalLM"):
+        Folder(tmp_path, torch.float32, CPU)
+
+
+def test_a_shard_that_shrinks_while_it_is_read_is_said_and_the_source_stays_usable(tmp_path):
+    folder = save("Llama", tmp_path)
+    source = Folder(folder, torch.float32, CPU)
+    [file] = {source.shards.tensors[f"model.layers.1.{n}.weight"].file for n in ["mlp.up_proj"]}
+    content = file.read_bytes()
+    os.truncate(file, 200)
+    with pytest.raises(PointError, match="has become shorter since it was opened"):
+        source.block(1)
+    file.write_bytes(content)
+    expected = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    assert_same(tensors(source.block(1)), tensors(expected.model.layers[1].requires_grad_(False)))
+
+
+def test_a_device_that_is_full_is_said(tmp_path, monkeypatch):
+    source = Folder(save("Llama", tmp_path), torch.float32, CPU)
+
+    def full(*_):
+        raise torch.OutOfMemoryError("out of memory\nand more")
+
+    monkeypatch.setattr("qbench.sources.shards._empty", full)
+    with pytest.raises(PointError, match=r"^model\.layers\.\d\.\S+, \d\.\d MB, has no room on cpu: out of memory$"):
+        source.block(0)

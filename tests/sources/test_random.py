@@ -1,0 +1,92 @@
+"""Random weights of real shapes: the published sizes, blocks that depend on nothing but the seed, and a chain."""
+
+import pytest
+import torch
+
+from qbench.errors import RequestError
+from qbench.passes.chain import Chain
+from qbench.sources import skeleton
+from qbench.sources.ahead import ahead
+from qbench.sources.random import Random
+from qbench.sources.shapes import SHAPES, configuration
+from tests.sources.cases import CPU, assert_same, gpu, needs_cuda, tensors
+
+# as the Hub shows for each repository, the head that is tied to the embedding counted once
+PARAMETERS = {
+    "smollm2-135m": 134_515_008,
+    "llama-3.1-8b": 8_030_261_248,
+    "qwen3-0.6b": 596_049_920,
+    "qwen3-8b": 8_190_735_360,
+    "qwen3-30b-a3b": 30_532_122_624,
+    "qwen3-235b-a22b": 235_093_634_560,
+    "mixtral-8x7b": 46_702_792_704,
+    "deepseek-v2-lite": 15_706_484_224,
+    "deepseek-v2.5": 235_741_434_880,
+}
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_every_shape_has_the_published_number_of_parameters(name):
+    model = skeleton.make(configuration(name), torch.bfloat16)
+    assert sum(parameter.numel() for parameter in model.parameters()) == PARAMETERS[name]
+
+
+def test_a_block_depends_on_the_seed_and_its_number_alone():
+    torch.manual_seed(1)
+    source = Random("smollm2-135m", 0, torch.bfloat16, CPU, layers=3)
+    state = torch.get_rng_state()
+    one, two = source.block(1), source.block(2)
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(2)
+    again = Random("smollm2-135m", 0, torch.bfloat16, CPU)
+    assert len(again) == 30
+    assert_same(tensors(again.block(2)), tensors(two))
+    assert_same(tensors(source.block(1)), tensors(one))
+    assert not torch.equal(one.mlp.up_proj.weight, two.mlp.up_proj.weight)
+    assert not torch.equal(one.self_attn.k_proj.weight, one.self_attn.v_proj.weight)
+    other = Random("smollm2-135m", 1, torch.bfloat16, CPU).block(1)
+    assert not torch.equal(one.mlp.up_proj.weight, other.mlp.up_proj.weight)
+    assert one.input_layernorm.weight.unique().tolist() == [1]
+    assert one.mlp.up_proj.weight.float().std().item() == pytest.approx(0.02, rel=0.01)
+
+
+def test_it_is_a_chain_that_runs():
+    source = Random("smollm2-135m", 0, torch.float32, CPU, layers=2)
+    model = source.rest()
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert source.bytes_of_block(None) == 4 * (49152 * 576 + 576)
+    chain = Chain.of(model)
+    ids = torch.tensor([[1, 2, 3, 4]])
+    states, calls = chain.begin(ids)
+    for i, block in ahead(source.block, range(len(source)), CPU):
+        states = chain.block(i, states, calls, block)
+    logits = chain.finish(states, ids)
+    assert logits.shape == (1, 4, 49152)
+    for i in range(2):
+        model.model.layers[i] = source.block(i)
+    assert torch.equal(model(ids).logits, logits)
+
+
+def test_what_is_not_known_is_refused():
+    with pytest.raises(RequestError, match=r"unknown model.shape 'qwen3-8'; did you mean 'qwen3-8b'\?"):
+        Random("qwen3-8", 0, torch.float32, CPU)
+    for layers in (0, 37):
+        with pytest.raises(
+            RequestError, match=f"model.layers={layers} must be between 1 and 36, the layers of qwen3-8b"
+        ):
+            Random("qwen3-8b", 0, torch.float32, CPU, layers)
+
+
+@gpu
+@needs_cuda
+def test_a_mixture_too_large_for_the_gpu_streams_through_it():
+    source = Random("deepseek-v2.5", 0, torch.bfloat16, torch.device("cuda"))
+    chain = Chain.of(source.rest())
+    ids = torch.arange(512, device="cuda").view(2, 256)
+    states, calls = chain.begin(ids)
+    torch.cuda.reset_peak_memory_stats()
+    rest = torch.cuda.memory_allocated()
+    for i, block in ahead(source.block, range(6), torch.device("cuda")):
+        states = chain.block(i, states, calls, block)
+        assert states.isfinite().all()
+    assert torch.cuda.max_memory_allocated() - rest < 2.2 * source.bytes_of_block(5)
