@@ -1,9 +1,9 @@
 """Hydra entry point: `python -m qbench [-m] [--dry-run] [GROUP=OPTION ...] [KEY=VALUE ...]`.
 
-Progress and a readable summary go to stderr; the last line on stdout is one JSON object, the point's summary or, with
--m, the sweep's. Exit status: 0 done, 1 a point failed (its result says why), 2 the request is wrong. Nothing heavy is
-imported until a point really runs, so `--help` and a typo are answered at once. A sweep starts the process of each of
-its points as `python -m qbench --point FILE`.
+Progress and a readable summary go to stderr; the last line on stdout is one JSON object: the point's summary, with -m
+the sweep's, and of a request that is refused the sentence that stderr has. Exit status: 0 done, 1 a point failed (its
+result says why), 2 the request is wrong. Nothing heavy is imported until a point really runs, so `--help` and a typo
+are answered at once. A sweep starts the process of each of its points as `python -m qbench --point FILE`.
 """
 
 from __future__ import annotations
@@ -55,6 +55,7 @@ def main() -> int:
         return 130
     except PlanError as error:
         print("qbench:", error, file=sys.stderr)
+        _print_json({"status": "refused", "error": str(error)})
         return WRONG
     except RequestError as error:
         return _refuse(str(error))
@@ -66,9 +67,11 @@ def main() -> int:
         raise
     except Exception as error:
         if isinstance(error, OSError) and error.errno in FULL:
-            _refuse(f"there is no room to write {error.filename or 'a file'}: {error.strerror}")
+            sentence = f"there is no room to write {error.filename or 'a file'}: {error.strerror}"
         else:
-            _refuse(entry.unexpected(error))
+            sentence = entry.unexpected(error)
+        _say(sentence)
+        _print_json({"status": "failed", "error": sentence})
         return FAILED
 
 
@@ -141,7 +144,7 @@ def _answer(measure: Callable[[], Result]) -> int:
     except RequestError as error:
         return _refuse(str(error))
     except WriteError as error:  # who asked has at least what was measured
-        _refuse(str(error))
+        _say(str(error))
         _print_json(error.result.summary())
         return FAILED
     _print_json(result.summary())
@@ -153,8 +156,14 @@ def _print_json(value: dict[str, Any]) -> None:
         print(json.dumps(value), flush=True)
 
 
+def _say(message: str) -> str:
+    sentence = message.replace("\n", " ")  # a name may hold a line break
+    print("qbench:", sentence, file=sys.stderr)
+    return sentence
+
+
 def _refuse(message: str) -> int:
-    print("qbench:", message.replace("\n", " "), file=sys.stderr)  # a name may hold a line break
+    _print_json({"status": "refused", "error": _say(message)})
     return WRONG
 
 

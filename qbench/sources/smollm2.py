@@ -35,7 +35,7 @@ from qbench.errors import RequestError
 from qbench.record.lock import locked, remove_stale
 from qbench.sources import pretrained
 from qbench.sources.complete import require_complete
-from qbench.sources.source import LoadedModel
+from qbench.sources.source import LoadedModel, check_seed
 
 log = logging.getLogger(__name__)
 
@@ -55,6 +55,9 @@ class SmolLM2:
     original: ClassVar[bool] = True
     name: str = "smollm2-135m"
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_seed(self.seed)
 
     def named(self, given: Collection[str]) -> SmolLM2:
         return replace(self, name=f"{self.name}-seed{self.seed}") if "seed" in given and self.seed != 0 else self

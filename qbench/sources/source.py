@@ -87,3 +87,9 @@ class Source(Protocol):
         is known already: a large folder takes minutes to hash.
         """
         ...
+
+
+def check_seed(seed: int) -> None:
+    """Raises ValueError for a seed that torch's generators do not take."""
+    if not -(2**63) <= seed < 2**64:
+        raise ValueError(f"seed is a number of 64 bits, from {-(2**63)} to {2**64 - 1}; got {seed}")

@@ -11,7 +11,7 @@ import torch
 
 from qbench.errors import unknown
 from qbench.sources import pretrained
-from qbench.sources.source import LoadedModel
+from qbench.sources.source import LoadedModel, check_seed
 
 VERSION = 1
 ARCHITECTURES = ("dense", "moe")
@@ -26,6 +26,9 @@ class Random:
     name: str = "random"
     architecture: str = ""
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_seed(self.seed)
 
     def named(self, given: Collection[str]) -> Random:
         return replace(self, name=f"{self.name}-seed{self.seed}") if "seed" in given and self.seed != 0 else self
