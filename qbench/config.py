@@ -6,7 +6,8 @@ What a third party can bring is a mapping here. Its fields come from its YAML, s
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
@@ -56,15 +57,6 @@ class SpeedConfig:
 
 
 @dataclass
-class TrackerConfig:
-    name: str = "none"
-    project: str = "qbench"
-    entity: str | None = None
-    group: str | None = None
-    mode: str = "auto"
-
-
-@dataclass
 class Config:
     model: dict[str, Any] = field(default_factory=dict)
     quantizer: dict[str, Any] = field(default_factory=dict)
@@ -72,9 +64,18 @@ class Config:
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
     speed: SpeedConfig = field(default_factory=SpeedConfig)
-    tracker: TrackerConfig = field(default_factory=TrackerConfig)
+    tracker: dict[str, Any] = field(default_factory=dict)
     export: dict[str, Any] = field(default_factory=dict)
     outputs: str = "outputs"
+
+
+def from_container(values: Mapping[str, Any]) -> Config:
+    """The configuration from what `dataclasses.asdict` made of one, also by way of JSON."""
+    empty, parts = Config(), {}
+    for part in fields(Config):
+        kind = type(getattr(empty, part.name))
+        parts[part.name] = kind(**values[part.name]) if is_dataclass(kind) else values[part.name]
+    return Config(**parts)
 
 
 def register() -> None:

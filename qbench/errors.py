@@ -24,6 +24,14 @@ class RequestError(_OneSentenceError, ValueError):
     """What was asked for cannot be done: one sentence that says what is wrong and what would be right. Exit 2."""
 
 
+class PlanError(RequestError):
+    """Points of a sweep that cannot be served: a line for the sweep, and an indented one for each of them. Exit 2."""
+
+
+class SweepFailed(RuntimeError):  # noqa: N818
+    """Points of a sweep failed, and all of it has been said. Exit 1."""
+
+
 class PointError(_OneSentenceError, RuntimeError):
     """The point was a fair request and failed while running; its result records this sentence. Exit 1."""
 

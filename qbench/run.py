@@ -36,7 +36,7 @@ from qbench.record.result import Result
 from qbench.request.prepare import Prepared, prepare
 from qbench.sources.source import LoadedModel
 from qbench.sweep.share import gpu_of
-from qbench.track import wandb as wandb_tracker
+from qbench.track.tracker import harmless
 
 log = logging.getLogger(__name__)
 
@@ -57,11 +57,16 @@ class Clock:
 
 
 def run_point(config: Config, command: list[str]) -> Result:
+    """`run_prepared` of a point alone. Raises RequestError for a request that cannot be served."""
+    return run_prepared(prepare(config, command))
+
+
+def run_prepared(point: Prepared, group: str | None = None) -> Result:
     """Runs one point, or returns it from the store if it is already there; what fails while running is recorded.
 
-    Raises RequestError for a request that cannot be served; nothing is recorded then.
+    `group` is the name of the sweep that the point belongs to, for the tracker. Raises RequestError for a request that
+    turns out to be wrong once the model is here; nothing is recorded then.
     """
-    point = prepare(config, command)
     # the GPU before the point: a sweep's processes hold theirs when they come here, and may wait for the point
     gpu = gpu_of(point.device) if point.recorded() is None else nullcontext()
     with gpu, point.store.lock(f"point-{point.run_id}", f"point {point.run_id}"):
@@ -69,12 +74,14 @@ def run_point(config: Config, command: list[str]) -> Result:
         if result is not None:
             log.info("already recorded; runtime.rerun=true measures it again")
         else:
-            if point.export is not None and not config.runtime.rerun and point.store.load(point.run_id) is not None:
+            rerun = point.config.runtime.rerun
+            if point.export is not None and not rerun and point.store.load(point.run_id) is not None:
                 log.info("recorded, but export.dir needs the quantized model: the point is measured again")
             result = _run(point)
     kept = point.store.load(point.run_id)  # an earlier result, if measuring again failed: its run stays as well
-    if config.tracker.name == "wandb" and (kept is None or kept.status == result.status):
-        wandb_tracker.track(result, config.tracker, point.store.root)
+    if kept is None or kept.status == result.status:
+        with harmless(point.tracker):
+            point.tracker.point(result, point.store.root, group)
     return result
 
 

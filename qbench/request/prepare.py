@@ -26,9 +26,9 @@ from qbench.quant.quantizer import Quantizer
 from qbench.record.identity import Identity, identify
 from qbench.record.result import Result
 from qbench.record.store import Store, identity
-from qbench.registry import PROTOCOL, SOURCE, make, make_quantizer
+from qbench.registry import PROTOCOL, SOURCE, TRACKER, make, make_quantizer
 from qbench.sources.source import Source
-from qbench.track import wandb as wandb_tracker
+from qbench.track.tracker import Tracker
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,7 @@ class Prepared:
     model: Source
     pinned: dict[str, Any]  # of the model's settings, those that may move, as they are now
     exporter: Exporter
+    tracker: Tracker
 
     def recorded(self) -> Result | None:
         """The finished point if there is nothing left to do, else None.
@@ -110,8 +111,8 @@ def prepare(
     speed.check(config.speed)
     if isinstance(quantizer, Original) and config.runtime.offload and config.speed.name != "none":
         raise RequestError("quantizer=none with runtime.offload=true would time the copying of weights; use speed=none")
-    if config.tracker.name == "wandb":
-        wandb_tracker.check(config.tracker)
+    tracker = make(TRACKER, config.tracker)
+    tracker.check()
     store = Store(config.outputs)
     asked = model if "name" in (given := _given(command)) else model.named(given)
     model = asked.pinned()  # a branch moves, a point does not
@@ -149,6 +150,7 @@ def prepare(
         model=model,
         pinned=_changed(asked, model),
         exporter=exporter,
+        tracker=tracker,
     )
 
 

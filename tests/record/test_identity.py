@@ -41,7 +41,7 @@ CASES = [
     Case("another share to be covered", TINY, f"{TINY} runtime.min_coverage=0.5", 1),
     Case("threads", TINY, f"{TINY} runtime.threads=1", 1),
     Case("another folder of outputs", TINY, f"{TINY} outputs=elsewhere", 1),
-    Case("another tracker", TINY, f"{TINY} tracker.group=mine", 1),
+    Case("another tracker", TINY, f"{TINY} tracker=wandb tracker.group=mine", 1),
     Case("an export", TINY, f"{TINY} export.dir=exported", 1),
     Case("measured again", TINY, f"{TINY} runtime.rerun=true", 1),
     Case("auto, resolved", f"{TINY} runtime.device=cpu", f"{TINY} runtime.device=cpu runtime.dtype=float32", 1),
