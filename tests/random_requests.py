@@ -25,9 +25,9 @@ from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
-from qbench.catalog import GROUPS, options
 from qbench.config import Config
 from qbench.registry import quantizer_class, quantizer_names
+from qbench.request.options import GROUPS, options
 
 SECONDS = 60  # one request may take
 RUNS = 0.1  # of the requests are really run, on the tiny model; the others are planned

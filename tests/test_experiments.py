@@ -8,11 +8,11 @@ from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
-from qbench.catalog import options
 from qbench.config import register
 from qbench.evaluate import speed
 from qbench.registry import PROTOCOL, make, make_quantizer
 from qbench.report import published
+from qbench.request.options import options
 from tests.conftest import ROOT
 
 EXPERIMENTS = sorted(path.stem for path in (ROOT / "conf" / "experiment").glob("*.yaml"))

@@ -1,7 +1,7 @@
 """Block floating point: integers of a few bits with one shared exponent, a power of two, per group of channels.
 
 `W[o, i] = (code[o, i] - 2**(nbits - 1)) * 2**exponent[o, g(i)]`, the exponent in one byte. There is no kernel for it:
-layers dequantize it, which every GPU and CPU can do, and results call that backend `dequantize`.
+layers dequantize it, which every GPU and CPU can do, and results call that backend `dequantize + matmul`.
 """
 
 from __future__ import annotations

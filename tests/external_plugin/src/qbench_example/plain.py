@@ -1,4 +1,4 @@
-"""export.format=plain: what transformers loads without qbench, the quantized weights written out in the model's dtype."""
+"""export.format=plain: what transformers loads without qbench, the weights dequantized to the model's dtype."""
 
 from __future__ import annotations
 
