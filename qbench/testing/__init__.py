@@ -3,7 +3,16 @@
 from qbench.testing import QuantizerConformance
 """
 
+from qbench.testing.formats import FormatConformance
 from qbench.testing.quantizers import QuantizerConformance, correlated_inputs, gaussian, same, statistics_of
 from qbench.testing.trackers import TrackerConformance
 
-__all__ = ["QuantizerConformance", "TrackerConformance", "correlated_inputs", "gaussian", "same", "statistics_of"]
+__all__ = [
+    "FormatConformance",
+    "QuantizerConformance",
+    "TrackerConformance",
+    "correlated_inputs",
+    "gaussian",
+    "same",
+    "statistics_of",
+]
