@@ -3,6 +3,16 @@
 from qbench.testing import QuantizerConformance
 """
 
+from qbench.testing.exporters import ExporterConformance
 from qbench.testing.quantizers import QuantizerConformance, correlated_inputs, gaussian, same, statistics_of
+from qbench.testing.sources import SourceConformance
 
-__all__ = ["QuantizerConformance", "correlated_inputs", "gaussian", "same", "statistics_of"]
+__all__ = [
+    "ExporterConformance",
+    "QuantizerConformance",
+    "SourceConformance",
+    "correlated_inputs",
+    "gaussian",
+    "same",
+    "statistics_of",
+]
