@@ -3,6 +3,7 @@
 from qbench.testing import QuantizerConformance
 """
 
+from qbench.testing.protocols import ProtocolConformance
 from qbench.testing.quantizers import QuantizerConformance, correlated_inputs, gaussian, same, statistics_of
 
-__all__ = ["QuantizerConformance", "correlated_inputs", "gaussian", "same", "statistics_of"]
+__all__ = ["ProtocolConformance", "QuantizerConformance", "correlated_inputs", "gaussian", "same", "statistics_of"]
