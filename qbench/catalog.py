@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import sys
 
-from rich.console import Console
-from rich.table import Table
-
 from qbench import entry
 from qbench.registry import quantizer_names
 from qbench.request.options import GROUPS, options
 
 
-class _Console(Console):
-    def on_broken_pipe(self) -> None:
-        raise BrokenPipeError  # rich would exit with 1; `| head` has seen enough
-
-
 def main() -> int:
-    console = _Console(width=None if sys.stdout.isatty() else 160)
+    from rich.console import Console  # here: the command line asks this module for options, and prints no tables
+    from rich.table import Table
+
+    class Shown(Console):
+        def on_broken_pipe(self) -> None:
+            raise BrokenPipeError  # rich would exit with 1; `| head` has seen enough
+
+    console = Shown(width=None if sys.stdout.isatty() else 160)
     registered = set(quantizer_names())
     for group in GROUPS:
         table = Table(title=f"{group}=", title_justify="left", show_header=False, box=None)

@@ -4,7 +4,6 @@ from functools import cache
 
 import pytest
 from hydra import compose, initialize_config_module
-from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
@@ -13,6 +12,7 @@ from qbench.evaluate import speed
 from qbench.registry import PROTOCOL, make, make_quantizer
 from qbench.report import published
 from qbench.request.options import options
+from qbench.sweep.plan import combinations
 from tests.conftest import ROOT
 
 EXPERIMENTS = sorted(path.stem for path in (ROOT / "conf" / "experiment").glob("*.yaml"))
@@ -34,7 +34,7 @@ def points(experiment):
             if models != [""]:
                 product["model"] = models[0]
             parsed = OverridesParser.create().parse_overrides([f"{key}={value}" for key, value in product.items()])
-            for overrides in BasicSweeper.split_arguments(parsed, None)[0]:
+            for overrides in combinations(parsed):
                 config = OmegaConf.to_object(compose("config", [f"experiment={experiment}", *overrides]))
                 found.append((models if models != [""] else [config.model["name"]], config))
     return found

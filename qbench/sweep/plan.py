@@ -60,13 +60,13 @@ def expand(arguments: list[str], hydra: DictConfig, loader: ConfigLoader) -> lis
         for override in overrides:
             if override.is_sweep_override() and override.get_key_element() == "experiment":
                 raise RequestError("one experiment at a time: an experiment is a sweep already")
-        found += [tuple(spelled_out(point)) for point in _product(overrides)]
+        found += [tuple(spelled_out(point)) for point in combinations(overrides)]
     if not found:
         raise RequestError(f"{' '.join(arguments)} chooses no point: a glob(...) that matches none of its options")
     return list(dict.fromkeys(found))
 
 
-def _product(overrides: Sequence[Override]) -> Iterator[tuple[str, ...]]:
+def combinations(overrides: Sequence[Override]) -> Iterator[tuple[str, ...]]:
     """Every combination of the values of each key; one that is named twice has its later values, in its first place."""
     choices: dict[str, list[str]] = {}
     for override in overrides:

@@ -17,6 +17,7 @@ from qbench.report.gate.compare import compare
 from qbench.report.gate.file import GateFile, Limits
 from qbench.request.prepare import Prepared, prepare
 from tests.report import examples
+from tests.track import wandb_stub
 
 
 @dataclass(frozen=True)
@@ -104,6 +105,8 @@ def ask(folder, monkeypatch, tmp_path):
 
     def call(words: str, **functions) -> Prepared:
         overrides = [f"outputs={tmp_path}", *words.split()]
+        if "tracker=wandb" in overrides:
+            wandb_stub.install(monkeypatch)
         with initialize_config_module("qbench.conf", version_base="1.3"):
             config = OmegaConf.to_object(compose("config", overrides=overrides))
         return prepare(config, overrides, **functions)

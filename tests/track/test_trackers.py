@@ -1,4 +1,4 @@
-"""The built-in trackers pass the conformance suite, wandb with its stand-in, and are told of runs and sweeps."""
+"""The built-in trackers pass the conformance suite, wandb with its stand-in."""
 
 import pytest
 

@@ -115,6 +115,18 @@ def test_sweep_summary_holds_the_leaderboard_and_the_plot(tmp_path, caplog, monk
     assert run.logged[key].image.format == "PNG"
 
 
+@pytest.mark.parametrize(
+    ("own", "environment", "sweep", "group"),
+    [(None, None, None, None), (None, None, "s", "s"), (None, "env", "s", "env"), ("mine", "env", "s", "mine")],
+)
+def test_the_group_of_a_run(tmp_path, monkeypatch, runs, own, environment, sweep, group):
+    monkeypatch.delenv("WANDB_RUN_GROUP", raising=False)
+    if environment is not None:
+        monkeypatch.setenv("WANDB_RUN_GROUP", environment)
+    replace(OFFLINE, group=own).point(example(), tmp_path, sweep)
+    assert runs[0].about["group"] == group
+
+
 def test_the_same_sweep_again_is_the_same_run(tmp_path, runs):
     OFFLINE.sweep(sweep(), tmp_path, NAME)
     OFFLINE.sweep(sweep()[::-1], tmp_path, NAME)
