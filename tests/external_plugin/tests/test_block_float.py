@@ -1,12 +1,15 @@
-"""A block float is what its formula says, and comes back from its description and its tensors."""
-
-import json
+"""A block float keeps qbench's contracts and is what its formula says."""
 
 import torch
 from qbench_example.block_float import BlockFloat
 from qbench_example.pow2 import Pow2
 
-from qbench.testing import gaussian
+from qbench.testing import FormatConformance
+
+
+class TestBlockFloat(FormatConformance):
+    def make(self, generator, shape):
+        return Pow2(nbits=3).quantize_one(torch.randn(shape, generator=generator))
 
 
 def test_the_formula():
@@ -15,19 +18,3 @@ def test_the_formula():
     assert weight.dequantize().tolist() == [[-8 / 4, 0.0, 7 * 2, 1 * 2]]
     assert weight.stored_bytes() == {"codes": 2, "exponent": 2}
     assert weight.bits_per_weight == 8
-
-
-def test_it_comes_back_from_its_description():
-    weight = Pow2(nbits=3, group_size=32).quantize_one(gaussian(16, 100))
-    again = BlockFloat.rebuild(json.loads(json.dumps(weight.describe())), weight.tensors())
-    assert torch.equal(again.dequantize(), weight.dequantize())
-    assert again.describe() == weight.describe()
-
-
-def test_a_stack_is_its_matrices():
-    weights = [Pow2().quantize_one(gaussian(16, 128, seed)) for seed in range(3)]
-    stack = BlockFloat.stack(weights)
-    assert stack.shape == (3, 16, 128)
-    for index, weight in enumerate(weights):
-        assert torch.equal(stack.dequantize()[index], weight.dequantize())
-        assert torch.equal(stack.select(index).dequantize(), weight.dequantize())

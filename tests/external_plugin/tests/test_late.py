@@ -1,4 +1,4 @@
-"""The last half of each window is scored, and nothing else."""
+"""The protocol keeps qbench's contracts: the last half of each window is scored, and nothing else."""
 
 import numpy as np
 import torch
@@ -6,6 +6,21 @@ from qbench_example.late import LateWindows
 
 from qbench.config import RuntimeConfig
 from qbench.sources.tiny import build
+from qbench.testing import ProtocolConformance
+
+
+class TestLate(ProtocolConformance):
+    protocol = LateWindows
+    changing = ({"window": 32}, {"max_windows": 2})
+    nonsense = ({"window": 0}, {"max_windows": 0})
+
+    def settings(self):
+        return {"name": "text", "window": 64, "max_windows": 3}
+
+    def text(self, folder, seed):
+        words = np.random.default_rng(seed).integers(0, 1000, 200)
+        (folder / "text.txt").write_text(" ".join(map(str, words)))
+        return {"path": str(folder / "text.txt")}
 
 
 def test_it_scores_the_last_half():

@@ -1,25 +1,26 @@
-"""A folder of raw weights is a model; what is none is refused in one sentence."""
+"""A folder of raw weights is a model that keeps qbench's contracts; what is none is refused by the setting's name."""
 
 import pytest
-import torch
 from qbench_example.raw import FILE, Raw, make
 
 from qbench.errors import RequestError
+from qbench.testing import SourceConformance
 
 
-def test_it_loads_what_was_written(tmp_path):
-    source = Raw(path=str(make(tmp_path / "mine", seed=3)))
-    loaded = source.load(torch.float32, torch.device("cpu"), tmp_path)
-    assert source.named({"path"}).name == "mine"
-    assert loaded.fingerprint == source.fingerprint() != Raw(path=str(make(tmp_path / "other"))).fingerprint()
-    assert {p.shape for p in loaded.model.parameters()} == {p.shape for p in source.skeleton().parameters()}
+class TestRaw(SourceConformance):
+    def make(self, place):
+        return Raw(path=str(make(place)))
+
+    def other(self, place):
+        return Raw(path=str(make(place, seed=1)))
+
+    def broken(self, place):
+        place.mkdir(parents=True, exist_ok=True)
+        (place / FILE).write_bytes(b"nothing")
+        return [Raw(), Raw(path=str(place / "missing")), Raw(path=str(place))]
 
 
-def test_what_is_no_model_is_refused(tmp_path):
-    with pytest.raises(RequestError) as none:
+def test_a_refusal_names_the_setting():
+    with pytest.raises(RequestError) as refusal:
         Raw().fingerprint()
-    assert none.value.key == "model.path"
-    (tmp_path / FILE).write_bytes(b"nothing")
-    with pytest.raises(RequestError) as broken:
-        Raw(path=str(tmp_path)).load(torch.float32, torch.device("cpu"), tmp_path)
-    assert "\n" not in str(broken.value)
+    assert refusal.value.key == "model.path"
