@@ -15,9 +15,6 @@ class TestPlain(ExporterConformance):
     def make(self):
         return Plain()
 
-    def quantizer(self):
-        return Pow2()
-
     def read(self, folder):
         return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
 
