@@ -9,17 +9,15 @@ from __future__ import annotations
 import argparse
 import gc
 import io
-import shutil
 import sys
-from collections.abc import Collection
 from pathlib import Path
-from typing import TextIO
 
 from qbench.entry import leave
 from qbench.errors import RequestError, unknown
 from qbench.record.outline import Outline
 from qbench.record.result import Result
 from qbench.report import board, columns, entries, history, published, table
+from qbench.report.terminal import width
 
 FORMATS = ("table", "md", "csv", "json", "tex", "html")
 SUFFIXES = {".md": "md", ".csv": "csv", ".json": "json", ".tex": "tex", ".html": "html", ".htm": "html"}
@@ -37,17 +35,6 @@ def main(arguments: list[str] | None = None) -> int:
     except BrokenPipeError:  # `| head` has seen enough
         sys.stderr.close()
     return 0
-
-
-def show(outputs: Path, run_ids: Collection[str], file: TextIO) -> None:
-    """The leaderboard of some points alone, such as those of a sweep that has just ended."""
-    kept = entries.latest(entries.read(outputs, run_ids, Outline).entries)
-    sections = board.sections(kept, *columns.order("quality"))
-    file.write(table.write([columns.table(section) for section in sections], "table", _width(file)))
-
-
-def _width(file: TextIO) -> int | None:
-    return shutil.get_terminal_size().columns if file.isatty() else None
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -98,7 +85,7 @@ def _report(asked: argparse.Namespace) -> str:
         for result in failed:
             name, reason = table.plain(" ".join(result.command), 300), table.plain(result.error or "", 300)
             print(f"qbench.leaderboard: failed point {name}: {reason}", file=sys.stderr)
-    return table.write(tables, style, None if asked.output else _width(sys.stdout))
+    return table.write(tables, style, None if asked.output else width(sys.stdout))
 
 
 def _deliver(text: str, output: Path | None) -> None:

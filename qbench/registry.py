@@ -49,6 +49,11 @@ class Kind:
     def group(self) -> str:
         return f"qbench.{self.name}s"
 
+    @property
+    def asked(self) -> str:
+        """What names a member, as a sentence says it: quantizer, model.source, export.format; format for a format."""
+        return self.name if self.key in ("", "name") else f"{self.node}.{self.key}"
+
     def said(self, name: str) -> str:
         """As the command line chooses the member: `quantizer=rtn`, `model.source=hub`."""
         return f"{self.node}={name}" if self.key == "name" else f"{self.node}.{self.key}={name}"
@@ -76,7 +81,7 @@ def find(kind: Kind, name: str) -> type[Any]:
     """
     found = {entry.value: entry for entry in entry_points(group=kind.group) if entry.name == name}
     if not found:
-        raise unknown(kind.name, name, names(kind))
+        raise unknown(kind.asked, name, names(kind))
     if len(found) > 1:
         raise RequestError(f"two packages register the {kind.name} '{name}': {', '.join(sorted(found))}; keep one")
     (entry,) = found.values()
@@ -103,7 +108,7 @@ def make(kind: Kind, settings: Mapping[str, Any]) -> Any:
     legal = [field.name for field in fields(cls) if field.init]
     for key in values:
         if not legal:
-            raise RequestError(f"unknown key {kind.node}.{key}: {kind.node}={name} has no settings; leave it out")
+            raise RequestError(f"unknown key {kind.node}.{key}: {kind.said(name)} has no settings; leave it out")
         if key not in legal:
             raise unknown(f"key for {kind.said(name)}:", f"{kind.node}.{key}", (f"{kind.node}.{k}" for k in legal))
     types = _types(cls)

@@ -72,7 +72,7 @@ def _none_of(wanted: Any) -> str:
     if origin in (Union, UnionType):
         others = [kind for kind in inner if kind is not NoneType]
         parts = [_none_of(kind) for kind in others] + (["not null"] if NoneType in inner else [])
-        return ", and ".join(parts)
+        return " and ".join(parts)
     if origin is Literal:
         return f"none of {', '.join(map(repr, inner))}"
     if (origin or wanted) in (list, tuple):

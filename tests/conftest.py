@@ -6,6 +6,7 @@ import io
 import json
 import os
 import sys
+from collections.abc import Iterable
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +34,28 @@ class Outcome:
     @property
     def summary(self) -> dict:
         return json.loads(self.stdout.strip().splitlines()[-1])
+
+
+def refused(outcome: Outcome | BaseException, key: str | None = None, names: Iterable[str] = ()) -> str:
+    """Asserts a refusal in one sentence that names the key and each of the names, and returns the sentence.
+
+    Of a command: exit status 2, one line of qbench's own on stderr, and the same sentence in the JSON line on stdout. Of an error: its `key`, where it
+    carries one, is the key, and what the names are is among its `choices`, where it carries them.
+    """
+    if isinstance(outcome, Outcome):
+        assert outcome.status == 2, outcome.stderr
+        assert "Traceback" not in outcome.stderr
+        (sentence,) = (line for line in outcome.stderr.splitlines() if line.startswith("qbench: "))
+        assert outcome.summary == {"status": "refused", "error": sentence.removeprefix("qbench: ")}
+    else:
+        sentence = str(outcome)
+        if (carried := getattr(outcome, "key", None)) is not None and key is not None:
+            assert carried == key
+        assert not getattr(outcome, "choices", ()) or set(names) <= set(outcome.choices)
+    assert "\n" not in sentence
+    for word in (*([key] if key else []), *names):
+        assert word in sentence, f"{word!r} is not named: {sentence}"
+    return sentence
 
 
 @pytest.fixture

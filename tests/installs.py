@@ -16,7 +16,7 @@ from pathlib import Path
 
 from tests.conftest import ROOT
 
-SHIPPED = ("pyproject.toml", "README.md", "LICENSE", "qbench", "plugins", "conf")
+SHIPPED = ("pyproject.toml", "README.md", "LICENSE", "qbench", "plugins", "conf", "hydra_plugins")
 
 
 def run(*command: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:

@@ -16,17 +16,16 @@ import pytest
 
 from tests.conftest import ROOT
 
-GROUND = (
+GROUND = (  # modules in the root that know no folder
     "config",
     "errors",
     "registry",
-    "device",
+    "values",
     "intervals",
     "entry",
     "checkout",
-)  # modules in the root that know no folder
+)
 COMMANDS = ("__main__", "leaderboard", "regress", "catalog")
-BESIDE = ("record", "track", "report")  # they know results and no models, so that any folder above them may tell them
 
 # Folder, or module of the root -> folders that it may import besides the ground, from the top of the house down.
 MAY: dict[str, tuple[str, ...]] = {
@@ -82,12 +81,10 @@ class Import(NamedTuple):
 # (file, module) -> reason. An entry that nothing needs any longer fails, so that the list only gets shorter.
 EXCEPTIONS: dict[tuple[str, str], str] = {
     ("qbench/registry.py", "qbench.quant.quantizer"): "for the type checker: `make_quantizer` says what it returns",
-    ("qbench/request/estimate.py", "qbench.sweep.plan"): "sources: for the type checker, what it estimates",
-    ("qbench/request/explain.py", "qbench.catalog"): "sweeps: the options belong below the commands",
-    ("qbench/request/hubnames.py", "qbench.catalog"): "sweeps: the options belong below the commands",
-    ("qbench/request/overrides.py", "qbench.catalog"): "sweeps: the options belong below the commands",
-    ("qbench/sweep/conclude.py", "qbench.leaderboard"): "sweeps: the table belongs into report/",
-    ("qbench/checkpoint/export.py", "qbench.sources.load"): "sources: only for the names of types and of files",
+    (
+        "qbench/request/estimate.py",
+        "qbench.sweep.plan",
+    ): "for the type checker: whose points it estimates",
 }
 
 

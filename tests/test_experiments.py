@@ -7,11 +7,11 @@ from hydra import compose, initialize_config_module
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
-from qbench.catalog import options
 from qbench.config import register
 from qbench.evaluate import speed
 from qbench.registry import PROTOCOL, make, make_quantizer
 from qbench.report import published
+from qbench.request.options import options
 from qbench.sweep.plan import combinations
 from tests.conftest import ROOT
 

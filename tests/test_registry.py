@@ -87,7 +87,7 @@ def test_a_member_is_made_from_its_fields(installed):
 def test_an_unknown_name_lists_the_choices(installed):
     installed(("parrot", "birds:Parrot"), ("mute", "birds:Mute"))
     assert refusal(find, SPEAKER, "parot") == (
-        "unknown speaker 'parot'; did you mean 'parrot'? choose from: mute, parrot"
+        "unknown bird.kind 'parot'; did you mean 'parrot'? choose from: mute, parrot"
     )
 
 
@@ -138,9 +138,9 @@ def test_an_unknown_field_lists_the_fields(installed):
         ({"name": ["a"]}, "bird.name: ['a'] is no text"),
         ({"caged": "perhaps"}, "bird.caged: 'perhaps' is neither true nor false"),
         ({"caged": 1}, "bird.caged: 1 is neither true nor false"),
-        ({"food": {"a": 1}}, "bird.food: {'a': 1} is no text, and not null"),
-        ({"words": "a"}, "bird.words: 'a' is no list of texts, and not null"),
-        ({"words": [None]}, "bird.words: [None] is no list of texts, and not null"),
+        ({"food": {"a": 1}}, "bird.food: {'a': 1} is no text and not null"),
+        ({"words": "a"}, "bird.words: 'a' is no list of texts and not null"),
+        ({"words": [None]}, "bird.words: [None] is no list of texts and not null"),
         ({"colour": "red"}, "bird.colour: 'red' is none of 'green', 'grey'"),
     ],
 )

@@ -28,7 +28,8 @@ def wheel(tmp_path_factory):
 
 def test_everything_lives_under_qbench(wheel):
     names = zipfile.ZipFile(wheel).namelist()
-    assert {name.partition("/")[0] for name in names if ".dist-info" not in name} == {"qbench"}
+    elsewhere = {name for name in names if ".dist-info" not in name and not name.startswith("qbench/")}
+    assert elsewhere == {"hydra_plugins/qbench_sweeper/__init__.py"}  # where Hydra looks for a sweeper
     for name in ("conf/config.yaml", "conf/model/qwen3-8b.yaml", "plugins/sinq.py", "texts/mini.txt"):
         assert f"qbench/{name}" in names
     built = {n.removeprefix("qbench/") for n in names if n.endswith((".yaml", ".txt")) and ".dist-info" not in n}

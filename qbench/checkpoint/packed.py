@@ -152,7 +152,10 @@ def load(
     try:
         for name, layer in manifest["layers"].items():
             parent, _, child = name.rpartition(".")
-            weights = [rebuild(w, _under(tensors, f"{name}.{prefix}")) for prefix, w in layer["weights"].items()]
+            try:
+                weights = [rebuild(w, _under(tensors, f"{name}.{prefix}")) for prefix, w in layer["weights"].items()]
+            except RequestError as error:
+                raise RequestError(f"{folder / MANIFEST}: {name}: {error}") from None
             if layer["kind"] == "QuantLinear":
                 module = QuantLinear(*weights, bias=tensors.get(f"{name}.bias"))
             elif layer["kind"] in (builders or {}):

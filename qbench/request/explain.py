@@ -18,10 +18,10 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from yaml import YAMLError
 
-from qbench.catalog import GROUPS, options
 from qbench.errors import RequestError, unknown
 from qbench.registry import conf_packages
 from qbench.request import overrides as command_line
+from qbench.request.options import GROUPS, options
 
 OPTIONS_OF_HYDRA = ("hydra.sweeper", "hydra.launcher")  # their keys are those of the option that is chosen
 

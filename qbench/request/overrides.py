@@ -15,8 +15,8 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import ChoiceSweep, Glob, Override, Quote, QuotedString, RangeSweep, ValueType
 from omegaconf import DictConfig, OmegaConf
 
-from qbench.catalog import GROUPS, options
 from qbench.errors import RequestError, unknown
+from qbench.request.options import GROUPS, options
 
 LONGEST_OPTION = 200  # letters: a longer one is no file's name
 MOST_VALUES = 10_000  # of one range(...): more is a slip of the pen

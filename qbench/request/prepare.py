@@ -13,7 +13,6 @@ from qbench import __version__
 from qbench.checkpoint import export as checkpoint
 from qbench.checkpoint.exporter import Exporter
 from qbench.config import CalibrationConfig, Config
-from qbench.device import check_offload, pick_device, pick_dtype
 from qbench.errors import RequestError
 from qbench.evaluate import measure, speed
 from qbench.evaluate.protocol import Protocol
@@ -27,6 +26,7 @@ from qbench.record.identity import Identity, identify
 from qbench.record.result import Result
 from qbench.record.store import Store, identity
 from qbench.registry import PROTOCOL, SOURCE, TRACKER, make, make_quantizer
+from qbench.request.device import check_offload, pick_device, pick_dtype
 from qbench.sources.source import Source
 from qbench.track.tracker import Tracker
 

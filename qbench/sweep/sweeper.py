@@ -67,12 +67,12 @@ def _conclude(
     plan: list[Planned], outcomes: Mapping[tuple[str, ...], Outcome], name: str, seconds: float
 ) -> dict[str, Any]:
     """The leaderboard and the failures on stderr, one JSON line on stdout."""
-    from qbench import leaderboard
+    from qbench.report import terminal
 
     results = [p.recorded or outcomes[p.key].result for p in plan]
     for outputs in dict.fromkeys(p.point.config.outputs for p in plan):
         shown = {p.point.run_id for p in plan if p.point.config.outputs == outputs}
-        leaderboard.show(Path(outputs), shown, sys.stderr)
+        terminal.show(Path(outputs), shown, sys.stderr)
     _tell(plan, results, name)
     failed = [o for o in outcomes.values() if o.result.status != "ok"]
     if failed:

@@ -161,13 +161,10 @@ def describe(result: Result) -> str:
     if result.status != "ok":
         return f"FAILED: {result.error}"
     words = []
-    for record in result.evaluation:
-        change = "" if record.ppl_delta is None else f" ({record.ppl_delta:+.3f})"
-        words.append(f"perplexity {record.ppl:.3f}{change}")
-    for record in result.tasks:
-        for metric in record.metrics:
-            change = "" if metric.delta is None else f" ({metric.delta:+.4f})"
-            words.append(f"{metric.name} {metric.value:.4f}{change}")
+    tasks = [metric for record in result.tasks for metric in record.metrics]
+    for number in (*(record.perplexity for record in result.evaluation), *tasks):
+        change = "" if number.delta is None else f" ({number.delta:+.{number.digits}f})"
+        words.append(f"{number.called} {number.value:.{number.digits}f}{change}")
     return ", ".join(["ok", *words])
 
 

@@ -3,7 +3,22 @@
 from qbench.testing import QuantizerConformance
 """
 
+from qbench.testing.exporters import ExporterConformance
+from qbench.testing.formats import FormatConformance
+from qbench.testing.protocols import ProtocolConformance
 from qbench.testing.quantizers import QuantizerConformance, correlated_inputs, gaussian, same, statistics_of
+from qbench.testing.sources import SourceConformance
 from qbench.testing.trackers import TrackerConformance
 
-__all__ = ["QuantizerConformance", "TrackerConformance", "correlated_inputs", "gaussian", "same", "statistics_of"]
+__all__ = [
+    "ExporterConformance",
+    "FormatConformance",
+    "ProtocolConformance",
+    "QuantizerConformance",
+    "SourceConformance",
+    "TrackerConformance",
+    "correlated_inputs",
+    "gaussian",
+    "same",
+    "statistics_of",
+]

@@ -17,6 +17,7 @@ from qbench.report.gate.compare import compare
 from qbench.report.gate.file import GateFile, Limits
 from qbench.request.prepare import Prepared, prepare
 from tests.report import examples
+from tests.track import wandb_stub
 
 
 @dataclass(frozen=True)
@@ -104,6 +105,8 @@ def ask(folder, monkeypatch, tmp_path):
 
     def call(words: str, **functions) -> Prepared:
         overrides = [f"outputs={tmp_path}", *words.split()]
+        if "tracker=wandb" in overrides:
+            wandb_stub.install(monkeypatch)
         with initialize_config_module("qbench.conf", version_base="1.3"):
             config = OmegaConf.to_object(compose("config", overrides=overrides))
         return prepare(config, overrides, **functions)
@@ -206,6 +209,28 @@ def test_a_setting_is_inside_unless_it_is_listed_as_outside(ask):
     assert {"calibration.window", "calibration.sequences", "calibration.inputs", "calibration.text_sha256"} == {
         key for key in flat if key.startswith("calibration.")
     }
+
+
+WINDOWS = {"add_bos_token": None, "divergence": True, "divergence_topk": 64, "max_windows": None}
+TASKS = {"add_bos_token": None, "limit": None, "num_fewshot": None, "protocol": "lmeval", "window": 2048}
+PROTOCOLS = [
+    ("model=tiny-dense", WINDOWS | {"name": "mini", "protocol": "windows", "window": 512}),
+    (NO_KL, WINDOWS | {"name": "mini", "protocol": "windows", "window": 64, "max_windows": 2, "divergence": False,
+                       "divergence_topk": None}),
+    ("task=c4_gptq task.path=pages.jsonl", WINDOWS | {"name": "c4_gptq", "protocol": "crops", "window": 2048,
+                                                      "max_windows": 256}),
+    ("task=c4_new task.path=pages.jsonl task.pages=9", WINDOWS | {"name": "c4_new", "protocol": "pages", "pages": 9,
+                                                                  "window": 2048, "max_windows": 256}),
+    ("task=wikitext_lmeval", TASKS | {"names": ["wikitext"]}),
+    ("task=lmeval task.names=[piqa,arc_easy] task.limit=3", TASKS | {"names": ["piqa", "arc_easy"], "limit": 3}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("words", "expected"), PROTOCOLS, ids=[words for words, _ in PROTOCOLS])
+def test_the_protocol_of_a_request(ask, folder, words, expected):
+    """As recorded: a field that is added, dropped or renamed makes every result that there is another measurement."""
+    (folder / "pages.jsonl").write_text("\n".join(json.dumps({"text": "river stone " * 6000}) for _ in range(9)))
+    assert ask(f"model=tiny-dense {words}").identity.protocol == expected
 
 
 def test_a_method_of_a_third_party_may_have_any_fields():

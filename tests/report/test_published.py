@@ -2,9 +2,9 @@
 
 import pytest
 
-from qbench.catalog import options
 from qbench.registry import PROTOCOL, make
 from qbench.report import published
+from qbench.request.options import options
 from tests.conftest import ROOT
 
 NOT_SCORED = "quantizing"

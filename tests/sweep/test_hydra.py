@@ -139,3 +139,60 @@ def test_a_prepared_point_runs_from_its_file_and_composes_nothing(qbench, monkey
         assert qbench("--point", *wrong).status == 2
     file.write_text("{}")
     assert "is not what a sweep sends" in qbench("--point", str(file)).stderr
+
+
+def test_points_that_share_their_composing_are_those_that_hydra_composes():
+    from dataclasses import asdict
+
+    from hydra import compose, initialize_config_module
+    from hydra.core.global_hydra import GlobalHydra
+
+    from qbench.config import register
+    from qbench.errors import RequestError
+    from qbench.sweep.plan import _Composer
+
+    class Slow(_Composer):
+        def _quickly(self, overrides):
+            return None
+
+    register()
+    points = [
+        ("quantizer=rtn", "quantizer.nbits=3", "outputs='a b'"),
+        ("quantizer=rtn", "quantizer.nbits=3", "quantizer.nbits=2"),
+        ("quantizer.nbits=3", "quantizer=gptq", "task.names=[a,b]", "task.limit=null"),
+        ("quantizer.nbits=3", "quantizer=gptq", "task.names=[]", "model.name='${quantizer.name}'"),
+        ("experiment=demo", "task.window=64"),
+        ("task.window=64", "+task.window=65"),
+        ("export.dir='x/${quantizer.name}-${quantizer.nbits}'",),
+        ("runtime.batch_size=many",),
+        ("quantizer=nf4", "quantizer.nbits=3"),
+        ("quantizer=nf4", "++quantizer.nbits=3"),
+        ("model.name=${nothing}",),
+        ("hydra.job.num=3", "model=tiny-dense"),
+    ]
+    with initialize_config_module("qbench.conf", version_base="1.3"):
+        composed = compose("config", return_hydra_config=True)
+        loader = GlobalHydra.instance().config_loader()
+        shared = _Composer(composed, loader)
+        said = []
+        for composer in (shared, Slow(composed, loader)):
+            said.append([])
+            for point in points * 2:
+                try:
+                    said[-1].append(asdict(composer(point)))
+                except RequestError as error:
+                    said[-1].append(str(error))
+    assert said[0] == said[1]
+    assert said[0][: len(points)] == said[0][len(points) :]  # one point leaves nothing to the next
+    assert 4 < len(shared.chosen) < len(points)
+
+
+def test_help_and_typos_import_nothing_heavy():
+    heavy = ("torch", "transformers", "lm_eval", "numpy", "rich", "wandb")
+    code = (
+        "import sys; from qbench.__main__ import main; main();"
+        f"print([m for m in {heavy} if m in sys.modules], file=sys.stderr)"
+    )
+    for arguments in (["--help"], ["quantizer=sink"], ["quantizer.nbit=3"]):
+        done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True)
+        assert done.stderr.splitlines()[-1] == "[]"

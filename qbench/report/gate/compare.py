@@ -131,7 +131,7 @@ def _quality(score: Measured, measured: Sequence[Measured], limits: Limits, reco
     change = difference(
         np.array(now.windows),
         np.array(score.windows),
-        score.metric,
+        score.reading,
         None if score.weights is None else np.array(score.weights),
     )
     sign = -1 if score.higher_is_better else 1

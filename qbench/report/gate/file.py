@@ -25,6 +25,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from qbench.errors import RequestError
 from qbench.record.identity import Identity
+from qbench.record.quality import Reading
 from qbench.record.quantization import LayerRow
 from qbench.record.result import first_error
 from qbench.report.entries import Entry, Score
@@ -77,6 +78,7 @@ class Measured:
 
     protocol: str
     metric: str
+    reading: Reading  # of what the windows add
     higher_is_better: bool
     text: str  # hash of the scored token ids
     value: float
@@ -92,6 +94,7 @@ class Measured:
         return Measured(
             protocol=score.protocol,
             metric=score.metric,
+            reading=score.number.reading,
             higher_is_better=score.higher_is_better,
             text=score.text,
             value=_round(score.value),
