@@ -39,8 +39,9 @@ class Outcome:
 def refused(outcome: Outcome | BaseException, key: str | None = None, names: Iterable[str] = ()) -> str:
     """Asserts a refusal in one sentence that names the key and each of the names, and returns the sentence.
 
-    Of a command: exit status 2, one line of qbench's own on stderr, and the same sentence in the JSON line on stdout. Of an error: its `key`, where it
-    carries one, is the key, and what the names are is among its `choices`, where it carries them.
+    Of a command: exit status 2, one line of qbench's own on stderr, and the same sentence in the JSON line on stdout.
+    Of an error: its `key`, where it carries one, is the key, and what the names are is among its `choices`, where it
+    carries them.
     """
     if isinstance(outcome, Outcome):
         assert outcome.status == 2, outcome.stderr

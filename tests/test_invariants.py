@@ -62,7 +62,8 @@ def run(folder):
     @cache
     def point(*settings: str, outputs: str = "outputs") -> Result:
         given = {setting.partition("=")[0] for setting in settings}
-        short = SHORT if "model=packed" in settings else SHORT + SHORT_CALIBRATION
+        short = SHORT[:1] if "task=wikitext_lmeval" in settings else SHORT
+        short += () if "model=packed" in settings else SHORT_CALIBRATION
         asked = [*settings, *(s for s in short if s.partition("=")[0] not in given)]
         with initialize_config_module("qbench.conf", version_base="1.3"):
             config = OmegaConf.to_object(compose("config", asked))
@@ -131,7 +132,7 @@ def test_the_original_beside_itself_differs_by_exactly_nothing(run, folder, mode
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_original_beside_itself_in_lm_evals_tasks(run, folder, dtype):
     (folder / "wiki.raw").write_text(" = One = \n \n It rained a lot . \n = Two = \n \n The sun is out . \n")
-    asked = ("quantizer=none", "task=wikitext_lmeval", "task.path=wiki.raw", "task.max_windows=null")
+    asked = ("quantizer=none", "task=wikitext_lmeval", "task.path=wiki.raw")
     result = run("model=tiny-dense", f"runtime.dtype={dtype}", *asked)
     assert result.status == "ok", result.error
     (record,) = result.evaluation
