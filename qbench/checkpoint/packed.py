@@ -30,7 +30,7 @@ from qbench.checkpoint import settings
 from qbench.checkpoint.manifest import FORMAT, MANIFEST, VERSION, describe, file_sha256, read, rebuild, seal, verify
 from qbench.errors import RequestError
 from qbench.format.format import Format
-from qbench.layers.linear import PackedWeight, QuantLinear, in_packed_format
+from qbench.layers.linear import QuantLinear, in_packed_format, packed_weights
 from qbench.quant.quantizer import Quantizer
 from qbench.record.disk import refusal
 
@@ -175,7 +175,7 @@ def load(
 def _layers(model: nn.Module) -> dict[str, Any]:
     """Module name -> kind and weights by buffer prefix; a module that packs weights and does not say so is refused."""
     layers: dict[str, Any] = {}
-    described: set[str] = set()  # a module comes before those inside it
+    described: set[str] = set()
     for name, module in model.named_modules():
         if hasattr(module, "packed"):
             weights = module.packed()
@@ -184,7 +184,8 @@ def _layers(model: nn.Module) -> dict[str, Any]:
                 "weights": {prefix: describe(weight) for prefix, weight in weights.items()},
             }
             described |= {f"{name}.{prefix}".rstrip(".") for prefix in weights}
-        if isinstance(module, PackedWeight) and name not in described:
+    for name in packed_weights(model):
+        if name not in described:
             holder = name.rpartition(".")[0]
             kind = type(model.get_submodule(holder)).__name__
             raise RequestError(f"{holder} ({kind}) holds packed weights that cannot be exported yet")

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from qbench.layers.experts import stacked_parameters
-from qbench.layers.linear import PackedWeight
+from qbench.layers.linear import packed_weights
 from qbench.model.linears import find_linears
 from qbench.record.quantization import WeightBytes
 
@@ -30,7 +30,7 @@ def weight_bytes(model: Any) -> WeightBytes:
     """
     quantized: Counter[str] = Counter()
     others: Counter[str] = Counter()
-    holders = [module for module in model.modules() if isinstance(module, PackedWeight)]
+    holders = packed_weights(model).values()
     for holder in holders:
         quantized.update(holder.held_bytes())
     packed = {id(buffer) for holder in holders for buffer in holder.buffers(recurse=False)}

@@ -170,10 +170,15 @@ class QuantLinear(PackedWeight):
         return f"in_features={self.in_features}, out_features={self.out_features}, {_told(self._format)}"
 
 
+def packed_weights(model: Any) -> dict[str, PackedWeight]:
+    """What holds the packed weights of `model`, by the names of the modules; a stack of experts is one of them."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, PackedWeight)}
+
+
 @contextmanager
 def in_packed_format(model: nn.Module) -> Iterator[None]:
     """While it lasts, every packed weight of `model` is in the packed format; then each is laid out as it was."""
-    laid_out = [m for m in model.modules() if isinstance(m, PackedWeight) and m.kernel is not None]
+    laid_out = [module for module in packed_weights(model).values() if module.kernel is not None]
     try:
         for module in laid_out:
             module.restore()
@@ -188,8 +193,8 @@ def use_kernels(model: Any) -> None:
 
     QBENCH_KERNELS=0 in the environment leaves all of them packed, on plain torch.
     """
-    for module in model.modules():
-        if isinstance(module, PackedWeight) and _have_kernels(next(module.buffers()).device):
+    for module in packed_weights(model).values():
+        if _have_kernels(next(module.buffers()).device):
             module.lay_out()
 
 

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from qbench.format.format import Format
 from qbench.layers.experts import QuantExperts, is_router, refusal, stacked_parameters
-from qbench.layers.linear import PackedWeight
+from qbench.layers.linear import PackedWeight, packed_weights
 
 ROUTER = "router, kept in 16 bit"
 OUTSIDE = "outside the decoder blocks"
@@ -228,7 +228,7 @@ def quantized_weights(model: Any) -> list[Format]:
 
     For counting: those that are laid out for the GPU's kernels are described by tensors on the meta device.
     """
-    return [module.format for module in model.modules() if isinstance(module, PackedWeight)]
+    return [module.format for module in packed_weights(model).values()]
 
 
 def replace_module(model: Any, name: str, new: nn.Module) -> None:
