@@ -158,6 +158,13 @@ BAD = [
     (["+hydra.launcher.jobs=1"], "hydra.launcher.jobs", []),
     (["++hydra.sweeps.dir=x"], "hydra.sweeps.dir", []),
     (["hydra.swep.dir=x"], "hydra.swep.dir", []),
+    (["model.seed=abc"], "model.seed", ["'abc'"]),
+    (["model=local", "model.trust_remote_code=maybe"], "model.trust_remote_code", ["'maybe'"]),
+    (["model=qwen3-8b", "model.seed=1"], "model.seed", ["model.id"]),
+    (["+model.path=here"], "model.path", []),
+    (["model.source=hubb"], "model.source", ["'hubb'", "hub"]),
+    (["+export.level=9"], "export.level", []),
+    (["export.dir=[a]"], "export.dir", []),
 ]
 
 
