@@ -35,7 +35,7 @@ from qbench.record.quantization import CalibrationRecord, LayerRow, ModelRecord,
 from qbench.record.result import Result
 from qbench.record.store import Store
 from qbench.request.prepare import Prepared, prepare
-from qbench.sources import load
+from qbench.sources import hashes, load
 from qbench.sources.load import LoadedModel
 from qbench.sweep.share import gpu_of
 from qbench.track import wandb as wandb_tracker
@@ -67,6 +67,7 @@ def run_point(config: Config, command: list[str]) -> Result:
     # the GPU before the point: a sweep's processes hold theirs when they come here, and may wait for the point
     gpu = gpu_of(point.device) if point.recorded() is None else nullcontext()
     with gpu, point.store.lock(f"point-{point.run_id}", f"point {point.run_id}"):
+        hashes.save(point.store.root)  # now that the folder is there
         result = point.recorded()
         if result is not None:
             log.info("already recorded; runtime.rerun=true measures it again")

@@ -25,7 +25,7 @@ from qbench.record.identity import Identity, identify
 from qbench.record.result import Result
 from qbench.record.store import Store, identity
 from qbench.registry import make_quantizer
-from qbench.sources import hub, load
+from qbench.sources import hashes, hub, load
 from qbench.track import wandb as wandb_tracker
 
 
@@ -97,7 +97,8 @@ def prepare(
         wandb_tracker.check(config.tracker)
     store = Store(config.outputs)
     config = replace(config, model=hub.pinned(named(config.model, command)))  # a branch moves, a point does not
-    weights = fingerprint(config.model)
+    with hashes.remembered_in(store.root):
+        weights = fingerprint(config.model)
     calibration_text = read_calibration(config.calibration) if quantizer is not None and quantizer.needs else None
     if calibration_text is not None:
         calibrate.check(calibration_text, config.calibration)
