@@ -25,7 +25,8 @@ from qbench.layers.experts import QuantExperts
 from qbench.model.offload import leave_linears_on_host
 from qbench.sources import files as folder
 from qbench.sources import hub, smollm2, tiny
-from qbench.sources.complete import require_complete
+from qbench.sources.complete import NOTHING_AMISS, require_complete
+from qbench.sources.folder import straight
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ def load(
         note = "seeded random weights: perplexities mean nothing"
     else:
         tokenizer = load_tokenizer(config, cache)
-        model = _from_pretrained(config, _folder(config, cache, weights=True), dtype)
+        model = _from_pretrained(config, _folder(config, cache, weights=True), dtype, None if offload else device)
         note = smollm2.NOTE if config.source == "smollm2" else ""
     model = model.eval().requires_grad_(False)
     if offload:
@@ -111,10 +112,16 @@ def load_tokenizer(config: ModelConfig, cache: Path) -> Any:
     )
 
 
-def _from_pretrained(config: ModelConfig, place: Path, dtype: torch.dtype) -> Any:
+def _from_pretrained(config: ModelConfig, place: Path, dtype: torch.dtype, device: torch.device | None) -> Any:
+    """The model, straight to `device` where that can be done (folder.py), else on the CPU; None: on the CPU."""
     from transformers import AutoModelForCausalLM
 
     name = _name(config, place)
+    if device is not None and not config.trust_remote_code:
+        model = straight(place, dtype, device)
+        if model is not None:
+            require_complete(model, NOTHING_AMISS, name)
+            return model
     model, report = readable(
         lambda: AutoModelForCausalLM.from_pretrained(
             place,
