@@ -34,6 +34,7 @@ from qbench.record.environment import describe
 from qbench.record.quantization import CalibrationRecord, LayerRow, ModelRecord, QuantizationRecord, SkippedRow
 from qbench.record.result import Result
 from qbench.request.prepare import Prepared, prepare
+from qbench.sources import hashes
 from qbench.sources.source import LoadedModel
 from qbench.sweep.share import gpu_of
 from qbench.track.tracker import harmless
@@ -70,6 +71,7 @@ def run_prepared(point: Prepared, group: str | None = None) -> Result:
     # the GPU before the point: a sweep's processes hold theirs when they come here, and may wait for the point
     gpu = gpu_of(point.device) if point.recorded() is None else nullcontext()
     with gpu, point.store.lock(f"point-{point.run_id}", f"point {point.run_id}"):
+        hashes.save(point.store.root)  # now that the folder is there
         result = point.recorded()
         if result is not None:
             log.info("already recorded; runtime.rerun=true measures it again")

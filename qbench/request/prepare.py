@@ -27,6 +27,7 @@ from qbench.record.result import Result
 from qbench.record.store import Store, identity
 from qbench.registry import PROTOCOL, SOURCE, TRACKER, make, make_quantizer
 from qbench.request.device import check_offload, pick_device, pick_dtype
+from qbench.sources import hashes
 from qbench.sources.source import Source
 from qbench.track.tracker import Tracker
 
@@ -117,7 +118,8 @@ def prepare(
     asked = model if "name" in (given := _given(command)) else model.named(given)
     model = asked.pinned()  # a branch moves, a point does not
     config = replace(config, model={"name": model.name, "source": config.model["source"]} | asdict(model))
-    weights = fingerprint(model)
+    with hashes.remembered_in(store.root):
+        weights = fingerprint(model)
     calibration_text = read_calibration(config.calibration) if quantizer is not None and quantizer.needs else None
     if calibration_text is not None:
         calibrate.check_text(calibration_text, config.calibration)

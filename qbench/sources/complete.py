@@ -12,6 +12,7 @@ from typing import Any
 
 from qbench.errors import RequestError
 
+NOTHING_AMISS = {"missing_keys": (), "unexpected_keys": (), "mismatched_keys": (), "error_msgs": ()}
 SHOWN = 3  # names in a sentence
 
 

@@ -12,8 +12,8 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from qbench.checkpoint import manifest
 from qbench.errors import RequestError
+from qbench.sources import hashes
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 # configuration, tokenizers of every kind and chat templates, also those in additional_chat_templates/
@@ -95,11 +95,12 @@ def weight_files(folder: Path, name: str, present: bool = True) -> list[str]:
 def fingerprint(folder: Path) -> str:
     """sha256 over names and contents of what defines the model, 32 hex digits.
 
-    Configuration, tokenizer, the weights that are read and, where the model brings code of its own, that code.
+    Configuration, tokenizer, the weights that are read and, where the model brings code of its own, that code. What is
+    remembered of a file is not read again (hashes.py).
     """
-    digest = hashlib.sha256()
-    for path in sorted(_defining(folder)):
-        digest.update(json.dumps([path.relative_to(folder).as_posix(), manifest.file_sha256(path)]).encode())
+    digest, paths = hashlib.sha256(), sorted(_defining(folder))
+    for path, content in zip(paths, hashes.sha256_of(paths), strict=True):
+        digest.update(json.dumps([path.relative_to(folder).as_posix(), content]).encode())
     return digest.hexdigest()[:32]
 
 

@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from tqdm import tqdm
 
 from qbench.errors import PointError, RequestError
 from qbench.model.blocks import block_of, find_blocks
@@ -82,11 +83,16 @@ class Folder:
             self._blocks[i] = self._skeleton.get_submodule(self.prefix)[i] = fresh
 
     def whole(self) -> Any:
-        """The whole model, block by block, straight to the device."""
+        """The whole model, block by block, straight to the device; as from_pretrained gives it, in eval mode."""
         model = self.rest()
         blocks = model.get_submodule(self.prefix)
-        for i in range(len(self)):
+        for i in tqdm(range(len(self)), desc="loading", unit="block"):
             blocks[i] = self.block(i)
+        model.config.name_or_path = str(self.path)
+        if model.can_generate() and hasattr(model, "adjust_generation_fn"):  # what generation_config.json says
+            absent = dict.fromkeys(("cache_dir", "proxies", "token"))
+            here = dict(local_files_only=True, force_download=False, revision="main", subfolder="")
+            model.adjust_generation_fn(None, True, None, self.path, **absent, **here, trust_remote_code=False)
         return model
 
     def _load(self, model: Any, keys: Iterable[str], device: torch.device | None = None) -> Any:
@@ -163,6 +169,23 @@ class Folder:
             (number.sub(".*.", key, count=1), self.shards.tensors[key].shape, self.shards.tensors[key].dtype)
             for key in self._keys[i]
         )
+
+
+def straight(path: Path, dtype: torch.dtype, device: torch.device) -> Any | None:
+    """The whole model of a folder without a way through host memory, or None where from_pretrained is to be asked.
+
+    That is for what is no list of blocks of their own (Zamba2), and for whatever Folder refuses: transformers reads it
+    after all, or the sentence about it is made from its report. Raises PointError when the device has no room, or when
+    a file changes meanwhile.
+    """
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    try:
+        source = Folder(path, dtype, device)
+    except Exception:  # nothing is read yet but headers, and from_pretrained says what is wrong
+        return None
+    return source.whole()
 
 
 def _skeleton(path: Path, dtype: torch.dtype, trust_remote_code: bool) -> Any:

@@ -71,8 +71,10 @@ class Hub:
         self, dtype: torch.dtype, device: torch.device, cache: Path, offload: bool = False, identity: str | None = None
     ) -> LoadedModel:
         identity, tokenizer = identity or self.fingerprint(), self.tokenizer(cache)
-        model = pretrained.read_model(self.weights(), self._repository(), dtype, self.trust_remote_code)
-        return LoadedModel(pretrained.settled(model, device, offload), tokenizer, identity)
+        model = pretrained.read_model(
+            self.weights(), self._repository(), dtype, device, offload, self.trust_remote_code
+        )
+        return LoadedModel(model, tokenizer, identity)
 
     def described(self) -> Path:
         """Folder with config.json, and code if it may run; raises RequestError if it cannot be had or measured."""

@@ -68,5 +68,5 @@ class Local:
     ) -> LoadedModel:
         identity = identity or self.fingerprint()
         tokenizer, folder = self.tokenizer(cache), self.folder()
-        model = pretrained.read_model(folder, str(folder), dtype, self.trust_remote_code)
-        return LoadedModel(pretrained.settled(model, device, offload), tokenizer, identity)
+        model = pretrained.read_model(folder, str(folder), dtype, device, offload, self.trust_remote_code)
+        return LoadedModel(model, tokenizer, identity)

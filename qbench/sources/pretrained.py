@@ -17,7 +17,8 @@ import torch
 from qbench.errors import RequestError
 from qbench.model.offload import leave_linears_on_host
 from qbench.sources import files
-from qbench.sources.complete import require_complete
+from qbench.sources.complete import NOTHING_AMISS, require_complete
+from qbench.sources.folder import straight
 
 
 def read_tokenizer(place: Path, name: str, trust_remote_code: bool = False) -> Any:
@@ -40,8 +41,20 @@ def read_configuration(place: Path, name: str, trust_remote_code: bool = False) 
     return readable(lambda: AutoConfig.from_pretrained(place, trust_remote_code=trust_remote_code), place, name)
 
 
-def read_model(place: Path, name: str, dtype: torch.dtype, trust_remote_code: bool = False) -> Any:
-    """As `read_tokenizer`, the model on the CPU; raises RequestError as well if it is not that of its config.json."""
+def read_model(
+    place: Path, name: str, dtype: torch.dtype, device: torch.device, offload: bool, trust_remote_code: bool = False
+) -> Any:
+    """As `read_tokenizer`, the model as `settled` leaves it; raises RequestError if it is not that of its config.json.
+
+    Its weights go straight to `device` where that can be done (folder.py), else through host memory.
+    """
+    if not (offload or trust_remote_code) and (model := straight(place, dtype, device)) is not None:
+        require_complete(model, NOTHING_AMISS, name)
+        return settled(model, device, offload)
+    return settled(_through_host(place, name, dtype, trust_remote_code), device, offload)
+
+
+def _through_host(place: Path, name: str, dtype: torch.dtype, trust_remote_code: bool) -> Any:
     from transformers import AutoModelForCausalLM
 
     model, report = readable(

@@ -26,9 +26,10 @@ def copy_of(module: nn.Module, skeleton: Any) -> Any:
 def initialize(skeleton: Any, name: str, module: nn.Module, device: torch.device) -> None:
     """Brings what is left on the meta device of one module to `device`, with the values that the model itself gives it.
 
-    Those are rotary frequencies, causal masks and the like, which from_pretrained makes in the same way; submodules are
-    left alone, and so are tensors that carry transformers' mark of having been loaded. `name` is the module's in the
-    model, whose innermost part that is a transformers model knows the values.
+    Those are rotary frequencies, causal masks and the like, which from_pretrained makes in the same way. They are made
+    on the CPU, since another device rounds its powers otherwise. Submodules are left alone, as are tensors that carry
+    transformers' mark of having been loaded. `name` is the module's in the model, whose innermost part that is a
+    transformers model knows the values.
     """
     from transformers import PreTrainedModel, initialization
 
@@ -37,9 +38,12 @@ def initialize(skeleton: Any, name: str, module: nn.Module, device: torch.device
     if not absent:
         return
     for key in absent:
-        empty = torch.empty_like(getattr(module, key), device=device)
+        empty = torch.empty_like(getattr(module, key), device="cpu")
         setattr(module, key, nn.Parameter(empty, requires_grad=False) if key in module._parameters else empty)
     models = [(n, m) for n, m in skeleton.named_modules() if isinstance(m, PreTrainedModel)]
     owner = [m for n, m in models if f"{name}.".startswith(f"{n}." if n else "")][-1]
     with torch.no_grad(), initialization.guard_torch_init_functions():
         owner._init_weights(module)
+    for key in absent:
+        made = getattr(module, key).to(device)
+        setattr(module, key, nn.Parameter(made, requires_grad=False) if key in module._parameters else made)

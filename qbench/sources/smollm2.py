@@ -84,7 +84,7 @@ class SmolLM2:
         self, dtype: torch.dtype, device: torch.device, cache: Path, offload: bool = False, identity: str | None = None
     ) -> LoadedModel:
         tokenizer, folder = self.tokenizer(cache), prepare(cache, self.seed)
-        model = pretrained.settled(pretrained.read_model(folder, str(folder), dtype), device, offload)
+        model = pretrained.read_model(folder, str(folder), dtype, device, offload)
         return LoadedModel(model, tokenizer, identity or self.fingerprint(), NOTE)
 
 

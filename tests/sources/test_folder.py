@@ -3,19 +3,23 @@
 import json
 import os
 from contextlib import closing
+from dataclasses import replace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from qbench.config import ModelConfig
 from qbench.errors import PointError, RequestError
 from qbench.model.blocks import NotAChainError
 from qbench.passes.chain import Chain
+from qbench.sources import load
 from qbench.sources.ahead import ahead
-from qbench.sources.folder import Folder
+from qbench.sources.folder import Folder, straight
+from qbench.sources.tiny import byte_tokenizer
 from tests.passes.architectures import CHAINS, build
-from tests.sources.cases import CPU, assert_same, save, tensors
+from tests.sources.cases import CPU, assert_same, gpu, needs_cuda, save, tensors
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -46,15 +50,65 @@ def test_every_tensor_has_the_bits_of_from_pretrained(name, dtype, tmp_path):
     assert torch.equal(chain.finish(states, ids), expected(ids, use_cache=False).logits)
 
 
-def test_the_whole_model_is_what_from_pretrained_gives(tmp_path):
-    folder = save("Qwen3Moe", tmp_path, tie_word_embeddings=True)
-    expected = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    model = Folder(folder, torch.float32, CPU).whole()
+@pytest.mark.parametrize("device", [CPU, pytest.param(torch.device("cuda"), marks=[gpu, needs_cuda])], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", [*CHAINS, "Gemma4Text", "Gemma3nText"])
+def test_the_whole_model_is_what_from_pretrained_gives(name, dtype, device, tmp_path):
+    folder = save(name, tmp_path, **({"tie_word_embeddings": True} if name == "Qwen3Moe" else {}))
+    said = json.loads((folder / "generation_config.json").read_text())
+    (folder / "generation_config.json").write_text(json.dumps(said | {"temperature": 0.25, "do_sample": True}))
+    expected = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval().to(device)
+    model = straight(folder, dtype, device)
+    assert type(model) is type(expected)
     assert_same(tensors(model), tensors(expected))
-    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert tied(model) == tied(expected)
+    assert model.config.to_dict() == expected.config.to_dict()
+    assert model.generation_config.to_dict() == expected.generation_config.to_dict()
+    assert (model.name_or_path, model.device, model.dtype) == (expected.name_or_path, expected.device, expected.dtype)
+    assert not any(module.training for module in model.modules())
     assert not any(parameter.requires_grad for parameter in model.parameters())
-    model.set_attn_implementation("eager")  # reaches the blocks, which share the configuration
+    ids = torch.arange(40, device=device).view(2, 20)
+    with torch.no_grad():
+        assert torch.equal(model(ids, use_cache=False).logits, expected(ids, use_cache=False).logits)
+
+
+def tied(model):
+    """The names of the parameters that are one."""
+    names = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    return sorted(group for group in names.values() if len(group) > 1)
+
+
+def test_the_settings_of_a_whole_model_reach_its_blocks(tmp_path):
+    model = Folder(save("Qwen3Moe", tmp_path), torch.float32, CPU).whole()
+    model.set_attn_implementation("eager")  # the blocks share the configuration
     assert {layer.self_attn.config._attn_implementation for layer in model.model.layers} == {"eager"}
+
+
+def test_what_is_no_folder_of_blocks_is_left_to_from_pretrained(tmp_path):
+    folder = save("Zamba2", tmp_path / "shared")
+    assert straight(folder, torch.float32, CPU) is None
+    assert straight(tmp_path / "nothing", torch.float32, CPU) is None
+    expected = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    byte_tokenizer().save_pretrained(folder)
+    local = ModelConfig(name="local", source="local", path=str(folder))
+    assert_same(tensors(load.load(local, torch.float32, CPU, tmp_path).model), tensors(expected))
+
+
+def test_a_model_is_loaded_without_from_pretrained_unless_it_is_offloaded(tmp_path, monkeypatch):
+    folder = save("Llama", tmp_path)
+    byte_tokenizer().save_pretrained(folder)
+    local = ModelConfig(name="local", source="local", path=str(folder))
+
+    def asked(*_, **__):
+        raise ValueError("from_pretrained was asked")
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", asked)
+    load.load(local, torch.float32, CPU, tmp_path)
+    for other, offload in ((local, True), (replace(local, trust_remote_code=True), False)):
+        with pytest.raises(RequestError, match="from_pretrained was asked"):
+            load.load(other, torch.float32, CPU, tmp_path, offload)
 
 
 @pytest.mark.parametrize("equal", [True, False])
