@@ -109,6 +109,7 @@ BAD = [
     (["runtime.devise=cpu"], "unknown key 'runtime.devise'; did you mean 'runtime.device'?"),
     (["colour=red"], "unknown key 'colour'"),
     (["+quantizer.colour=red"], "'quantizer.colour'"),
+    (["model.seed=99999999999999999999999"], "model.seed must fit into 64 bits"),
     (["quantizer.nbits=1"], "nbits must be one of 2, 3, 4, 8, got 1"),
     (["quantizer.nbits=5"], "nbits must be one of 2, 3, 4, 8, got 5"),
     (["quantizer.nbits=4.0"], "nbits must be one of 2, 3, 4, 8, got 4.0"),

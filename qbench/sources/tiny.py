@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from qbench.errors import unknown
+from qbench.errors import RequestError, unknown
 
 VERSION = 1
 ARCHITECTURES = ("dense", "moe")
@@ -15,12 +15,14 @@ ARCHITECTURES = ("dense", "moe")
 def build(architecture: str, seed: int) -> tuple[Any, Any]:
     """A random Qwen3 (`dense`) or Qwen3-MoE with 4 fused experts (`moe`), fp32, and its tokenizer.
 
-    Raises RequestError for another architecture.
+    Raises RequestError for another architecture, or a seed that no generator takes.
     """
     from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
     if architecture not in ARCHITECTURES:
         raise unknown("model.architecture", architecture, ARCHITECTURES)
+    if not -(2**63) <= seed < 2**64:
+        raise RequestError(f"model.seed must fit into 64 bits, got {seed}")
     shape = dict(
         vocab_size=258,
         hidden_size=64,
