@@ -9,9 +9,9 @@ import pytest
 from qbench.intervals import paired_delta
 from qbench.record.result import Result
 from qbench.report import board, columns, entries
-from qbench.report.baseline import Baseline, Limits
+from qbench.report.gate.compare import compare
+from qbench.report.gate.file import GateFile, Limits
 from qbench.report.noise import Paired, difference
-from qbench.report.regress import compare
 from tests.report.examples import save, tasked
 
 DRAW = np.random.default_rng(0)
@@ -60,7 +60,7 @@ def test_it_is_shown_under_its_own_title(recorded):
 
 
 def test_the_gate_reads_it_likewise(recorded, tmp_path):
-    baseline = Baseline.of(recorded.entries, Limits())
+    baseline = GateFile.of(recorded.entries, Limits())
     assert {score.reading for each in baseline.points for score in each.scores} == {"exp mean"}
     worse = entries.read(save(tmp_path / "later", point("sinq", FAR, day=2)))
     [finding] = [f for f in compare(baseline, worse) if f.verdict == "regressed"]

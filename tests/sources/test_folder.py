@@ -10,13 +10,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from qbench.config import ModelConfig
 from qbench.errors import PointError, RequestError
 from qbench.model.blocks import NotAChainError
 from qbench.passes.chain import Chain
-from qbench.sources import load
 from qbench.sources.ahead import ahead
 from qbench.sources.folder import Folder, straight
+from qbench.sources.local import Local
 from qbench.sources.tiny import byte_tokenizer
 from tests.passes.architectures import CHAINS, build
 from tests.sources.cases import CPU, assert_same, gpu, needs_cuda, save, tensors
@@ -92,23 +91,23 @@ def test_what_is_no_folder_of_blocks_is_left_to_from_pretrained(tmp_path):
     assert straight(tmp_path / "nothing", torch.float32, CPU) is None
     expected = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     byte_tokenizer().save_pretrained(folder)
-    local = ModelConfig(name="local", source="local", path=str(folder))
-    assert_same(tensors(load.load(local, torch.float32, CPU, tmp_path).model), tensors(expected))
+    local = Local(path=str(folder))
+    assert_same(tensors(local.load(torch.float32, CPU, tmp_path).model), tensors(expected))
 
 
 def test_a_model_is_loaded_without_from_pretrained_unless_it_is_offloaded(tmp_path, monkeypatch):
     folder = save("Llama", tmp_path)
     byte_tokenizer().save_pretrained(folder)
-    local = ModelConfig(name="local", source="local", path=str(folder))
+    local = Local(path=str(folder))
 
     def asked(*_, **__):
         raise ValueError("from_pretrained was asked")
 
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", asked)
-    load.load(local, torch.float32, CPU, tmp_path)
+    local.load(torch.float32, CPU, tmp_path)
     for other, offload in ((local, True), (replace(local, trust_remote_code=True), False)):
         with pytest.raises(RequestError, match="from_pretrained was asked"):
-            load.load(other, torch.float32, CPU, tmp_path, offload)
+            other.load(torch.float32, CPU, tmp_path, offload)
 
 
 @pytest.mark.parametrize("equal", [True, False])

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from qbench.checkpoint import manifest
-from qbench.config import ModelConfig
-from qbench.sources import hashes, load
+from qbench.sources import hashes
+from qbench.sources.local import Local
 
 
 def sha256(path):
@@ -169,6 +169,6 @@ def test_the_second_run_of_a_point_does_not_read_the_weights(qbench, tiny, tmp_p
     second = qbench(*request)
     assert second.summary["run_id"] == first.summary["run_id"]
     assert read == []
-    again = load.fingerprint(ModelConfig(name="local", source="local", path=str(tmp_path / "model")))
+    again = Local(path=str(tmp_path / "model")).fingerprint()
     assert second.summary["fingerprint"] == again
     assert read.count("model.safetensors") == 1  # nothing was said of outputs/
