@@ -56,7 +56,7 @@ def test_the_whole_model_is_what_from_pretrained_gives(name, dtype, device, tmp_
     folder = save(name, tmp_path, **({"tie_word_embeddings": True} if name == "Qwen3Moe" else {}))
     said = json.loads((folder / "generation_config.json").read_text())
     (folder / "generation_config.json").write_text(json.dumps(said | {"temperature": 0.25, "do_sample": True}))
-    expected = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval().to(device)
+    expected = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval().requires_grad_(False).to(device)
     model = straight(folder, dtype, device)
     assert type(model) is type(expected)
     assert_same(tensors(model), tensors(expected))
