@@ -106,11 +106,12 @@ for i in itertools.count():
 """
 
 
-def test_killed_writers_leave_no_half_result(tmp_path):
+@pytest.mark.parametrize("kills", [2, pytest.param(12, marks=pytest.mark.slow)])
+def test_killed_writers_leave_no_half_result(tmp_path, kills):
     from safetensors.numpy import load_file
 
     seen = 0
-    for attempt in range(12):
+    for attempt in range(kills):
         writer = subprocess.Popen(
             [sys.executable, "-c", WRITER, str(tmp_path)],
             stdout=subprocess.PIPE,
@@ -128,4 +129,4 @@ def test_killed_writers_leave_no_half_result(tmp_path):
             windows = load_file(path.parent / result.evaluation[0].window_nll_file)
             assert (windows["quantized"] == number).all()
             seen += 1
-    assert seen >= 6
+    assert seen >= kills // 2
