@@ -3,10 +3,10 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN     = $(VENV)/bin
 READY   = $(VENV)/.ready
-BASELINE = .github/quality-baseline.json
+GATE_FILE = .github/quality-gate.json
 PIP     = $(BIN)/python -m pip install -q --disable-pip-version-check
 
-.PHONY: run demo gate gate-baseline measure-gate test test-wheel test-slow test-oracle oracle lint clean
+.PHONY: run demo gate gate-update measure-gate test test-wheel test-slow test-oracle oracle lint clean
 
 run: $(READY)                 ## quantize the reference model with SINQ at 4 bits and evaluate it
 	$(BIN)/python -m qbench
@@ -16,10 +16,10 @@ demo: $(READY)                ## eight methods at 4 and 3 bits on the reference 
 	$(BIN)/python -m qbench.leaderboard --where model=smollm2-135m -o outputs/leaderboard.html && exit $$status
 
 gate: measure-gate            ## measure what the regression gate compares, and compare it
-	$(BIN)/python -m qbench.regress $(BASELINE) outputs/gate --junit outputs/gate/junit.xml
+	$(BIN)/python -m qbench.regress $(GATE_FILE) outputs/gate --junit outputs/gate/junit.xml
 
-gate-baseline: measure-gate   ## the same, and make it the new baseline
-	$(BIN)/python -m qbench.regress $(BASELINE) outputs/gate --update
+gate-update: measure-gate   ## the same, and write it to the gate file
+	$(BIN)/python -m qbench.regress $(GATE_FILE) outputs/gate --update
 
 # Measured afresh every time; a point that fails is the gate's to report, hence the leading minus.
 measure-gate: $(READY)

@@ -13,8 +13,12 @@ from pathlib import Path
 
 import torch
 
-from qbench.config import RuntimeConfig, TaskConfig
-from qbench.evaluate import measure
+from qbench.config import RuntimeConfig
+from qbench.evaluate.protocol import Protocol
+from qbench.evaluate.protocols.crops import PageCrops
+from qbench.evaluate.protocols.lmeval import LmEval
+from qbench.evaluate.protocols.pages import JoinedPages
+from qbench.evaluate.protocols.windows import TextWindows
 from qbench.passes.quantize import quantize_model
 from qbench.record.quality import EvaluationRecord
 from qbench.registry import make_quantizer
@@ -24,17 +28,16 @@ METHODS = (("rtn", 4), ("sinq", 4), ("sinq", 3))
 MODEL = SmolLM2()
 
 
-def protocols(wikitext: str, c4: str) -> list[TaskConfig]:
-    cut = {"protocol": "windows", "window": 512, "max_windows": 4}
-    rolling = {"protocol": "lmeval", "window": 512}
+def protocols(wikitext: str, c4: str) -> list[Protocol]:
+    cut = {"window": 512, "max_windows": 4}
     return [
-        TaskConfig(name="mini", **cut),
-        TaskConfig(name="wikitext2", path=wikitext, separator="\n\n", **cut),
-        TaskConfig(name="text", path=wikitext, **cut),
-        TaskConfig(name="c4_gptq", path=c4, **cut | {"protocol": "crops"}),
-        TaskConfig(name="c4_new", path=c4, pages=1000, **cut | {"protocol": "pages"}),
-        TaskConfig(name="wikitext_lmeval", names=["wikitext"], path=wikitext, limit=1, **rolling),
-        TaskConfig(name="c4_lmeval", names=["c4"], path=c4, limit=3, **rolling),
+        TextWindows(name="mini", **cut),
+        TextWindows(name="wikitext2", path=wikitext, separator="\n\n", **cut),
+        TextWindows(name="text", path=wikitext, **cut),
+        PageCrops(name="c4_gptq", path=c4, **cut),
+        JoinedPages(name="c4_new", path=c4, pages=1000, **cut),
+        LmEval(name="wikitext_lmeval", names=["wikitext"], path=wikitext, limit=1, window=512),
+        LmEval(name="c4_lmeval", names=["c4"], path=c4, limit=3, window=512),
     ]
 
 
@@ -42,9 +45,7 @@ def main() -> None:
     wikitext, c4, outputs = (*sys.argv[1:], "outputs")[:3]
     runtime = RuntimeConfig()
     tokenizer = MODEL.tokenizer(Path(outputs) / "models")
-    evaluations = [
-        measure.prepare(measure.read(task, runtime), tokenizer, task, runtime) for task in protocols(wikitext, c4)
-    ]
+    evaluations = [task.prepare(task.read(), tokenizer, runtime) for task in protocols(wikitext, c4)]
     model = fresh(outputs)
     baselines = [evaluation.score_baseline(model) for evaluation in evaluations]
     records: list[list[EvaluationRecord]] = []

@@ -2,7 +2,8 @@
 
 Progress and a readable summary go to stderr; the last line on stdout is one JSON object, the point's summary or, with
 -m, the sweep's. Exit status: 0 done, 1 a point failed (its result says why), 2 the request is wrong. Nothing heavy is
-imported until a point really runs, so `--help` and a typo are answered at once.
+imported until a point really runs, so `--help` and a typo are answered at once. A sweep starts the process of each of
+its points as `python -m qbench --point FILE`.
 """
 
 from __future__ import annotations
@@ -16,31 +17,66 @@ if __name__ == "__main__":
 
 import contextlib
 import json
+import logging.config
 import os
-from typing import Any
+from collections.abc import Callable
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import hydra
+import yaml
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
 
 from qbench.config import Config, register
-from qbench.errors import RequestError, WriteError
+from qbench.errors import PlanError, RequestError, SweepFailed, WriteError
 from qbench.record.disk import FULL
 from qbench.request import experiment, overrides
 from qbench.request import explain as requests
 from qbench.request.hubnames import spelled_out
+
+if TYPE_CHECKING:
+    from qbench.record.result import Result
 
 DONE, FAILED, WRONG = 0, 1, 2
 
 
 def main() -> int:
     """Runs what the command line asks for and returns the exit status."""
+    try:
+        if sys.argv[1:2] == ["--point"]:
+            return _prepared_point(sys.argv[2:])
+        return _request()
+    except KeyboardInterrupt:
+        print("\ninterrupted; finished points are kept", file=sys.stderr)
+        return 130
+    except PlanError as error:
+        print("qbench:", error, file=sys.stderr)
+        return WRONG
+    except RequestError as error:
+        return _refuse(str(error))
+    except SweepFailed:  # its last line says so already
+        return FAILED
+    except (HydraException, OmegaConfBaseException, yaml.YAMLError, UnicodeDecodeError) as error:
+        return _refuse(requests.explain(error, sys.argv[1:]))
+    except BrokenPipeError:
+        raise
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno in FULL:
+            _refuse(f"there is no room to write {error.filename or 'a file'}: {error.strerror}")
+        else:
+            _refuse(entry.unexpected(error))
+        return FAILED
+
+
+def _request() -> int:
+    """A point or a sweep, as Hydra reads the command line."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises its errors instead of printing and exiting
     register()
-    requests.add_third_party_conf()
+    requests.register_plugins()
     sys.argv[1:] = spelled_out(sys.argv[1:])
     if "--dry-run" in sys.argv:  # of a sweep, if need be of one point
         rest = [a for a in sys.argv[1:] if a not in ("--dry-run", "-m", "--multirun")]
@@ -51,41 +87,56 @@ def main() -> int:
     def point(composed: DictConfig) -> None:
         statuses.append(_point(composed))
 
-    try:
-        given = overrides.arguments(sys.argv[1:])
-        overrides.check(given.overrides)
-        experiment.check(given.overrides, given.config_dir)
-        if given.multirun:
-            sys.argv[1:] = overrides.leave_to_points(sys.argv[1:])
-        point()
-    except KeyboardInterrupt:
-        print("\ninterrupted; finished points are kept", file=sys.stderr)
-        return 130
-    except RequestError as error:
-        return _refuse(str(error))
-    except (HydraException, OmegaConfBaseException, YAMLError, UnicodeDecodeError) as error:
-        return _refuse(requests.explain(error, sys.argv[1:]))
-    except BrokenPipeError:
-        raise
-    except Exception as error:
-        if isinstance(error, OSError) and error.errno in FULL:
-            _refuse(f"there is no room to write {error.filename or 'a file'}: {error.strerror}")
-        else:
-            _refuse(entry.unexpected(error))
-        return FAILED
+    given = overrides.arguments(sys.argv[1:])
+    overrides.check(given.overrides)
+    requests.check_added(given.overrides)
+    experiment.check(given.overrides, given.config_dir)
+    if given.help and given.config_dir is None and not given.resolve:
+        print(requests.help_text(given.overrides))
+        return DONE
+    if given.multirun:
+        sys.argv[1:] = overrides.leave_to_points(sys.argv[1:])
+    point()
     return max(statuses, default=DONE)
 
 
 def _point(composed: DictConfig) -> int:
-    command = list(HydraConfig.get().overrides.task)
-    try:
+    """The exit status of a point that Hydra has composed."""
+
+    def measure() -> Result:
         overrides.check_keys(composed)
         config: Config = OmegaConf.to_object(composed)  # type: ignore[assignment]
-        with contextlib.redirect_stdout(sys.stderr):  # a library that prints must not spoil the last line
-            from qbench.report import summary
-            from qbench.run import run_point
+        from qbench.run import run_point
 
-            result = run_point(config, command)
+        return run_point(config, list(HydraConfig.get().overrides.task))
+
+    return _answer(measure)
+
+
+def _prepared_point(arguments: list[str]) -> int:
+    """The exit status of a point that a sweep has prepared: `--point FILE`, see qbench/sweep/prepared.py."""
+    if len(arguments) != 1:
+        raise RequestError("--point takes one file, and nothing beside it")
+    settings = resources.files("qbench.conf").joinpath("hydra", "job_logging", "stderr.yaml").read_text()
+    logging.config.dictConfig(yaml.safe_load(settings))
+
+    def measure() -> Result:
+        from qbench.run import run_prepared
+        from qbench.sweep import prepared
+
+        sent = prepared.read(Path(arguments[0]))
+        return run_prepared(prepared.prepare_again(sent), sent.group)
+
+    return _answer(measure)
+
+
+def _answer(measure: Callable[[], Result]) -> int:
+    """Shows the result of a point, with its summary as the last line; returns the exit status."""
+    try:
+        with contextlib.redirect_stdout(sys.stderr):  # a library that prints must not spoil the last line
+            result = measure()
+            from qbench.report import summary
+
             summary.show(result)
     except RequestError as error:
         return _refuse(str(error))

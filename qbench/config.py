@@ -6,7 +6,8 @@ What a third party can bring is a mapping here. Its fields come from its YAML, s
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
@@ -14,8 +15,8 @@ from omegaconf import MISSING
 
 
 @dataclass
-class TextConfig:
-    """A text: embedded under `name`, a local file, or a dataset of the Hub."""
+class CalibrationConfig:
+    """The calibration text, embedded under `name`, a local file or a dataset of the Hub, and what is cut from it."""
 
     name: str = MISSING
     path: str | None = None  # local text file, in place of the Hub
@@ -28,24 +29,6 @@ class TextConfig:
     separator: str | None = None  # between a dataset's rows; None: a file is taken as it is
     window: int = 2048  # tokens
     beyond_positions: bool = False  # windows may be longer than a model with rotary positions was made for
-
-
-@dataclass
-class TaskConfig(TextConfig):
-    protocol: str = MISSING  # windows, crops or pages (evaluate/windows.py), or lmeval (evaluate/lmeval.py)
-    max_windows: int | None = None
-    pages: int | None = None  # to join, for protocol=pages
-    divergence: bool = True
-    divergence_topk: int = 64
-    names: list[str] = field(default_factory=list)  # lm-eval's tasks or groups, for protocol=lmeval
-    limit: int | None = None  # documents of each
-    num_fewshot: int | None = None
-    include_path: str | None = None  # folder with YAML of further lm-eval tasks
-    add_bos_token: bool | None = None
-
-
-@dataclass
-class CalibrationConfig(TextConfig):
     sequences: int | None = None
     inputs: str = "quantized"  # of each block, from the blocks before it: quantized or original (calibrate.py)
 
@@ -74,25 +57,25 @@ class SpeedConfig:
 
 
 @dataclass
-class TrackerConfig:
-    name: str = "none"
-    project: str = "qbench"
-    entity: str | None = None
-    group: str | None = None
-    mode: str = "auto"
-
-
-@dataclass
 class Config:
     model: dict[str, Any] = field(default_factory=dict)
     quantizer: dict[str, Any] = field(default_factory=dict)
-    task: TaskConfig = field(default_factory=TaskConfig)
+    task: dict[str, Any] = field(default_factory=dict)
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
     speed: SpeedConfig = field(default_factory=SpeedConfig)
-    tracker: TrackerConfig = field(default_factory=TrackerConfig)
+    tracker: dict[str, Any] = field(default_factory=dict)
     export: dict[str, Any] = field(default_factory=dict)
     outputs: str = "outputs"
+
+
+def from_container(values: Mapping[str, Any]) -> Config:
+    """The configuration from what `dataclasses.asdict` made of one, also by way of JSON."""
+    empty, parts = Config(), {}
+    for part in fields(Config):
+        kind = type(getattr(empty, part.name))
+        parts[part.name] = kind(**values[part.name]) if is_dataclass(kind) else values[part.name]
+    return Config(**parts)
 
 
 def register() -> None:

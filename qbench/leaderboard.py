@@ -9,17 +9,15 @@ from __future__ import annotations
 import argparse
 import gc
 import io
-import shutil
 import sys
-from collections.abc import Collection
 from pathlib import Path
-from typing import TextIO
 
 from qbench.entry import leave
 from qbench.errors import RequestError, unknown
 from qbench.record.outline import Outline
 from qbench.record.result import Result
-from qbench.report import board, columns, entries, history, reference, table
+from qbench.report import board, columns, entries, history, published, table
+from qbench.report.terminal import width
 
 FORMATS = ("table", "md", "csv", "json", "tex", "html")
 SUFFIXES = {".md": "md", ".csv": "csv", ".json": "json", ".tex": "tex", ".html": "html", ".htm": "html"}
@@ -37,17 +35,6 @@ def main(arguments: list[str] | None = None) -> int:
     except BrokenPipeError:  # `| head` has seen enough
         sys.stderr.close()
     return 0
-
-
-def show(outputs: Path, run_ids: Collection[str], file: TextIO) -> None:
-    """The leaderboard of some points alone, such as those of a sweep that has just ended."""
-    kept = entries.latest(entries.read(outputs, run_ids, Outline).entries)
-    sections = board.sections(kept, *columns.order("quality"))
-    file.write(table.write([columns.table(section) for section in sections], "table", _width(file)))
-
-
-def _width(file: TextIO) -> int | None:
-    return shutil.get_terminal_size().columns if file.isatty() else None
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -75,7 +62,7 @@ def _report(asked: argparse.Namespace) -> str:
     style = asked.format or SUFFIXES.get(asked.output.suffix if asked.output else "", "table")
     if asked.metric not in columns.SORTABLE:
         raise unknown("metric", asked.metric, columns.SORTABLE)
-    published = [number for name in asked.reference for number in reference.read(name)]
+    numbers = [number for name in asked.reference for number in published.read(name)]
     recorded = entries.read(asked.outputs, kind=Result if style == "html" else Outline)  # the page draws every layer
     for problem in recorded.problems:
         print(f"qbench.leaderboard: {table.plain(problem, 500)}", file=sys.stderr)
@@ -83,7 +70,7 @@ def _report(asked: argparse.Namespace) -> str:
     if asked.protocol is not None:
         kept = entries.under(kept, asked.protocol)
     if asked.history:
-        if style == "html" or published:
+        if style == "html" or numbers:
             raise RequestError("--history has no HTML page and takes no --reference; use table, md, csv, json or tex")
         tables = history.tables(kept, asked.metric)
     else:
@@ -93,12 +80,12 @@ def _report(asked: argparse.Namespace) -> str:
         if style == "html":
             from qbench.report import html
 
-            return html.page(sections, failed, recorded.problems, published)
-        tables = [columns.table(section, published) for section in sections]
+            return html.page(sections, failed, recorded.problems, numbers)
+        tables = [columns.table(section, numbers) for section in sections]
         for result in failed:
             name, reason = table.plain(" ".join(result.command), 300), table.plain(result.error or "", 300)
             print(f"qbench.leaderboard: failed point {name}: {reason}", file=sys.stderr)
-    return table.write(tables, style, None if asked.output else _width(sys.stdout))
+    return table.write(tables, style, None if asked.output else width(sys.stdout))
 
 
 def _deliver(text: str, output: Path | None) -> None:

@@ -24,9 +24,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from importlib import import_module
-from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any, get_type_hints
 
+from qbench.checkout import entry_points
 from qbench.errors import RequestError, unknown
 from qbench.values import typed
 

@@ -1,6 +1,6 @@
-"""`python -m qbench.regress BASELINE [OUTPUTS]`: the gate for CI.
+"""`python -m qbench.regress GATE_FILE [OUTPUTS]`: the gate for CI.
 
-Compares every point of the committed BASELINE with what is recorded in OUTPUTS, prints a Markdown summary (also to
+Compares every point of the committed GATE_FILE with what is recorded in OUTPUTS, prints a Markdown summary (also to
 $GITHUB_STEP_SUMMARY, if that is set) and, with --junit FILE, JUnit XML. Exit status: 0 pass; 1 something regressed or a
 point failed; 2 wrong input, or points are missing.
 """
@@ -15,16 +15,17 @@ from pathlib import Path
 from qbench.entry import leave
 from qbench.errors import RequestError
 from qbench.record.store import write_atomically
-from qbench.report import entries, verdict
-from qbench.report.baseline import Baseline, Limits, Point, label
-from qbench.report.regress import Finding, compare
+from qbench.report import entries
+from qbench.report.gate import verdict
+from qbench.report.gate.compare import Finding, compare
+from qbench.report.gate.file import GateFile, GatePoint, Limits, label
 from qbench.report.table import plain
 
 PASS, REGRESSED, WRONG = 0, 1, 2
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs the gate, or writes its baseline, and returns the exit status."""
+    """Runs the gate, or writes the gate file, and returns the exit status."""
     asked = _parser().parse_args(arguments)
     try:
         recorded = entries.read(asked.outputs)
@@ -38,12 +39,12 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m qbench.regress", description="Did anything get worse?")
-    parser.add_argument("baseline", type=Path, help="the committed JSON file")
+    parser.add_argument("gate_file", type=Path, metavar="GATE_FILE", help="the committed JSON file")
     parser.add_argument(
         "outputs", nargs="?", default="outputs", type=Path, help="the outputs folder of `python -m qbench`"
     )
     parser.add_argument(
-        "--update", action="store_true", help="write the baseline from what is recorded; limits are kept"
+        "--update", action="store_true", help="write the gate file from what is recorded; limits are kept"
     )
     parser.add_argument(
         "--where", action="append", default=[], metavar="KEY=VALUE", help="only points with this setting"
@@ -53,11 +54,11 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _gate(asked: argparse.Namespace, recorded: entries.Recorded) -> int:
-    baseline = Baseline.read(asked.baseline)
-    points = entries.where(baseline.points, asked.where)
+    gate_file = GateFile.read(asked.gate_file)
+    points = entries.where(gate_file.points, asked.where)
     if not points:
-        raise RequestError(f"{asked.baseline} holds no points; write some with --update")
-    findings = compare(Baseline(points, baseline.limits), recorded)
+        raise RequestError(f"{asked.gate_file} holds no points; write some with --update")
+    findings = compare(GateFile(points, gate_file.limits), recorded)
     if asked.where:  # what is outside of the selection is not news
         findings = [f for f in findings if f.verdict != "note" or f.check != "point"]
     summary = verdict.markdown(findings)
@@ -82,10 +83,10 @@ def _status(findings: list[Finding]) -> int:
 def _update(asked: argparse.Namespace, recorded: entries.Recorded) -> int:
     limits, known = _old(asked)
     if failures := entries.unresolved(recorded):
-        raise RequestError(f"no baseline from failed points: {' '.join(failures[0].command)}: {failures[0].error}")
+        raise RequestError(f"no gate file from failed points: {' '.join(failures[0].command)}: {failures[0].error}")
     chosen = entries.latest(entries.where(recorded.entries, asked.where))
     if not chosen:
-        raise RequestError(f"{asked.outputs} holds no finished point to make a baseline from")
+        raise RequestError(f"{asked.outputs} holds no finished point to make a gate file from")
     for entry in chosen:
         name = label(entry.result.command)
         without = [score for score in entry.scores if score.windows is None]
@@ -93,29 +94,29 @@ def _update(asked: argparse.Namespace, recorded: entries.Recorded) -> int:
             raise RequestError(f"{name} has no scores per window or document to compare; measure it again")
         for score in without:
             _say(f"{name}: {score.metric} under {score.protocol} has no values per document, so it is left out")
-    new = Baseline.of(chosen, limits)
+    new = GateFile.of(chosen, limits)
     if asked.where:
         measured = {point.identity.key for point in new.points}
-        new = Baseline.ordered([*new.points, *(p for p in known if p.identity.key not in measured)], limits)
+        new = GateFile.ordered([*new.points, *(p for p in known if p.identity.key not in measured)], limits)
     kept = {point.identity.key for point in new.points}
     for point in known:
         if point.identity.key not in kept:
-            _say(f"no longer in the baseline, since it was not measured: {point.label}")
-    _write(asked.baseline, new.to_json())
-    _say(f"{len(new.points)} points written to {asked.baseline}")
+            _say(f"no longer in the gate file, since it was not measured: {point.label}")
+    _write(asked.gate_file, new.to_json())
+    _say(f"{len(new.points)} points written to {asked.gate_file}")
     return PASS
 
 
-def _old(asked: argparse.Namespace) -> tuple[Limits, list[Point]]:
-    """The limits and points of the baseline that --update writes anew; of one that cannot be read, the limits alone."""
-    if not asked.baseline.exists():
+def _old(asked: argparse.Namespace) -> tuple[Limits, list[GatePoint]]:
+    """The limits and points of the gate file that --update writes; of one that cannot be read, only limits."""
+    if not asked.gate_file.exists():
         return Limits(), []
     try:
-        old = Baseline.read(asked.baseline)
+        old = GateFile.read(asked.gate_file)
     except RequestError as error:
         if asked.where:
             raise RequestError(f"{error}; without --where") from None
-        limits = Baseline.read_limits(asked.baseline)
+        limits = GateFile.read_limits(asked.gate_file)
         _say(f"{error}: only its limits are kept")
         return limits, []
     return old.limits, old.points

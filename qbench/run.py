@@ -1,4 +1,4 @@
-"""One point, read top to bottom: load, baseline, quantize, evaluate, record. No step reaches back."""
+"""One point, read top to bottom: load, original, quantize, evaluate, record. No step reaches back."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any
 
+import numpy as np
 import torch
 
 from qbench import __version__
 from qbench.checkpoint import export as checkpoint
-from qbench.config import Config
+from qbench.config import Config, RuntimeConfig
 from qbench.errors import PointError, RequestError
 from qbench.evaluate import limits, measure, speed
-from qbench.evaluate.measure import Evaluation
 from qbench.evaluate.memory import Peak, weight_bytes
-from qbench.evaluate.windowed import Scores
+from qbench.evaluate.protocol import Scores
 from qbench.layers.linear import use_kernels
 from qbench.model.coverage import settle_layers, shortfall
 from qbench.model.linears import coverage, find_linears, linear_weights, quantized_weights
@@ -36,7 +36,7 @@ from qbench.record.result import Result
 from qbench.request.prepare import Prepared, prepare
 from qbench.sources.source import LoadedModel
 from qbench.sweep.share import gpu_of
-from qbench.track import wandb as wandb_tracker
+from qbench.track.tracker import harmless
 
 log = logging.getLogger(__name__)
 
@@ -57,11 +57,16 @@ class Clock:
 
 
 def run_point(config: Config, command: list[str]) -> Result:
+    """`run_prepared` of a point alone. Raises RequestError for a request that cannot be served."""
+    return run_prepared(prepare(config, command))
+
+
+def run_prepared(point: Prepared, group: str | None = None) -> Result:
     """Runs one point, or returns it from the store if it is already there; what fails while running is recorded.
 
-    Raises RequestError for a request that cannot be served; nothing is recorded then.
+    `group` is the name of the sweep that the point belongs to, for the tracker. Raises RequestError for a request that
+    turns out to be wrong once the model is here; nothing is recorded then.
     """
-    point = prepare(config, command)
     # the GPU before the point: a sweep's processes hold theirs when they come here, and may wait for the point
     gpu = gpu_of(point.device) if point.recorded() is None else nullcontext()
     with gpu, point.store.lock(f"point-{point.run_id}", f"point {point.run_id}"):
@@ -69,98 +74,82 @@ def run_point(config: Config, command: list[str]) -> Result:
         if result is not None:
             log.info("already recorded; runtime.rerun=true measures it again")
         else:
-            if point.export is not None and not config.runtime.rerun and point.store.load(point.run_id) is not None:
+            rerun = point.config.runtime.rerun
+            if point.export is not None and not rerun and point.store.load(point.run_id) is not None:
                 log.info("recorded, but export.dir needs the quantized model: the point is measured again")
             result = _run(point)
     kept = point.store.load(point.run_id)  # an earlier result, if measuring again failed: its run stays as well
-    if config.tracker.name == "wandb" and (kept is None or kept.status == result.status):
-        wandb_tracker.track(result, config.tracker, point.store.root)
+    if kept is None or kept.status == result.status:
+        with harmless(point.tracker):
+            point.tracker.point(result, point.store.root, group)
     return result
 
 
 def _run(point: Prepared) -> Result:
-    config, store = point.config, point.store
-    limits.check_request(config, point.model.configuration(), point.calibration_text is not None)
-    if config.runtime.threads:
-        torch.set_num_threads(config.runtime.threads)
-    started = Result(
+    limits.check_request(point.config, point.protocol, point.model.configuration(), point.calibration_text is not None)
+    if point.config.runtime.threads:
+        torch.set_num_threads(point.config.runtime.threads)
+    result, scores, loaded = _measure(point)
+    earlier = point.store.load(point.run_id) if result.status == "failed" else None
+    if earlier is not None and earlier.status == "ok":
+        log.error("measuring again failed; the earlier result of %s is kept", earlier.created_utc)
+        return result
+    point.store.save(result, scores)
+    if point.export is not None and loaded is not None:  # after the result: a full disk must not lose it
+        checkpoint.export(
+            *(point.exporter, loaded.model, loaded.tokenizer, point.export, result), point.config.export["format"]
+        )
+    return result
+
+
+def _started(point: Prepared) -> Result:
+    """What is known before anything is loaded."""
+    return Result(
         run_id=point.run_id,
         status="failed",
         error="interrupted",
         created_utc=datetime.now(UTC).isoformat(timespec="seconds"),
         qbench_version=__version__,
         command=point.command,
-        config=asdict(config),
+        config=asdict(point.config),
         identity=point.identity,
         environment=describe(str(point.device), str(point.dtype).removeprefix("torch.")),
     )
-    calibration = None
-    try:
-        tokenizer = point.model.tokenizer(store.models)
-        evaluation = measure.prepare(point.source, tokenizer, config.task, config.runtime)
-        if point.calibration_text is not None:
-            calibration = cut_sequences(point.calibration_text, tokenizer, config.calibration)
-    except Exception as error:
-        result, scores, loaded = _failed(started, error, {}), None, None
-    else:
-        result, scores, loaded = _measure(started, point, calibration, evaluation)
-    if result.status == "failed" and (earlier := store.load(point.run_id)) is not None and earlier.status == "ok":
-        log.error("measuring again failed; the earlier result of %s is kept", earlier.created_utc)
-        return result
-    store.save(result, scores)
-    if point.export is not None and loaded is not None:  # after the result: a full disk must not lose it
-        checkpoint.export(point.exporter, loaded.model, loaded.tokenizer, point.export, result, config.export["format"])
-    return result
 
 
-def _measure(
-    result: Result, point: Prepared, calibration: Calibration | None, evaluation: Evaluation
-) -> tuple[Result, dict[str, Scores] | None, LoadedModel | None]:
-    """Fills the result in, up to the step that fails.
+def _measure(point: Prepared) -> tuple[Result, dict[str, Scores] | None, LoadedModel | None]:
+    """Fills the result in, up to the step that fails: load, original, quantize, evaluate, record.
 
     Also returns the scores that it refers to, by file, and the quantized model; None for both when a step failed.
     """
-    config, quantizer, store = point.config, point.quantizer, point.store
-    clock, offload = Clock(), config.runtime.offload
+    config, quantizer, runtime = point.config, point.quantizer, point.config.runtime
+    clock, result = Clock(), _started(point)
     try:
+        tokenizer = point.model.tokenizer(point.store.models)
+        evaluation = point.protocol.prepare(point.source, tokenizer, runtime)
+        calibration = None
+        if point.calibration_text is not None:
+            calibration = cut_sequences(point.calibration_text, tokenizer, config.calibration)
+
         with clock.phase("load"):
-            loaded = point.model.load(point.dtype, point.device, store.models, offload, point.identity.weights)
-            limits.check_model(loaded.model, config, evaluation.ids, calibration and calibration.ids)
-            require_finite(loaded.model, offload)
-            least = None if isinstance(quantizer, Original) else config.runtime.min_coverage
-            settle_layers(loaded.model, least, offload)
-            if point.export is not None and quantizer is not None:
-                checkpoint.check_model(point.exporter, loaded.model, quantizer, config.export["format"])
-        model = loaded.model
-        quantized = sum(weight.numel for weight in quantized_weights(model))
-        parameters = quantized + sum(p.numel() for p in model.parameters())
-        result = replace(
-            result,
-            model=ModelRecord(
-                name=point.model.name,
-                fingerprint=loaded.fingerprint,
-                note=loaded.note,
-                parameters=parameters,
-                linear_weights=linear_weights(model),
-                baseline_bytes=2 * parameters,
-                weight_bytes=None if quantizer is None else weight_bytes(model),
-            ),
-        )
+            loaded = _load(point, evaluation.ids, calibration)
+        model, about = loaded.model, _describe_model(point, loaded)
+        result = replace(result, model=about)
         timed, baseline, baseline_speed, cached = config.speed.name != "none", None, None, False
         if quantizer is not None:
-            if timed and offload:
+            if timed and runtime.offload:
                 log.warning("the speed of the baseline is not measured: it would be that of copying its weights")
             elif timed:
                 with clock.phase("baseline_speed"):
                     baseline_speed = speed.measure(model, config.speed)
-            with clock.phase("baseline"), runs_offloaded(model, offload):
-                baseline, cached = measure.baseline(evaluation, model, loaded.fingerprint, result.environment, store)
+            with clock.phase("baseline"), runs_offloaded(model, runtime.offload):
+                baseline, cached = measure.baseline(
+                    evaluation, model, loaded.fingerprint, result.environment, point.store
+                )
 
-            with clock.phase("quantize"):
-                quantization = _quantize(model, quantizer, calibration, config, parameters)
-        else:
-            left = skipped_rows(find_linears(model))
-            quantization = _describe(model, config, parameters, None, [], left, wall_seconds=0, peak_rss_bytes=None)
+        with clock.phase("quantize") if quantizer is not None else nullcontext():
+            made = _quantize(model, quantizer, calibration, runtime)
+            quantization = _describe(model, config.quantizer["name"], about.parameters, made)
         use_kernels(model)
         quantization = replace(quantization, weight_bytes=weight_bytes(model))  # in the layout that is measured
         result = replace(result, quantization=quantization)
@@ -170,7 +159,8 @@ def _measure(
                 quantized_speed = speed.measure(model, config.speed)
             result = replace(result, speed=speed.record(config.speed, quantized_speed, baseline_speed))
 
-        still_on_host = offload and isinstance(quantizer, Original)  # what a quantizer packs stays on the device
+        # what a quantizer packs stays on the device
+        still_on_host = runtime.offload and isinstance(quantizer, Original)
         with clock.phase("evaluate"), runs_offloaded(model, still_on_host):
             scores = evaluation.score(model, baseline)
         records, tasks, kept = evaluation.records(scores, baseline, cached)
@@ -191,41 +181,70 @@ def _failed(result: Result, error: Exception, seconds: dict[str, float]) -> Resu
     return replace(result, status="failed", error=message, seconds=seconds)
 
 
-def _quantize(
-    model: Any, quantizer: Quantizer, calibration: Calibration | None, config: Config, parameters: int
-) -> QuantizationRecord:
-    if isinstance(quantizer, Original):
-        left = skipped_rows(find_linears(model))
-        return _describe(model, config, parameters, None, [], left, wall_seconds=0, peak_rss_bytes=None)
-    device = model.device
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
+def _load(point: Prepared, scored: np.ndarray | None, calibration: Calibration | None) -> LoadedModel:
+    """The original, or what a packed checkpoint holds, once all is checked that can be before the first forward pass.
+
+    `scored` are the ids that will be, `[windows, tokens]`, where they are known. Raises RequestError or PointError.
+    """
+    config, offload = point.config, point.config.runtime.offload
+    loaded = point.model.load(point.dtype, point.device, point.store.models, offload, point.identity.weights)
+    limits.check_model(loaded.model, config, point.protocol, scored, calibration and calibration.ids)
+    require_finite(loaded.model, offload)
+    least = None if isinstance(point.quantizer, Original) else config.runtime.min_coverage
+    settle_layers(loaded.model, least, offload)
+    if point.export is not None and point.quantizer is not None:
+        checkpoint.check_model(point.exporter, loaded.model, point.quantizer, config.export["format"])
+    return loaded
+
+
+def _describe_model(point: Prepared, loaded: LoadedModel) -> ModelRecord:
+    model = loaded.model
+    parameters = sum(weight.numel for weight in quantized_weights(model)) + sum(p.numel() for p in model.parameters())
+    return ModelRecord(
+        name=point.model.name,
+        fingerprint=loaded.fingerprint,
+        note=loaded.note,
+        parameters=parameters,
+        linear_weights=linear_weights(model),
+        baseline_bytes=2 * parameters,
+        weight_bytes=None if point.quantizer is None else weight_bytes(model),
+    )
+
+
+@dataclass(frozen=True)
+class Made:
+    """What quantizing the model took and left behind."""
+
+    layers: list[LayerRow]
+    skipped: list[SkippedRow]
+    calibration: Calibration | None = None
+    wall_seconds: float = 0
+    peak_rss_bytes: int | None = None
+
+
+def _quantize(model: Any, quantizer: Quantizer | None, calibration: Calibration | None, runtime: RuntimeConfig) -> Made:
+    """Quantizes in place; what is the original, or was quantized before it was loaded, stays as it is."""
+    if quantizer is None or isinstance(quantizer, Original):
+        return Made([], skipped_rows(find_linears(model)))
+    if model.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(model.device)
     resident = Peak(torch.device("cpu"))  # this process's own: the maximum that the system keeps is inherited
     started = time.perf_counter()
-    layers, skipped = quantize_model(model, quantizer, calibration, config.runtime.offload)
+    layers, skipped = quantize_model(model, quantizer, calibration, runtime.offload)
     wall_seconds = time.perf_counter() - started
-    if reason := shortfall(coverage(model), config.runtime.min_coverage, skipped, "were"):
+    if reason := shortfall(coverage(model), runtime.min_coverage, skipped, "were"):
         raise PointError(reason)  # settled before but for linears that no calibration token reached
-    return _describe(model, config, parameters, calibration, layers, skipped, wall_seconds, resident.rss_bytes)
+    return Made(layers, skipped, calibration, wall_seconds, resident.rss_bytes)
 
 
-def _describe(
-    model: Any,
-    config: Config,
-    parameters: int,
-    calibration: Calibration | None,
-    layers: list[LayerRow],
-    skipped: list[SkippedRow],
-    wall_seconds: float,
-    peak_rss_bytes: int | None,
-) -> QuantizationRecord:
-    """What a quantized model holds, counted from its buffers, and what making it took."""
-    device = model.device
+def _describe(model: Any, quantizer: str, parameters: int, made: Made) -> QuantizationRecord:
+    """What a quantized model of so many `parameters` holds, counted from its buffers, and what making it took."""
+    device, calibration = model.device, made.calibration
     stored = quantized_weights(model)
     packed_bytes = sum(weight.nbytes for weight in stored)
     weights = sum(weight.numel for weight in stored)
     return QuantizationRecord(
-        quantizer=config.quantizer["name"],
+        quantizer=quantizer,
         calibration=calibration
         and CalibrationRecord(
             text_source=calibration.source,
@@ -235,14 +254,14 @@ def _describe(
             tokens=calibration.ids.size,
             inputs=calibration.inputs,
         ),
-        quant_seconds=sum(row.seconds for row in layers),
-        wall_seconds=wall_seconds,
+        quant_seconds=sum(row.seconds for row in made.layers),
+        wall_seconds=made.wall_seconds,
         bits_per_weight=8 * packed_bytes / weights if weights else BITS_PER_WEIGHT,  # none, of the original
         packed_bytes=packed_bytes,
         model_bytes=packed_bytes + 2 * (parameters - weights),
         coverage=coverage(model),
         peak_alloc_bytes=torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
-        peak_rss_bytes=peak_rss_bytes,
-        layers=layers,
-        skipped=skipped,
+        peak_rss_bytes=made.peak_rss_bytes,
+        layers=made.layers,
+        skipped=made.skipped,
     )

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 from qbench.checkpoint import autogptq
 from qbench.config import CalibrationConfig
-from qbench.evaluate.text import read_text
+from qbench.evaluate.text import read_calibration
 from qbench.layers.linear import QuantLinear
 from qbench.model.linears import replace_module
 from qbench.passes.calibrate import cut_sequences
@@ -60,7 +60,7 @@ LOGIT_TOLERANCE = 4.0  # times what fp16 does to our own model's logits
 def check(case: dict[str, Any], cache: Path, folder: Path) -> bool:
     ours = REFERENCE.load(torch.float32, torch.device("cpu"), cache)
     quantizer = make_quantizer(case)
-    text = read_text(CALIBRATION)
+    text = read_calibration(CALIBRATION)
     quantize_model(ours.model, quantizer, cut_sequences(text, ours.tokenizer, CALIBRATION) if quantizer.needs else None)
     autogptq.save(ours.model, ours.tokenizer, folder, origin={"quantizer": case})
 

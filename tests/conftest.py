@@ -6,6 +6,7 @@ import io
 import json
 import os
 import sys
+from collections.abc import Iterable
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,8 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 DATA = ROOT.parent / "shared" / "data"
 
+# Processes that tests start run this checkout, installed or not.
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
 os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # tests never reach for the Hub, and fail at once where one would
 if not torch.cuda.is_available():
@@ -31,6 +34,28 @@ class Outcome:
     @property
     def summary(self) -> dict:
         return json.loads(self.stdout.strip().splitlines()[-1])
+
+
+def refused(outcome: Outcome | BaseException, key: str | None = None, names: Iterable[str] = ()) -> str:
+    """Asserts a refusal in one sentence that names the key and each of the names, and returns the sentence.
+
+    Of a command: exit status 2, nothing on stdout, one line of qbench's own on stderr. Of an error: its `key`, where it
+    carries one, is the key, and what the names are is among its `choices`, where it carries them.
+    """
+    if isinstance(outcome, Outcome):
+        assert outcome.status == 2, outcome.stderr
+        assert outcome.stdout == ""
+        assert "Traceback" not in outcome.stderr
+        (sentence,) = (line for line in outcome.stderr.splitlines() if line.startswith("qbench: "))
+    else:
+        sentence = str(outcome)
+        if (carried := getattr(outcome, "key", None)) is not None and key is not None:
+            assert carried == key
+        assert not getattr(outcome, "choices", ()) or set(names) <= set(outcome.choices)
+    assert "\n" not in sentence
+    for word in (*([key] if key else []), *names):
+        assert word in sentence, f"{word!r} is not named: {sentence}"
+    return sentence
 
 
 @pytest.fixture

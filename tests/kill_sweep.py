@@ -146,7 +146,7 @@ def all_points() -> list[psutil.Process]:
 
 def is_point(process: psutil.Process) -> bool:
     try:
-        return "hydra.mode=RUN" in process.cmdline()
+        return "--point" in process.cmdline()
     except (psutil.NoSuchProcess, psutil.AccessDenied, psutil.ZombieProcess):
         return False
 

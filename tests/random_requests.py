@@ -25,9 +25,9 @@ from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
-from qbench.catalog import GROUPS, options
 from qbench.config import Config
-from qbench.registry import quantizer_class, quantizer_names
+from qbench.registry import KINDS, find, names
+from qbench.request.options import GROUPS, options
 
 SECONDS = 60  # one request may take
 RUNS = 0.1  # of the requests are really run, on the tiny model; the others are planned
@@ -63,15 +63,16 @@ LINES = (
 
 
 def keys(kind: type = Config, prefix: str = "") -> Iterator[str]:
-    """Every key of the schema, and every field of every registered quantizer."""
-    defaults = kind()
+    """Every key of the schema, and for a node that a kind of extension fills, every field of every member of it."""
+    defaults, extended = kind(), {each.node: each for each in KINDS}
     for field in fields(kind):
         value = getattr(defaults, field.name)
         if is_dataclass(value):
             yield from keys(type(value), f"{prefix}{field.name}.")
-        elif field.name == "quantizer":
-            names = {f.name for name in quantizer_names() for f in fields(quantizer_class(name))}
-            yield from (f"quantizer.{name}" for name in sorted(names | {"name"}))
+        elif isinstance(value, dict):
+            extension = extended[field.name]
+            found = {f.name for name in names(extension) for f in fields(find(extension, name))}
+            yield from (f"{field.name}.{name}" for name in sorted(found | {extension.key}))
         else:
             yield f"{prefix}{field.name}"
 

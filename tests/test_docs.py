@@ -12,10 +12,12 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
 from qbench.config import Config, register
+from qbench.registry import KINDS
 from qbench.request.hubnames import spelled_out
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
+EXAMPLE = ROOT / "tests" / "external_plugin"
 PAGES = sorted((ROOT / "docs").rglob("*.md"))
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 OPTIONS = {"--help", "--dry-run", "-m", "--multirun"}
@@ -47,6 +49,28 @@ def test_the_readme_leads_to_every_page():
             seen.add(page)
             waiting += [target for target in links(page) if target.exists()]
     assert [str(page) for page in PAGES if page.resolve() not in seen] == []
+
+
+def squeezed(text: str) -> str:
+    """Without indentation and empty lines, which a block of a page has in its own way."""
+    return "\n".join(line.strip() for line in text.splitlines() if line.strip())
+
+
+def test_every_block_of_the_recipes_is_cut_from_the_example():
+    """And every file that a recipe names is there, for each of the six kinds."""
+    page = (ROOT / "docs" / "extend.md").read_text(encoding="utf-8")
+    kept = [p for p in EXAMPLE.rglob("*") if p.suffix in (".py", ".yaml", ".toml", ".md")]
+    files = {path: squeezed(path.read_text(encoding="utf-8")) for path in kept}
+    blocks = re.findall(r"^```\w*\n(.*?)^```$", page, flags=re.MULTILINE | re.DOTALL)
+    assert len(blocks) >= 10
+    for block in blocks:
+        assert any(squeezed(block) in text for text in files.values()), f"in no file of the example:\n{block}"
+    recipes = re.findall(r"^Files: (.*)", page, flags=re.MULTILINE)
+    assert len(recipes) == len(KINDS)
+    for name in re.findall(r"`([\w/]+\.(?:py|yaml))`", " ".join(recipes)):
+        assert any(path.match(name) for path in files), name
+    for kind in KINDS:
+        assert f"`{kind.group}`" in page
 
 
 def test_the_readme_has_commands_to_check():

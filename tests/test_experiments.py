@@ -4,15 +4,15 @@ from functools import cache
 
 import pytest
 from hydra import compose, initialize_config_module
-from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
-from qbench.catalog import options
 from qbench.config import register
-from qbench.evaluate import speed, windows
-from qbench.registry import make_quantizer
-from qbench.report import reference
+from qbench.evaluate import speed
+from qbench.registry import PROTOCOL, make, make_quantizer
+from qbench.report import published
+from qbench.request.options import options
+from qbench.sweep.plan import combinations
 from tests.conftest import ROOT
 
 EXPERIMENTS = sorted(path.stem for path in (ROOT / "conf" / "experiment").glob("*.yaml"))
@@ -34,7 +34,7 @@ def points(experiment):
             if models != [""]:
                 product["model"] = models[0]
             parsed = OverridesParser.create().parse_overrides([f"{key}={value}" for key, value in product.items()])
-            for overrides in BasicSweeper.split_arguments(parsed, None)[0]:
+            for overrides in combinations(parsed):
                 config = OmegaConf.to_object(compose("config", [f"experiment={experiment}", *overrides]))
                 found.append((models if models != [""] else [config.model["name"]], config))
     return found
@@ -47,7 +47,7 @@ def test_every_point_is_valid(experiment):
     for models, config in found:
         assert set(models) <= set(options("model"))
         quantizer = make_quantizer(config.quantizer)
-        windows.check(config.task, config.runtime)
+        make(PROTOCOL, config.task).check(config.runtime)
         speed.check(config.speed)
         assert config.model["source"] != "hub" or (config.model["id"] and config.model["revision"])
         assert not quantizer.needs or config.calibration.name
@@ -60,13 +60,13 @@ def test_every_point_is_valid(experiment):
 def test_the_papers_sweeps_measure_every_number_that_is_published(experiment, tables, size):
     """Every published perplexity of the table belongs to a point of the sweep, under the same protocol."""
     measured = [
-        {"model": model, "protocol": windows.protocol_name(config.task)}
+        {"model": model, "protocol": make(PROTOCOL, config.task).protocol_name(config.task["name"])}
         | {f"quantizer.{key}": value for key, value in config.quantizer.items() if value is not None}
         for models, config in points(experiment)
         for model in models
     ]
-    published = [n for n in reference.read("sinq_v4") if n.where in tables and n.metric == "ppl"]
-    numbers = [n for n in published if n.quantizer != "none"]
+    printed = [n for n in published.read("sinq_v4") if n.where in tables and n.metric == "ppl"]
+    numbers = [n for n in printed if n.quantizer != "none"]
     assert len(measured) == len(numbers) == size
     for number in numbers:
         wanted = {"name": number.quantizer, "nbits": number.nbits, "group_size": number.group_size}

@@ -1,69 +1,27 @@
-"""A third party's quantizer, installed from its own package beside a built wheel of ours, in a fresh environment.
-
-Both are built from copies: a build leaves build/ and *.egg-info behind, and an old build/ leaks into the wheel. The
-environment sees the dependencies of the running one through a .pth line, in which an editable install of qbench
-stays inert (a .pth file inside such a folder is not read), so what runs is the wheel.
-"""
+"""A third party's package with one member of every kind, installed beside a wheel of ours in a fresh environment."""
 
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import subprocess
-import sys
-from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 
+from tests.conftest import ROOT
+from tests.installs import copy, environment, install, run
+
 pytestmark = pytest.mark.slow
 
-ROOT = Path(__file__).resolve().parents[1]
-SHIPPED = ("pyproject.toml", "README.md", "LICENSE", "qbench", "plugins", "conf")
 ONE_POINT = ("quantizer=pow2", "model=tiny-dense", "task.max_windows=2")
-
-
-def run(*command: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
-    hidden = {"PYTHONPATH", "VIRTUAL_ENV", "PYTEST_ADDOPTS"}
-    environment = {k: v for k, v in os.environ.items() if k not in hidden} | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [str(part) for part in command], cwd=cwd, env=environment, capture_output=True, text=True, timeout=600
-    )
-
-
-def copy(source: Path, target: Path) -> Path:
-    """A clean copy of what a package is built from."""
-    leftovers = shutil.ignore_patterns("__pycache__", "build", "dist", "*.egg-info", ".venv*", ".*_cache")
-    names = SHIPPED if source == ROOT else tuple(p.name for p in source.iterdir() if p.name not in ("build", "dist"))
-    target.mkdir()
-    for part in (source / name for name in names if (source / name).exists()):
-        if part.is_dir():
-            shutil.copytree(part, target / part.name, ignore=leftovers)
-        else:
-            shutil.copy(part, target / part.name)
-    return target
 
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory) -> tuple[Path, Path, Path]:
     """(the environment's python, an empty folder, the example's copy)"""
     base = tmp_path_factory.mktemp("third_party")
-    # no pip of its own: the one at hand installs into it, and its old setuptools would hide the running one's
-    made = run(sys.executable, "-m", "venv", "--without-pip", base / "venv", cwd=base)
-    assert made.returncode == 0, made.stderr
-    python = base / "venv" / "bin" / "python"
-    (site,) = (base / "venv").glob("lib/python*/site-packages")
-    dependencies = [p for p in sys.path if Path(p).name in ("site-packages", "dist-packages")]
-    (site / "dependencies.pth").write_text("\n".join(dependencies) + "\n", encoding="utf-8")
-
-    ours, example = copy(ROOT, base / "ours"), copy(ROOT / "tests" / "external_plugin", base / "example")
-    flags = ["--no-deps", "--force-reinstall", "--disable-pip-version-check", "-q"]
-    if int(version("setuptools").partition(".")[0]) >= 77:  # what both pyproject files ask for: works offline
-        flags.append("--no-build-isolation")
-    pip = (sys.executable, "-m", "pip", "--python", python, "install", *flags)
-    done = run(*pip, ours, example, cwd=base)
-    assert done.returncode == 0, done.stderr
+    python = environment(base)
+    example = copy(ROOT / "tests" / "external_plugin", base / "example")
+    install(python, copy(ROOT, base / "ours"), example)
     empty = base / "empty"
     empty.mkdir()
     return python, empty, example
@@ -72,20 +30,65 @@ def installed(tmp_path_factory) -> tuple[Path, Path, Path]:
 def test_runs_from_the_wheel(installed):
     python, empty, _ = installed
     where = run(
-        python, "-c", "import qbench, qbench.plugins, qbench_pow2 as p; print(qbench.__file__, p.__file__)", cwd=empty
+        python,
+        "-c",
+        "import qbench, qbench.plugins, qbench_example as p; print(qbench.__file__, p.__file__)",
+        cwd=empty,
     )
     assert where.returncode == 0, where.stderr
     for path in where.stdout.split():
         assert Path(path).is_relative_to(python.parents[1]), f"{path} is not the installed wheel"
 
 
-def test_one_point(installed):
+def test_one_point_through_all_six(installed):
+    """Quantizer, format, source, protocol, tracker and exporter are all theirs; of the harness, nothing is edited."""
     python, empty, _ = installed
-    done = run(python, "-m", "qbench", *ONE_POINT, cwd=empty)
+    made = run(python, "-m", "qbench_example.raw", "weights", cwd=empty)
+    assert made.returncode == 0, made.stderr
+    theirs = ("quantizer=pow2", "model=raw", "model.path=weights", "task=late", "tracker=json_lines")
+    export = ("export.format=plain", "export.dir=plain")
+    done = run(python, "-m", "qbench", *theirs, *export, "task.max_windows=2", cwd=empty)
     assert done.returncode == 0, done.stderr
     summary = json.loads(done.stdout.splitlines()[-1])
     assert (summary["status"], summary["quantizer"], summary["nbits"]) == ("ok", "pow2", 4)
-    assert 4 < summary["bits_per_weight"] < 6
+    assert (summary["model"], summary["protocol"]) == ("weights", "mini:late-w512-first2")
+    assert summary["bits_per_weight"] == 4 + 8 / 64, "the block float's own bytes"
+    result = json.loads((empty / "outputs" / "results" / summary["run_id"] / "result.json").read_text())
+    assert {layer["backend"] for layer in result["quantization"]["layers"]} == {"dequantize + matmul"}
+    (line,) = (empty / "outputs" / "runs.jsonl").read_text().splitlines()
+    assert json.loads(line)["ppl"] == summary["ppl"]
+    loads = "import transformers as t; print(t.AutoModelForCausalLM.from_pretrained('plain').num_parameters())"
+    assert run(python, "-c", loads, cwd=empty).stdout.strip() == str(result["model"]["parameters"])
+    again = run(python, "-m", "qbench", *theirs, "task.max_windows=2", cwd=empty)
+    assert "already recorded" in again.stderr, "their settings make an identity as ours do"
+
+
+def test_a_packed_checkpoint_holds_their_format(installed):
+    python, empty, _ = installed
+    first = run(python, "-m", "qbench", *ONE_POINT, "export.dir=packed", cwd=empty)
+    assert first.returncode == 0, first.stderr
+    again = run(python, "-m", "qbench", "model=packed", "model.path=packed", "task.max_windows=2", cwd=empty)
+    assert again.returncode == 0, again.stderr
+    ppl = [json.loads(done.stdout.splitlines()[-1])["ppl"] for done in (first, again)]
+    assert ppl[0] == ppl[1]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "key"),
+    [
+        ("task.windw=1", "task.window"),
+        ("tracker.fil=x", "tracker.file"),
+        ("model.pth=x", "model.path"),
+        ("task.window=many", "task.window"),
+        ("model.path=nowhere", "model.path"),
+    ],
+)
+def test_their_settings_are_checked_as_ours_are(installed, wrong, key):
+    python, empty, _ = installed
+    done = run(python, "-m", "qbench", "model=raw", "task=late", "tracker=json_lines", wrong, cwd=empty)
+    assert done.returncode == 2
+    assert key in done.stderr
+    assert sum(line.startswith("qbench: ") for line in done.stderr.splitlines()) == 1
 
 
 def test_its_fields_are_command_line_keys(installed):

@@ -3,10 +3,11 @@
 import resource
 from pathlib import Path
 
-from qbench.evaluate import measure
+from qbench.evaluate.protocols.windows import TextWindows
 from qbench.record.store import Store
 from qbench.run import quantize_model
 from tests.test_cli import recorded
+from tests.track import wandb_stub
 
 TINY = ("model=tiny-dense", "quantizer=rtn", "task.max_windows=1")
 
@@ -17,7 +18,8 @@ def broken(*args, **kwargs):
 
 def test_a_failing_rerun_keeps_the_earlier_result_and_its_files(qbench, monkeypatch):
     tracked = []
-    monkeypatch.setattr("qbench.track.wandb.track", lambda result, *others: tracked.append(result.status))
+    wandb_stub.install(monkeypatch)
+    monkeypatch.setattr("qbench.track.wandb.WandB.point", lambda self, result, *_: tracked.append(result.status))
     assert qbench(*TINY, "tracker=wandb").status == 0
     [earlier] = recorded()
     files = {path: path.read_bytes() for path in Path("outputs/results").rglob("*") if path.is_file()}
@@ -35,7 +37,7 @@ def test_a_failing_rerun_keeps_the_earlier_result_and_its_files(qbench, monkeypa
 
 
 def test_what_fails_before_measuring_leaves_its_reason(qbench, monkeypatch):
-    monkeypatch.setattr(measure, "prepare", broken)
+    monkeypatch.setattr(TextWindows, "prepare", broken)
     outcome = qbench(*TINY)
     assert outcome.status == 1
     [result] = recorded()

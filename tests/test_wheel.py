@@ -4,13 +4,13 @@ import json
 import shutil
 import subprocess
 import sys
-import sysconfig
 import venv
 import zipfile
 
 import pytest
 
 from tests.conftest import ROOT
+from tests.installs import environment, install, run
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +28,8 @@ def wheel(tmp_path_factory):
 
 def test_everything_lives_under_qbench(wheel):
     names = zipfile.ZipFile(wheel).namelist()
-    assert {name.partition("/")[0] for name in names if ".dist-info" not in name} == {"qbench"}
+    elsewhere = {name for name in names if ".dist-info" not in name and not name.startswith("qbench/")}
+    assert elsewhere == {"hydra_plugins/qbench_sweeper/__init__.py"}  # where Hydra looks for a sweeper
     for name in ("conf/config.yaml", "conf/model/qwen3-8b.yaml", "plugins/sinq.py", "texts/mini.txt"):
         assert f"qbench/{name}" in names
     built = {n.removeprefix("qbench/") for n in names if n.endswith((".yaml", ".txt")) and ".dist-info" not in n}
@@ -40,12 +41,10 @@ def test_it_runs_from_an_empty_folder(wheel, tmp_path):
 
     The slow test below installs them for real.
     """
-    venv.create(tmp_path / "venv", with_pip=True)
-    python = tmp_path / "venv" / "bin" / "python"
+    python = environment(tmp_path)
     (site,) = (tmp_path / "venv" / "lib").glob("python3*/site-packages")
-    (site / "lent.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
-    subprocess.run([python, "-m", "pip", "install", "-q", "--no-deps", "--no-index", wheel], check=True)
-    run(python, site, tmp_path)
+    install(python, wheel)
+    check(python, site, tmp_path)
 
 
 @pytest.mark.slow
@@ -58,20 +57,16 @@ def test_it_installs_and_runs_in_an_empty_environment(wheel, tmp_path):
     (site,) = (tmp_path / "venv" / "lib").glob("python3*/site-packages")
     assert not (site / "conf").exists()
     assert not (site / "plugins").exists()
-    run(python, site, tmp_path)
+    check(python, site, tmp_path)
 
 
-def run(python, site, tmp_path):
+def check(python, site, tmp_path):
     (tmp_path / "empty").mkdir()
-    command = [python, "-m", "qbench", "model=tiny-dense", "quantizer=sinq", "task.max_windows=2"]
-    done = subprocess.run(command, cwd=tmp_path / "empty", capture_output=True, text=True, check=False)
+    done = run(
+        *(python, "-m", "qbench", "model=tiny-dense", "quantizer=sinq", "task.max_windows=2"), cwd=tmp_path / "empty"
+    )
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout.splitlines()[-1])["status"] == "ok"
-    where = subprocess.run(
-        [python, "-c", "import qbench, qbench.plugins, qbench.conf; print(qbench.plugins.__file__)"],
-        cwd=tmp_path / "empty",
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert where.stdout.startswith(str(site))
+    code = "import qbench, qbench.plugins, qbench.conf; print(qbench.plugins.__file__)"
+    where = run(python, "-c", code, cwd=tmp_path / "empty")
+    assert where.stdout.startswith(str(site)), where.stderr

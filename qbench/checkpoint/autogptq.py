@@ -34,6 +34,7 @@ from qbench.checkpoint import packed as checkpoint
 from qbench.checkpoint import settings
 from qbench.errors import RequestError
 from qbench.format.aux import FP16_MAX
+from qbench.format.format import Format
 from qbench.format.weight import QuantizedWeight
 from qbench.layers.linear import PackedWeight, QuantLinear, in_packed_format
 from qbench.model.linears import find_linears, matrix
@@ -88,8 +89,10 @@ def check_target(folder: Path, run_id: str | None = None) -> None:
     checkpoint.check_target(folder, run_id, _origin, "AutoGPTQ checkpoint of ours")
 
 
-def format_refusal(weight: QuantizedWeight) -> str | None:
+def format_refusal(weight: Format) -> str | None:
     """Why no weight that is stored like this one can be expressed; None if it can."""
+    if not isinstance(weight, QuantizedWeight):
+        return f"it is stored as {weight.name}, which AutoGPTQ's format has no place for; {INSTEAD}"
     for part, what in (
         (weight.input_scale, "it stores an input scale t beside the group scales"),
         (weight.codebook, "its codes index a codebook instead of being evenly spaced"),

@@ -1,8 +1,8 @@
 """qbench.json: what a packed checkpoint says about itself, sealed by a hash over its own content.
 
-A quantized layer is `{"kind": "QuantLinear", "weights": {PREFIX: WEIGHT}}`: a module may hold several QuantizedWeights,
-whose buffers are called PREFIX + name, as its method `packed` says; QuantLinear has one, without a prefix. WEIGHT is
-the part of a QuantizedWeight that is not a tensor, and the names of its buffers.
+A quantized layer is `{"kind": "QuantLinear", "weights": {PREFIX: WEIGHT}}`: a module may hold several weights, whose
+buffers are called PREFIX + name, as its method `packed` says; QuantLinear has one, without a prefix. WEIGHT is what the
+weight's format says of it (`Format.describe`), the name under which the format is registered, and what its buffers are.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qbench import registry
 from qbench.errors import RequestError
-from qbench.format.aux import Aux
-from qbench.format.packing import PLANES
-from qbench.format.weight import QuantizedWeight
+from qbench.format.format import Format
 
 FORMAT, VERSION = "qbench-packed", 1
 MANIFEST = "qbench.json"
+DUAL_SCALE = "dual-scale"  # the format of a weight whose description names none
 _PARTS = {"config": str, "origin": dict, "layers": dict, "tied": dict, "files": dict}
 
 
@@ -67,35 +67,30 @@ def verify(folder: Path, manifest: Mapping[str, Any], weights: bool = True) -> N
             raise RequestError(f"{path} is damaged: its sha256 is not the one in {MANIFEST}; export it again")
 
 
-def describe(weight: QuantizedWeight) -> dict[str, Any]:
-    """Everything about the weight but its tensors, as JSON holds it."""
-    return {
-        "shape": list(weight.shape),
-        "nbits": weight.nbits,
-        "group_size": weight.group_size,
-        "method": weight.method,
-        "diagnostics": {key: float(value) for key, value in weight.diagnostics.items()},
-        "buffers": {name: [str(t.dtype).removeprefix("torch."), list(t.shape)] for name, t in weight.tensors().items()},
-    }
+def describe(weight: Format) -> dict[str, Any]:
+    """Everything about the weight but its tensors, as JSON holds it.
+
+    Raises RequestError if its format is not registered: nothing could read the checkpoint.
+    """
+    if registry.find(registry.FORMAT, weight.name) is not type(weight):
+        raise RequestError(f"another format than {type(weight).__name__} is registered as '{weight.name}'")
+    buffers = {name: [str(t.dtype).removeprefix("torch."), list(t.shape)] for name, t in weight.tensors().items()}
+    return {"format": weight.name} | weight.describe() | {"buffers": buffers}
 
 
-def rebuild(description: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> QuantizedWeight:
-    """The weight that `describe` described over its stored `tensors`; raises KeyError or ValueError if one is off."""
-    named = {name: tensors[name] for name in description["buffers"]}
-    for name, (dtype, shape) in description["buffers"].items():
+def rebuild(description: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Format:
+    """The weight that `describe` described over its stored `tensors`; raises KeyError or ValueError if one is off.
+
+    Raises RequestError if its format is not registered here.
+    """
+    own = dict(description)
+    format = registry.find(registry.FORMAT, own.pop("format", DUAL_SCALE))
+    buffers = own.pop("buffers")
+    named = {name: tensors[name] for name in buffers}
+    for name, (dtype, shape) in buffers.items():
         if named[name].dtype != getattr(torch, dtype) or list(named[name].shape) != shape:
             raise ValueError(f"buffer {name} is not {dtype} {shape}")
-    nbits, nothing = description["nbits"], torch.empty(0)
-    empty = QuantizedWeight(
-        tuple(description["shape"]),
-        nbits,
-        description["group_size"],
-        (nothing,) * len(PLANES[nbits]),
-        Aux(nothing),
-        method=description["method"],
-        diagnostics=description["diagnostics"],
-    )
-    return empty.with_tensors(named)
+    return format.rebuild(own, named)
 
 
 def file_sha256(path: Path) -> str:

@@ -29,13 +29,13 @@ from torch import Tensor, nn
 from qbench.checkpoint import settings
 from qbench.checkpoint.manifest import FORMAT, MANIFEST, VERSION, describe, file_sha256, read, rebuild, seal, verify
 from qbench.errors import RequestError
-from qbench.format.weight import QuantizedWeight
-from qbench.layers.linear import QuantLinear, in_packed_format
+from qbench.format.format import Format
+from qbench.layers.linear import PackedWeight, QuantLinear, in_packed_format
 from qbench.quant.quantizer import Quantizer
 from qbench.record.disk import refusal
 
 PARTIAL = ".partial-"
-Builder = Callable[[nn.Module, list[QuantizedWeight]], nn.Module]  # from the module it replaces and its weights
+Builder = Callable[[nn.Module, list[Format]], nn.Module]  # from the module it replaces and its weights
 SHARD_BYTES = 4 * 2**30
 
 
@@ -152,7 +152,10 @@ def load(
     try:
         for name, layer in manifest["layers"].items():
             parent, _, child = name.rpartition(".")
-            weights = [rebuild(w, _under(tensors, f"{name}.{prefix}")) for prefix, w in layer["weights"].items()]
+            try:
+                weights = [rebuild(w, _under(tensors, f"{name}.{prefix}")) for prefix, w in layer["weights"].items()]
+            except RequestError as error:
+                raise RequestError(f"{folder / MANIFEST}: {name}: {error}") from None
             if layer["kind"] == "QuantLinear":
                 module = QuantLinear(*weights, bias=tensors.get(f"{name}.bias"))
             elif layer["kind"] in (builders or {}):
@@ -170,7 +173,7 @@ def load(
 
 
 def _layers(model: nn.Module) -> dict[str, Any]:
-    """Module name -> kind and weights by buffer prefix; another module that packs weights is refused by name."""
+    """Module name -> kind and weights by buffer prefix; a module that packs weights and does not say so is refused."""
     layers: dict[str, Any] = {}
     described: set[str] = set()  # a module comes before those inside it
     for name, module in model.named_modules():
@@ -180,11 +183,11 @@ def _layers(model: nn.Module) -> dict[str, Any]:
                 "kind": type(module).__name__,
                 "weights": {prefix: describe(weight) for prefix, weight in weights.items()},
             }
-            described |= {f"{name}.{prefix}codes_0" for prefix in weights}
-        for key, _ in module.named_buffers(prefix=name, recurse=False):
-            if not key.endswith("codes_0") or key in described:
-                continue
-            raise RequestError(f"{name} ({type(module).__name__}) holds packed weights that cannot be exported yet")
+            described |= {f"{name}.{prefix}".rstrip(".") for prefix in weights}
+        if isinstance(module, PackedWeight) and name not in described:
+            holder = name.rpartition(".")[0]
+            kind = type(model.get_submodule(holder)).__name__
+            raise RequestError(f"{holder} ({kind}) holds packed weights that cannot be exported yet")
     if not layers:
         raise RequestError("the model has no quantized layer; save_pretrained is the way to save it")
     return layers

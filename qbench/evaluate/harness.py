@@ -13,20 +13,24 @@ import json
 import logging
 import math
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from qbench.config import RuntimeConfig, TaskConfig
+from qbench.config import RuntimeConfig
 from qbench.errors import PointError
 from qbench.evaluate import aggregate, hflm, shots
 from qbench.evaluate.documents import LeafScores, TaskScores
 from qbench.evaluate.hflm import wrap
 from qbench.evaluate.lmeval import LoadedTask, seed_everything
-from qbench.evaluate.windowed import Scores, name_of
+from qbench.evaluate.protocol import Scores
+from qbench.evaluate.windowed import name_of
 from qbench.intervals import Estimate, jackknife, paired_delta, paired_shares, perplexity, share, verdict
 from qbench.record.quality import EvaluationRecord, MetricRecord, TaskRecord
+
+if TYPE_CHECKING:
+    from qbench.evaluate.protocols.lmeval import LmEval
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +41,7 @@ class TaskEvaluation:
 
     tasks: list[LoadedTask]
     tokenizer: Any
-    task: TaskConfig
+    task: LmEval
     runtime: RuntimeConfig
     sha256: str
     made_here: set[bytes] = field(default_factory=set, compare=False)  # prompts of the baselines that this run scored

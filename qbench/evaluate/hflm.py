@@ -8,17 +8,20 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from tqdm import tqdm
 
-from qbench.config import RuntimeConfig, TaskConfig
+from qbench.config import RuntimeConfig
 from qbench.errors import PointError, RequestError
 from qbench.evaluate.score import first_nonfinite_layer
 
+if TYPE_CHECKING:
+    from qbench.evaluate.protocols.lmeval import LmEval
 
-def check(tokenizer: Any, task: TaskConfig) -> None:
+
+def check(tokenizer: Any, task: LmEval) -> None:
     """Raises RequestError for a tokenizer that lm-eval's layer cannot use, or that has not the BOS asked for."""
     if tokenizer.bos_token_id is None and tokenizer.eos_token_id is None:
         raise RequestError(
@@ -58,13 +61,13 @@ def special_tokens(tokenizer: Any) -> int:
     return len(tokenizer("a")["input_ids"]) - len(tokenizer("a", add_special_tokens=False)["input_ids"])
 
 
-def bos_policy(tokenizer: Any, task: TaskConfig) -> str:
+def bos_policy(tokenizer: Any, task: LmEval) -> str:
     by_itself = f"what the tokenizer adds by itself ({special_tokens(tokenizer)} tokens)"
     asked = {None: by_itself, True: "BOS", False: "none"}[task.add_bos_token]
     return f"before a text: {asked}; context of a text without any: BOS, else EOS"
 
 
-def wrap(model: Any, tokenizer: Any, task: TaskConfig, runtime: RuntimeConfig) -> Any:
+def wrap(model: Any, tokenizer: Any, task: LmEval, runtime: RuntimeConfig) -> Any:
     """HFLM with the precision, window, batch size and BOS of the request, and `truncated`: the prompts that were cut.
 
     `truncated` holds the pair (context, continuation) of a likelihood and the prompt of a generation.

@@ -12,8 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from qbench.config import CalibrationConfig, Config, SpeedConfig, TaskConfig
+from qbench.config import CalibrationConfig, Config, SpeedConfig
 from qbench.errors import RequestError
+from qbench.evaluate.protocol import Protocol
 
 
 @dataclass(frozen=True)
@@ -32,22 +33,24 @@ class Limits:
         return Limits(getattr(text, "vocab_size", None), getattr(text, "max_position_embeddings", None), rotary)
 
 
-def check_request(config: Config, model: Any | None, calibrated: bool) -> None:
+def check_request(config: Config, protocol: Protocol, model: Any | None, calibrated: bool) -> None:
     """Raises RequestError, before any weight is read, for windows that the model's configuration has no room for.
 
     `model` is transformers' configuration, None where it is not known yet (Source.configuration).
     """
     if model is not None:
-        check_positions(Limits.of(model), config.task, config.calibration if calibrated else None, config.speed)
+        check_positions(Limits.of(model), protocol, config.calibration if calibrated else None, config.speed)
 
 
-def check_model(model: Any, config: Config, scored: np.ndarray | None, calibration: np.ndarray | None) -> None:
+def check_model(
+    model: Any, config: Config, protocol: Protocol, scored: np.ndarray | None, calibration: np.ndarray | None
+) -> None:
     """Raises RequestError, before the first forward pass, for windows or ids that the loaded model has no room for.
 
     `scored` and `calibration` are the ids `[windows, tokens]`; None where a task makes them as it goes, or none is.
     """
     limits = Limits.of(model.config)
-    check_positions(limits, config.task, None if calibration is None else config.calibration, config.speed)
+    check_positions(limits, protocol, None if calibration is None else config.calibration, config.speed)
     limits = replace(limits, vocabulary=model.get_input_embeddings().weight.shape[0])
     for ids, what in ((scored, "the text"), (calibration, "the calibration text")):
         if ids is not None:
@@ -55,7 +58,7 @@ def check_model(model: Any, config: Config, scored: np.ndarray | None, calibrati
 
 
 def check_positions(
-    limits: Limits, task: TaskConfig, calibration: CalibrationConfig | None, speed: SpeedConfig | None
+    limits: Limits, task: Protocol, calibration: CalibrationConfig | None, speed: SpeedConfig | None
 ) -> None:
     """Raises RequestError when a window that is asked for is longer than the model's positions."""
     most = limits.positions

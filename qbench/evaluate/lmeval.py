@@ -18,30 +18,29 @@ task's own fields, or, for wikitext, the raw file, whose articles are the docume
 from __future__ import annotations
 
 import difflib
-import hashlib
 import logging
 import random
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from qbench.config import TaskConfig
 from qbench.errors import RequestError
 from qbench.evaluate import shots
-from qbench.evaluate.text import read_json_lines, read_text, wikitext_pages
+
+if TYPE_CHECKING:
+    from qbench.evaluate.protocols.lmeval import LmEval
 
 
 @dataclass(frozen=True)
 class TaskSource:
     """What can be said of lm-eval's tasks before lm-eval, which takes seconds, is imported."""
 
-    task: TaskConfig
+    task: LmEval
     documents: list[dict[str, Any]] | None  # of task.path
     sha256: str  # of the documents, the folder of further tasks, and lm-eval's version
 
@@ -84,34 +83,6 @@ class LoadedTask:
         return None if len(found) > 1 else found.pop() if found else True
 
 
-def read(task: TaskConfig) -> TaskSource:
-    """Reads the local files; raises RequestError for settings that no task could satisfy."""
-    if not task.names:
-        raise RequestError("task.names must name lm-eval tasks, such as task.names=[hellaswag,piqa]")
-    if len(set(task.names)) < len(task.names):
-        raise RequestError(f"task.names has a name twice: {', '.join(task.names)}")
-    if task.limit is not None and task.limit < 1:
-        raise RequestError(f"task.limit must be at least 1, or null for all documents, got {task.limit}")
-    if task.max_windows is not None:
-        raise RequestError("task.max_windows is for protocols with windows of one text; lm-eval's have task.limit")
-    if task.num_fewshot is not None and task.num_fewshot < 0:
-        raise RequestError(f"task.num_fewshot must be at least 0, or null for the task's own, got {task.num_fewshot}")
-    digest = hashlib.sha256(version("lm_eval").encode())
-    documents = None
-    if task.path is not None:
-        if len(task.names) > 1:
-            raise RequestError(f"task.path holds the documents of one task, task.names has {len(task.names)}")
-        documents = _documents(task)
-        digest.update(repr(documents).encode())
-    if task.include_path is not None:
-        folder = Path(task.include_path).expanduser()
-        if not folder.is_dir():
-            raise RequestError(f"task.include_path={folder} is not a folder; it holds the YAML of lm-eval tasks")
-        for file in sorted(file for file in folder.rglob("*") if file.suffix in (".yaml", ".py", ".json", ".jsonl")):
-            digest.update(file.read_bytes())
-    return TaskSource(task, documents, digest.hexdigest())
-
-
 def load(source: TaskSource) -> list[LoadedTask]:
     """Has lm-eval load the tasks and their data; raises RequestError, with the closest names, when it cannot."""
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
@@ -130,18 +101,6 @@ def seed_everything() -> None:
     random.seed(0)
     np.random.seed(shots.SEED)
     torch.manual_seed(shots.SEED)
-
-
-def _documents(task: TaskConfig) -> list[dict[str, Any]]:
-    assert task.path is not None
-    path = Path(task.path).expanduser()
-    if {".json", ".jsonl", ".parquet"} & set(path.suffixes):
-        return read_json_lines(path)
-    if task.names != ["wikitext"]:
-        raise RequestError(
-            f"task.path={path} must be .json or .jsonl (or .parquet), a line for each document of {task.names[0]}"
-        )
-    return [{"page": page} for page in wikitext_pages(read_text(task).content)]
 
 
 def _load(name: str, source: TaskSource) -> list[LoadedTask]:
@@ -191,7 +150,7 @@ def _check(leaf: Any, source: TaskSource) -> str:
     return shots.give(leaf, source.task.num_fewshot, stands_in=source.documents is not None)
 
 
-def _loaded(part: Any, said: dict[str, str], task: TaskConfig) -> LoadedTask:
+def _loaded(part: Any, said: dict[str, str], task: LmEval) -> LoadedTask:
     is_group = hasattr(part, "get_all_tasks")
     leaves = {leaf.task_name: leaf for leaf in (part.get_all_tasks() if is_group else [part])}
     groups = {group.name: group for group in ([part, *part.get_all_groups()] if is_group else [])}
@@ -215,7 +174,7 @@ def _loaded(part: Any, said: dict[str, str], task: TaskConfig) -> LoadedTask:
     )
 
 
-def protocol_name(name: str, number: str, shots: str, task: TaskConfig) -> str:
+def protocol_name(name: str, number: str, shots: str, task: LmEval) -> str:
     """`piqa:lmeval-v1.0-0shot-w2048-limit100`; `shots` is empty for rolling tasks."""
     parts = [f"{name}:lmeval-v{number}"]
     if shots:

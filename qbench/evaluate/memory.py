@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
-from dataclasses import fields
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +25,14 @@ from qbench.record.quantization import WeightBytes
 def weight_bytes(model: Any) -> WeightBytes:
     """Bytes that the model's parameters and buffers take in memory now, by component; a shared one counts once.
 
-    A weight that is laid out for a GPU's kernels counts as laid out. What is stored is `QuantizedWeight.nbytes`.
+    A weight that is laid out for a GPU's kernel counts as laid out. What is stored is `Format.nbytes`.
     Linear weights that are not quantized (all of them in a baseline, the routers of a mixture) are `linears`.
     """
-    counted = dict.fromkeys((field.name for field in fields(WeightBytes)), 0)
+    quantized: Counter[str] = Counter()
+    others: Counter[str] = Counter()
     holders = [module for module in model.modules() if isinstance(module, PackedWeight)]
     for holder in holders:
-        for part, size in holder.held_bytes().items():
-            counted[part] += size
+        quantized.update(holder.held_bytes())
     packed = {id(buffer) for holder in holders for buffer in holder.buffers(recurse=False)}
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     head = id(getattr(model.get_output_embeddings(), "weight", None))
@@ -46,15 +46,16 @@ def weight_bytes(model: Any) -> WeightBytes:
             place = "head"
         else:
             place = "linears" if name in linears else "rest"
-        counted[place] += tensor.numel() * tensor.element_size()
-    return WeightBytes(**counted)
+        others[place] += tensor.nbytes
+    return WeightBytes(dict(quantized), **others)
 
 
 def _linear_names(model: Any) -> set[str]:
     """Names of the parameters that are linear weights and not quantized."""
     found = find_linears(model)
     names = {f"{name}.weight" for name in found.layers} | {s.name for s in found.skipped}
-    names |= {f"{s.name}.weight" for s in found.skipped}  # a linear is listed by its own name, a raw parameter by its
+    # Skipped.name is a module's name for an nn.Linear, and a parameter's name otherwise
+    names |= {f"{s.name}.weight" for s in found.skipped}
     return names | {f"{name}.{key}" for name, module in found.experts.items() for key in stacked_parameters(module)}
 
 

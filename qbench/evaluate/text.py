@@ -8,12 +8,12 @@ import logging
 import re
 import unicodedata
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from qbench.config import CalibrationConfig, TextConfig
+from qbench.config import CalibrationConfig
 from qbench.errors import RequestError
 from qbench.evaluate.files import column, lines, read_rows, read_whole
 
@@ -44,26 +44,49 @@ class Pages:
         return hashlib.sha256(json.dumps(self.content).encode()).hexdigest()
 
 
-def read_text(config: TextConfig) -> Text:
-    """The text of a task or a calibration; raises RequestError, naming what would work, when it cannot be had."""
-    group = "calibration" if isinstance(config, CalibrationConfig) else "task"
-    if config.path is not None:
-        return _local(config, Path(config.path).expanduser(), f"{group}.path")
-    if config.dataset is not None:
-        return _hub(config, group)
-    file = resources.files("qbench.texts") / f"{config.name}.txt"
+@dataclass(frozen=True, kw_only=True)
+class TextSource:
+    """Where a text lies: the fields that every setting which reads one has, and that change no number by themselves."""
+
+    path: str | None = None  # local file, in place of the Hub
+    dataset: str | None = None  # of the Hub
+    subset: str | None = None
+    data_files: str | None = None
+    split: str | None = None
+    column: str = "text"
+    revision: str | None = None  # commit of the dataset
+
+
+def read_text(source: TextSource, name: str, separator: str | None = None, group: str = "task") -> Text:
+    """The text of `task` or `calibration` (the group): a file, a dataset, or the text embedded under `name`.
+
+    `separator` stands between the rows of a dataset; None: an empty line, and a file is taken as it is. Raises
+    RequestError, naming what would work, when the text cannot be had.
+    """
+    if source.path is not None:
+        return _local(source, separator, Path(source.path).expanduser(), f"{group}.path")
+    if source.dataset is not None:
+        rows, origin = _rows(source, group)
+        return Text(join_rows(rows, _between_rows(separator)), origin, source.revision)
+    file = resources.files("qbench.texts") / f"{name}.txt"
     if not file.is_file():
-        raise RequestError(f"{group}={config.name} names no text: set {group}.path=FILE or {group}.dataset=HUB_ID")
-    return Text(file.read_bytes().decode("utf-8"), f"qbench.texts/{config.name}.txt")
+        raise RequestError(f"{group}={name} names no text: set {group}.path=FILE or {group}.dataset=HUB_ID")
+    return Text(file.read_bytes().decode("utf-8"), f"qbench.texts/{name}.txt")
 
 
-def read_pages(config: TextConfig) -> Pages:
+def read_calibration(config: CalibrationConfig) -> Text:
+    """The calibration text; as `read_text`."""
+    source = TextSource(**{field.name: getattr(config, field.name) for field in fields(TextSource)})
+    return read_text(source, config.name, config.separator, "calibration")
+
+
+def read_pages(source: TextSource) -> Pages:
     """The pages of a task, from a local file of JSON lines or parquet, or the Hub; raises RequestError for others."""
-    if config.path is None:
-        rows, source = _rows(config, "task", config.column)
-        return Pages(rows, source, config.revision)
-    path = Path(config.path).expanduser()
-    return Pages(column(read_rows(path, "task.path"), config.column, path, "task.path"), path.name)
+    if source.path is None:
+        rows, origin = _rows(source, "task")
+        return Pages(rows, origin, source.revision)
+    path = Path(source.path).expanduser()
+    return Pages(column(read_rows(path, "task.path"), source.column, path, "task.path"), path.name)
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
@@ -104,45 +127,42 @@ def join_rows(rows: Iterable[str], separator: str) -> str:
     return separator.join(row if row.strip() else "" for row in rows)
 
 
-def _local(config: TextConfig, path: Path, key: str) -> Text:
+def _local(source: TextSource, separator: str | None, path: Path, key: str) -> Text:
     content = read_whole(path, key)
     if not isinstance(content, str):  # the rows that the Hub would have given
-        return Text(join_rows(column(content, config.column, path, key), _separator(config)), path.name)
-    if config.separator is None:
+        rows = column(content, source.column, path, key)
+        return Text(join_rows(rows, _between_rows(separator)), path.name)
+    if separator is None:
         return Text(content, path.name)
-    return Text(join_rows(lines(content), config.separator), path.name)
+    return Text(join_rows(lines(content), separator), path.name)
 
 
-def _hub(config: TextConfig, group: str) -> Text:
-    rows, source = _rows(config, group, config.column)
-    return Text(join_rows(rows, _separator(config)), source, config.revision)
-
-
-def _separator(config: TextConfig) -> str:
+def _between_rows(separator: str | None) -> str:
     """Between the rows of a dataset, whose column was asked for; a text file has rows only if it is asked for them."""
-    return config.separator if config.separator is not None else "\n\n"
+    return separator if separator is not None else "\n\n"
 
 
-def _rows(config: TextConfig, group: str, column: str) -> tuple[list[str], str]:
+def _rows(source: TextSource, group: str) -> tuple[list[str], str]:
     """One column of a dataset of the Hub, and the dataset's name."""
     import datasets
 
     datasets.utils.logging.set_verbosity_error()
     logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)  # what fails is said once, below
-    files = None if config.data_files is None else {config.split: config.data_files}
+    files = None if source.data_files is None else {source.split: source.data_files}
     try:
         data = datasets.load_dataset(
-            config.dataset,
-            config.subset,
+            source.dataset,
+            source.subset,
             data_files=files,
-            split=config.split,
-            revision=config.revision,
+            split=source.split,
+            revision=source.revision,
             verification_mode="basic_checks" if files is None else "no_checks",  # a few files are not all of C4
         )
     except Exception as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
         raise RequestError(
-            f"cannot get {config.dataset} from the Hugging Face Hub ({reason}); give a local copy with "
+            f"cannot get {source.dataset} from the Hugging Face Hub ({reason}); give a local copy with "
             f"{group}.path=FILE, or use the embedded text with {group}=mini"
         ) from None
-    return list(data[column]), "/".join(str(part) for part in (config.dataset, config.subset, config.split) if part)
+    origin = "/".join(str(part) for part in (source.dataset, source.subset, source.split) if part)
+    return list(data[source.column]), origin

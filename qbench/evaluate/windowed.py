@@ -8,18 +8,17 @@ from typing import Any
 
 import numpy as np
 
-from qbench.config import RuntimeConfig, TaskConfig
+from qbench.config import RuntimeConfig
 from qbench.evaluate.divergence import FORM, CompareTop, KeepTop
+from qbench.evaluate.protocol import Scores
 from qbench.evaluate.score import token_nll
 from qbench.evaluate.text import Pages, Text
-from qbench.evaluate.windows import Windows
+from qbench.evaluate.windows import Windows, WindowSettings
 from qbench.intervals import Estimate, paired_delta, perplexity, positive_mean, verdict
 from qbench.record.quality import DivergenceRecord, EvaluationRecord, IntervalRecord, TaskRecord
 from qbench.record.store import identity
 
 log = logging.getLogger(__name__)
-
-Scores = dict[str, np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -28,7 +27,7 @@ class WindowedEvaluation:
 
     windows: Windows
     source: Text | Pages
-    task: TaskConfig
+    task: WindowSettings
     runtime: RuntimeConfig
 
     @property

@@ -1,1 +1,1 @@
-"""How a quantized weight is stored: codes, scales and zero points, packed. Imports nothing else of qbench."""
+"""How a quantized weight is stored: the interface of a format, and the built-in one. Imports nothing else of qbench."""

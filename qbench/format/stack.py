@@ -1,51 +1,54 @@
 """A stack of weights of one format, `[experts, out, in]`: how the experts of a mixture are stored.
 
-Every tensor of a QuantizedWeight gains a leading dimension, and `select` takes one matrix out again as views, so
-that a layer dequantizes one expert at a time. A codebook is shared by the stack and stored once.
+Every tensor of a weight gains a leading dimension, and one matrix is taken out again as views, so that a layer
+dequantizes one expert at a time. What all matrices share, such as a codebook, is stored once: `once` names it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
-from qbench.format.weight import QuantizedWeight
+if TYPE_CHECKING:
+    from qbench.format.format import Format
+
+F = TypeVar("F", bound="Format")
 
 
-def stack(weights: Sequence[QuantizedWeight]) -> QuantizedWeight:
-    """Stacks weights `[out, in]` of equal format into one `[n, out, in]`, bit for bit.
+def stack(weights: Sequence[F], once: Collection[str] = ()) -> F:
+    """Stacks weights `[out, in]` of equal form into one `[n, out, in]`, bit for bit.
 
-    Raises ValueError when they differ in shape, bits, group size or stored tensors, or in their codebooks.
+    Raises ValueError when they differ in format, in what they say of themselves, or in their stored tensors' shapes.
     """
-    first = weights[0]
+    first, form = weights[0], _form(weights[0])
     for weight in weights[1:]:
-        for what, mine, its in zip(
-            ("shape", "bits", "group size", "tensors"), _form(weight), _form(first), strict=True
-        ):
-            if mine != its:
-                raise ValueError(f"weights of one stack must share their {what}, got {its} and {mine}")
+        for what, mine in _form(weight).items():
+            if mine != form.get(what):
+                raise ValueError(f"weights of one stack must share their {what}, got {form.get(what)} and {mine}")
     named = [weight.tensors() for weight in weights]
     stacked = {}
     for key, tensor in named[0].items():
-        if key == "codebook":
-            if any(not torch.equal(tensor, other[key]) for other in named[1:]):
-                raise ValueError("weights of one stack must share their codebook")
-            stacked[key] = tensor
-        else:
+        if key not in once:
             stacked[key] = torch.stack([tensors[key] for tensors in named])
+        elif any(not torch.equal(tensor, other[key]) for other in named[1:]):
+            raise ValueError(f"weights of one stack must share their {key}")
+        else:
+            stacked[key] = tensor
     methods = "+".join(sorted({weight.method for weight in weights}))
     form = replace(first, shape=(len(weights), *first.shape), method=methods, diagnostics={})
     return form.with_tensors(stacked)
 
 
-def select(weight: QuantizedWeight, index: int) -> QuantizedWeight:
-    """Matrix `index` `[out, in]` of a stack that `stack` made; its tensors are views."""
-    named = {key: tensor if key == "codebook" else tensor[index] for key, tensor in weight.tensors().items()}
+def select(weight: F, index: int, once: Collection[str] = ()) -> F:
+    """Matrix `index` `[out, in]` of a stack that `stack` made with the same `once`; its tensors are views."""
+    named = {key: tensor if key in once else tensor[index] for key, tensor in weight.tensors().items()}
     return replace(weight, shape=weight.shape[1:]).with_tensors(named)
 
 
-def _form(weight: QuantizedWeight) -> tuple:
+def _form(weight: Format) -> dict[str, Any]:
+    described = {key: value for key, value in weight.describe().items() if key not in ("method", "diagnostics")}
     tensors = {key: (tuple(tensor.shape), tensor.dtype) for key, tensor in weight.tensors().items()}
-    return weight.shape, weight.nbits, weight.group_size, tensors
+    return {"format": weight.name} | described | {"tensors": tensors}

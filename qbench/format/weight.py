@@ -1,4 +1,4 @@
-"""QuantizedWeight: the one tensor format of every method.
+"""QuantizedWeight: the format `dual-scale`, integers of 2, 3, 4 or 8 bits with a scale per group and one per channel.
 
     W[o, i] ~= (codes[o, i] - zero[o, g(i)]) * scale[o, g(i)] * t[i]
     W[o, i] ~=  codebook[codes[o, i]]        * scale[o, g(i)] * t[i]      with a codebook
@@ -11,19 +11,26 @@ column `permutation[i]` of the weight. A stack of experts has one more leading d
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from qbench.format import stack
 from qbench.format.aux import Aux
-from qbench.format.packing import pack, unpack
+from qbench.format.format import Format
+from qbench.format.packing import PLANES, pack, unpack
+
+ONCE = ("codebook",)  # which all matrices of a stack share
 
 
 @dataclass(frozen=True)
-class QuantizedWeight:
+class QuantizedWeight(Format):
     """Weights `[..., out, in]` as packed codes and aux; build one with `QuantizedWeight.build`."""
+
+    name: ClassVar[str] = "dual-scale"
 
     shape: tuple[int, ...]
     nbits: int
@@ -117,36 +124,49 @@ class QuantizedWeight:
                 named[name] = tensor
         return named
 
-    def with_tensors(self, named: dict[str, Tensor]) -> QuantizedWeight:
+    def with_tensors(self, named: Mapping[str, Tensor]) -> QuantizedWeight:
         """The same weight over other buffers of the same names, for example on another device."""
 
-        def aux(name: str) -> Aux | None:
-            if name not in named:
-                return None
+        def aux(name: str) -> Aux:
             return Aux(named[name], named.get(f"{name}_step"), named.get(f"{name}_offset"))
 
-        scale = aux("scale")
-        assert scale is not None
         return replace(
             self,
             planes=tuple(named[f"codes_{i}"] for i in range(len(self.planes))),
-            scale=scale,
-            zero=aux("zero"),
+            scale=aux("scale"),
+            zero=aux("zero") if "zero" in named else None,
             **{name: named.get(name) for name in ("input_scale", "codebook", "permutation")},
         )
 
-    @property
-    def device(self) -> torch.device:
-        return self.planes[0].device
+    def describe(self) -> dict[str, Any]:
+        return {
+            "shape": list(self.shape),
+            "nbits": self.nbits,
+            "group_size": self.group_size,
+            "method": self.method,
+            "diagnostics": {key: float(value) for key, value in self.diagnostics.items()},
+        }
 
-    @property
-    def numel(self) -> int:
-        return int(torch.Size(self.shape).numel())
+    @classmethod
+    def rebuild(cls, description: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> QuantizedWeight:
+        nbits, nothing = description["nbits"], torch.empty(0)
+        empty = QuantizedWeight(
+            tuple(description["shape"]),
+            nbits,
+            description["group_size"],
+            (nothing,) * len(PLANES[nbits]),
+            Aux(nothing),
+            method=description["method"],
+            diagnostics=description["diagnostics"],
+        )
+        return empty.with_tensors(tensors)
 
-    @property
-    def nbytes(self) -> int:
-        """Stored bytes, codes and aux, counted from the buffers."""
-        return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors().values())
+    @classmethod
+    def stack(cls, weights: Sequence[QuantizedWeight]) -> QuantizedWeight:
+        return stack.stack(weights, ONCE)
+
+    def select(self, index: int) -> QuantizedWeight:
+        return stack.select(self, index, ONCE)
 
     def stored_bytes(self) -> dict[str, int]:
         """Bytes by component: codes, scale, zero, input_scale, codebook, permutation, those that are stored."""
@@ -155,10 +175,6 @@ class QuantizedWeight:
             part = "codes" if name.startswith("codes_") else name.removesuffix("_step").removesuffix("_offset")
             counted[part] = counted.get(part, 0) + tensor.numel() * tensor.element_size()
         return counted
-
-    @property
-    def bits_per_weight(self) -> float:
-        return 8 * self.nbytes / self.numel
 
 
 def per_group(values: Tensor, group_size: int, factors: Tensor, operation) -> Tensor:

@@ -65,7 +65,9 @@ class WidePlan:
     stages: int  # chunks of x and the weight in flight per block: 2, 3, ... times splits_in_block
 
     def __post_init__(self) -> None:
-        """A warpgroup keeps to its own stages: on another's it could take the phase before for the one it waits for."""
+        """A warpgroup keeps to its own stages: a barrier's parity repeats every two phases, so that it could take an
+        earlier phase of another's stage for the one that it waits for.
+        """
         if self.stages % self.splits_in_block or self.stages < 2 * self.splits_in_block:
             raise ValueError(
                 f"stages must be 2, 3, ... times splits_in_block ({self.splits_in_block}), got {self.stages}"

@@ -1,4 +1,4 @@
-"""The ops that QuantLinear and QuantExperts call, registered with torch.library under `qbench::`.
+"""The ops behind the kernel of dual-scale, registered with torch.library under `qbench::`.
 
     dual_linear(x [..., in], tiles) -> [..., out]                  y = (x t) (scale (codes - zero))^T + bias
     dual_linear_experts(x [tokens, in], index [tokens, k], tiles of a stack) -> [tokens, k, out]
@@ -12,6 +12,7 @@ call of the same shape before the capture, which compiles the kernels.
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -29,12 +30,12 @@ HALF = (torch.float16, torch.bfloat16)
 
 def linear(x: Tensor, tiles: Tiles, bias: Tensor | None = None) -> Tensor:
     """x `[..., in]` times the weight `[out, in]` in `tiles`, plus bias `[out]`; in x's dtype."""
-    return dual_linear(x, *_parts(tiles), bias, *tiles.numbers)
+    return dual_linear(x, *tiles.flat(), bias)
 
 
 def linear_experts(x: Tensor, index: Tensor, tiles: Tiles) -> Tensor:
     """x `[tokens, in]` times matrices index `[tokens, k]` of a stack `[experts, out, in]`: `[tokens, k, out]`."""
-    return dual_linear_experts(x, index, *_parts(tiles), *tiles.numbers)
+    return dual_linear_experts(x, index, *tiles.flat())
 
 
 def wanted() -> bool:
@@ -53,75 +54,44 @@ def backend(device: torch.device, dtype: torch.dtype) -> str:
     return f"dual_linear ({which}), dequantize + matmul above batch {limit}"
 
 
-def _parts(tiles: Tiles) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    return tiles.data, tiles.input_scale, tiles.codebook, tiles.permutation
-
-
 @torch.library.custom_op("qbench::dual_linear", mutates_args=())
-def dual_linear(
-    x: Tensor,
-    data: Tensor,
-    input_scale: Tensor | None,
-    codebook: Tensor | None,
-    permutation: Tensor | None,
-    bias: Tensor | None,
-    rows: int,
-    columns: int,
-    nbits: int,
-    group_size: int,
-    has_zero: bool,
-    exponent: int,
-) -> Tensor:
-    """The op behind `linear`; `data` and what follows are the fields of Tiles. This is the CPU's implementation."""
-    tiles = Tiles.over(data, input_scale, codebook, permutation, rows, columns, nbits, group_size, has_zero, exponent)
-    _check(x, columns)
+def dual_linear(x: Tensor, tensors: Sequence[Tensor | None], numbers: Sequence[int], bias: Tensor | None) -> Tensor:
+    """The op behind `linear`, over what `Tiles.flat` gives. This is the CPU's implementation."""
+    tiles = Tiles.over(tensors, numbers)
+    _check(x, tiles)
     y = F.linear(x.float(), layout.dequantize(tiles), None if bias is None else bias.float())
     return y.to(x.dtype)
 
 
 @dual_linear.register_fake
-def _(x, data, input_scale, codebook, permutation, bias, rows, columns, nbits, group_size, has_zero, exponent):
-    return x.new_empty(*x.shape[:-1], rows)
+def _(x, tensors, numbers, bias):
+    return x.new_empty(*x.shape[:-1], Tiles.over(tensors, numbers).shape[-2])
 
 
 @dual_linear.register_kernel("cuda")
-def _(x, data, input_scale, codebook, permutation, bias, rows, columns, nbits, group_size, has_zero, exponent):
-    tiles = Tiles.over(data, input_scale, codebook, permutation, rows, columns, nbits, group_size, has_zero, exponent)
-    _check(x, columns)
-    flat = x.reshape(-1, columns)
-    return _linear_on_gpu(flat, tiles, bias).view(*x.shape[:-1], rows)
+def _(x, tensors, numbers, bias):
+    tiles = Tiles.over(tensors, numbers)
+    _check(x, tiles)
+    return _linear_on_gpu(x.reshape(-1, x.shape[-1]), tiles, bias).view(*x.shape[:-1], tiles.shape[-2])
 
 
 @torch.library.custom_op("qbench::dual_linear_experts", mutates_args=())
-def dual_linear_experts(
-    x: Tensor,
-    index: Tensor,
-    data: Tensor,
-    input_scale: Tensor | None,
-    codebook: Tensor | None,
-    permutation: Tensor | None,
-    rows: int,
-    columns: int,
-    nbits: int,
-    group_size: int,
-    has_zero: bool,
-    exponent: int,
-) -> Tensor:
+def dual_linear_experts(x: Tensor, index: Tensor, tensors: Sequence[Tensor | None], numbers: Sequence[int]) -> Tensor:
     """The op behind `linear_experts`: expert by expert, reading back which are needed."""
-    tiles = Tiles.over(data, input_scale, codebook, permutation, rows, columns, nbits, group_size, has_zero, exponent)
-    return _expert_by_expert(x, index, tiles)
+    return _expert_by_expert(x, index, Tiles.over(tensors, numbers))
 
 
 @dual_linear_experts.register_fake
-def _(x, index, data, input_scale, codebook, permutation, rows, columns, nbits, group_size, has_zero, exponent):
-    return x.new_empty(*index.shape, rows)
+def _(x, index, tensors, numbers):
+    return x.new_empty(*index.shape, Tiles.over(tensors, numbers).shape[-2])
 
 
 @dual_linear_experts.register_kernel("cuda")
-def _(x, index, data, input_scale, codebook, permutation, rows, columns, nbits, group_size, has_zero, exponent):
-    tiles = Tiles.over(data, input_scale, codebook, permutation, rows, columns, nbits, group_size, has_zero, exponent)
+def _(x, index, tensors, numbers):
+    tiles = Tiles.over(tensors, numbers)
     if x.dtype in HALF and 0 < index.numel() <= EXPERT_PAIRS and cuda.refusal(x.device.index) is None:
-        _check(x, columns)
+        _check(x, tiles)
+        rows, columns = tiles.shape[-2:]
         plan = blocks.plan(1, rows, columns, tiles, x.device.index)
         if plan is not None:
             with torch.cuda.device(x.device):
@@ -130,32 +100,17 @@ def _(x, index, data, input_scale, codebook, permutation, rows, columns, nbits, 
 
 
 def _expert_by_expert(x: Tensor, index: Tensor, tiles: Tiles) -> Tensor:
-    _check(x, tiles.shape[-1])
+    _check(x, tiles)
     y = x.new_empty(*index.shape, tiles.shape[-2])
     for expert in index.unique().tolist():
         token, slot = torch.where(index == expert)
-        y[token, slot] = linear(x[token], select(tiles, expert))
+        y[token, slot] = linear(x[token], tiles.select(expert))
     return y
 
 
-def select(tiles: Tiles, index: int) -> Tiles:
-    """One matrix of a stack, as views."""
-    return Tiles(
-        tiles.data[index],
-        tiles.shape[1:],
-        tiles.nbits,
-        tiles.group_size,
-        tiles.has_zero,
-        None if tiles.input_scale is None else tiles.input_scale[index],
-        tiles.codebook,
-        None if tiles.permutation is None else tiles.permutation[index],
-        tiles.exponent,
-    )
-
-
-def _check(x: Tensor, columns: int) -> None:
-    if x.shape[-1] != columns:
-        raise ValueError(f"x must be [..., {columns}], got {list(x.shape)}")
+def _check(x: Tensor, tiles: Tiles) -> None:
+    if x.shape[-1] != tiles.shape[-1]:
+        raise ValueError(f"x must be [..., {tiles.shape[-1]}], got {list(x.shape)}")
 
 
 def _unit_stride(x: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ Everything in this file is plain torch and runs on any device; `from_tiles` is t
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -43,38 +44,45 @@ class Tiles:
     permutation: Tensor | None = None  # int32 [..., in]
     exponent: int = 0  # t is used as t * 2**-exponent, at most 1, so that x * t stays finite in fp16
 
-    @staticmethod
-    def over(
-        data: Tensor,
-        input_scale: Tensor | None,
-        codebook: Tensor | None,
-        permutation: Tensor | None,
-        rows: int,
-        columns: int,
-        nbits: int,
-        group_size: int,
-        has_zero: bool,
-        exponent: int,
-    ) -> Tiles:
-        """From its tensors and its `numbers`, which is how it passes through the ops."""
-        shape = (*data.shape[:-3], rows, columns)
-        return Tiles(data, shape, nbits, group_size, has_zero, input_scale, codebook, permutation, exponent)
+    def flat(self) -> tuple[tuple[Tensor | None, ...], tuple[int, ...]]:
+        """Its tensors and its numbers, which is how a weight passes through the ops; `over` puts them together."""
+        tensors = (self.data, self.input_scale, self.codebook, self.permutation)
+        numbers = (*self.shape[-2:], self.nbits, self.group_size, int(self.has_zero), self.exponent)
+        return tensors, numbers
 
-    @property
-    def numbers(self) -> tuple[int, int, int, int, bool, int]:
-        return (*self.shape[-2:], self.nbits, self.group_size, self.has_zero, self.exponent)
+    @staticmethod
+    def over(tensors: Sequence[Tensor | None], numbers: Sequence[int]) -> Tiles:
+        """What `flat` took apart."""
+        data, input_scale, codebook, permutation = tensors
+        rows, columns, nbits, group_size, has_zero, exponent = numbers
+        assert data is not None
+        shape = (*data.shape[:-3], rows, columns)
+        return Tiles(data, shape, nbits, group_size, bool(has_zero), input_scale, codebook, permutation, exponent)
+
+    def select(self, index: int) -> Tiles:
+        """Matrix `index` of a stack, as views."""
+        return replace(
+            self,
+            data=self.data[index],
+            shape=self.shape[1:],
+            input_scale=None if self.input_scale is None else self.input_scale[index],
+            permutation=None if self.permutation is None else self.permutation[index],
+        )
 
     @property
     def nbytes(self) -> int:
-        parts = (self.data, self.input_scale, self.codebook, self.permutation)
-        return sum(part.numel() * part.element_size() for part in parts if part is not None)
+        return sum(tensor.nbytes for tensor in self.flat()[0] if tensor is not None)
 
     def parts(self) -> dict[str, int]:
-        """Bytes of `data` by what they hold, padding included: codes, scale and, where stored, zero."""
+        """Bytes by what they hold, padding included: `data` is codes, scale and, where stored, zero."""
         chunks = self.data.shape[:-1].numel()
         codes = chunks * ROWS * COLUMNS * self.nbits // 8
         aux = self.data.numel() - codes
-        return {"codes": codes} | ({"scale": aux // 2, "zero": aux // 2} if self.has_zero else {"scale": aux})
+        found = {"codes": codes} | ({"scale": aux // 2, "zero": aux // 2} if self.has_zero else {"scale": aux})
+        for name in ("input_scale", "codebook", "permutation"):
+            if (tensor := getattr(self, name)) is not None:
+                found[name] = tensor.nbytes
+        return found
 
 
 def unsupported(weight: QuantizedWeight) -> str | None:
@@ -225,13 +233,15 @@ def unpack(tiles: Tiles) -> tuple[Tensor, Tensor, Tensor | None]:
 
 
 def from_tiles(tiles: Tiles, form: QuantizedWeight) -> QuantizedWeight:
-    """The weight in its canonical format; `form` gives what the tiles do not hold: t and aux tables as stored."""
+    """The weight in its own format; `form` gives what the tiles do not hold: t and aux tables as stored."""
     codes, scale, zero = unpack(tiles)
     return replace(
         form,
         planes=pack(codes, tiles.nbits),
         scale=form.scale if form.scale.step is not None else Aux(scale),
         zero=None if zero is None or form.zero is None else form.zero if form.zero.step is not None else Aux(zero),
+        codebook=tiles.codebook,
+        permutation=tiles.permutation,
     )
 
 

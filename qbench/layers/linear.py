@@ -1,13 +1,13 @@
-"""QuantLinear: the layer that stands where an nn.Linear stood, and holds only packed buffers.
+"""QuantLinear: the layer that stands where an nn.Linear stood, and holds a weight in its format, whichever that is.
 
-On a GPU, `use_kernels(model)` lays the packed buffers out once as the fused kernels read them (qbench.kernels); the
-packed format is given up for it, so memory does not double, and comes back exactly with `restore()`. What is saved is
-the packed format in either layout: `state_dict` gives it, and `in_packed_format` holds a model in it.
+On a GPU, `use_kernels(model)` lays the packed buffers out once as the format's fused kernel reads them, if it has one;
+the packed format is given up for it, so memory does not double, and comes back exactly with `restore()`. What is saved
+is the packed format in either layout: `state_dict` gives it, and `in_packed_format` holds a model in it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,105 +15,111 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qbench.format.weight import QuantizedWeight
+from qbench.format.format import Format
 from qbench.kernels import ops
-from qbench.kernels.tiles import Tiles, from_tiles, to_tiles, unsupported
+from qbench.kernels.kernel import Kernel, Layout, kernel_of
 
 DEQUANTIZE = "dequantize + matmul"
-
-
-TILE_BUFFERS = {"tiles_data": "data", "tiles_input_scale": "input_scale", "tiles_permutation": "permutation"}
+LAID_OUT = "kernel_"  # in front of the names of a layout's buffers
 
 
 class PackedWeight(nn.Module):
-    """Holds one QuantizedWeight, or a stack of them, as buffers: whatever a model keeps packed, it keeps in these."""
+    """Holds one quantized weight, or a stack of them, as buffers: whatever a model keeps packed, it keeps in these."""
 
-    def __init__(self, weight: QuantizedWeight) -> None:
+    def __init__(self, weight: Format) -> None:
         super().__init__()
-        self._format = weight  # describes the format; its tensors are replaced by the module's buffers below
+        self._format = weight  # describes the weight; its tensors are replaced by the module's buffers below
+        self._kernel: Kernel | None = None  # while the weight is laid out for it
+        self._numbers: tuple[int, ...] = ()  # of that layout
         for name, tensor in weight.tensors().items():
             self.register_buffer(name, tensor)
-        if weight.codebook is None:
-            self.register_buffer("codebook", None)
-        self._numbers: tuple[int, ...] | None = None  # of the tiles, while the weight is laid out for the kernels
-        for name in TILE_BUFFERS:
-            self.register_buffer(name, None, persistent=False)
 
     @property
-    def weight(self) -> QuantizedWeight:
-        """The weight over the buffers as they are now (moved, loaded); rebuilt bit for bit from the kernels' layout."""
-        held = dict(self.named_buffers(recurse=False))
-        if (tiles := self.tiles) is None:
-            return self._format.with_tensors(held)
-        kept = {name: held[name] for name in self._format.tensors() if name in held}
-        if tiles.permutation is not None:
-            kept["permutation"] = tiles.permutation
-        return from_tiles(tiles, self._format.with_tensors(self._format.tensors() | kept))
+    def weight(self) -> Format:
+        """The weight over the buffers as they are now (moved, loaded); rebuilt bit for bit from a kernel's layout."""
+        if self._kernel is None:
+            return self._format.with_tensors(self._stored())
+        form = self._format.with_tensors(self._format.tensors() | self._stored())
+        return self._kernel.restore(self.layout, form)
 
     @property
-    def format(self) -> QuantizedWeight:
-        """The weight for counting its bytes: in the kernels' layout its tensors are on the meta device."""
-        return self.weight if self._numbers is None else self._format
+    def format(self) -> Format:
+        """The weight for counting its bytes: in a kernel's layout its tensors are on the meta device."""
+        return self.weight if self._kernel is None else self._format
 
     @property
-    def tiles(self) -> Tiles | None:
-        """The weight as the kernels read it; None while it is in the packed format."""
-        if self._numbers is None:
+    def kernel(self) -> Kernel | None:
+        """What multiplies with the weight; None while it is in the packed format."""
+        return self._kernel
+
+    @property
+    def layout(self) -> Layout | None:
+        """The weight as its kernel reads it; None while it is in the packed format."""
+        if self._kernel is None:
             return None
-        return Tiles.over(
-            self.tiles_data, self.tiles_input_scale, self.codebook, self.tiles_permutation, *self._numbers
-        )
+        return self._kernel.over([getattr(self, LAID_OUT + name) for name in self._kernel.buffers], self._numbers)
 
     def lay_out(self) -> bool:
-        """Replaces the packed buffers by the kernels' layout; False, changing nothing, if they cannot hold it."""
-        if self._numbers is not None:
+        """Replaces the packed buffers by its kernel's layout; False, changing nothing, if no kernel can hold it."""
+        if self._kernel is not None:
             return True
         weight = self.weight
-        if unsupported(weight):
+        kernel = kernel_of(weight)
+        if kernel is None or kernel.refusal(weight):
             return False
-        tiles = to_tiles(weight)
-        if tiles.data.is_cuda:  # the kernels may read weights before the kernel in front of them has ended
-            torch.cuda.synchronize(tiles.data.device)
-        tensors = weight.tensors()
-        self._format = weight.with_tensors({name: tensor.to("meta") for name, tensor in tensors.items()})
-        for name in tensors:
-            held = name.startswith("codes_") or (name in ("scale", "zero") and f"{name}_step" not in tensors)
-            if held or name == "permutation":
-                del self._buffers[name]
-        for name, field in TILE_BUFFERS.items():
-            self.register_buffer(name, getattr(tiles, field), persistent=False)
-        self._numbers = tiles.numbers
+        tensors, numbers = kernel.lay_out(weight).flat()
+        if weight.device.type == "cuda":  # the kernels may read weights before the kernel in front of them has ended
+            torch.cuda.synchronize(weight.device)
+        stored = weight.tensors()
+        self._format = weight.with_tensors({name: tensor.to("meta") for name, tensor in stored.items()})
+        for name in stored.keys() - kernel.beside(weight):
+            del self._buffers[name]
+        for name, tensor in zip(kernel.buffers, tensors, strict=True):
+            self.register_buffer(LAID_OUT + name, tensor, persistent=False)
+        self._kernel, self._numbers = kernel, tuple(numbers)
         return True
 
     def restore(self) -> None:
         """Back to the packed format, as it was before `lay_out`."""
-        if self._numbers is None:
+        if self._kernel is None:
             return
         weight = self.weight
-        for name in TILE_BUFFERS:
-            self._buffers[name] = None
-        self._numbers, self._format = None, weight
+        for name in self._kernel.buffers:
+            delattr(self, LAID_OUT + name)
+        self._kernel, self._numbers, self._format = None, (), weight
         for name, tensor in weight.tensors().items():
             self._buffers.pop(name, None)
             self.register_buffer(name, tensor)
 
     def held_bytes(self) -> dict[str, int]:
-        """Bytes of the buffers as they are in memory now, by component as in `QuantizedWeight.stored_bytes`.
+        """Bytes of the buffers as they are in memory now, by component as in `Format.stored_bytes`.
 
-        More than is stored when laid out for the kernels: the tiles pad rows and columns and hold scales in fp16, while
-        t and the tables of an int8 aux, which the tiles cannot give back exactly, stay beside them.
+        More than is stored when laid out for a kernel: dual-scale's pads rows and columns and holds scales in fp16,
+        while t and the tables of an int8 aux, which it cannot give back exactly, stay beside.
         """
-        counted: dict[str, int] = {}
-        for name, tensor in self.named_buffers(recurse=False):
-            sizes = self.tiles.parts() if name == "tiles_data" else {_component(name): tensor.nbytes}
-            for part, size in sizes.items():
-                counted[part] = counted.get(part, 0) + size
-        return counted
+        if self._kernel is None:
+            return self.weight.stored_bytes()
+        return self._kernel.held_bytes(self.layout, self._stored())
+
+    def multiply_with_matrix(self) -> Callable[[Tensor, int], Tensor]:
+        """For a stack: a function of x `[tokens, in]` and an index that multiplies x with that matrix, `[tokens, out]`.
+
+        The function holds the stack as it is now, so that it is put together once for many experts.
+        """
+        kernel, layout = self._kernel, self.layout
+        if kernel is not None and layout is not None:
+            return lambda x, index: kernel.linear(x, layout.select(index))
+        weight = self.weight
+        return lambda x, index: F.linear(x, weight.select(index).dequantize(x.dtype))
+
+    def _stored(self) -> dict[str, Tensor]:
+        """The format's tensors that are buffers now: all of them, or those that stay beside a kernel's layout."""
+        return {name: self._buffers[name] for name in self._format.tensors() if name in self._buffers}
 
     def _save_to_state_dict(self, destination, prefix: str, keep_vars: bool) -> None:
-        """The packed format in either layout: tiles are no buffers that a checkpoint could hold."""
+        """The packed format in either layout: a kernel's buffers are none that a checkpoint could hold."""
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self._numbers is not None:
+        if self._kernel is not None:
             destination.update({f"{prefix}{name}": tensor for name, tensor in self.weight.tensors().items()})
 
     def _apply(self, fn, recurse: bool = True):
@@ -125,35 +131,33 @@ class PackedWeight(nn.Module):
 
         super()._apply(keep_dtype, recurse)
         # the description must not keep the buffers alive on the device they came from
-        if self._numbers is None:
+        if self._kernel is None:
             self._format = self.weight
         return self
 
     def extra_repr(self) -> str:
-        w = self._format
-        return f"shape={list(w.shape)}, nbits={w.nbits}, method={w.method}"
+        return f"shape={list(self._format.shape)}, {_told(self._format)}"
 
 
 class QuantLinear(PackedWeight):
     """y = x W^T + b with `W` `[out, in]` kept packed; x is `[..., in]`, y is `[..., out]` in x's dtype.
 
-    In the kernels' layout one fused op multiplies; in the packed format the weight is dequantized anew in every call.
+    In a kernel's layout one fused op multiplies; in the packed format the weight is dequantized anew in every call.
     Either way the packed buffers are all that stays in memory.
     """
 
-    def __init__(self, weight: QuantizedWeight, bias: Tensor | None = None) -> None:
+    def __init__(self, weight: Format, bias: Tensor | None = None) -> None:
         super().__init__(weight)
         self.out_features, self.in_features = weight.shape
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
 
-    def packed(self) -> dict[str, QuantizedWeight]:
+    def packed(self) -> dict[str, Format]:
         """Its weights by the prefix of their buffers' names; what a checkpoint describes."""
         return {"": self.weight}
 
     def forward(self, x: Tensor) -> Tensor:
-        if self._numbers is not None:
-            tiles = self.tiles_data, self.tiles_input_scale, self.codebook, self.tiles_permutation
-            return ops.dual_linear(x, *tiles, self.bias, *self._numbers)
+        if self._kernel is not None:
+            return self._kernel.linear(x, self.layout, self.bias)
         return F.linear(x, self.weight.dequantize(x.dtype), self.bias)
 
     def _apply(self, fn, recurse: bool = True):
@@ -163,14 +167,13 @@ class QuantLinear(PackedWeight):
         return self
 
     def extra_repr(self) -> str:
-        w = self._format
-        return f"in_features={self.in_features}, out_features={self.out_features}, nbits={w.nbits}, method={w.method}"
+        return f"in_features={self.in_features}, out_features={self.out_features}, {_told(self._format)}"
 
 
 @contextmanager
 def in_packed_format(model: nn.Module) -> Iterator[None]:
     """While it lasts, every packed weight of `model` is in the packed format; then each is laid out as it was."""
-    laid_out = [m for m in model.modules() if isinstance(m, PackedWeight) and m.tiles is not None]
+    laid_out = [m for m in model.modules() if isinstance(m, PackedWeight) and m.kernel is not None]
     try:
         for module in laid_out:
             module.restore()
@@ -194,23 +197,22 @@ def _have_kernels(device: torch.device) -> bool:
     return device.type == "cuda" and ops.wanted()
 
 
-def backend(weight: QuantizedWeight, dtype: torch.dtype) -> str:
+def backend(weight: Format, dtype: torch.dtype) -> str:
     """What multiplies with a packed weight once `use_kernels` has seen it, for activations of `dtype`."""
-    device = weight.planes[0].device
-    if not _have_kernels(device):
+    kernel = kernel_of(weight)
+    if not _have_kernels(weight.device):
         return DEQUANTIZE
-    if reason := unsupported(weight):
+    if kernel is None or (reason := kernel.refusal(weight)):
+        reason = f"the format {weight.name}" if kernel is None else reason
         return f"{DEQUANTIZE} (no fused kernel for {reason})"
-    return ops.backend(device, dtype)
+    return kernel.backend(weight.device, dtype)
 
 
-def _component(buffer: str) -> str:
-    """`codes_0` -> codes, `scale_step` -> scale, `tiles_permutation` -> permutation."""
-    name = buffer.removeprefix("tiles_").removesuffix("_step").removesuffix("_offset")
-    return "codes" if name.startswith("codes_") else name
+def _told(weight: Format) -> str:
+    return f"format={weight.name}, bits_per_weight={weight.bits_per_weight:.3f}, method={weight.method}"
 
 
-def relative_error(weight: Tensor, quantized: QuantizedWeight) -> float:
+def relative_error(weight: Tensor, quantized: Format) -> float:
     """||W - dequantized W|| / ||W|| in the Frobenius norm; 0 for an all-zero weight reproduced exactly."""
     reference = weight.float()
     error = torch.linalg.vector_norm(reference - quantized.dequantize())

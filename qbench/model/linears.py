@@ -23,7 +23,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from qbench.format.weight import QuantizedWeight
+from qbench.format.format import Format
 from qbench.layers.experts import QuantExperts, is_router, refusal, stacked_parameters
 from qbench.layers.linear import PackedWeight
 
@@ -48,7 +48,7 @@ class Linears:
     """What to quantize, by name in module order, and the linear weights that are left out."""
 
     layers: dict[str, nn.Module]  # nn.Linear, or GPT-2's Conv1D; `matrix` gives the weight `[out, in]` of either
-    experts: dict[str, nn.Module]  # fused experts of a form that models/expert_form.py accepts
+    experts: dict[str, nn.Module]  # fused experts of a form that layers/expert_form.py accepts
     skipped: list[Skipped]
 
     @property
@@ -223,7 +223,7 @@ def coverage(model: Any) -> float:
     return sum(weight.numel for weight in quantized_weights(model)) / max(1, linear_weights(model))
 
 
-def quantized_weights(model: Any) -> list[QuantizedWeight]:
+def quantized_weights(model: Any) -> list[Format]:
     """Every quantized weight of a model, one per linear and one stack per projection of fused experts.
 
     For counting: those that are laid out for the GPU's kernels are described by tensors on the meta device.

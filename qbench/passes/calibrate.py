@@ -11,9 +11,9 @@ over all calibration sequences, and its linears are quantized. `calibration.inpu
 What else the blocks are called with (masks, positions) is the model's own (blocks.py). Most models hand all sequences
 the same; where they do not (token embeddings for every block, keys shared between blocks) each sequence keeps its own.
 
-Within a block all linears are shown what its unquantized ones hand them, either way. Linears that are handed the very
-same tensor (q/k/v; gate/up) form a group; that is observed, not listed per architecture. Linears that no sequence
-reaches (of an expert that is an nn.Module of its own) stay in 16 bit.
+All statistics of a block are taken before any of its linears is quantized. Linears that read the very same tensor
+(q/k/v; gate/up) form a group; that is observed, not listed per architecture. Linears that no sequence reaches (of an
+expert that is an nn.Module of its own) stay in 16 bit.
 
 Memory beside the model: the hidden states of all sequences at one depth, tokens x hidden, and the statistics of one
 block (a Hessian is in x in in fp32, the sample of inputs at most INPUT_ROWS x in). Activations inside a block live for
@@ -60,7 +60,7 @@ class Calibration:
         return hashlib.sha256(self.ids.astype("<i8").tobytes()).hexdigest()
 
 
-def check(text: Text, config: CalibrationConfig) -> None:
+def check_text(text: Text, config: CalibrationConfig) -> None:
     """Raises RequestError, before any tokenizer is loaded, for settings or a text that no tokenizer could make do."""
     if config.window < 2 or (config.sequences is not None and config.sequences < 1):
         raise RequestError("calibration.window must be at least 2 and calibration.sequences at least 1, or null")

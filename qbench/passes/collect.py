@@ -3,7 +3,7 @@
 A Collector adds up one linear group's input. Fused experts are different: a block has hundreds of linear groups, each
 read by its own share of the tokens, and their Hessians together would not fit (DeepSeek-V2.5: 160 experts of
 5120^2 fp32, 17 GB a block). ExpertInputs therefore keeps the block's input once, with the routing, and adds up one
-expert's statistics when that expert's turn to be quantized comes. Nothing is sampled that a Collector would not.
+expert's statistics when that expert's turn to be quantized comes. It samples exactly what a Collector would.
 """
 
 from __future__ import annotations
@@ -62,10 +62,13 @@ class Collector:
 class ExpertInputs:
     """The input of a block of fused experts, `[tokens, hidden]` in the model's dtype, and where each token is routed.
 
-    Sees the block's calls in the place of a hook. With `original`, an expert's down is to be shown what the unquantized
-    gate and up hand it. Experts that are handed their shares of the tokens (models/expert_form.py) are shown what they
-    are handed, rows of zeros left out: k rows for a token. Beside it exist, one expert at a time, the statistics of its
-    group and at most INPUT_ROWS of its activations; and, if some expert needs them, the statistics of all rows, once.
+    It is a hook: every call of the block adds the tokens and their routing. `of_first` and `of_down` compute one
+    expert's statistics from them, when asked. Of experts that take their shares of the tokens (layers/expert_form.py)
+    the shares are kept without their rows of zeros: k rows for a token. With `original`, an expert's down is
+    calibrated on what the unquantized gate and up give out.
+
+    Memory beside the input: the statistics of one expert's group, at most INPUT_ROWS of its activations, and, if some
+    expert needs them, the statistics of all rows, once.
     """
 
     def __init__(self, needs: frozenset[Statistic], tokens: int, original: bool = False, experts: int = 1) -> None:

@@ -6,6 +6,7 @@ An expert's matrices are named as if they were linears: `model.layers.0.mlp.expe
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -18,8 +19,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from qbench.errors import PointError
-from qbench.format.stack import stack
-from qbench.format.weight import QuantizedWeight
+from qbench.format.format import Format
 from qbench.layers.expert_form import Activation, expert_weights, form
 from qbench.layers.experts import QuantExperts
 from qbench.layers.linear import QuantLinear, backend, relative_error
@@ -79,7 +79,7 @@ def quantize_model(
     with fetching(model.device, offloaded) as fetch:
         arrivals = fetch(list(found.layers[name].parameters()) for name in names if name in found.layers)
         for name in tqdm(names, desc="quantizing", unit="layer"):
-            # popped: the last reference besides the model's own
+            # a reference kept in `found` would hold every original in memory until the last one is quantized
             if name in found.layers:
                 next(arrivals)
                 place_group({name: found.layers.pop(name)}, None)
@@ -148,7 +148,7 @@ def quantize_experts(
 
     The stacks are put together at the end, projection by projection, so one projection's codes exist twice then.
     """
-    packed: list[list[QuantizedWeight]] = [[] for _ in form(module).projections]
+    packed: list[list[Format]] = [[] for _ in form(module).projections]
     rows: list[LayerRow] = []
     activation = Activation(module)
     experts = fetch(expert_weights(module, index) for index in range(module.num_experts))
@@ -170,7 +170,7 @@ def quantize_experts(
     stacks = []
     for projection in packed:
         try:
-            stacks.append(stack(projection))
+            stacks.append(type(projection[0]).stack(projection))
         except ValueError as error:
             raise PointError(f"layer {name}: {error}") from error
         projection.clear()
@@ -184,8 +184,8 @@ def _before_down(activation: Activation, weights: list[Tensor], index: int, x: T
 
 
 def _say_what_calibrated(
-    weights: list[QuantizedWeight], rows: list[LayerRow], inputs: ExpertInputs, index: int
-) -> tuple[list[QuantizedWeight], list[LayerRow]]:
+    weights: list[Format], rows: list[LayerRow], inputs: ExpertInputs, index: int
+) -> tuple[list[Format], list[LayerRow]]:
     """Adds the number of tokens routed to the expert, and names the fallback to all tokens where it was taken."""
     routed = len(inputs.routed(index))
     rows = [replace(row, diagnostics={**row.diagnostics, "routed_tokens": float(routed)}) for row in rows]
@@ -200,7 +200,7 @@ def quantize_group(
     weights: list[Tensor],
     quantizer: Quantizer,
     stats: InputStatistics | None = None,
-) -> tuple[list[QuantizedWeight], list[LayerRow]]:
+) -> tuple[list[Format], list[LayerRow]]:
     """Quantizes the weights `[out, in]` of one linear group and describes each result; the seconds are shared out."""
     started = _now(weights[0])
     try:
@@ -209,19 +209,22 @@ def quantize_group(
         raise PointError(f"layer {', '.join(names)}: {error}") from error
     seconds = _now(weights[0]) - started
     method = type(quantizer).__name__
-    if len(results) != len(weights) or not all(isinstance(result, QuantizedWeight) for result in results):
-        raise PointError(f"layer {', '.join(names)}: {method}.quantize must return one QuantizedWeight per weight")
+    if len(results) != len(weights) or not all(isinstance(result, Format) for result in results):
+        raise PointError(f"layer {', '.join(names)}: {method}.quantize must return one Format per weight")
     total = sum(weight.numel() for weight in weights)
     rows = []
     for name, weight, quantized in zip(names, weights, results, strict=True):
-        _check(name, weight, quantized, method)
-        rows.append(_describe(name, weight, quantized, method, seconds * weight.numel() / total))
+        _hold_to_contract(name, weight, quantized, method)
+        row = _row(name, weight, quantized, method, seconds * weight.numel() / total)
+        if not math.isfinite(row.relative_error):  # finite scales can be too large for their codes
+            raise PointError(f"layer {name}: {method} produced NaN or Inf in the dequantized weight")
+        rows.append(row)
     return results, rows
 
 
-def _describe(name: str, weight: Tensor, quantized: QuantizedWeight, method: str, seconds: float) -> LayerRow:
+def _row(name: str, weight: Tensor, quantized: Format, method: str, seconds: float) -> LayerRow:
     tails = kurtosis(weight)
-    t = quantized.input_scale
+    t = quantized.tensors().get("input_scale")
     return LayerRow(
         name=name,
         shape=quantized.shape,
@@ -240,13 +243,13 @@ def _describe(name: str, weight: Tensor, quantized: QuantizedWeight, method: str
     )
 
 
-def _check(name: str, weight: Tensor, quantized: QuantizedWeight, method: str) -> None:
+def _hold_to_contract(name: str, weight: Tensor, quantized: Format, method: str) -> None:
     if quantized.shape != tuple(weight.shape):
         raise PointError(
             f"layer {name}: {method} returned the shape {list(quantized.shape)} for a weight {list(weight.shape)}"
         )
     for key, tensor in quantized.tensors().items():
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+        if tensor.is_floating_point() and not torch.isfinite(tensor.float()).all():  # of 8 bits too
             raise PointError(f"layer {name}: {method} produced NaN or Inf in {key}")
 
 

@@ -78,7 +78,7 @@ class Stream:
         while coming:
             ready = [self._arrive(*coming.popleft())]
             coming.extend(self._start(batch) for batch in islice(source, 1))
-            yield ready.pop()  # popped: the caller says how long it lives
+            yield ready.pop()  # a reference kept here would hold the batch in memory until the next one
 
     def _start(self, batch: Batch) -> tuple[Batch, list[tuple[Tensor, Tensor]], Future]:
         moving = [tensor for tensor in batch if tensor.device.type == "cpu"]

@@ -1,7 +1,7 @@
 """Quantizer: what a method implements, and nothing else.
 
 A quantizer is a frozen dataclass whose fields are its configuration. It is pure: weights `[out, in]` in,
-QuantizedWeights out, on the device of the input; it sees no model and keeps no state. The unit of work is
+weights of some Format out, on the device of the input; it sees no model and keeps no state. The unit of work is
 the linear group, the linears that read the same tensor (q/k/v; gate/up): a method that shares something across
 them overrides `quantize`; one that treats matrices one by one writes `quantize_one`.
 
@@ -24,8 +24,8 @@ from typing import ClassVar
 from torch import Tensor
 
 from qbench.format.aux import AUX_DTYPES
+from qbench.format.format import Format
 from qbench.format.packing import PLANES
-from qbench.format.weight import QuantizedWeight
 
 
 class Statistic(Enum):
@@ -66,11 +66,11 @@ class Quantizer:
         if aux_dtype not in AUX_DTYPES:
             raise ValueError(f"aux_dtype must be one of {', '.join(AUX_DTYPES)}, got {aux_dtype!r}")
 
-    def quantize(self, weights: Sequence[Tensor], stats: InputStatistics | None) -> list[QuantizedWeight]:
+    def quantize(self, weights: Sequence[Tensor], stats: InputStatistics | None) -> list[Format]:
         """Quantizes the weights `[out, in]` of one linear group, in order."""
         return [self.quantize_one(weight, stats) for weight in weights]
 
-    def quantize_one(self, weight: Tensor, stats: InputStatistics | None = None) -> QuantizedWeight:
+    def quantize_one(self, weight: Tensor, stats: InputStatistics | None = None) -> Format:
         """Quantizes one weight `[out, in]`."""
         raise TypeError(f"{type(self).__name__} must define quantize or quantize_one")
 

@@ -78,6 +78,7 @@ class Identity(Strict):
 def identify(
     config: Config,
     quantizer: Settings,
+    protocol: Settings,
     *,
     weights: str,
     text_sha256: str,
@@ -87,7 +88,8 @@ def identify(
 ) -> Identity:
     """The identity of the point that a configuration asks for.
 
-    `quantizer` holds the method's name and its fields, defaults included; `weights` is the model's fingerprint,
+    `quantizer` holds the method's name and its fields, defaults included, `protocol` the protocol's name and what of
+    its fields can change a number; `weights` is the model's fingerprint,
     `calibration_sha256` None for a method that is shown no text; `device` is the kind, `dtype` the precision, resolved.
     """
     speed = None if config.speed.name == "none" else asdict(config.speed)
@@ -101,23 +103,13 @@ def identify(
         remote_code=bool(config.model.get("trust_remote_code")),
         quantizer=_as_json(quantizer),
         text_sha256=text_sha256,
-        protocol=_as_json(_protocol(config)),
+        protocol=_as_json(protocol),
         calibration=None if calibration_sha256 is None else _as_json(_calibration(config, calibration_sha256)),
         device=device,
         dtype=dtype,
         runtime=_as_json(runtime),
         speed=None if speed is None else _as_json(speed),
     )
-
-
-def _protocol(config: Config) -> Settings:
-    settings = {k: v for k, v in asdict(config.task).items() if k not in (*SOURCE_OF_TEXT, *PERMISSIONS)}
-    if config.task.protocol == "lmeval":  # called by its tasks' names, and compares no distributions
-        for key in ("name", "divergence", "divergence_topk"):
-            del settings[key]
-    elif not config.task.divergence:
-        settings["divergence_topk"] = None
-    return settings
 
 
 def _calibration(config: Config, text_sha256: str) -> Settings:

@@ -1,13 +1,25 @@
-"""What a result says of quality: perplexities, divergence from the baseline and task metrics, with their intervals."""
+"""What a result says of quality: perplexities, divergence from the baseline and task metrics, with their intervals.
+
+Every number says how it is read off what its windows or documents add (`Reading`), and how people call it; reports
+compare and show numbers by that, and by no metric's name. So a protocol of a third party may record any kind.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import Literal
 
+import numpy as np
+
 from qbench.record.strict import Strict
 
 Verdict = Literal["better", "worse", "not distinguishable"]
+Reading = Literal["mean", "exp mean"]  # of what windows or documents add; a perplexity is exp of a mean NLL
+
+
+def read_mean(reading: Reading, mean: np.ndarray) -> np.ndarray:
+    """The number, or several, that a mean over windows or documents stands for."""
+    return np.exp(mean) if reading == "exp mean" else mean
 
 
 @dataclass(frozen=True)
@@ -35,7 +47,7 @@ class DivergenceRecord(Strict):
 
 @dataclass(frozen=True)
 class MetricRecord(Strict):
-    """A metric as lm-eval reports it, under its own name, and its paired difference to the baseline."""
+    """A number under its own name, such as lm-eval's for a metric, and its paired difference to the baseline."""
 
     name: str  # such as acc_norm or word_perplexity; `exact_match,strict-match` where the task has filters
     higher_is_better: bool
@@ -48,6 +60,17 @@ class MetricRecord(Strict):
     flip_rate: float | None = None  # share of the documents that turned right or wrong; for metrics of right and wrong
     flip_rate_low: float | None = None
     flip_rate_high: float | None = None
+    reading: Reading = "mean"
+    title: str | None = None  # as people call it; None: by its name
+
+    @property
+    def called(self) -> str:
+        return self.title if self.title is not None else self.name
+
+    @property
+    def digits(self) -> int:
+        """After the point, where people read it: a perplexity is a number of some tens, most others are of one."""
+        return 3 if self.reading == "exp mean" else 4
 
 
 @dataclass(frozen=True)
@@ -76,6 +99,22 @@ class EvaluationRecord(Strict):
     bos_policy: str = ""
     divergence: DivergenceRecord | None = None  # None without a baseline, or where the protocol has none
     metrics: list[MetricRecord] = field(default_factory=list)  # word_perplexity, byte_perplexity, bits_per_byte
+
+    @property
+    def perplexity(self) -> MetricRecord:
+        """As a number like any other."""
+        return MetricRecord(
+            name="ppl",
+            higher_is_better=False,
+            value=self.ppl,
+            baseline=self.baseline_ppl,
+            delta=self.ppl_delta,
+            delta_low=self.ppl_delta_low,
+            delta_high=self.ppl_delta_high,
+            verdict=self.verdict,
+            reading="exp mean",
+            title="perplexity",
+        )
 
 
 @dataclass(frozen=True)

@@ -24,8 +24,8 @@ class LayerRow(Strict):
     kurtosis_before: float
     kurtosis_after: float  # of W / t; as before without an input scale
     diagnostics: dict[str, float] = field(default_factory=dict)  # what else the method reports, such as a chosen ratio
-    # by stored tensor: codes, scale, zero, input_scale, codebook, permutation; an input scale that is listed here is
-    # stored with the codes, as that of every method is: none is folded into the layer before
+    # by component, as the weight's format names them: codes, scale, zero, input_scale, codebook, permutation; an input
+    # scale that is listed here is stored with the codes, as every method's is: none is folded into the layer before
     stored_bytes: dict[str, int] = field(default_factory=dict)
 
 
@@ -43,20 +43,26 @@ class SkippedRow(Strict):
 class WeightBytes(Strict):
     """Bytes of a loaded model by component, counted from the buffers as held, each once: tied weights are shared."""
 
-    codes: int = 0
-    scale: int = 0
-    zero: int = 0
-    input_scale: int = 0
-    codebook: int = 0
-    permutation: int = 0
+    quantized: dict[str, int] = field(
+        default_factory=dict
+    )  # by component: codes, scale, ... as their formats name them
     linears: int = 0  # linear weights that are not quantized, in the precision of the run
     embeddings: int = 0
     head: int = 0  # 0 when it is tied to the embeddings
     rest: int = 0  # norms, biases, rotary frequencies
 
     @property
+    def codes(self) -> int:
+        return self.quantized.get("codes", 0)
+
+    @property
     def aux(self) -> int:
-        return self.scale + self.zero + self.input_scale + self.codebook + self.permutation
+        """What the quantized weights take besides their codes."""
+        return sum(self.quantized.values()) - self.codes
+
+    @property
+    def total(self) -> int:
+        return sum(self.quantized.values()) + self.linears + self.embeddings + self.head + self.rest
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,8 @@ the same tokens: only those numbers compare. Names do not make a section; two of
 titles. Within a section
 - a rank is shared by every row whose paired 95 % interval to the row that leads the rank contains zero;
 - the front is every row that no other beats: none is at least as good in quality and in bits per weight and better in
-  one of them. A beaten row whose interval to the best row of its size or less contains zero is on the front as far as
-  the noise lets anyone see, and marked so.
+  one of them. A beaten row is marked NEAR_FRONT if its difference to the best row that is no larger is not
+  significant.
 
 A row whose number is none (NaN, infinite) or whose scores are lost has no rank, and changes no other row's.
 """
@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from qbench.record import titles
+from qbench.record.quality import MetricRecord
 from qbench.report import naming
 from qbench.report.entries import Entry, Score
 from qbench.report.noise import Paired, is_real
@@ -42,7 +43,7 @@ class Row:
 class Section:
     model: str
     protocol: str
-    metric: str
+    number: MetricRecord  # one of its rows': all have its name, title and reading
     text: str
     weights: str  # fingerprint of the original
     dtype: str
@@ -51,6 +52,10 @@ class Section:
     note: str
     rows: list[Row]
     title: str = ""  # model and protocol, and what tells the section from others of these names
+
+    @property
+    def metric(self) -> str:
+        return self.number.name
 
 
 def sections(entries: Sequence[Entry], order: Callable[[Row], float | None], descending: bool = False) -> list[Section]:
@@ -70,11 +75,11 @@ def sections(entries: Sequence[Entry], order: Callable[[Row], float | None], des
     found = []
     for key, pairs in groups.items():
         entry, score = pairs[-1]
-        baselines = [score.baseline for _, score in pairs if score.baseline is not None]
+        baselines = [score.number.baseline for _, score in pairs if score.number.baseline is not None]
         section = Section(
             model=entry.model,
             protocol=score.protocol,
-            metric=score.metric,
+            number=score.number,
             text=score.text,
             weights=entry.identity.weights,
             dtype=entry.identity.dtype,
@@ -120,8 +125,8 @@ def _rank(pairs: list[tuple[Entry, Score]]) -> list[Row]:
         usable = []  # one protocol, one text, other windows: not comparable, whoever wrote that
     place = {i: at for at, i in enumerate(usable)}
     scores = [pairs[i][1].windows for i in usable]
-    metric = pairs[0][1].metric
-    paired = Paired(np.stack(scores), metric, tokens[usable[0]]) if scores else None  # type: ignore[arg-type]
+    reading = pairs[0][1].number.reading
+    paired = Paired(np.stack(scores), reading, tokens[usable[0]]) if scores else None  # type: ignore[arg-type]
 
     def differ(first: int, second: int) -> bool:
         if paired is None or first not in place or second not in place:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from qbench.report.board import FRONT, NEAR_FRONT, Row, Section
-from qbench.report.reference import Published, beside
+from qbench.report.published import Published, beside
 from qbench.report.table import Table
 
 Value = float | int | str | None
@@ -28,9 +28,9 @@ class Column:
 
 
 def _interval(row: Row) -> str:
-    if row.score.low is None or row.score.high is None:
+    if row.score.number.delta_low is None or row.score.number.delta_high is None:
         return ""
-    return f"{row.score.low:+.3f} to {row.score.high:+.3f}"
+    return f"{row.score.number.delta_low:+.3f} to {row.score.number.delta_high:+.3f}"
 
 
 def _options(row: Row) -> str:
@@ -122,15 +122,15 @@ def columns(section: Section, published: Sequence[Published] = ()) -> list[Colum
 
     Published numbers get columns of their own, if there is one for any row.
     """
-    name = "perplexity" if section.metric == "ppl" else section.metric
+    number = section.number
     quality = [
-        Column(section.metric, name, lambda row: row.score.value, digits=3 if section.metric == "ppl" else 4),
-        Column(f"{section.metric}_delta", "to 16 bit", lambda row: row.score.delta, digits=3),
+        Column(number.name, number.called, lambda row: row.score.value, digits=number.digits),
+        Column(f"{section.metric}_delta", "to 16 bit", lambda row: row.score.number.delta, digits=3),
     ]
     interval = [
         Column("interval", "95 %", _interval, programs=False),
-        Column(f"{section.metric}_delta_low", "low", lambda row: row.score.low, digits=3, people=False),
-        Column(f"{section.metric}_delta_high", "high", lambda row: row.score.high, digits=3, people=False),
+        Column(f"{section.metric}_delta_low", "low", lambda row: row.score.number.delta_low, digits=3, people=False),
+        Column(f"{section.metric}_delta_high", "high", lambda row: row.score.number.delta_high, digits=3, people=False),
     ]
     if any(beside(published, section, row) for row in section.rows):
 
@@ -205,7 +205,7 @@ def order(metric: str) -> tuple[Callable[[Row], float | None], bool]:
 
 
 def _change_for_the_worse(row: Row) -> float | None:
-    delta = row.score.delta
+    delta = row.score.number.delta
     return -delta if delta is not None and row.score.higher_is_better else delta
 
 

@@ -22,7 +22,7 @@ from safetensors.numpy import load as load_tensors
 
 from qbench.errors import RequestError, unknown
 from qbench.record.identity import Identity
-from qbench.record.quality import DivergenceRecord
+from qbench.record.quality import DivergenceRecord, MetricRecord
 from qbench.record.result import Result, ResultError
 from qbench.report import naming
 
@@ -34,17 +34,23 @@ class Score:
     """One quality number of one entry, with the per-window values that its intervals come from."""
 
     protocol: str
-    metric: str  # ppl: exp of the mean of the windows' NLLs; any other: the mean of what each document adds
-    value: float
-    baseline: float | None
-    delta: float | None  # value - baseline, with its 95 % interval
-    low: float | None
-    high: float | None
+    number: MetricRecord
     text: str  # hash of the scored token ids: only equal ones are paired
     windows: np.ndarray | None = field(compare=False)  # float64 [windows]; None when their file cannot be read
     weights: np.ndarray | None = field(default=None, compare=False)  # tokens of each window, where they differ
-    higher_is_better: bool = False
     divergence: DivergenceRecord | None = None  # from the 16-bit model's distributions
+
+    @property
+    def metric(self) -> str:
+        return self.number.name
+
+    @property
+    def value(self) -> float:
+        return self.number.value
+
+    @property
+    def higher_is_better(self) -> bool:
+        return self.number.higher_is_better
 
     @property
     def loss(self) -> float:
@@ -204,12 +210,7 @@ def _scores(result: Result, folder: Path, problems: list[str]) -> Iterator[Score
         windows, weights = values(record.window_nll_file, record.protocol, partial(_nll, count=record.windows))
         yield Score(
             protocol=record.protocol,
-            metric="ppl",
-            value=record.ppl,
-            baseline=record.baseline_ppl,
-            delta=record.ppl_delta,
-            low=record.ppl_delta_low,
-            high=record.ppl_delta_high,
+            number=record.perplexity,
             text=record.token_ids_sha256,
             windows=windows,
             weights=weights,
@@ -221,16 +222,10 @@ def _scores(result: Result, folder: Path, problems: list[str]) -> Iterator[Score
             windows, weights = values(record.scores_file, record.protocol, read)
             yield Score(
                 protocol=record.protocol,
-                metric=metric.name,
-                value=metric.value,
-                baseline=metric.baseline,
-                delta=metric.delta,
-                low=metric.delta_low,
-                high=metric.delta_high,
+                number=metric,
                 text=record.documents_sha256,
                 windows=windows,
                 weights=weights,
-                higher_is_better=metric.higher_is_better,
             )
 
 

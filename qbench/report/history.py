@@ -44,9 +44,8 @@ def _title(entry: Entry, score: Score) -> str:
 
 
 def _table(records: list[tuple[Entry, Score]], metric: str, title: str) -> Table:
-    read = {"quality": lambda row: row.score.value, "delta": lambda row: row.score.delta}.get(metric) or order(metric)[
-        0
-    ]
+    own = {"quality": lambda row: row.score.value, "delta": lambda row: row.score.number.delta}
+    read = own.get(metric) or order(metric)[0]
     entry, score = records[0]
     name = score.metric if metric == "quality" else f"{score.metric}_delta" if metric == "delta" else metric
     keys = ["qbench_version", "created_utc", "run_id", name, "change", "low", "high", "change_point"]
@@ -85,7 +84,7 @@ def _change(
 ) -> Estimate:
     new, old = record[1].windows, before[1].windows
     if metric in ("quality", "delta") and new is not None and old is not None and new.shape == old.shape:
-        return difference(new, old, record[1].metric, record[1].weights)
+        return difference(new, old, record[1].number.reading, record[1].weights)
     return Estimate(now - earlier, None, None)
 
 

@@ -28,7 +28,7 @@ from qbench.record.quantization import LayerRow
 from qbench.record.result import Result
 from qbench.report.board import Row, Section
 from qbench.report.columns import LEGEND, MARKS, Column, columns, command, text
-from qbench.report.reference import Published
+from qbench.report.published import Published
 from qbench.report.table import finite, plain
 
 SCRIPTS = (
@@ -103,7 +103,7 @@ def _cell(column: Column, row: Row) -> dict[str, Any]:
     if column.key == "front":
         value = list(MARKS).index(row.front) if row.front in MARKS else len(MARKS)
     elif column.key == "interval":
-        value = row.score.low
+        value = row.score.number.delta_low
     elif isinstance(value, str):
         value = plain(value)
     return {"text": plain(text(column, row)), "order": value if value is not None else ""}
@@ -124,16 +124,15 @@ def _data(section: Section, layouts: Layouts) -> dict[str, Any]:
                 "front": row.front,
                 "rank": row.rank,
                 "quality": row.score.value,
-                "low": _beside_baseline(row.score.baseline, row.score.low),
-                "high": _beside_baseline(row.score.baseline, row.score.high),
+                "low": _beside_baseline(row.score.number.baseline, row.score.number.delta_low),
+                "high": _beside_baseline(row.score.number.baseline, row.score.number.delta_high),
                 "bpw": quantization.bits_per_weight,
                 "seconds": quantization.quant_seconds,
                 "layout": layout,
                 "errors": errors,
             }
         )
-    metric = "perplexity" if section.metric == "ppl" else section.metric
-    return {"metric": plain(metric), "baseline": section.baseline, "rows": rows}
+    return {"metric": plain(section.number.called), "baseline": section.baseline, "rows": rows}
 
 
 def _beside_baseline(baseline: float | None, bound: float | None) -> float | None:

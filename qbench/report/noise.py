@@ -10,6 +10,7 @@ import numpy as np
 from scipy import special
 
 from qbench.intervals import Estimate
+from qbench.record.quality import Reading, read_mean
 
 
 def is_real(difference: Estimate) -> bool:
@@ -21,20 +22,19 @@ class Paired:
     """Scores of several models on the same windows, ready to be compared two by two."""
 
     def __init__(
-        self, scores: np.ndarray, metric: str = "ppl", weights: np.ndarray | None = None, level: float = 0.95
+        self, scores: np.ndarray, reading: Reading, weights: np.ndarray | None = None, level: float = 0.95
     ) -> None:
-        """`scores`: `[models, windows]`; the metric `ppl` is exp of their mean, any other is the mean itself.
+        """`scores`: `[models, windows]`, of which each model's number is the mean, or exp of it, as `reading` says.
 
         `weights` `[windows]`: tokens of each window, where they differ.
         """
         n = scores.shape[1]
         weights = np.ones(n) if weights is None else weights
-        reading = np.exp if metric == "ppl" else np.asarray
         totals = (scores * weights).sum(1, keepdims=True)
-        self.values = reading(totals[:, 0] / weights.sum())
+        self.values = read_mean(reading, totals[:, 0] / weights.sum())
         self.reach = None
         if n > 1:
-            self.left_out = reading((totals - scores * weights) / (weights.sum() - weights))
+            self.left_out = read_mean(reading, (totals - scores * weights) / (weights.sum() - weights))
             self.reach = float(special.stdtrit(n - 1, (1 + level) / 2)) * np.sqrt((n - 1) / n)
 
     def difference(self, first: int, second: int) -> Estimate:
@@ -47,8 +47,6 @@ class Paired:
         return Estimate(value, value - reach, value + reach)
 
 
-def difference(
-    first: np.ndarray, second: np.ndarray, metric: str = "ppl", weights: np.ndarray | None = None
-) -> Estimate:
+def difference(first: np.ndarray, second: np.ndarray, reading: Reading, weights: np.ndarray | None = None) -> Estimate:
     """The difference of two models from their scores on the same windows, each `[windows]`."""
-    return Paired(np.stack([first, second]), metric, weights).difference(0, 1)
+    return Paired(np.stack([first, second]), reading, weights).difference(0, 1)

@@ -25,13 +25,9 @@ def show(result: Result) -> None:
     for name, justify in (("", "left"), ("16 bit", "right"), (settings["name"], "right"), ("difference", "left")):
         table.add_column(name, justify=justify)
     for record in result.evaluation:
-        change = "no baseline" if record.ppl_delta is None else f"{record.ppl_delta:+.3f}"
-        if record.ppl_delta_low is not None:
-            change += f"  (95 %: {record.ppl_delta_low:+.3f} to {record.ppl_delta_high:+.3f})"
-        baseline = "" if record.baseline_ppl is None else f"{record.baseline_ppl:.3f}"
-        table.add_row(f"perplexity, {record.protocol}", baseline, f"{record.ppl:.3f}", change)
+        _add_metric(table, record.perplexity, record.protocol)
         for metric in record.metrics:
-            _add_metric(table, metric.name.replace("_", " "), metric)
+            _add_metric(table, metric)
         if (divergence := record.divergence) is not None:
             kl, same = divergence.kl, divergence.top1_agreement
             table.add_row(
@@ -40,7 +36,7 @@ def show(result: Result) -> None:
             table.add_row("same most probable token", "100%", f"{same.value:.1%}", "")
     for task in result.tasks:
         for metric in task.metrics:
-            _add_metric(table, f"{metric.name.replace('_', ' ')}, {task.protocol}", metric)
+            _add_metric(table, metric, task.protocol)
     table.add_row("bits per weight, linears", "16", f"{quantization.bits_per_weight:.3f}", "codes and aux as stored")
     table.add_row(
         "model, MB",
@@ -60,14 +56,16 @@ def show(result: Result) -> None:
     console.print(f"run {result.run_id}, recorded in {result.config['outputs']}/results/", markup=False)
 
 
-def _add_metric(table: Table, name: str, metric: MetricRecord) -> None:
-    change = "no baseline" if metric.delta is None else f"{metric.delta:+.4f}"
+def _add_metric(table: Table, metric: MetricRecord, protocol: str = "") -> None:
+    digits = metric.digits
+    change = "no baseline" if metric.delta is None else f"{metric.delta:+.{digits}f}"
     if metric.delta_low is not None:
-        change += f"  (95 %: {metric.delta_low:+.4f} to {metric.delta_high:+.4f})"
+        change += f"  (95 %: {metric.delta_low:+.{digits}f} to {metric.delta_high:+.{digits}f})"
     if metric.flip_rate is not None:
         change += f"; {metric.flip_rate:.1%} flipped"
-    baseline = "" if metric.baseline is None else f"{metric.baseline:.4f}"
-    table.add_row(name, baseline, f"{metric.value:.4f}", change)
+    baseline = "" if metric.baseline is None else f"{metric.baseline:.{digits}f}"
+    name = metric.called.replace("_", " ")
+    table.add_row(f"{name}, {protocol}" if protocol else name, baseline, f"{metric.value:.{digits}f}", change)
 
 
 def _add_speed(table: Table, speed: SpeedRecord) -> None:

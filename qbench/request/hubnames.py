@@ -26,6 +26,6 @@ def spelled_out(arguments: Sequence[str]) -> list[str]:
 
 
 def _is_option(value: str) -> bool:
-    from qbench.catalog import options
+    from qbench.request.options import options
 
     return value in options("model")

@@ -15,8 +15,8 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import ChoiceSweep, Glob, Override, Quote, QuotedString, RangeSweep, ValueType
 from omegaconf import DictConfig, OmegaConf
 
-from qbench.catalog import GROUPS, options
 from qbench.errors import RequestError, unknown
+from qbench.request.options import GROUPS, options
 
 LONGEST_OPTION = 200  # letters: a longer one is no file's name
 MOST_VALUES = 10_000  # of one range(...): more is a slip of the pen
@@ -110,7 +110,8 @@ def chosen(overrides: Iterable[str]) -> list[str]:
             override = parse(text)
         except RequestError:
             continue
-        if override.key_or_group in GROUPS and not override.is_sweep_override() and isinstance(override.value(), str):
+        group = override.key_or_group in GROUPS or override.key_or_group.startswith("hydra/")
+        if group and not override.is_sweep_override() and isinstance(override.value(), str):
             found.append(text)
     return found
 
@@ -124,8 +125,9 @@ def check_keys(config: DictConfig, prefix: str = "") -> None:
             continue
         if legal is not None and key not in legal:
             raise unknown("key", f"{prefix}{key}", (f"{prefix}{name}" for name in legal))
-        child = config._get_node(key)
-        if isinstance(child, DictConfig) and not child._is_missing() and not child._is_none():
+        if OmegaConf.is_missing(config, key) or OmegaConf.is_interpolation(config, key):
+            continue
+        if isinstance(child := config[key], DictConfig):
             check_keys(child, f"{prefix}{key}.")
 
 
@@ -138,11 +140,9 @@ def _check_option(text: str, override: Override) -> None:
     for option in _elements(override):
         if isinstance(option, QuotedString):
             option = option.text
-        if (option is None and group == "experiment") or (
-            isinstance(option, str) and 0 < len(option) <= LONGEST_OPTION
-        ):
-            continue
-        raise _no_option(group, Override._get_value_element_as_str(option)[:LONGEST_OPTION])
+        if not isinstance(option, str) or not 0 < len(option) <= LONGEST_OPTION:
+            swept = override.is_sweep_override()
+            raise _no_option(group, (str(option) if swept else override.get_value_element_as_str())[:LONGEST_OPTION])
 
 
 def _no_option(group: str, given: str) -> RequestError:
@@ -150,7 +150,7 @@ def _no_option(group: str, given: str) -> RequestError:
 
 
 def _elements(override: Override) -> Iterator[Any]:
-    value = override._value
+    value = override.value()
     if isinstance(value, ChoiceSweep):
         yield from value.list
     elif not isinstance(value, Glob):

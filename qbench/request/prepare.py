@@ -12,11 +12,12 @@ import torch
 from qbench import __version__
 from qbench.checkpoint import export as checkpoint
 from qbench.checkpoint.exporter import Exporter
-from qbench.config import CalibrationConfig, Config, RuntimeConfig, TaskConfig
-from qbench.device import check_offload, pick_device, pick_dtype
+from qbench.config import CalibrationConfig, Config
 from qbench.errors import RequestError
 from qbench.evaluate import measure, speed
-from qbench.evaluate.text import Text, read_text
+from qbench.evaluate.protocol import Protocol
+from qbench.evaluate.protocol import Source as Scored
+from qbench.evaluate.text import Text, read_calibration
 from qbench.model import coverage
 from qbench.passes import calibrate
 from qbench.quant.original import Original
@@ -24,9 +25,10 @@ from qbench.quant.quantizer import Quantizer
 from qbench.record.identity import Identity, identify
 from qbench.record.result import Result
 from qbench.record.store import Store, identity
-from qbench.registry import SOURCE, make, make_quantizer
+from qbench.registry import PROTOCOL, SOURCE, TRACKER, make, make_quantizer
+from qbench.request.device import check_offload, pick_device, pick_dtype
 from qbench.sources.source import Source
-from qbench.track import wandb as wandb_tracker
+from qbench.track.tracker import Tracker
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,8 @@ class Prepared:
     quantizer: Quantizer | None
     device: torch.device
     dtype: torch.dtype
-    source: measure.Source
+    protocol: Protocol
+    source: Scored  # what the protocol scores
     calibration_text: Text | None
     identity: Identity  # its `weights` is the model's fingerprint
     run_id: str  # of the identity and this version of qbench
@@ -47,6 +50,7 @@ class Prepared:
     model: Source
     pinned: dict[str, Any]  # of the model's settings, those that may move (a branch), as they are now (a commit)
     exporter: Exporter
+    tracker: Tracker
 
     def recorded(self) -> Result | None:
         """The finished point if there is nothing left to do, else None.
@@ -79,8 +83,8 @@ def prepare(
     command: list[str],
     here: bool = True,
     fingerprint: Callable[[Source], str] = fingerprint,
-    read_task: Callable[[TaskConfig, RuntimeConfig], measure.Source] = measure.read,
-    read_calibration: Callable[[CalibrationConfig], Text] = read_text,
+    read: Callable[[Protocol], Scored] = measure.read,
+    read_calibration: Callable[[CalibrationConfig], Text] = read_calibration,
 ) -> Prepared:
     """Checks all that can be checked without loading anything; a sweep does this for every point before its first.
 
@@ -98,13 +102,17 @@ def prepare(
     check_offload(config.runtime, device)
     coverage.check_setting(config.runtime)
     dtype = pick_dtype(config.runtime, device)
-    source = read_task(config.task, config.runtime)
-    measure.check_length(source, config.task)
+    if config.runtime.batch_size < 1:
+        raise RequestError(f"runtime.batch_size must be at least 1, got {config.runtime.batch_size}")
+    protocol: Protocol = make(PROTOCOL, config.task)
+    protocol.check(config.runtime)
+    source = read(protocol)
+    protocol.check_length(source)
     speed.check(config.speed)
     if isinstance(quantizer, Original) and config.runtime.offload and config.speed.name != "none":
         raise RequestError("quantizer=none with runtime.offload=true would time the copying of weights; use speed=none")
-    if config.tracker.name == "wandb":
-        wandb_tracker.check(config.tracker)
+    tracker = make(TRACKER, config.tracker)
+    tracker.check()
     store = Store(config.outputs)
     asked = model if "name" in (given := _given(command)) else model.named(given)
     model = asked.pinned()  # a branch moves, a point does not
@@ -112,10 +120,11 @@ def prepare(
     weights = fingerprint(model)
     calibration_text = read_calibration(config.calibration) if quantizer is not None and quantizer.needs else None
     if calibration_text is not None:
-        calibrate.check(calibration_text, config.calibration)
+        calibrate.check_text(calibration_text, config.calibration)
     point = identify(
         config,
         _every_field(config.quantizer, quantizer),
+        {PROTOCOL.key: config.task[PROTOCOL.key], **protocol.settings()},
         weights=weights,
         text_sha256=source.sha256,
         calibration_sha256=calibration_text and calibration_text.sha256,
@@ -131,6 +140,7 @@ def prepare(
         quantizer=quantizer,
         device=device,
         dtype=dtype,
+        protocol=protocol,
         source=source,
         calibration_text=calibration_text,
         identity=point,
@@ -140,6 +150,7 @@ def prepare(
         model=model,
         pinned=_changed(asked, model, given),
         exporter=exporter,
+        tracker=tracker,
     )
 
 

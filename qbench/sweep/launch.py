@@ -6,7 +6,6 @@ Whatever becomes of a launcher or of a job, every point has an outcome.
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -20,7 +19,7 @@ from qbench.errors import RequestError
 from qbench.record.store import Store
 from qbench.sweep.plan import Planned
 from qbench.sweep.share import cores, gpus, host_shares
-from qbench.sweep.worker import Job, Outcome, Point, Work, record_failure
+from qbench.sweep.worker import Job, Outcome, Point, Work, record_failure, run, said
 
 CORES_PER_POINT = 4  # on a CPU host, unless the launcher is told a number of jobs
 
@@ -50,9 +49,6 @@ def points(todo: list[Planned], hydra: DictConfig, where: str, sweep: str) -> tu
         shares, slots = host_shares(cards, _jobs(hydra.launcher, len(cards)), folder)
         threads = shares[0].environment.get("OMP_NUM_THREADS", os.environ.get("OMP_NUM_THREADS"))
         words = f"{len(slots or shares)} at a time, {threads} threads each" + (", one GPU each" if cards else "")
-    flags = [a for a in hydra.overrides.hydra if a.startswith("hydra.searchpath=")]
-    for source in hydra.runtime.config_sources:
-        flags += ["--config-dir", source.path] if source.provider == "command-line" else []
     found = []
     for number, planned in enumerate(todo, 1):
         point = planned.point
@@ -64,13 +60,13 @@ def points(todo: list[Planned], hydra: DictConfig, where: str, sweep: str) -> tu
                 overrides=planned.overrides,
                 run_id=point.run_id,
                 identity=point.identity,
+                request=planned.request,
                 config=asdict(point.config),
                 device=str(point.device),
                 dtype=str(point.dtype).removeprefix("torch."),
                 log=str(folder / f"{number}-{point.run_id}.log"),
                 sweep=sweep,
                 exports=point.export is not None,
-                flags=tuple(flags),
                 shares=shares,
                 slots=slots,
             )
@@ -91,7 +87,14 @@ def _jobs(launcher: DictConfig, gpus: int) -> int:
 
 
 def launch(points: list[Point], config: DictConfig, context: HydraContext, where: str) -> Iterator[Outcome]:
-    """Hands the points to the launcher and gives each one's outcome, whatever became of it."""
+    """Hands the points to the launcher and gives each one's outcome, whatever became of it.
+
+    Those that run here, one after the other, need none: Hydra's would compose each of them once more.
+    """
+    if where == "here":
+        for point in points:
+            yield said(run(point))
+        return
     with open_dict(config.hydra):
         config.hydra.sweep.dir = str(config.hydra.sweep.dir)  # ${now:} is another time in another process
         if where == "joblib":
@@ -136,8 +139,7 @@ def _submit(launcher: Any, points: list[Point]) -> Iterator[Outcome]:
         except Exception as error:
             first_line = str(error).strip().partition("\n")[0]
             outcome = _settle(point, f"job {job.job_id} was lost: {first_line}")
-        print(outcome, file=sys.stderr, flush=True)
-        yield outcome
+        yield said(outcome)
 
 
 def _settle(point: Point, reason: str) -> Outcome:

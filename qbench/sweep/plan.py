@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+import copy
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override, OverrideType
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from qbench.config import Config
-from qbench.errors import RequestError
+from qbench.errors import PlanError, RequestError
 from qbench.request import experiment
 from qbench.request import explain as requests
 from qbench.request.hubnames import spelled_out
@@ -31,8 +33,15 @@ if TYPE_CHECKING:
 class Planned:
     overrides: tuple[str, ...]
     label: str
+    request: dict[str, Any]  # the configuration that the overrides ask for, resolved; a branch as its commit
     point: Prepared
     recorded: Result | None
+
+    @property
+    def key(self) -> tuple[str, ...]:
+        """What tells the points of a sweep apart: a measurement may be recorded, tracked or exported in two places."""
+        config = self.point.config
+        return (self.point.run_id, config.outputs, repr(config.tracker), repr(config.export))
 
 
 def expand(arguments: list[str], hydra: DictConfig, loader: ConfigLoader) -> list[tuple[str, ...]]:
@@ -51,10 +60,21 @@ def expand(arguments: list[str], hydra: DictConfig, loader: ConfigLoader) -> lis
         for override in overrides:
             if override.is_sweep_override() and override.get_key_element() == "experiment":
                 raise RequestError("one experiment at a time: an experiment is a sweep already")
-        found += [tuple(spelled_out(p)) for p in BasicSweeper.split_arguments(overrides, None)[0]]
+        found += [tuple(spelled_out(point)) for point in combinations(overrides)]
     if not found:
         raise RequestError(f"{' '.join(arguments)} chooses no point: a glob(...) that matches none of its options")
     return list(dict.fromkeys(found))
+
+
+def combinations(overrides: Sequence[Override]) -> Iterator[tuple[str, ...]]:
+    """Every combination of the values of each key; one that is named twice has its later values, in its first place."""
+    choices: dict[str, list[str]] = {}
+    for override in overrides:
+        key = override.get_key_element()
+        swept = override.is_sweep_override()
+        values = override.sweep_string_iterator() if swept else [override.get_value_element_as_str()]
+        choices[key] = [f"{key}={value}" for value in values]
+    return itertools.product(*choices.values())
 
 
 def plan(found: list[tuple[str, ...]], composed: DictConfig, loader: ConfigLoader, where: str) -> list[Planned]:
@@ -64,18 +84,19 @@ def plan(found: list[tuple[str, ...]], composed: DictConfig, loader: ConfigLoade
     will run is as `launch.placement` says.
     """
     from qbench.evaluate import measure
-    from qbench.evaluate.text import read_text
+    from qbench.evaluate.text import read_calibration
     from qbench.request.prepare import fingerprint, prepare
 
     common = set(found[0]).intersection(*found[1:])
-    shared = [_remembered(function) for function in (fingerprint, measure.read, read_text)]
-    planned: dict[str, Planned] = {}
+    shared = [_remembered(function) for function in (fingerprint, measure.read, read_calibration)]
+    compose = _Composer(composed, loader)
+    planned: dict[tuple[str, ...], Planned] = {}
     refused: dict[str, list[str]] = {}  # sentence -> the points it is about
     exports: dict[Path, str] = {}
     for overrides in found:
         label = " ".join(o for o in overrides if o not in common) or " ".join(overrides) or "defaults"
         try:
-            config = _compose(overrides, composed, loader)
+            config = compose(overrides)
             if where == "slurm" and config.runtime.device == "auto":
                 raise RequestError("runtime.device=auto would mean this machine; with a Slurm launcher say cuda or cpu")
             point = prepare(config, list(overrides), where != "slurm", *shared)
@@ -89,21 +110,58 @@ def plan(found: list[tuple[str, ...]], composed: DictConfig, loader: ConfigLoade
         else:
             # such as the commit of a branch, which may move before the point runs
             overrides = (*overrides, *(f"model.{key}={value}" for key, value in point.pinned.items()))
-            planned.setdefault(point.run_id, Planned(overrides, label, point, point.recorded()))
+            config = replace(config, model=config.model | point.pinned)
+            each = Planned(overrides, label, asdict(config), point, point.recorded())
+            planned.setdefault(each.key, each)
     if refused:
-        raise RequestError(_refusal(refused, len(found)))
+        raise _refusal(refused, len(found))
     return list(planned.values())
 
 
-def _compose(overrides: tuple[str, ...], composed: DictConfig, loader: ConfigLoader) -> Config:
-    try:
-        point = loader.load_sweep_config(composed, list(overrides))
+class _Composer:
+    """Composes the configuration of each point; points that choose the same options share the composing of them."""
+
+    def __init__(self, composed: DictConfig, loader: ConfigLoader) -> None:
+        self.composed, self.loader = composed, loader
+        self.chosen: dict[tuple[str, ...], DictConfig] = {}
+
+    def __call__(self, overrides: tuple[str, ...]) -> Config:
+        """Raises RequestError for what Hydra refuses."""
+        try:
+            point = self._quickly(overrides)
+            if point is None:
+                point = self._load(overrides)
+            check_keys(point)
+            return OmegaConf.to_object(point)  # type: ignore[return-value]
+        except (HydraException, OmegaConfBaseException, YAMLError, UnicodeDecodeError) as error:
+            raise RequestError(requests.explain(error, overrides)) from None
+
+    def _quickly(self, overrides: tuple[str, ...]) -> DictConfig | None:
+        """The options composed once, and a copy updated by the values, as Hydra does it; None for all but the plain.
+
+        A value that Hydra refuses has to be said in Hydra's words, so that is left to Hydra as well.
+        """
+        parsed = OverridesParser.create(config_loader=self.loader).parse_overrides(list(overrides))
+        plain = [o.type is OverrideType.CHANGE and o.package is None for o in parsed]
+        if not all(plain):
+            return None
+        options = tuple(o for o, p in zip(overrides, parsed, strict=True) if "." not in p.key_or_group)
+        values = [p for p in parsed if "." in p.key_or_group]
+        try:
+            if options not in self.chosen:
+                self.chosen[options] = self._load(options)
+            point = copy.deepcopy(self.chosen[options])
+            for value in values:
+                OmegaConf.update(point, value.key_or_group, value.value(), merge=True)
+        except (HydraException, OmegaConfBaseException):
+            return None
+        return point
+
+    def _load(self, overrides: tuple[str, ...]) -> DictConfig:
+        point = self.loader.load_sweep_config(self.composed, list(overrides))
         with open_dict(point):
             del point["hydra"]
-        check_keys(point)
-        return OmegaConf.to_object(point)  # type: ignore[return-value]
-    except (HydraException, OmegaConfBaseException, YAMLError, UnicodeDecodeError) as error:
-        raise RequestError(requests.explain(error, overrides)) from None
+        return point
 
 
 def _remembered(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -118,9 +176,9 @@ def _remembered(function: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-def _refusal(refused: Mapping[str, list[str]], total: int) -> str:
+def _refusal(refused: Mapping[str, list[str]], total: int) -> RequestError:
     if len(refused) == 1 and len(next(iter(refused.values()))) == total:
-        return next(iter(refused)).replace("\n", " ")
+        return RequestError(next(iter(refused)))
     count = sum(map(len, refused.values()))
     lines = [f"  {label}: {sentence}".replace("\n", " ") for sentence, labels in refused.items() for label in labels]
-    return "\n".join([f"{count} of {total} points cannot run, so none was started:", *lines])
+    return PlanError("\n".join([f"{count} of {total} points cannot run, so none was started:", *lines]))

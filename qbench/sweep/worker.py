@@ -1,6 +1,6 @@
 """One point of a sweep in a process of its own: whatever happens to that process costs this point only.
 
-The process is the ordinary `python -m qbench OVERRIDES`, so what a sweep records is what the single command records. A
+The process is `python -m qbench --point FILE` (prepared.py), which measures and records as the single command does. A
 process that dies without a result (a crash, the kernel's out-of-memory killer, `kill -9`) is recorded here as a
 failed point, with the signal or exit status and the last lines that it wrote.
 
@@ -16,7 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -26,9 +26,10 @@ from qbench.errors import WriteError
 from qbench.record.identity import Identity
 from qbench.record.result import Result
 from qbench.record.store import Store
+from qbench.sweep.prepared import Sent, write
 from qbench.sweep.share import Share, one_of
 
-COMMAND = (sys.executable, "-X", "faulthandler", "-m", "qbench")  # faulthandler: a segfault says where
+COMMAND = (sys.executable, "-X", "faulthandler", "-m", "qbench", "--point")  # faulthandler: a segfault says where
 TAIL_LINES, TAIL_BYTES = 5, 4000
 DONE, FAILED, WRONG = 0, 1, 2
 
@@ -43,13 +44,13 @@ class Point:
     overrides: tuple[str, ...]
     run_id: str
     identity: Identity
-    config: dict[str, Any]
+    request: dict[str, Any]  # the configuration as it was asked for, which its process prepares
+    config: dict[str, Any]  # the same once prepared, which its result records
     device: str
     dtype: str
     log: str  # file that receives what the process writes
-    sweep: str  # its name, which groups the points' W&B runs unless the user has named a group
+    sweep: str  # its name, by which trackers group its points
     exports: bool = False
-    flags: tuple[str, ...] = ()  # of the command line: where else configuration is found
     shares: tuple[Share, ...] = ()  # of its host, one of which it needs; none: it takes the GPU that it uses by itself
     slots: tuple[Share, ...] = ()  # where fewer points may run at a time than there are shares
 
@@ -77,9 +78,13 @@ class Work:
     def __call__(self, composed: Any) -> Outcome:
         from hydra.core.hydra_config import HydraConfig
 
-        outcome = run(self.points[HydraConfig.get().job.num])
-        print(outcome, file=sys.stderr, flush=True)
-        return outcome
+        return said(run(self.points[HydraConfig.get().job.num]))
+
+
+def said(outcome: Outcome) -> Outcome:
+    """The outcome, which is also printed."""
+    print(outcome, file=sys.stderr, flush=True)
+    return outcome
 
 
 def run(point: Point) -> Outcome:
@@ -96,7 +101,7 @@ def run(point: Point) -> Outcome:
             return Outcome(point, record_failure(point, reason))
         seconds = time.perf_counter() - started
     after = store.load(point.run_id)
-    written = after is not None and (before is None or after.to_json() != before.to_json())  # a NaN equals no NaN
+    written = after is not None and (before is None or after.to_json() != before.to_json())  # as JSON: NaN != NaN
     if after is not None and after.status == "ok" and (status == DONE or (written and not point.exports)):
         return Outcome(point, after, seconds)  # also when it was killed on its way out
     if after is not None and after.status == "failed" and written:
@@ -156,13 +161,10 @@ def describe(result: Result) -> str:
     if result.status != "ok":
         return f"FAILED: {result.error}"
     words = []
-    for record in result.evaluation:
-        change = "" if record.ppl_delta is None else f" ({record.ppl_delta:+.3f})"
-        words.append(f"perplexity {record.ppl:.3f}{change}")
-    for record in result.tasks:
-        for metric in record.metrics:
-            change = "" if metric.delta is None else f" ({metric.delta:+.4f})"
-            words.append(f"{metric.name} {metric.value:.4f}{change}")
+    tasks = [metric for record in result.tasks for metric in record.metrics]
+    for number in (*(record.perplexity for record in result.evaluation), *tasks):
+        change = "" if number.delta is None else f" ({number.delta:+.{number.digits}f})"
+        words.append(f"{number.called} {number.value:.{number.digits}f}{change}")
     return ", ".join(["ok", *words])
 
 
@@ -171,13 +173,13 @@ def _spawn(point: Point, descriptors: Sequence[int], environment: dict[str, str]
     inherited = dict(os.environ)
     if cpus := inherited.get("SLURM_CPUS_PER_TASK"):
         inherited.setdefault("OMP_NUM_THREADS", cpus)
-    inherited.setdefault("WANDB_RUN_GROUP", point.sweep)  # here and not in os.environ: the next sweep is another group
     log = Path(point.log)
-    log.parent.mkdir(parents=True, exist_ok=True)
+    sent = Sent(point.run_id, asdict(point.identity), point.request, list(point.overrides), point.sweep)
+    write(sent, log.with_suffix(".json"))
     with log.open("ab") as file:
         start = file.tell()
         process = subprocess.Popen(
-            [*COMMAND, *point.flags, *point.overrides, "hydra.mode=RUN"],
+            [*COMMAND, str(log.with_suffix(".json"))],
             stdin=subprocess.DEVNULL,
             stdout=file,
             stderr=subprocess.STDOUT,

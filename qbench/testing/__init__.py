@@ -4,13 +4,19 @@ from qbench.testing import QuantizerConformance
 """
 
 from qbench.testing.exporters import ExporterConformance
+from qbench.testing.formats import FormatConformance
+from qbench.testing.protocols import ProtocolConformance
 from qbench.testing.quantizers import QuantizerConformance, correlated_inputs, gaussian, same, statistics_of
 from qbench.testing.sources import SourceConformance
+from qbench.testing.trackers import TrackerConformance
 
 __all__ = [
     "ExporterConformance",
+    "FormatConformance",
+    "ProtocolConformance",
     "QuantizerConformance",
     "SourceConformance",
+    "TrackerConformance",
     "correlated_inputs",
     "gaussian",
     "same",

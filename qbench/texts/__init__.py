@@ -1,0 +1,1 @@
+"""The texts that come with qbench: `mini`, which is scored, and `mini-calibration`."""

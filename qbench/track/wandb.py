@@ -1,9 +1,9 @@
-"""Weights & Biases: one run per point, and one per sweep. A failure here never loses a result.
+"""tracker=wandb: Weights & Biases, one run per point, and one per sweep.
 
 As WANDB_MODE says; without it online if an API key is configured, else offline (upload later with `wandb sync`), and
 never a prompt. A run's id follows from what it is about, so measuring a point again, or resuming a sweep, updates its
 run instead of adding one.
-The points of a sweep share a group: `tracker.group`, or WANDB_RUN_GROUP, which wandb itself reads.
+The points of a sweep share a group: `tracker.group`, or WANDB_RUN_GROUP, or the name of the sweep.
 """
 
 from __future__ import annotations
@@ -14,19 +14,18 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.numpy import load as load_tensors
 
-from qbench.config import TrackerConfig
 from qbench.errors import RequestError
 from qbench.record.quantization import LayerRow
 from qbench.record.result import Result
-from qbench.record.store import identity
 from qbench.track import pareto
+from qbench.track.tracker import sweep_name, without_places
 
 log = logging.getLogger(__name__)
 
@@ -34,107 +33,106 @@ MODES = ("auto", "online", "offline", "disabled")
 LONGEST_TAG = 64
 
 
-def check(config: TrackerConfig) -> None:
-    """Raises RequestError before anything is measured if the tracker cannot work at all."""
-    if config.mode not in MODES:
-        raise RequestError(f"tracker.mode must be one of {', '.join(MODES)}, got '{config.mode}'")
-    if importlib.util.find_spec("wandb") is None:
-        raise RequestError("tracker=wandb needs the package wandb: pip install 'qbench-llm[wandb]', or tracker=none")
+@dataclass(frozen=True)
+class WandB:
+    """tracker=wandb."""
 
+    project: str = "qbench"
+    entity: str | None = None
+    group: str | None = None  # None: WANDB_RUN_GROUP, else the sweep's name
+    mode: str = "auto"  # one of MODES
 
-def track(result: Result, config: TrackerConfig, folder: Path) -> None:
-    """Logs a point of the store at `folder`; warns, and returns, when W&B cannot be reached or refuses."""
-    summary = result.summary()
-    columns = {"model_name": summary["model"], "quantizer_name": summary["quantizer"]}  # for the UI to pivot by
-    columns |= {key: summary.get(key) for key in ("nbits", "group_size", "protocol")}
-    about = {
-        "job_type": "point",
-        "group": config.group,
-        "id": result.run_id,
-        "name": "-".join(str(summary[key]) for key in ("model", "quantizer", "nbits") if summary[key] is not None),
-        "tags": _tags(result.status, *(summary.get(key) for key in ("model", "quantizer", "protocol"))),
-        "config": result.config | columns | {"environment": result.environment},
-    }
+    def __post_init__(self) -> None:
+        if self.mode not in MODES:
+            raise ValueError(f"mode must be one of {', '.join(MODES)}, got '{self.mode}'")
 
-    def fill(wandb: Any, run: Any) -> None:
-        media = _histograms(wandb, result, folder)
-        if result.quantization is not None and result.quantization.layers:
-            media["layers"] = _layers(wandb, result.quantization.layers)
-        if media:
-            run.log(media)
-        run.summary.update({key: value for key, value in summary.items() if value is not None})
+    def check(self) -> None:
+        if importlib.util.find_spec("wandb") is None:
+            raise RequestError(
+                "tracker=wandb needs the package wandb: pip install 'qbench-llm[wandb]', or tracker=none"
+            )
 
-    _log_run(fill, about, config, folder, failed=result.status != "ok")
+    def point(self, result: Result, folder: Path, group: str | None) -> None:
+        summary = without_places(result.summary())
+        columns = {"model_name": summary["model"], "quantizer_name": summary["quantizer"]}  # for the UI to pivot by
+        columns |= {key: summary.get(key) for key in ("nbits", "group_size", "protocol")}
+        about = {
+            "job_type": "point",
+            "group": self._group(group),
+            "id": result.run_id,
+            "name": "-".join(str(summary[key]) for key in ("model", "quantizer", "nbits") if summary[key] is not None),
+            "tags": _tags(result.status, *(summary.get(key) for key in ("model", "quantizer", "protocol"))),
+            "config": without_places(result.config) | columns | {"environment": result.environment},
+        }
 
+        def fill(wandb: Any, run: Any) -> None:
+            media = _histograms(wandb, result, folder)
+            if result.quantization is not None and result.quantization.layers:
+                media["layers"] = _layers(wandb, result.quantization.layers)
+            if media:
+                run.log(media)
+            run.summary.update({key: value for key, value in summary.items() if value is not None})
 
-def track_sweep(results: Sequence[Result], config: TrackerConfig, folder: Path) -> None:
-    """Logs the summary of a sweep: its leaderboard as a table, its trade-offs as images. Warns when W&B fails."""
-    name = sweep_name([result.run_id for result in results])
-    summaries = sorted((r.summary() for r in results), key=_place)
-    failed = sum(result.status != "ok" for result in results)
-    about = {
-        "job_type": "sweep",
-        "id": name,
-        "name": name,
-        "tags": _tags("sweep", *sorted({str(s["model"]) for s in summaries})),
-        "config": {"points": [result.run_id for result in results]},
-        "group": config.group or os.environ.get("WANDB_RUN_GROUP") or name,
-    }
+        self._log_run(fill, about, folder, failed=result.status != "ok")
 
-    def fill(wandb: Any, run: Any) -> None:
-        keys = list(dict.fromkeys(key for summary in summaries for key in summary))
-        rows = [[summary.get(key) for key in keys] for summary in summaries]
-        run.log({"leaderboard": wandb.Table(columns=keys, data=rows)} | _plots(wandb, summaries))
-        run.summary.update({"points": len(results), "ok": len(results) - failed, "failed": failed})
+    def sweep(self, results: Sequence[Result], folder: Path, name: str) -> None:
+        """The leaderboard of the sweep as a table, its trade-offs as images."""
+        run_ids = [result.run_id for result in results]
+        summaries = sorted((without_places(r.summary()) for r in results), key=_place)
+        failed = sum(result.status != "ok" for result in results)
+        own = sweep_name(run_ids)  # points of one sweep may go to several projects and folders
+        about = {
+            "job_type": "sweep",
+            "id": own,
+            "name": own,
+            "tags": _tags("sweep", *sorted({str(s["model"]) for s in summaries})),
+            "config": {"points": run_ids},
+            "group": self._group(name),
+        }
 
-    _log_run(fill, about, config, folder, failed=failed > 0)
+        def fill(wandb: Any, run: Any) -> None:
+            keys = list(dict.fromkeys(key for summary in summaries for key in summary))
+            rows = [[summary.get(key) for key in keys] for summary in summaries]
+            run.log({"leaderboard": wandb.Table(columns=keys, data=rows)} | _plots(wandb, summaries))
+            run.summary.update({"points": len(results), "ok": len(results) - failed, "failed": failed})
 
+        self._log_run(fill, about, folder, failed=failed > 0)
 
-def sweep_name(run_ids: Sequence[str]) -> str:
-    """The same for the same points in any order: a resumed sweep is the sweep that it resumes."""
-    return f"sweep-{identity(sorted(run_ids))}"
+    def _group(self, sweep: str | None) -> str | None:
+        return self.group or os.environ.get("WANDB_RUN_GROUP") or sweep
 
-
-def _log_run(
-    fill: Callable[[Any, Any], None], about: dict[str, Any], config: TrackerConfig, folder: Path, failed: bool
-) -> None:
-    mode = config.mode if config.mode != "auto" else os.environ.get("WANDB_MODE", "auto").strip().lower()
-    if mode == "disabled":
-        return
-    try:
+    def _log_run(self, fill: Callable[[Any, Any], None], about: dict[str, Any], folder: Path, failed: bool) -> None:
+        mode = self.mode if self.mode != "auto" else os.environ.get("WANDB_MODE", "auto").strip().lower()
+        if mode == "disabled":
+            return
         import wandb
 
         if mode not in MODES or mode == "auto":
             mode = "online" if _has_key(wandb) else "offline"
         folder.mkdir(parents=True, exist_ok=True)
-        with _run(wandb, about, config, folder, mode, failed) as run:
+        with self._run(wandb, about, folder, mode, failed) as run:
             fill(wandb, run)
             kept = Path(run.dir).parent
         if mode == "offline":  # an upload of the earlier one as well would mix two measurements in one run
             for earlier in folder.glob(f"wandb/offline-run-*-{about['id']}"):
                 if earlier.resolve() != kept.resolve():
                     shutil.rmtree(earlier, ignore_errors=True)
-    except Exception as error:
-        log.warning("the result is saved, but Weights & Biases failed: %s", error)
 
-
-@contextmanager
-def _run(
-    wandb: Any, about: dict[str, Any], config: TrackerConfig, folder: Path, mode: str, failed: bool
-) -> Iterator[Any]:
-    run = wandb.init(
-        project=config.project,
-        entity=config.entity,
-        resume="allow" if mode == "online" else None,
-        mode=mode,
-        dir=str(folder),
-        settings=wandb.Settings(silent=True, console="off", disable_git=True, x_disable_meta=True),
-        **about,
-    )
-    try:
-        yield run
-    finally:
-        run.finish(exit_code=int(failed))
+    @contextmanager
+    def _run(self, wandb: Any, about: dict[str, Any], folder: Path, mode: str, failed: bool) -> Iterator[Any]:
+        run = wandb.init(
+            project=self.project,
+            entity=self.entity,
+            resume="allow" if mode == "online" else None,
+            mode=mode,
+            dir=str(folder),
+            settings=wandb.Settings(silent=True, console="off", disable_git=True, x_disable_meta=True, host=""),
+            **about,
+        )
+        try:
+            yield run
+        finally:
+            run.finish(exit_code=int(failed))
 
 
 def _has_key(wandb: Any) -> bool:

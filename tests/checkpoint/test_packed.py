@@ -207,7 +207,7 @@ def test_models_that_cannot_be_packed_are_refused(tmp_path):
     class Stack(nn.Module):
         def __init__(self):
             super().__init__()
-            self.register_buffer("up_codes_0", torch.zeros(2, 4, 4, dtype=torch.uint8))
+            self.up = PackedWeight(WAYS["nf4"](torch.ones(4, 8)))
 
     model.model.layers[0].mlp.experts = Stack()
     with pytest.raises(RequestError, match=r"mlp\.experts \(Stack\) holds packed weights"):
@@ -226,5 +226,5 @@ def test_a_model_laid_out_for_the_kernels_is_saved_in_the_packed_format(tmp_path
     assert found.keys() == state.keys()
     assert all(torch.equal(found[name], tensor) for name, tensor in state.items())
     checkpoint.save(model, tokenizer, tmp_path / "packed")
-    assert all(module.tiles is not None for module in laid_out)  # as it was before
+    assert all(module.layout is not None for module in laid_out)  # as it was before
     assert torch.equal(checkpoint.load(tmp_path / "packed")(IDS).logits, expected)

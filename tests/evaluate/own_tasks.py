@@ -8,8 +8,8 @@ from typing import Any
 
 import yaml
 
-from qbench.config import RuntimeConfig, TaskConfig
-from qbench.evaluate import measure
+from qbench.config import RuntimeConfig
+from qbench.evaluate.protocols.lmeval import LmEval
 
 WORDS = [
     "river",
@@ -65,11 +65,12 @@ def group(folder: Path, name: str, members: list[Any], by_size: bool | None = No
     (folder / f"{name}.yaml").write_text(yaml.safe_dump(found))
 
 
-def asked(folder: Path, *names: str, **settings: Any) -> TaskConfig:
+def asked(folder: Path, *names: str, **settings: Any) -> LmEval:
     settings = {"window": 512} | settings
-    return TaskConfig(name="t", protocol="lmeval", names=list(names), include_path=str(folder), **settings)
+    return LmEval(name="t", names=list(names), include_path=str(folder), **settings)
 
 
-def prepare(task: TaskConfig, tokenizer: Any, **runtime: Any) -> Any:
+def prepare(task: LmEval, tokenizer: Any, **runtime: Any) -> Any:
     config = RuntimeConfig(**runtime)
-    return measure.prepare(measure.read(task, config), tokenizer, task, config)
+    task.check(config)
+    return task.prepare(task.read(), tokenizer, config)

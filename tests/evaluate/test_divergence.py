@@ -9,7 +9,6 @@ from qbench.evaluate import measure, windowed
 from qbench.evaluate.divergence import TAIL_SAMPLES, CompareTop, KeepTop
 from qbench.evaluate.score import token_nll
 from qbench.evaluate.windowed import WindowedEvaluation
-from qbench.evaluate.windows import cut_windows
 from qbench.record.store import Store
 from qbench.sources.tiny import build
 from tests.evaluate.test_windows import TEXT, task
@@ -113,7 +112,7 @@ def test_what_has_no_probability_counts_for_nothing():
 def test_scores_kept_in_another_form_are_not_taken_for_these(tiny, tmp_path, monkeypatch):
     """Their file has another name, so that it is measured again."""
     config = task(max_windows=2)
-    evaluation = WindowedEvaluation(cut_windows(TEXT, tiny[1], config), TEXT, config, RuntimeConfig())
+    evaluation = WindowedEvaluation(config.cut(TEXT, tiny[1]), TEXT, config, RuntimeConfig())
     store = Store(tmp_path)
     monkeypatch.setattr(windowed, "FORM", 1)
     assert measure.baseline(evaluation, tiny[0], "model", {}, store)[1] is False
@@ -135,7 +134,7 @@ def test_a_tail_without_mass_counts_for_nothing():
 def test_a_record_equals_llama_cpps_definitions(tiny, topk):
     """From whole distributions in fp64: KL both ways, top-1 agreement, RMS change of the true token's probability."""
     config = task(divergence_topk=topk, max_windows=4)
-    windows = cut_windows(TEXT, tiny[1], config)
+    windows = config.cut(TEXT, tiny[1])
     base, other = (build("dense", seed)[0].double().eval() for seed in (0, 1))
     with torch.no_grad():
         for ours, theirs in zip(other.parameters(), base.parameters(), strict=True):
@@ -167,7 +166,7 @@ def test_a_record_equals_llama_cpps_definitions(tiny, topk):
 
 def test_switched_off(tiny):
     config = task(divergence=False)
-    evaluation = WindowedEvaluation(cut_windows(TEXT, tiny[1], config), TEXT, config, RuntimeConfig())
+    evaluation = WindowedEvaluation(config.cut(TEXT, tiny[1]), TEXT, config, RuntimeConfig())
     baseline = evaluation.score_baseline(tiny[0])
     assert set(baseline) == {"token_nll"}
     [record], _, _ = evaluation.records(evaluation.score(tiny[0], baseline), baseline, False)
@@ -177,6 +176,6 @@ def test_switched_off(tiny):
 
 
 def test_watching_does_not_change_the_scores(tiny):
-    ids = cut_windows(TEXT, tiny[1], task()).ids
+    ids = task().cut(TEXT, tiny[1]).ids
     watched = token_nll(tiny[0], ids, 1, "watched", KeepTop(len(ids), 99, 4))
     assert np.array_equal(watched, token_nll(tiny[0], ids, 1, "alone"))

@@ -8,10 +8,12 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from qbench.config import CalibrationConfig, TaskConfig
+from qbench.config import CalibrationConfig
 from qbench.errors import RequestError
 from qbench.evaluate.files import lines, read_rows
-from qbench.evaluate.text import read_pages, read_text
+from qbench.evaluate.protocols.pages import JoinedPages
+from qbench.evaluate.protocols.windows import TextWindows
+from qbench.evaluate.text import read_calibration
 
 # characters at which str.splitlines splits and a line does not end
 WITHIN = ["\u2028", "\u2029", "\x85", "\x0b", "\x0c", "\x1c", "\x1d", "\x1e"]
@@ -19,12 +21,12 @@ ESCAPED = [c for c in WITHIN if c < " "]  # JSON takes them in a string only esc
 
 
 def task(path, **changes):
-    return TaskConfig(**{"name": "t", "protocol": "windows", "path": str(path)} | changes)
+    return TextWindows(name="t", path=str(path), **changes)
 
 
 def pages(path, content, **changes):
     path.write_bytes(content)
-    return read_pages(task(path, protocol="crops", **changes)).content
+    return JoinedPages(name="t", path=str(path), **changes).read().content
 
 
 def json_lines(texts, end="\n"):
@@ -65,7 +67,7 @@ def test_blank_lines_and_marks_around_json_lines_are_no_rows(tmp_path):
 def test_a_row_of_a_text_file_ends_at_a_newline_alone(tmp_path, mark):
     path = tmp_path / "wiki.raw"
     path.write_bytes(f"one{mark}two\n \nthree".encode())
-    assert read_text(task(path, separator="|")).content == f"one{mark}two\n||three"
+    assert task(path, separator="|").read().content == f"one{mark}two\n||three"
     assert lines(f"{mark}\r\n\n{mark}") == [f"{mark}\r\n", "\n", mark]
 
 
@@ -73,33 +75,33 @@ def test_a_text_file_is_taken_as_it_is(tmp_path):
     path = tmp_path / "a.txt"
     for content in ("one\r\ntwo\rthree\n\n", "a\x00b", "\x0c\n", "tail\ufeff"):
         path.write_bytes(content.encode())
-        assert read_text(task(path)).content == content
+        assert task(path).read().content == content
         config = CalibrationConfig(name="file", path=str(path))
-        assert read_text(config).content == content
+        assert read_calibration(config).content == content
     path.write_bytes(b"\xef\xbb\xbfone")
-    assert read_text(task(path)).content == "one"
+    assert task(path).read().content == "one"
 
 
 def test_parquet_gives_the_hubs_rows(tmp_path):
     path = tmp_path / "test-00000-of-00001.parquet"
     rows = [" = A = \n", "", " b\u2028 \n", "c"]
     parquet.write_table(pyarrow.table({"text": rows, "n": range(4)}), path)
-    assert read_pages(task(path, protocol="pages")).content == rows
-    assert read_text(task(path, separator="|")).content == " = A = \n|| b\u2028 \n|c"
-    assert read_text(task(path)).content == "\n\n".join(rows)
+    assert JoinedPages(name="t", path=str(path)).read().content == rows
+    assert task(path, separator="|").read().content == " = A = \n|| b\u2028 \n|c"
+    assert task(path).read().content == "\n\n".join(rows)
     assert read_rows(path, "task.path")[2] == {"text": " b\u2028 \n", "n": 2}
     with pytest.raises(RequestError, match=r"line 1 has no text under 'page'; set task\.column=NAME, there is text, n"):
-        read_text(task(path, column="page"))
+        task(path, column="page").read()
     content = path.read_bytes()
     renamed = tmp_path / "data"
     renamed.write_bytes(content)
-    assert read_text(task(renamed, separator="|")).content == " = A = \n|| b\u2028 \n|c"
+    assert task(renamed, separator="|").read().content == " = A = \n|| b\u2028 \n|c"
     path.write_bytes(content[:-20])
     with pytest.raises(RequestError, match=r"cannot read task\.path=.*damaged"):
-        read_text(task(path))
+        task(path).read()
     path.write_bytes(b"text")
     with pytest.raises(RequestError, match="is no parquet file"):
-        read_text(task(path))
+        task(path).read()
 
 
 def damaged_by_a_bit() -> bytes:
@@ -140,9 +142,9 @@ def test_what_cannot_be_read_is_said_in_a_sentence(tmp_path, name, content, sent
     path = tmp_path / name
     path.write_bytes(content)
     with pytest.raises(RequestError, match=sentence):
-        read_pages(task(path)) if name.startswith("a.json") else read_text(task(path))
+        (JoinedPages(name="t", path=str(path)) if name.startswith("a.json") else task(path)).read()
 
 
 def test_a_folder_is_no_file(tmp_path):
     with pytest.raises(RequestError, match="is a folder; give a file in it"):
-        read_text(task(tmp_path))
+        task(tmp_path).read()

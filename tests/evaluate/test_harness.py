@@ -82,7 +82,7 @@ def test_every_difference_is_that_of_the_numbers_shown(folder, two_models):
             assert (metric.delta_low, f"quantized/middle/{name},none" in kept) == (None, False)
             continue
         ours, theirs = (kept[f"{whose}/{task}/{name},none"] for whose in ("quantized", "baseline"))
-        again = difference(ours, theirs, name)
+        again = difference(ours, theirs, "mean")
         assert again.value == pytest.approx(metric.delta, rel=1e-9, abs=1e-12), (task, name)
         assert metric.delta_low <= metric.delta <= metric.delta_high
         if (task, name) not in (("big", "acc"), ("last", "acc"), ("pooled", "acc")):  # Bonett and Price's
@@ -123,9 +123,10 @@ def test_a_board_reads_the_number_and_its_spread(folder, two_models, tmp_path):
     (place / "result.json").write_text(replace(result, evaluation=[], tasks=[record]).to_json())
     [entry] = entries.read(tmp_path / "out").entries
     [score] = entry.scores
+    number = score.number
     assert score.windows.mean() == pytest.approx(score.value, rel=1e-12)
-    change = difference(score.windows, files[record.scores_file]["baseline/macro/acc,none"], score.metric)
-    assert (change.value, change.low, change.high) == pytest.approx((score.delta, score.low, score.high))
+    change = difference(score.windows, files[record.scores_file]["baseline/macro/acc,none"], number.reading)
+    assert (change.value, change.low, change.high) == pytest.approx((number.delta, number.delta_low, number.delta_high))
 
 
 def test_a_tag_and_a_group_without_a_number_give_a_record_for_each_task(folder, two_models, only_own):
@@ -160,7 +161,7 @@ def test_tasks_with_different_shots_name_them_all(folder, two_models):
     write(folder, "first", train=9, num_fewshot=2)
     write(folder, "second")
     group(folder, "both", ["first", "second"], by_size=True)
-    [task] = lmeval.load(lmeval.read(asked(folder, "both")))
+    [task] = lmeval.load(asked(folder, "both").read())
     assert (task.num_fewshot, task.protocol) == (None, "both:lmeval-v1.0-2shot+0shot-w512")
 
 
@@ -214,7 +215,7 @@ def test_prompts_that_lose_their_beginning_are_counted_and_warned_of_once(folder
     write(folder, "choice", num_fewshot=2, train=9)
     _, [whole], _ = measured(asked(folder, "choice", window=512), two_models)
     assert (whole.truncated_prompts, caplog.text) == (0, "")
-    leaf = lmeval.load(lmeval.read(asked(folder, "choice")))[0].leaves["choice"]
+    leaf = lmeval.load(asked(folder, "choice").read())[0].leaves["choice"]
     leaf.build_all_requests(limit=None, rank=0, world_size=1)
     tokens = np.array([len("".join(i.args)) for i in leaf.instances])  # one of each byte
     window = int(np.median(tokens))

@@ -5,14 +5,15 @@ import pytest
 import torch
 import transformers
 
-from qbench.config import CalibrationConfig, SpeedConfig, TaskConfig
+from qbench.config import CalibrationConfig, SpeedConfig
 from qbench.errors import RequestError
 from qbench.evaluate.limits import Limits, check_ids, check_positions
+from qbench.evaluate.protocols.windows import TextWindows
 from qbench.sources.tiny import build, byte_tokenizer
 
 
 def task(**changes):
-    return TaskConfig(**{"name": "t", "protocol": "windows", "window": 65} | changes)
+    return TextWindows(**{"name": "t", "window": 65} | changes)
 
 
 LEARNED = [

@@ -2,16 +2,18 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from qbench.config import RuntimeConfig, TaskConfig
+from qbench.config import RuntimeConfig
 from qbench.errors import PointError, RequestError
-from qbench.evaluate import lmeval, measure
-from qbench.evaluate.harness import wrap
+from qbench.evaluate import lmeval
+from qbench.evaluate.hflm import wrap
+from qbench.evaluate.protocols.lmeval import LmEval
 from qbench.record.result import Result
 from qbench.sources.tiny import build
 
@@ -60,7 +62,7 @@ def _no_inventory(monkeypatch):
 @pytest.fixture
 def wikitext(tmp_path):
     (tmp_path / "wiki.raw").write_text(ARTICLES)
-    return TaskConfig(name="w", protocol="lmeval", names=["wikitext"], path=str(tmp_path / "wiki.raw"), window=40)
+    return LmEval(name="w", names=["wikitext"], path=str(tmp_path / "wiki.raw"), window=40)
 
 
 @pytest.fixture
@@ -87,8 +89,7 @@ def own_tasks(tmp_path, monkeypatch):
 
 
 def prepare(task, tokenizer, **runtime):
-    runtime = RuntimeConfig(**runtime)
-    return measure.prepare(measure.read(task, runtime), tokenizer, task, runtime)
+    return task.prepare(task.read(), tokenizer, RuntimeConfig(**runtime))
 
 
 def test_wikitext_is_lm_evals_own_number(tiny, wikitext):
@@ -101,7 +102,7 @@ def test_wikitext_is_lm_evals_own_number(tiny, wikitext):
     scores = evaluation.score(model, None)
     [record], [], _ = evaluation.records(scores, None, False)
     lm = HFLM(pretrained=model, tokenizer=tokenizer, max_length=40, batch_size=1, softmax_dtype="float32")
-    [task] = lmeval.load(lmeval.read(wikitext))
+    [task] = lmeval.load(wikitext.read())
     theirs = simple_evaluate(lm, tasks=list(task.leaves.values()), bootstrap_iters=0)["results"]["wikitext"]
     assert {m.name: m.value for m in record.metrics} == {
         name: theirs[f"{name},none"] for name in ("word_perplexity", "byte_perplexity", "bits_per_byte")
@@ -121,8 +122,7 @@ def test_wikitext_is_lm_evals_own_number(tiny, wikitext):
 def test_windows_that_hold_a_document_equal_one_forward_pass(wikitext):
     model, tokenizer = build("dense", 0)
     model = model.double().eval()
-    wikitext.window = 2048
-    evaluation = prepare(wikitext, tokenizer)
+    evaluation = prepare(replace(wikitext, window=2048), tokenizer)
     scores = evaluation.score(model, None)
     from lm_eval.tasks.wikitext.preprocess_wikitext import wikitext_detokenizer
 
@@ -139,7 +139,7 @@ def test_windows_that_hold_a_document_equal_one_forward_pass(wikitext):
 def test_a_limit_is_in_the_name_and_pages_may_be_json(tiny, tmp_path):
     path = tmp_path / "pages.json"
     path.write_text("".join(json.dumps({"text": f"Page number {i} , as it is ."}) + "\n" for i in range(5)))
-    task = TaskConfig(name="c4", protocol="lmeval", names=["c4"], path=str(path), limit=3, add_bos_token=False)
+    task = LmEval(name="c4", names=["c4"], path=str(path), limit=3, add_bos_token=False)
     evaluation = prepare(task, tiny[1])
     [record], _, _ = evaluation.records(evaluation.score(tiny[0], None), None, False)
     assert record.protocol == "c4:lmeval-v0.0-w2048-limit3-nobos"
@@ -152,7 +152,7 @@ def test_accuracy_differences_and_flips_are_counted_by_document(own_tasks):
     from lm_eval import simple_evaluate
 
     (base, tokenizer), (other, _) = build("dense", 0), build("dense", 1)
-    task = TaskConfig(name="t", protocol="lmeval", names=["colours", "both"], include_path=str(own_tasks), window=256)
+    task = LmEval(name="t", names=["colours", "both"], include_path=str(own_tasks), window=256)
     evaluation = prepare(task, tokenizer, batch_size=18)
     baseline = evaluation.score_baseline(base.eval())
     scores = evaluation.score(other.eval(), baseline)
@@ -215,14 +215,14 @@ def test_unknown_tasks_get_the_closest_names(own_tasks, monkeypatch):
 
     usual = TaskManager.__init__  # indexing everything takes half a minute
     monkeypatch.setattr(TaskManager, "__init__", lambda self, **k: usual(self, **k | {"include_defaults": False}))
-    task = TaskConfig(name="t", protocol="lmeval", names=["colors"], include_path=str(own_tasks))
+    task = LmEval(name="t", names=["colors"], include_path=str(own_tasks))
     with pytest.raises(RequestError, match="lm-eval knows no task 'colors'; the closest names are colours"):
-        lmeval.load(lmeval.read(task))
+        lmeval.load(task.read())
 
 
 def test_a_task_without_network_says_what_would_do():
     with pytest.raises(RequestError, match=r"lm-eval cannot load piqa .*task\.path=FILE"):
-        lmeval.load(lmeval.read(TaskConfig(name="t", protocol="lmeval", names=["piqa"])))
+        lmeval.load(LmEval(names=["piqa"]).read())
 
 
 @pytest.mark.parametrize(
@@ -234,13 +234,16 @@ def test_a_task_without_network_says_what_would_do():
         ({"limit": 0}, r"task\.limit must be at least 1"),
         ({"num_fewshot": -1}, r"task\.num_fewshot must be at least 0"),
         ({"include_path": "nowhere"}, r"task\.include_path=nowhere is not a folder"),
-        ({"max_windows": 3}, r"lm-eval's have task\.limit"),
         ({"path": "pages.txt"}, "must be .json or .jsonl"),
     ],
 )
 def test_wrong_settings(changes, sentence):
+    def ask(task):
+        task.check(RuntimeConfig())
+        task.read()
+
     with pytest.raises(RequestError, match=sentence):
-        lmeval.read(TaskConfig(**{"name": "t", "protocol": "lmeval", "names": ["piqa"]} | changes))
+        ask(LmEval(**{"names": ["piqa"]} | changes))
 
 
 def test_nan_names_task_document_and_layer(wikitext):

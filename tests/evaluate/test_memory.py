@@ -24,7 +24,8 @@ def test_baseline_by_component(model):
     counted = weight_bytes(model)
     assert (counted.linears, counted.embeddings, counted.head) == (4 * LINEARS, HEAD_FREE, 0)
     buffers = sum(b.numel() * b.element_size() for b in model.buffers())
-    assert sum(vars(counted).values()) == 4 * sum(p.numel() for p in model.parameters()) + buffers
+    assert counted.total == 4 * sum(p.numel() for p in model.parameters()) + buffers
+    assert counted.quantized == {}
     assert counted.aux == counted.codes == 0
 
 
@@ -38,8 +39,10 @@ def test_quantized_by_component(model):
     rows, _ = quantize_model(model, make_quantizer({"name": "sinq", "nbits": 4, "group_size": 64}))
     counted = weight_bytes(model)
     assert counted.codes == LINEARS // 2
-    assert counted.scale == counted.zero == 2 * LINEARS // 64
-    assert counted.input_scale == 2 * 2 * (6 * 64 + 192)  # fp16; q, k, v, o, gate, up read 64 channels and down 192
+    assert counted.quantized["scale"] == counted.quantized["zero"] == 2 * LINEARS // 64
+    assert counted.quantized["input_scale"] == 2 * 2 * (
+        6 * 64 + 192
+    )  # fp16; q, k, v, o, gate, up read 64 channels and down 192
     assert counted.linears == 0
     assert (counted.embeddings, counted.rest) == (before.embeddings, before.rest)
     assert counted.codes + counted.aux == sum(row.packed_bytes for row in rows)
@@ -92,16 +95,16 @@ def test_what_is_counted_is_what_is_held(layout, settings, architecture):
     stored = sum(weight.nbytes for weight in quantized_weights(built))
     use_kernels(built)
     held = [m for m in built.modules() if isinstance(m, PackedWeight)]
-    assert all((module.tiles is not None) == (layout == "laid out") for module in held)
+    assert all((module.layout is not None) == (layout == "laid out") for module in held)
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage() for t in (*built.parameters(), *built.buffers())}
     counted = weight_bytes(built)
-    assert sum(vars(counted).values()) == sum(storage.nbytes() for storage in storages.values())
+    assert counted.total == sum(storage.nbytes() for storage in storages.values())
     assert sum(weight.nbytes for weight in quantized_weights(built)) == stored  # the stored form, in either layout
     if layout == "packed":
         assert counted.codes + counted.aux == stored
     elif settings.get("aux_dtype") == "int8":  # the tiles' fp16 beside the tables
         groups = sum(module.format.scale.stored.numel() for module in held)
-        assert counted.scale > 3 * groups
+        assert counted.quantized["scale"] > 3 * groups
 
 
 def test_peak_of_resident_memory_starts_anew():

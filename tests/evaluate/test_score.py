@@ -7,13 +7,13 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from qbench.config import RuntimeConfig, TaskConfig
+from qbench.config import RuntimeConfig
 from qbench.errors import PointError
 from qbench.evaluate import score
 from qbench.evaluate.divergence import KeepTop
 from qbench.evaluate.harness import wrap
+from qbench.evaluate.protocols.lmeval import LmEval
 from qbench.evaluate.score import token_nll
-from qbench.evaluate.windows import cut_windows
 from qbench.intervals import perplexity
 from qbench.sources.tiny import build
 from tests.evaluate.test_windows import TEXT, task
@@ -21,7 +21,7 @@ from tests.evaluate.test_windows import TEXT, task
 
 @pytest.fixture
 def windows(tiny):
-    return cut_windows(TEXT, tiny[1], task()).ids
+    return task().cut(TEXT, tiny[1]).ids
 
 
 @pytest.mark.parametrize("batch_size", [1, 3])
@@ -44,7 +44,7 @@ def test_equals_lm_evals_model_layer(windows, dtype, tolerance):
     """HFLM's _loglikelihood_tokens with the first token as context is the same protocol."""
     model, tokenizer = build("dense", 0)
     model = model.to(dtype).eval()
-    lm = wrap(model, tokenizer, TaskConfig(window=100, add_bos_token=False), RuntimeConfig())
+    lm = wrap(model, tokenizer, LmEval(window=100, add_bos_token=False), RuntimeConfig())
     requests = [(("", ""), ids[:1], ids[1:]) for ids in windows.tolist()]
     with torch.inference_mode():
         theirs = [-loglikelihood / 99 for loglikelihood, _ in lm._loglikelihood_tokens(requests, disable_tqdm=True)]

@@ -1,6 +1,7 @@
 """The examples before a question: equal for both models, as many as asked for, and never the answer itself."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -59,7 +60,7 @@ def test_a_first_run_with_random_shots_succeeds_and_so_does_one_with_the_kept_ba
 
 def test_shots_that_are_asked_for_are_given_where_lm_eval_keeps_zero(folder):
     write(folder, "none", train=9, num_fewshot=0)
-    [task] = lmeval.load(lmeval.read(asked(folder, "none", num_fewshot=2)))
+    [task] = lmeval.load(asked(folder, "none", num_fewshot=2).read())
     assert task.num_fewshot == 2
     assert "-2shot-" in task.protocol
     assert all(sum(row["q"] in i.args[0] for row in questions(9)) == 2 for i in prompts(task))
@@ -68,7 +69,7 @@ def test_shots_that_are_asked_for_are_given_where_lm_eval_keeps_zero(folder):
 def test_more_shots_than_there_are_documents_for_them(folder):
     write(folder, "few", train=3)
     with pytest.raises(RequestError, match=r"few has 3 documents to draw 4 shots from; lower task\.num_fewshot"):
-        lmeval.load(lmeval.read(asked(folder, "few", num_fewshot=4)))
+        lmeval.load(asked(folder, "few", num_fewshot=4).read())
 
 
 @pytest.mark.parametrize("sampler", ["default", "first_n"])
@@ -76,7 +77,7 @@ def test_more_shots_than_there_are_documents_for_them(folder):
 def test_shots_out_of_the_scored_file_leave_the_question_out_and_the_name_says_so(folder, sampler, default):
     write(folder, "own", train=9, num_fewshot=default, fewshot_config={"sampler": sampler})
     task = asked(folder, "own", path=local_file(folder), num_fewshot=None if default else 3)
-    [task] = lmeval.load(lmeval.read(task))
+    [task] = lmeval.load(task.read())
     assert "-3shot-leave1out-" in task.protocol
     for instance in prompts(task):
         assert instance.args[0].count(instance.doc["q"]) == 1
@@ -86,7 +87,7 @@ def test_shots_out_of_the_scored_file_leave_the_question_out_and_the_name_says_s
 def test_a_file_too_short_to_leave_the_question_out(folder):
     write(folder, "own", train=9, num_fewshot=3)
     with pytest.raises(RequestError, match="own has 2 documents to draw 3 shots from"):
-        lmeval.load(lmeval.read(asked(folder, "own", path=local_file(folder, 3))))
+        lmeval.load(asked(folder, "own", path=local_file(folder, 3)).read())
 
 
 def test_a_scored_file_whose_shots_lm_eval_cannot_tell_from_the_question_is_refused(folder):
@@ -97,15 +98,14 @@ def test_a_scored_file_whose_shots_lm_eval_cannot_tell_from_the_question_is_refu
     (folder / "marks.py").write_text("def mark(docs):\n    return [dict(doc, shot=True) for doc in docs]\n")
     task = asked(folder, "own", path=local_file(folder))
     with pytest.raises(RequestError, match=r"documents of task\.path, which are scored, .*ask for task\.num_fewshot=0"):
-        lmeval.load(lmeval.read(task))
-    task.num_fewshot = 0
-    [found] = lmeval.load(lmeval.read(task))
+        lmeval.load(task.read())
+    [found] = lmeval.load(replace(task, num_fewshot=0).read())
     assert "-0shot-" in found.protocol
 
 
 def test_a_task_that_brings_its_shots_along_takes_them_beside_a_file(folder):
     write(folder, "listed", num_fewshot=2, fewshot_config={"sampler": "first_n", "samples": questions(3)})
-    [task] = lmeval.load(lmeval.read(asked(folder, "listed", path=local_file(folder))))
+    [task] = lmeval.load(asked(folder, "listed", path=local_file(folder)).read())
     assert "-2shot-w" in task.protocol
     assert all(i.args[0].count(i.doc["q"]) == 1 for i in prompts(task))
 
@@ -115,16 +115,15 @@ def test_a_task_whose_shots_may_hold_the_answer_says_so(folder):
     write(folder, "loose", num_fewshot=1)
     text = (folder / "loose.yaml").read_text()
     (folder / "loose.yaml").write_text(text.replace("test_split: test", "validation_split: test\nfewshot_split: test"))
-    [task] = lmeval.load(lmeval.read(asked(folder, "loose")))
+    [task] = lmeval.load(asked(folder, "loose").read())
     assert "-1shot-leaky-" in task.protocol
 
 
 def test_rolling_tasks_take_no_shots(tmp_path):
     (tmp_path / "wiki.raw").write_text(" = One = \n \n It rained .\n")
     task = asked(tmp_path, "wikitext", path=str(tmp_path / "wiki.raw"), num_fewshot=2)
-    task.include_path = None
     with pytest.raises(RequestError, match=r"wikitext scores whole documents and takes no shots"):
-        lmeval.load(lmeval.read(task))
+        lmeval.load(replace(task, include_path=None).read())
 
 
 def test_prompts_that_no_seed_repeats_are_not_blamed_on_a_kept_file(tiny, folder):

@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 from tokenizers import normalizers, pre_tokenizers, processors
 
-from qbench.config import TaskConfig
 from qbench.errors import RequestError
-from qbench.evaluate.text import join_rows, most_tokens, read_text, wikitext_pages
+from qbench.evaluate.protocols.windows import TextWindows
+from qbench.evaluate.text import join_rows, most_tokens, wikitext_pages
 from qbench.sources.tiny import byte_tokenizer
 
 # of WikiText-2 raw test with its rows joined, and of its ids for the reference model's tokenizer
@@ -16,7 +16,7 @@ WIKITEXT_IDS = "d58f0371d9335644a25374dc20e797b22e07c27c4399b136b3132b89f4b48f1d
 
 
 def embedded(name):
-    return read_text(TaskConfig(name=name, protocol="windows")).content
+    return TextWindows(name=name).read().content
 
 
 def test_embedded_texts_are_large_plain_and_disjoint():
@@ -39,26 +39,26 @@ def test_embedded_texts_are_large_plain_and_disjoint():
 def test_rows_of_a_raw_file(tmp_path):
     path = tmp_path / "wiki.raw"
     path.write_text(" \n = A = \n \n Text . \n")
-    task = TaskConfig(name="wikitext2", protocol="windows", path=str(path), separator="\n\n")
-    assert read_text(task).content == "\n\n = A = \n\n\n\n\n Text . \n"
-    assert read_text(TaskConfig(name="text", protocol="windows", path=str(path))).content == path.read_text()
+    task = TextWindows(name="wikitext2", path=str(path), separator="\n\n")
+    assert task.read().content == "\n\n = A = \n\n\n\n\n Text . \n"
+    assert TextWindows(name="text", path=str(path)).read().content == path.read_text()
     assert join_rows(["a\n", "", " \n", "b"], "|") == "a\n|||b"
 
 
 def test_unreadable_files(tmp_path):
     with pytest.raises(RequestError, match=r"cannot read task\.path=.*No such file"):
-        read_text(TaskConfig(name="x", protocol="windows", path=str(tmp_path / "none")))
+        TextWindows(name="x", path=str(tmp_path / "none")).read()
     (tmp_path / "latin").write_bytes(b"caf\xe9")
     with pytest.raises(RequestError, match="not UTF-8"):
-        read_text(TaskConfig(name="x", protocol="windows", path=str(tmp_path / "latin")))
+        TextWindows(name="x", path=str(tmp_path / "latin")).read()
     with pytest.raises(RequestError, match=r"set task\.path"):
-        read_text(TaskConfig(name="nothing", protocol="windows"))
+        TextWindows(name="nothing").read()
 
 
 def test_unreachable_hub_names_the_ways_out():
-    task = TaskConfig(name="wikitext2", protocol="windows", dataset="Salesforce/wikitext", subset="x", split="test")
+    task = TextWindows(name="wikitext2", dataset="Salesforce/wikitext", subset="x", split="test")
     with pytest.raises(RequestError, match=r"task\.path=FILE.*task=mini"):
-        read_text(task)
+        task.read()
 
 
 @pytest.mark.parametrize("form", ["NFC", "NFD", "NFKC", "NFKD"])
@@ -87,9 +87,9 @@ def test_no_text_has_more_tokens_than_its_bytes_allow(form):
 def test_wikitext_file_becomes_the_protocols_tokens(data, smollm2_folder):
     from transformers import AutoTokenizer
 
-    task = TaskConfig(name="w", protocol="windows", path=str(data / "wiki.test.raw"), separator="\n\n")
+    task = TextWindows(name="w", path=str(data / "wiki.test.raw"), separator="\n\n")
     tokenizer = AutoTokenizer.from_pretrained(smollm2_folder)
-    content = read_text(task).content
+    content = task.read().content
     assert hashlib.sha256(content.encode()).hexdigest() == WIKITEXT
     ids = tokenizer(content, verbose=False)["input_ids"]
     assert len(ids) == 304_986

@@ -8,17 +8,21 @@ import numpy as np
 import pytest
 from tokenizers import processors
 
-from qbench.config import RuntimeConfig, TaskConfig
+from qbench.config import RuntimeConfig
 from qbench.errors import RequestError
 from qbench.evaluate.text import Pages, Text
-from qbench.evaluate.windows import check, check_length, cut, cut_windows, protocol_name, read
+from qbench.registry import PROTOCOL, make
 from qbench.sources.tiny import byte_tokenizer
 
 TEXT = Text("Seven grey geese crossed the river in a long, uneven line. " * 20, "test")
 
 
 def task(**changes):
-    return TaskConfig(**{"name": "t", "protocol": "windows", "window": 100} | changes)
+    return make(PROTOCOL, {"name": "t", "protocol": "windows", "window": 100} | changes)
+
+
+def named(protocol):
+    return protocol.protocol_name(protocol.name)
 
 
 def pages(count=40):
@@ -27,24 +31,24 @@ def pages(count=40):
 
 
 def test_windows_are_cut_once_and_the_tail_is_dropped(tiny):
-    windows = cut_windows(TEXT, tiny[1], task())
+    windows = task().cut(TEXT, tiny[1])
     ids = tiny[1](TEXT.content)["input_ids"]
     assert windows.total_tokens == len(ids) == 1180
     assert windows.ids.tolist() == [ids[i : i + 100] for i in range(0, 1100, 100)]
     assert windows.dropped_tokens == 80
     assert windows.scored_tokens == 11 * 99
     assert windows.leading_special_tokens == 0
-    assert cut_windows(TEXT, tiny[1], task(max_windows=3)).ids.tolist() == windows.ids[:3].tolist()
+    assert task(max_windows=3).cut(TEXT, tiny[1]).ids.tolist() == windows.ids[:3].tolist()
 
 
 def test_the_protocol_is_in_the_name(tiny):
-    assert protocol_name(task(name="wikitext2", window=2048)) == "wikitext2:gptq-w2048"
-    assert protocol_name(task(name="wikitext2", window=1024, max_windows=4)) == "wikitext2:gptq-w1024-first4"
+    assert named(task(name="wikitext2", window=2048)) == "wikitext2:gptq-w2048"
+    assert named(task(name="wikitext2", window=1024, max_windows=4)) == "wikitext2:gptq-w1024-first4"
     crops = task(name="c4_gptq", protocol="crops", window=2048, max_windows=256)
-    assert protocol_name(crops) == "c4_gptq:crops256-w2048"
+    assert named(crops) == "c4_gptq:crops256-w2048"
     joined = task(name="c4_new", protocol="pages", window=2048, max_windows=256, pages=1100)
-    assert protocol_name(joined) == "c4_new:pages1100-w2048-first256"
-    one, other = (cut_windows(Text(c * 200, "f"), tiny[1], task(name="text")).protocol for c in "ab")
+    assert named(joined) == "c4_new:pages1100-w2048-first256"
+    one, other = (task(name="text").cut(Text(c * 200, "f"), tiny[1]).protocol for c in "ab")
     assert one.startswith("text-")
     assert one.endswith(":gptq-w100")
     assert one != other
@@ -62,14 +66,14 @@ def test_crops_are_the_ones_that_gptqs_script_draws(tiny):
                 break
         start = random.randint(0, len(page) - 100 - 1)
         expected.append(page[start : start + 100])
-    windows = cut(pages(), tokenizer, task(protocol="crops", max_windows=25))
+    windows = task(protocol="crops", max_windows=25).cut(pages(), tokenizer)
     assert windows.ids.tolist() == expected
     assert windows.total_tokens == 2500
     assert windows.dropped_tokens == 0
 
 
 def test_pages_are_joined_by_a_space(tiny):
-    windows = cut(pages(), tiny[1], task(protocol="pages", pages=10, max_windows=5))
+    windows = task(protocol="pages", pages=10, max_windows=5).cut(pages(), tiny[1])
     ids = tiny[1](" ".join(pages().content[:10]))["input_ids"]
     assert windows.ids.tolist() == [ids[i : i + 100] for i in range(0, 500, 100)]
 
@@ -77,18 +81,18 @@ def test_pages_are_joined_by_a_space(tiny):
 def test_pages_of_a_packed_file(tmp_path):
     path = tmp_path / "c4.json.gz"
     path.write_bytes(gzip.compress("".join(json.dumps({"text": t, "url": "u"}) + "\n" for t in "ab").encode()))
-    found = read(task(protocol="crops", path=str(path)))
+    found = task(protocol="crops", path=str(path)).read()
     assert found.content == ["a", "b"]
     assert found.source == "c4.json.gz"
     with pytest.raises(RequestError, match=r"line 1 has no text under 'body'; set task\.column=NAME"):
-        read(task(protocol="crops", path=str(path), column="body"))
+        task(protocol="crops", path=str(path), column="body").read()
     path.write_bytes(path.read_bytes()[:30])
     with pytest.raises(RequestError, match=r"cannot read task\.path="):
-        read(task(protocol="crops", path=str(path)))
+        task(protocol="crops", path=str(path)).read()
     plain = tmp_path / "c4.json"
     plain.write_text('{"text": "a"}\nnot json\n')
     with pytest.raises(RequestError, match="line 2 is not a JSON object"):
-        read(task(protocol="pages", path=str(plain)))
+        task(protocol="pages", path=str(plain)).read()
 
 
 def with_bos(tokenizer):
@@ -104,15 +108,15 @@ def with_bos(tokenizer):
 def test_a_bos_at_the_start_of_every_window(tiny, adds_one_by_itself):
     """Window - 1 tokens of text follow it, and all of them are scored; there is never a second one."""
     tokenizer, bare = (with_bos(tiny[1]) if adds_one_by_itself else tiny[1]), tiny[1](TEXT.content)["input_ids"]
-    windows = cut_windows(TEXT, tokenizer, task(add_bos_token=True))
+    windows = task(add_bos_token=True).cut(TEXT, tokenizer)
     assert windows.ids.tolist() == [[256, *bare[i : i + 99]] for i in range(0, 1089, 99)]
     assert windows.protocol == "t:gptq-w100-bos"
     assert (windows.total_tokens, windows.scored_tokens, windows.dropped_tokens) == (1180, 11 * 99, 1180 - 11 * 99)
     assert (windows.bos_policy, windows.leading_special_tokens) == ("BOS at the start of every window", 1)
-    none = cut_windows(TEXT, tokenizer, task(add_bos_token=False))
+    none = task(add_bos_token=False).cut(TEXT, tokenizer)
     assert none.ids.tolist() == [bare[i : i + 100] for i in range(0, 1100, 100)]
     assert (none.protocol, none.bos_policy, none.leading_special_tokens) == ("t:gptq-w100-nobos", "none", 0)
-    by_itself = cut_windows(TEXT, tokenizer, task())
+    by_itself = task().cut(TEXT, tokenizer)
     assert by_itself.ids[0].tolist() == ([256, *bare[:99]] if adds_one_by_itself else bare[:100])
     assert by_itself.leading_special_tokens == adds_one_by_itself
     assert (
@@ -121,13 +125,13 @@ def test_a_bos_at_the_start_of_every_window(tiny, adds_one_by_itself):
 
 
 def test_crops_and_pages_with_a_bos(tiny):
-    crops = cut(pages(), tiny[1], task(protocol="crops", max_windows=9, add_bos_token=True))
-    shorter = cut(pages(), tiny[1], task(protocol="crops", max_windows=9, window=99))
+    crops = task(protocol="crops", max_windows=9, add_bos_token=True).cut(pages(), tiny[1])
+    shorter = task(protocol="crops", max_windows=9, window=99).cut(pages(), tiny[1])
     assert (crops.ids[:, 0] == 256).all()
     assert crops.ids[:, 1:].tolist() == shorter.ids.tolist()
     assert crops.dropped_tokens == 0
     assert crops.protocol == "t:crops9-w100-bos"
-    joined = cut(pages(), tiny[1], task(protocol="pages", pages=10, max_windows=5, add_bos_token=True))
+    joined = task(protocol="pages", pages=10, max_windows=5, add_bos_token=True).cut(pages(), tiny[1])
     assert joined.ids[:, 0].tolist() == [256] * 5
     assert joined.protocol == "t:pages10-w100-first5-bos"
 
@@ -139,36 +143,36 @@ def test_a_bos_that_the_tokenizer_has_not_is_refused(tiny):
         with pytest.raises(
             RequestError, match=r"task\.add_bos_token=true, but this model's tokenizer has no BOS token"
         ):
-            cut(data, tokenizer, task(add_bos_token=True, **changes))
+            task(add_bos_token=True, **changes).cut(data, tokenizer)
 
 
 def test_refusals(tiny):
     tokenizer = tiny[1]
     with pytest.raises(RequestError, match=r"1180 tokens, less than one window of 2048"):
-        cut_windows(TEXT, tokenizer, task(window=2048))
+        task(window=2048).cut(TEXT, tokenizer)
     with pytest.raises(RequestError, match=r"has 11 windows of 100 tokens, task.max_windows asks for 12"):
-        cut_windows(TEXT, tokenizer, task(max_windows=12))
+        task(max_windows=12).cut(TEXT, tokenizer)
     with pytest.raises(RequestError, match="no page of pages is longer than one window of 400 tokens, the longest has"):
-        cut(pages(), tokenizer, task(protocol="crops", window=400, max_windows=2))
+        task(protocol="crops", window=400, max_windows=2).cut(pages(), tokenizer)
     with pytest.raises(RequestError, match=r"holds 40 pages, the protocol joins the first 1100.*task\.pages=40"):
-        cut(pages(), tokenizer, task(protocol="pages", pages=1100))
+        task(protocol="pages", pages=1100).cut(pages(), tokenizer)
 
 
 def test_what_no_tokenizer_could_cut_is_refused_without_one():
-    check_length(TEXT, task(window=1180))
-    check_length(TEXT, task(max_windows=11))
+    task(window=1180).check_length(TEXT)
+    task(max_windows=11).check_length(TEXT)
     with pytest.raises(RequestError, match=r"has at most 1188 tokens, less than one window of 2048"):
-        check_length(TEXT, task(window=2048))
+        task(window=2048).check_length(TEXT)
     with pytest.raises(RequestError, match=r"has at most 11 windows of 100 tokens, .* asks for 12; .*max_windows=null"):
-        check_length(TEXT, task(max_windows=12))
+        task(max_windows=12).check_length(TEXT)
     longest = max(len(page) for page in pages().content)
-    check_length(pages(), task(protocol="crops", window=longest - 1, max_windows=2))
+    task(protocol="crops", window=longest - 1, max_windows=2).check_length(pages())
     with pytest.raises(RequestError, match=rf"no page of pages is longer .*, the longest has at most {longest + 8}"):
-        check_length(pages(), task(protocol="crops", window=2 * longest, max_windows=2))
+        task(protocol="crops", window=2 * longest, max_windows=2).check_length(pages())
     with pytest.raises(RequestError, match=r"holds 40 pages, the protocol joins the first 1100.*task\.pages=40"):
-        check_length(pages(), task(protocol="pages", pages=1100))
+        task(protocol="pages", pages=1100).check_length(pages())
     with pytest.raises(RequestError, match=r"has at most \d+ tokens, less than one window of 99999"):
-        check_length(pages(), task(protocol="pages", pages=40, window=99999))
+        task(protocol="pages", pages=40, window=99999).check_length(pages())
 
 
 @pytest.mark.parametrize(
@@ -176,16 +180,16 @@ def test_what_no_tokenizer_could_cut_is_refused_without_one():
     [
         ({"window": 1}, r"task\.window must be at least 2"),
         ({"max_windows": 0}, r"task\.max_windows"),
-        ({"protocol": "magic"}, r"unknown task\.protocol 'magic'; choose from: crops, lmeval, pages, windows"),
+        ({"protocol": "magic"}, r"unknown protocol 'magic'; choose from: crops, lmeval, pages, windows"),
         ({"protocol": "crops"}, "number of crops to draw"),
         ({"protocol": "pages"}, r"task\.pages must be at least 1"),
-        ({"limit": 4}, r"are for task=lmeval; use task\.max_windows"),
+        ({"limit": 4}, r"unknown key for task\.protocol=windows: 'task\.limit'"),
         ({"divergence_topk": 0}, r"task\.divergence=false turns it off"),
     ],
 )
 def test_wrong_settings(changes, sentence):
     with pytest.raises(RequestError, match=sentence):
-        check(task(**changes), RuntimeConfig())
+        task(**changes).check(RuntimeConfig())
 
 
 @pytest.mark.slow
@@ -195,6 +199,6 @@ def test_crops_of_the_c4_sample(data, smollm2_folder):
 
     crops = task(protocol="crops", path=str(data / "c4-sample-1000.json.gz"), window=2048, max_windows=8)
     tokenizer = AutoTokenizer.from_pretrained(smollm2_folder)
-    windows = cut(read(crops), tokenizer, crops)
+    windows = crops.cut(crops.read(), tokenizer)
     assert windows.ids.shape == (8, 2048)
     assert len(np.unique(windows.ids[:, :50], axis=0)) > 4

@@ -7,7 +7,6 @@ import torch
 
 from qbench.kernels import blocks, cuda
 from qbench.kernels.blocks import Plan, WidePlan
-from qbench.kernels.ops import select
 from qbench.kernels.tiles import to_tiles
 from tests.kernels.cases import FORMATS, random_weight, relative_error
 
@@ -109,7 +108,7 @@ def test_experts_in_one_launch(emulated, generator):
         for slot in range(2):
             expected = dense[index[token, slot]] @ x[token].double()
             assert (y[token, slot].double() - expected).norm() / expected.norm() < 1e-2
-    assert select(tiles, 1).shape == (24, 200)
+    assert tiles.select(1).shape == (24, 200)
 
 
 @pytest.mark.slow

@@ -38,14 +38,12 @@ def test_experts(generator):
 
 def test_opcheck(generator):
     tiles = to_tiles(random_weight((40, 200), 4, 64, generator, permuted=True))
-    tensors = tiles.data, tiles.input_scale, tiles.codebook, tiles.permutation
     x, bias = torch.randn(3, 200, generator=generator), torch.randn(40, generator=generator)
     tests = ("test_schema", "test_faketensor")
-    torch.library.opcheck(ops.dual_linear, (x, *tensors, bias, *tiles.numbers), test_utils=tests)
+    torch.library.opcheck(ops.dual_linear, (x, *tiles.flat(), bias), test_utils=tests)
     stack = to_tiles(random_weight((2, 24, 200), 3, 64, generator))
-    tensors = stack.data, stack.input_scale, stack.codebook, stack.permutation
     index = torch.tensor([[0], [1], [1]])
-    torch.library.opcheck(ops.dual_linear_experts, (x, index, *tensors, *stack.numbers), test_utils=tests)
+    torch.library.opcheck(ops.dual_linear_experts, (x, index, *stack.flat()), test_utils=tests)
 
 
 def test_whole_graph_compilation(generator):

@@ -55,7 +55,7 @@ def test_refusals(generator):
         to_tiles(odd)
     module = PackedWeight(odd)
     assert not module.lay_out()
-    assert module.tiles is None
+    assert module.layout is None
     assert backend(odd, torch.float16) == "dequantize + matmul"
 
 

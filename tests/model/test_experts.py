@@ -15,7 +15,7 @@ from transformers import (
 )
 
 from qbench.errors import PointError
-from qbench.format.stack import select
+from qbench.format.weight import QuantizedWeight
 from qbench.layers.experts import QuantExperts, is_router
 from qbench.layers.linear import QuantLinear
 from qbench.model.linears import ROUTER, coverage, find_linears, linear_weights, quantized_weights
@@ -125,7 +125,7 @@ def test_a_mixture_computes_what_the_original_class_computes_with_its_weights(bu
     row = next(r for r in experts if r.name.endswith("experts.3.up_proj"))
     parent = row.name.removesuffix(".3.up_proj")
     original = parameters[f"{parent}.gate_up_proj"][3].chunk(2)[1]
-    restored = select(quantized.get_submodule(parent).up_proj.weight, 3).dequantize()
+    restored = quantized.get_submodule(parent).up_proj.weight.select(3).dequantize()
     assert float((original - restored).norm() / original.norm()) == pytest.approx(row.relative_error)
 
 
@@ -164,13 +164,11 @@ def test_a_nan_in_an_expert_is_named():
 
 
 def test_only_the_experts_that_are_hit_are_dequantized(monkeypatch):
-    from qbench.layers import experts
-
     model = made(mixtral)
     quantize_model(model, RTN())
     block = model.model.layers[0].mlp.experts
-    hit = []
-    monkeypatch.setattr(experts, "select", lambda weight, index: hit.append(index) or select(weight, index))
+    hit, select = [], QuantizedWeight.select
+    monkeypatch.setattr(QuantizedWeight, "select", lambda weight, index: hit.append(index) or select(weight, index))
     x = torch.randn(5, 64, generator=torch.Generator().manual_seed(0))
     # 4 is the mark for an expert of another process: it adds nothing
     out = block(x, torch.tensor([[1, 4]] * 5), torch.ones(5, 2))

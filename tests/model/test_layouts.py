@@ -201,4 +201,4 @@ def test_use_kernels_leaves_a_cpu_alone():
     model = made(nemotron_h)
     quantize_model(model, RTN())
     use_kernels(model)
-    assert all(m.tiles is None for m in model.modules() if hasattr(m, "lay_out"))
+    assert all(m.layout is None for m in model.modules() if hasattr(m, "lay_out"))

@@ -10,7 +10,6 @@ from torch import nn
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
 from qbench.errors import PointError
-from qbench.format.stack import select
 from qbench.passes.calibrate import INPUTS
 from qbench.passes.collect import INPUT_ROWS, MIN_EXPERT_TOKENS, Collector, ExpertInputs
 from qbench.passes.quantize import quantize_model
@@ -123,7 +122,7 @@ def test_a_starved_expert_is_calibrated_on_all_tokens_and_says_so(caplog):
 
     # what a starved expert's down reads is computed with its own gate and up
     experts = model.model.layers[0].mlp.experts
-    gate, up = (select(w.weight, 5).dequantize() for w in (experts.gate_proj, experts.up_proj))
+    gate, up = (w.weight.select(5).dequantize() for w in (experts.gate_proj, experts.up_proj))
     x = collected[f"{name}.5.gate_proj"].inputs
     inner = nn.functional.silu(x @ gate.T) * (x @ up.T)
     torch.testing.assert_close(collected[f"{name}.5.down_proj"].inputs, inner, rtol=1e-4, atol=1e-5)

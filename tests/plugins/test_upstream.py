@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from qbench.catalog import options
 from qbench.registry import quantizer_class
+from qbench.request.options import options
 
 ROOT = Path(__file__).resolve().parents[2]
 # quantizer -> the package on PyPI and the module that is imported from it

@@ -8,15 +8,16 @@ import pytest
 from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
 
-from qbench.config import Config, RuntimeConfig, TaskConfig, register
+from qbench.config import Config, RuntimeConfig, register
 from qbench.errors import RequestError
 from qbench.record.identity import PERMISSIONS, RUNTIME_OUTSIDE, SOURCE_OF_TEXT, Identity, identify
 from qbench.report import board, entries, history
-from qbench.report.baseline import Baseline, Limits
 from qbench.report.columns import order
-from qbench.report.regress import compare
+from qbench.report.gate.compare import compare
+from qbench.report.gate.file import GateFile, Limits
 from qbench.request.prepare import Prepared, prepare
 from tests.report import examples
+from tests.track import wandb_stub
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ CASES = [
     Case("another share to be covered", TINY, f"{TINY} runtime.min_coverage=0.5", 1),
     Case("threads", TINY, f"{TINY} runtime.threads=1", 1),
     Case("another folder of outputs", TINY, f"{TINY} outputs=elsewhere", 1),
-    Case("another tracker", TINY, f"{TINY} tracker.group=mine", 1),
+    Case("another tracker", TINY, f"{TINY} tracker=wandb tracker.group=mine", 1),
     Case("an export", TINY, f"{TINY} export.dir=exported", 1),
     Case("measured again", TINY, f"{TINY} runtime.rerun=true", 1),
     Case("auto, resolved", f"{TINY} runtime.device=cpu", f"{TINY} runtime.device=cpu runtime.dtype=float32", 1),
@@ -104,6 +105,8 @@ def ask(folder, monkeypatch, tmp_path):
 
     def call(words: str, **functions) -> Prepared:
         overrides = [f"outputs={tmp_path}", *words.split()]
+        if "tracker=wandb" in overrides:
+            wandb_stub.install(monkeypatch)
         with initialize_config_module("qbench.conf", version_base="1.3"):
             config = OmegaConf.to_object(compose("config", overrides=overrides))
         return prepare(config, overrides, **functions)
@@ -145,7 +148,7 @@ def test_every_part_decides_alike(case, ask, tmp_path):
     lines = history.tables(recorded.entries, "quality")
     assert len({line.title for line in lines}) == len(lines) == case.rows
 
-    baseline = Baseline.of(recorded.entries[:1], Limits())
+    baseline = GateFile.of(recorded.entries[:1], Limits())
     again = entries.Recorded(recorded.entries[1:], [], [])
     verdicts = {finding.verdict for finding in compare(baseline, again)}
     assert verdicts == ({"pass"} if case.rows == 1 else {"missing", "note"})
@@ -194,24 +197,48 @@ def test_what_was_covered_is_checked_although_it_is_no_part_of_the_identity(ask,
 
 def test_a_setting_is_inside_unless_it_is_listed_as_outside(ask):
     """So that a new one tells two measurements apart until somebody has decided that it must not."""
-    flat = ask(f"{TINY} quantizer=gptq calibration=mini speed=default").identity.flat()
+    asked = ask(f"{TINY} quantizer=gptq calibration=mini speed=default")
+    flat = asked.identity.flat()
     for group, kind, outside in (
-        ("task", TaskConfig, (*SOURCE_OF_TEXT, *PERMISSIONS)),
+        ("task", asked.protocol, (*SOURCE_OF_TEXT, *PERMISSIONS)),
         ("runtime", RuntimeConfig, RUNTIME_OUTSIDE),
     ):
-        held = {key.removeprefix(f"{group}.") for key in flat if key.startswith(f"{group}.")} - {"text_sha256"}
+        held = {key.removeprefix(f"{group}.") for key in flat if key.startswith(f"{group}.")}
+        held -= {"text_sha256", "protocol"}
         assert held == {field.name for field in fields(kind)} - set(outside), group
     assert {"calibration.window", "calibration.sequences", "calibration.inputs", "calibration.text_sha256"} == {
         key for key in flat if key.startswith("calibration.")
     }
 
 
+WINDOWS = {"add_bos_token": None, "divergence": True, "divergence_topk": 64, "max_windows": None}
+TASKS = {"add_bos_token": None, "limit": None, "num_fewshot": None, "protocol": "lmeval", "window": 2048}
+PROTOCOLS = [
+    ("model=tiny-dense", WINDOWS | {"name": "mini", "protocol": "windows", "window": 512}),
+    (NO_KL, WINDOWS | {"name": "mini", "protocol": "windows", "window": 64, "max_windows": 2, "divergence": False,
+                       "divergence_topk": None}),
+    ("task=c4_gptq task.path=pages.jsonl", WINDOWS | {"name": "c4_gptq", "protocol": "crops", "window": 2048,
+                                                      "max_windows": 256}),
+    ("task=c4_new task.path=pages.jsonl task.pages=9", WINDOWS | {"name": "c4_new", "protocol": "pages", "pages": 9,
+                                                                  "window": 2048, "max_windows": 256}),
+    ("task=wikitext_lmeval", TASKS | {"names": ["wikitext"]}),
+    ("task=lmeval task.names=[piqa,arc_easy] task.limit=3", TASKS | {"names": ["piqa", "arc_easy"], "limit": 3}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("words", "expected"), PROTOCOLS, ids=[words for words, _ in PROTOCOLS])
+def test_the_protocol_of_a_request(ask, folder, words, expected):
+    """As recorded: a field that is added, dropped or renamed makes every result that there is another measurement."""
+    (folder / "pages.jsonl").write_text("\n".join(json.dumps({"text": "river stone " * 6000}) for _ in range(9)))
+    assert ask(f"model=tiny-dense {words}").identity.protocol == expected
+
+
 def test_a_method_of_a_third_party_may_have_any_fields():
     settings = {"name": "mine", "path": Path("a"), "pairs": ((1, 2.0), (3, 0.5)), "more": {"x": None, "y": True}}
     common = dict(weights="w", text_sha256="t", calibration_sha256=None, device="cpu", dtype="float32")
-    config = Config(task=TaskConfig(name="t", protocol="windows"))
+    config = Config()
     config.model["source"] = "random"
-    same = identify(config, settings, **common)
+    same = identify(config, settings, {"protocol": "windows"}, **common)
     assert same.quantizer == {"name": "mine", "path": "a", "pairs": [[1, 2], [3, 0.5]], "more": {"x": None, "y": True}}
     result = replace(examples.point()[0], identity=same)
     assert type(result).from_json(result.to_json()).identity == same

@@ -9,11 +9,10 @@ import numpy as np
 import pytest
 from rich.cells import cell_len
 
-from qbench import leaderboard
 from qbench.leaderboard import main
 from qbench.record.quality import DivergenceRecord, IntervalRecord
 from qbench.record.quantization import CalibrationRecord
-from qbench.report import board, entries, reference
+from qbench.report import board, entries, published, terminal
 from qbench.report.columns import order
 from tests.record.test_result import timed
 from tests.report.examples import failed, nll, point, save, tasked, with_identity
@@ -114,7 +113,7 @@ def test_calibration_texts_of_one_name_are_told_apart(outputs, show):
 def test_some_points_alone(outputs):
     chosen = [entry.result.run_id for entry in entries.read(outputs).entries if entry.quantizer == "rtn"]
     file = io.StringIO()
-    leaderboard.show(outputs, chosen, file)
+    terminal.show(outputs, chosen, file)
     assert file.getvalue().count("rtn") == 2
     assert "sinq" not in file.getvalue()
 
@@ -190,7 +189,7 @@ def test_every_format_shows_every_row_and_the_suffix_chooses_it(outputs, show, t
 
 
 def test_a_narrow_terminal_gets_the_first_columns_whole(outputs, capsys, monkeypatch):
-    monkeypatch.setattr("qbench.leaderboard._width", lambda file: 80)
+    monkeypatch.setattr("qbench.leaderboard.width", lambda file: 80)
     assert main([str(outputs)]) == 0
     text = capsys.readouterr().out
     head = next(line for line in text.splitlines() if "rank" in line)
@@ -507,8 +506,8 @@ def test_speed_has_columns_where_it_was_measured(tmp_path, show):
 
 
 def test_the_publications_that_come_along_can_be_read():
-    for name in reference.available():
-        assert reference.read(name)
+    for name in published.available():
+        assert published.read(name)
 
 
 def test_history_names_the_change_and_nothing_else(tmp_path, show):

@@ -15,7 +15,7 @@ from qbench.plugins.sinq import SINQ
 from qbench.quant.diagnostics import mean_imbalance
 from qbench.quant.rounding import round_to_nearest
 from qbench.regress import main
-from qbench.report.baseline import Baseline
+from qbench.report.gate.file import GateFile
 from tests.report.examples import BASELINE, failed, nll, point, save, tasked, with_identity
 
 TINY = ("model=tiny-dense", "task.max_windows=3")
@@ -34,10 +34,10 @@ def gate(capsys, monkeypatch):
 
 
 @pytest.fixture
-def baseline(tmp_path, gate):
-    """A baseline of two points, made from results."""
+def gate_file(tmp_path, gate):
+    """A gate file of two points, made from results."""
     outputs = save(tmp_path / "before", point("sinq", 4, nll(0.2, 1)), point("rtn", 4, nll(0.3, 2)))
-    path = tmp_path / "baseline.json"
+    path = tmp_path / "gate.json"
     assert gate(path, outputs, "--update")[0] == 0
     return path
 
@@ -68,9 +68,9 @@ def with_codebook(measured):
     return with_identity(measured, quantizer={"codebook": "nf4"})
 
 
-def test_an_equal_measurement_by_a_later_version_passes(baseline, tmp_path, gate):
+def test_an_equal_measurement_by_a_later_version_passes(gate_file, tmp_path, gate):
     outputs = save(tmp_path / "now", changed(), point(*RTN, version="0.2.0", day=5))
-    status, out, err = gate(baseline, outputs)
+    status, out, err = gate(gate_file, outputs)
     assert (status, err) == (0, "")
     assert "gate: passed" in out
     assert regressions(out) == {}
@@ -92,55 +92,55 @@ def test_an_equal_measurement_by_a_later_version_passes(baseline, tmp_path, gate
         ({"layers": layers_with(3)[:-1]}, "method", "1 of 24 layers are not quantized any more"),
     ],
 )
-def test_what_got_worse_is_named_and_nothing_else(baseline, tmp_path, gate, change, check, words):
-    status, out, _ = gate(baseline, save(tmp_path / "now", changed(**change), point(*RTN)))
+def test_what_got_worse_is_named_and_nothing_else(gate_file, tmp_path, gate, change, check, words):
+    status, out, _ = gate(gate_file, save(tmp_path / "now", changed(**change), point(*RTN)))
     assert status == 1
     found = regressions(out)
     assert list(found) == [check]
     assert words in found[check].replace("\\", "")
 
 
-def test_worse_inside_the_noise_or_inside_the_allowance_is_no_regression(baseline, tmp_path, gate):
+def test_worse_inside_the_noise_or_inside_the_allowance_is_no_regression(gate_file, tmp_path, gate):
     noisy = changed(windows=nll(0.202, 9, noise=0.05))
-    assert gate(baseline, save(tmp_path / "noisy", noisy, point(*RTN)))[0] == 0
+    assert gate(gate_file, save(tmp_path / "noisy", noisy, point(*RTN)))[0] == 0
     tiny = changed(windows=nll(0.2, 1) + 0.003)  # every window: the interval excludes zero by far
-    assert gate(baseline, save(tmp_path / "tiny", tiny, point(*RTN)))[0] == 0
+    assert gate(gate_file, save(tmp_path / "tiny", tiny, point(*RTN)))[0] == 0
 
 
-def test_a_quality_that_is_no_number_any_more_is_a_regression(baseline, tmp_path, gate):
+def test_a_quality_that_is_no_number_any_more_is_a_regression(gate_file, tmp_path, gate):
     result, scores = changed()
     broken = replace(result, evaluation=[replace(result.evaluation[0], ppl=float("nan"))])
     status, out, _ = gate(
-        baseline, save(tmp_path / "now", (broken, scores | {"quantized": BASELINE * np.nan}), point(*RTN))
+        gate_file, save(tmp_path / "now", (broken, scores | {"quantized": BASELINE * np.nan}), point(*RTN))
     )
     assert status == 1
     assert regressions(out)["ppl, mini:gptq-w512"].endswith(" to nan")
     unread, _ = changed()
-    status, out, _ = gate(baseline, save(tmp_path / "lost", (unread, {"other": BASELINE}), point(*RTN)))
+    status, out, _ = gate(gate_file, save(tmp_path / "lost", (unread, {"other": BASELINE}), point(*RTN)))
     assert status == 2
     assert "cannot be read" in regressions(out)["ppl, mini:gptq-w512"]
 
 
-def test_better_is_a_note(baseline, tmp_path, gate):
-    status, out, _ = gate(baseline, save(tmp_path / "now", changed(windows=nll(0.1, 1)), point(*RTN)))
+def test_better_is_a_note(gate_file, tmp_path, gate):
+    status, out, _ = gate(gate_file, save(tmp_path / "now", changed(windows=nll(0.1, 1)), point(*RTN)))
     assert status == 0
     assert "| note |" in out
 
 
-def test_missing_and_failed_points(baseline, tmp_path, gate):
+def test_missing_and_failed_points(gate_file, tmp_path, gate):
     outputs = save(tmp_path / "now", changed())
-    status, out, _ = gate(baseline, outputs)
+    status, out, _ = gate(gate_file, outputs)
     assert status == 2
     assert regressions(out) == {"point": "it was not measured"}
     words = ["model=example", "quantizer=rtn", "quantizer.nbits=4"]
     save(outputs, failed([*words, "quantizer.codebook=nf4"], "another point", of=with_codebook(point(*RTN))[0]))
-    assert gate(baseline, outputs)[0] == 2
+    assert gate(gate_file, outputs)[0] == 2
     save(outputs, failed(words, "out of memory", of=point(*RTN)[0]))
-    status, out, _ = gate(baseline, outputs)
+    status, out, _ = gate(gate_file, outputs)
     assert status == 1
     assert regressions(out) == {"point": "it failed: out of memory"}
     save(outputs, point(*RTN, day=9))
-    assert gate(baseline, outputs)[0] == 0
+    assert gate(gate_file, outputs)[0] == 0
 
 
 @pytest.mark.parametrize(
@@ -155,84 +155,84 @@ def test_missing_and_failed_points(baseline, tmp_path, gate):
         ({"quantizer": {"a": 1, "b": 2, "c": 3}}, "it was not measured"),
     ],
 )
-def test_another_measurement_does_not_stand_in_for_a_point(baseline, tmp_path, gate, change, words):
+def test_another_measurement_does_not_stand_in_for_a_point(gate_file, tmp_path, gate, change, words):
     """The point is missing, and neither compared nor overwritten, however alike the two are asked for."""
     outputs = save(tmp_path / "now", with_identity(changed(packed_bytes=1), **change), point(*RTN))
-    status, out, _ = gate(baseline, outputs)
+    status, out, _ = gate(gate_file, outputs)
     assert status == 2
     found = regressions(out)
     assert list(found) == ["point"]
     assert found["point"].replace("\\", "").endswith(words)
-    assert out.count("not in the baseline; --update would add it") == 1
-    before = {point.identity.key for point in Baseline.read(baseline).points}
-    assert gate(baseline, outputs, "--update", "--where", "quantizer=sinq")[0] == 0
-    after = {point.identity.key for point in Baseline.read(baseline).points}
+    assert out.count("not in the gate file; --update would add it") == 1
+    before = {point.identity.key for point in GateFile.read(gate_file).points}
+    assert gate(gate_file, outputs, "--update", "--where", "quantizer=sinq")[0] == 0
+    after = {point.identity.key for point in GateFile.read(gate_file).points}
     assert before < after
     assert len(after) == 3
 
 
-def test_windows_of_other_tokens_are_not_paired(baseline, tmp_path, gate):
+def test_windows_of_other_tokens_are_not_paired(gate_file, tmp_path, gate):
     result, scores = changed()
     other = replace(result, evaluation=[replace(result.evaluation[0], token_ids_sha256="another")])
-    status, out, _ = gate(baseline, save(tmp_path / "text", (other, scores), point(*RTN)))
+    status, out, _ = gate(gate_file, save(tmp_path / "text", (other, scores), point(*RTN)))
     assert status == 2
     assert "nothing can be paired" in out
 
 
-def test_a_point_is_known_by_its_identity(baseline, tmp_path, gate):
+def test_a_point_is_known_by_its_identity(gate_file, tmp_path, gate):
     result, scores = changed()
     result.config["task"]["a_key_of_a_later_version"] = 1
     result.config["runtime"] |= {"threads": 8, "min_coverage": 0.5}
     result.config["model"] |= {"path": "elsewhere", "name": "another"}
     renamed = replace(result, run_id="f" * 16, command=["quantizer=sinq"], model=replace(result.model, name="another"))
-    assert gate(baseline, save(tmp_path / "now", (renamed, scores), point(*RTN)))[0] == 0
+    assert gate(gate_file, save(tmp_path / "now", (renamed, scores), point(*RTN)))[0] == 0
 
 
-def test_update_is_deterministic_and_keeps_limits(baseline, tmp_path, gate):
-    first = baseline.read_bytes()
-    assert gate(baseline, tmp_path / "before", "--update")[0] == 0
-    assert baseline.read_bytes() == first
+def test_update_is_deterministic_and_keeps_limits(gate_file, tmp_path, gate):
+    first = gate_file.read_bytes()
+    assert gate(gate_file, tmp_path / "before", "--update")[0] == 0
+    assert gate_file.read_bytes() == first
     document = json.loads(first)
     document["limits"] |= {"quality": 0.1, "seconds_ratio": 2.0}
-    baseline.write_text(json.dumps(document))
-    assert gate(baseline, tmp_path / "before", "--update")[0] == 0
-    limits = Baseline.read(baseline).limits
+    gate_file.write_text(json.dumps(document))
+    assert gate(gate_file, tmp_path / "before", "--update")[0] == 0
+    limits = GateFile.read(gate_file).limits
     assert (limits.quality, limits.seconds_ratio) == (0.1, 2.0)
     result, scores = changed(windows=nll(0.25, 1), quant_seconds=4.1)
-    status, out, _ = gate(baseline, save(tmp_path / "slow", (result, scores), point(*RTN)))
+    status, out, _ = gate(gate_file, save(tmp_path / "slow", (result, scores), point(*RTN)))
     assert status == 1
     assert list(regressions(out)) == ["seconds"]
 
 
-def test_a_baseline_of_an_earlier_version_leaves_its_limits(baseline, tmp_path, gate):
-    document = json.loads(baseline.read_text())
-    baseline.write_text(json.dumps(document | {"schema_version": 1, "limits": document["limits"] | {"quality": 0.1}}))
+def test_a_gate_file_of_an_earlier_version_leaves_its_limits(gate_file, tmp_path, gate):
+    document = json.loads(gate_file.read_text())
+    gate_file.write_text(json.dumps(document | {"schema_version": 1, "limits": document["limits"] | {"quality": 0.1}}))
     for arguments in ((), ("--update", "--where", "quantizer=sinq")):
-        status, _, err = gate(baseline, tmp_path / "before", *arguments)
+        status, _, err = gate(gate_file, tmp_path / "before", *arguments)
         assert status == 2
         assert "schema_version: it is of version 1; --update writes it anew and keeps its limits" in err
-    status, _, err = gate(baseline, tmp_path / "before", "--update")
+    status, _, err = gate(gate_file, tmp_path / "before", "--update")
     assert status == 0
     assert "only its limits are kept" in err
-    assert Baseline.read(baseline).limits.quality == 0.1
-    assert len(Baseline.read(baseline).points) == 2
+    assert GateFile.read(gate_file).limits.quality == 0.1
+    assert len(GateFile.read(gate_file).points) == 2
 
 
-def test_a_part_can_be_gated_and_updated(baseline, tmp_path, gate):
+def test_a_part_can_be_gated_and_updated(gate_file, tmp_path, gate):
     outputs = save(tmp_path / "now", changed(windows=nll(0.4, 1)))
-    assert gate(baseline, outputs, "--where", "quantizer=sinq")[0] == 1
-    assert gate(baseline, outputs, "--where", "quantizer=sinq", "--update")[0] == 0
-    assert gate(baseline, outputs, "--where", "quantizer=sinq")[0] == 0
-    assert len(Baseline.read(baseline).points) == 2
-    status, _, err = gate(baseline, outputs, "--update")
+    assert gate(gate_file, outputs, "--where", "quantizer=sinq")[0] == 1
+    assert gate(gate_file, outputs, "--where", "quantizer=sinq", "--update")[0] == 0
+    assert gate(gate_file, outputs, "--where", "quantizer=sinq")[0] == 0
+    assert len(GateFile.read(gate_file).points) == 2
+    status, _, err = gate(gate_file, outputs, "--update")
     assert status == 0
-    assert "no longer in the baseline" in err
-    assert len(Baseline.read(baseline).points) == 1
+    assert "no longer in the gate file" in err
+    assert len(GateFile.read(gate_file).points) == 1
 
 
 def test_accuracies_regress_downwards(tmp_path, gate):
     right = (np.arange(400) % 4 != 0).astype(float)
-    path = tmp_path / "baseline.json"
+    path = tmp_path / "gate.json"
     status, _, err = gate(path, save(tmp_path / "before", tasked("sinq", right)), "--update")
     assert status == 0
     assert "f1" in err  # nothing to pair: said, and left out
@@ -247,13 +247,13 @@ def test_accuracies_regress_downwards(tmp_path, gate):
     assert gate(path, better)[0] == 0
 
 
-def test_junit_and_the_step_summary(baseline, tmp_path, gate, monkeypatch):
+def test_junit_and_the_step_summary(gate_file, tmp_path, gate, monkeypatch):
     summary = tmp_path / "summary.md"
     summary.write_text("before\n")
     monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(summary))
     hostile = replace(changed(packed_bytes=1)[0], command=["quantizer=<&\x00\x1b|`"])
     outputs = save(tmp_path / "now", (hostile, changed()[1]))
-    status, out, _ = gate(baseline, outputs, "--junit", tmp_path / "reports" / "gate.xml")
+    status, out, _ = gate(gate_file, outputs, "--junit", tmp_path / "reports" / "gate.xml")
     assert status == 1
     assert summary.read_text() == "before\n" + out + "\n"
     suite = ET.parse(tmp_path / "reports" / "gate.xml").getroot()
@@ -267,14 +267,14 @@ def test_junit_and_the_step_summary(baseline, tmp_path, gate, monkeypatch):
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        ("{", "is not a baseline of schema version 2"),
+        ("{", "is not a gate file of schema version 2"),
         ('{"points": [], "schema_version": 3}', "schema_version: it is of version 3"),
         ('{"points": [], "limits": {"quallity": 1}}', "limits.quallity"),
         ('{"points": []}', "holds no points"),
-        (None, "cannot read the baseline"),
+        (None, "cannot read the gate file"),
     ],
 )
-def test_wrong_baselines(tmp_path, gate, content, words):
+def test_wrong_gate_files(tmp_path, gate, content, words):
     path = tmp_path / "wrong.json"
     if content is not None:
         path.write_text(content)
@@ -288,7 +288,7 @@ def test_nothing_to_update_from(tmp_path, gate):
     outputs = save(tmp_path / "outputs", changed(), failed(["quantizer=rtn"], "out of memory"))
     status, _, err = gate(tmp_path / "b.json", outputs, "--update")
     assert status == 2
-    assert "no baseline from failed points" in err
+    assert "no gate file from failed points" in err
     assert not (tmp_path / "b.json").exists()
 
 
@@ -334,23 +334,23 @@ class TestPlantedRegressions:
     """Real points of the tiny model, measured by a quantizer that has gone wrong in one way."""
 
     @pytest.fixture
-    def tiny_baseline(self, qbench, gate, tmp_path_factory):
+    def tiny_gate_file(self, qbench, gate, tmp_path_factory):
         """Measured once for all tests of the class."""
-        kept = tmp_path_factory.getbasetemp() / "tiny-baseline.json"
+        kept = tmp_path_factory.getbasetemp() / "tiny-gate.json"
         if not kept.exists():
             assert qbench(*TINY).status == 0
             assert gate(kept, "outputs", "--update")[0] == 0
-        shutil.copy(kept, "baseline.json")
+        shutil.copy(kept, "gate.json")
 
     def gate_again(self, qbench, gate):
         assert qbench(*TINY, "outputs=again").status == 0
-        status, out, _ = gate("baseline.json", "again")
+        status, out, _ = gate("gate.json", "again")
         return status, regressions(out)
 
-    def test_none(self, tiny_baseline, qbench, gate):
+    def test_none(self, tiny_gate_file, qbench, gate):
         assert self.gate_again(qbench, gate) == (0, {})
 
-    def test_rtn_presented_as_sinq(self, tiny_baseline, qbench, gate, monkeypatch):
+    def test_rtn_presented_as_sinq(self, tiny_gate_file, qbench, gate, monkeypatch):
         monkeypatch.setattr(SINQ, "quantize", as_rtn)
         status, found = self.gate_again(qbench, gate)
         assert status == 1
@@ -358,7 +358,7 @@ class TestPlantedRegressions:
         assert "to none" in found["imbalance"]
         assert "in 14 of 14 layers" in found["bytes"]  # no second scale is stored
 
-    def test_rtn_in_disguise(self, tiny_baseline, qbench, gate, monkeypatch):
+    def test_rtn_in_disguise(self, tiny_gate_file, qbench, gate, monkeypatch):
         monkeypatch.setattr(SINQ, "quantize", as_rtn_in_disguise)
         status, found = self.gate_again(qbench, gate)
         assert status == 1
@@ -366,14 +366,14 @@ class TestPlantedRegressions:
         assert not {"method", "bytes", "bits per weight"} & found.keys()
 
     @pytest.mark.parametrize("factor", [1.02, 0.98])
-    def test_one_layers_scale_off_by_two_percent(self, tiny_baseline, qbench, gate, monkeypatch, factor):
+    def test_one_layers_scale_off_by_two_percent(self, tiny_gate_file, qbench, gate, monkeypatch, factor):
         monkeypatch.setattr(SINQ, "quantize", one_layer_off(factor))
         status, found = self.gate_again(qbench, gate)
         assert status == 1
         assert list(found) == ["weight error"]
         assert "1 of 14 layers" in found["weight error"]
 
-    def test_one_more_byte_per_group(self, tiny_baseline, qbench, gate, monkeypatch):
+    def test_one_more_byte_per_group(self, tiny_gate_file, qbench, gate, monkeypatch):
         honest = QuantizedWeight.nbytes
         more = property(lambda self: honest.fget(self) + self.scale.stored.numel())
         monkeypatch.setattr(QuantizedWeight, "nbytes", more)
@@ -391,10 +391,10 @@ def test_honest_reruns_with_other_thread_counts_stay_green(qbench, gate, quantiz
     threads = torch.get_num_threads()
     try:
         assert qbench(*point, "runtime.threads=1").status == 0
-        assert gate("baseline.json", "outputs", "--update")[0] == 0
+        assert gate("gate.json", "outputs", "--update")[0] == 0
         for count in range(1, 11):
             assert qbench(*point, f"runtime.threads={count}", f"outputs=with-{count}").status == 0
-            status, out, _ = gate("baseline.json", f"with-{count}")
+            status, out, _ = gate("gate.json", f"with-{count}")
             assert status == 0, out
     finally:
         torch.set_num_threads(threads)

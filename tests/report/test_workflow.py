@@ -1,4 +1,4 @@
-"""What CI runs: the workflow, the experiment that it measures and the baseline that it compares with fit together."""
+"""What CI runs: the workflow, the experiment that it measures and the gate file that it compares with fit together."""
 
 import itertools
 import re
@@ -9,10 +9,10 @@ import yaml
 
 from qbench.registry import quantizer_names
 from qbench.regress import main
-from qbench.report.baseline import Baseline
+from qbench.report.gate.file import GateFile
 
 ROOT = Path(__file__).resolve().parents[2]
-BASELINE = ROOT / ".github" / "quality-baseline.json"
+GATE_FILE = ROOT / ".github" / "quality-gate.json"
 
 
 def listed() -> list[dict[str, str]]:
@@ -26,12 +26,12 @@ def listed() -> list[dict[str, str]]:
     ]
 
 
-def test_the_baseline_holds_what_the_experiment_measures():
+def test_the_gate_file_holds_what_the_experiment_measures():
     measured = {(point["model"], point["quantizer"]) for point in listed()}
     assert {quantizer for model, quantizer in measured if model == "tiny-dense"} == {
         name for name in quantizer_names() if "/" not in name and name != "none"
     }
-    points = Baseline.read(BASELINE).points
+    points = GateFile.read(GATE_FILE).points
     assert {(p.settings["model.name"], p.settings["quantizer.name"]) for p in points} == measured
     assert len(points) == len(listed())
     for point in points:
@@ -58,7 +58,7 @@ def test_the_workflows_call_every_check_of_the_makefile_and_no_other():
     assert called == {"quality": {"gate"}, "tests": {"test", "test-wheel", "test-slow", "test-oracle"}}
     for target in set().union(*called.values()):
         assert re.search(rf"^{target}:", makefile, re.MULTILINE)
-    assert f"BASELINE = {BASELINE.relative_to(ROOT)}" in makefile
+    assert f"GATE_FILE = {GATE_FILE.relative_to(ROOT)}" in makefile
 
 
 def test_tests_run_on_every_push_and_the_long_ones_every_night():
@@ -69,8 +69,8 @@ def test_tests_run_on_every_push_and_the_long_ones_every_night():
 
 
 @pytest.mark.slow
-def test_this_machine_measures_the_committed_baseline_again(qbench):
+def test_this_machine_measures_the_committed_gate_file_again(qbench):
     for point in listed():
         if point["model"] == "tiny-dense":
             assert qbench(*(f"{key}={value}" for key, value in point.items())).status == 0
-    assert main([str(BASELINE), "outputs", "--where", "model=tiny-dense"]) == 0
+    assert main([str(GATE_FILE), "outputs", "--where", "model=tiny-dense"]) == 0

@@ -30,7 +30,7 @@ def test_everything_else_is_left_alone(argument):
 
 
 def test_an_option_in_a_folder_of_the_group_is_no_repository(monkeypatch):
-    monkeypatch.setattr("qbench.catalog.options", lambda group: {"mine/large": ""} if group == "model" else {})
+    monkeypatch.setattr("qbench.request.options.options", lambda group: {"mine/large": ""} if group == "model" else {})
     assert spelled_out(["model=mine/large"]) == ["model=mine/large"]
 
 

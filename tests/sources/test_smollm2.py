@@ -56,10 +56,9 @@ def test_the_real_model_is_off_its_grid_and_computes_the_same(smollm2_folder):
 
     shipped, tokenizer = smollm2._read_gguf(smollm2.gguf_file())
     moved = AutoModelForCausalLM.from_pretrained(smollm2_folder, dtype=torch.float32)
-    from qbench.config import TaskConfig
-    from qbench.evaluate.text import read_text
+    from qbench.evaluate.text import TextSource, read_text
 
-    text = read_text(TaskConfig(name="mini", protocol="windows")).content
+    text = read_text(TextSource(), "mini").content
     ids = torch.tensor(tokenizer(text, verbose=False)["input_ids"][:1024])[None]
     assert ids.shape == (1, 1024)
     assert (shipped(ids).logits - moved(ids).logits).abs().max() <= 1e-3

@@ -23,7 +23,7 @@ from qbench.sweep import worker as child
 from qbench.sweep.plan import expand
 from qbench.sweep.share import cores
 from qbench.sweep.worker import explain_exit
-from qbench.track.wandb import sweep_name
+from qbench.track.tracker import sweep_name
 from tests.conftest import ROOT
 from tests.kill_sweep import Attack, points_of
 from tests.report import examples
@@ -33,8 +33,8 @@ TINY = ("model=tiny-dense", "task.max_windows=2")
 
 # A process in place of the real one that ends as its setting says; only nbits=8 goes on to the real command.
 DYING = """
-import os, signal, sys
-nbits = next(a for a in sys.argv if a.startswith("quantizer.nbits="))[-1]
+import json, os, signal, sys
+nbits = str(json.load(open(sys.argv[1]))["config"]["quantizer"]["nbits"])
 print("at window 1\\rat window 2", file=sys.stderr, flush=True)
 if nbits == "2":
     os.kill(os.getpid(), signal.SIGKILL)
@@ -43,7 +43,7 @@ if nbits == "3":
 if nbits == "4":
     print("qbench: the text is too short", file=sys.stderr)
     sys.exit(2)
-os.execv(sys.executable, [sys.executable, "-m", "qbench", *sys.argv[1:]])
+os.execv(sys.executable, [sys.executable, "-m", "qbench", "--point", *sys.argv[1:]])
 """
 
 
@@ -90,21 +90,16 @@ def test_a_process_that_dies_costs_its_point_only(qbench, monkeypatch):
     assert recorded()[8] == finished
 
 
-def test_the_points_of_a_sweep_share_a_group_that_ends_with_it(qbench, monkeypatch):
-    monkeypatch.delenv("WANDB_RUN_GROUP", raising=False)
-    said = "import os, sys; print(os.environ['WANDB_RUN_GROUP'], file=sys.stderr); sys.exit(7)"
+def test_the_points_of_a_sweep_share_a_group(qbench, monkeypatch):
+    said = "import json, sys; print(json.load(open(sys.argv[1]))['group'], file=sys.stderr); sys.exit(7)"
     monkeypatch.setattr(child, "COMMAND", (sys.executable, "-c", said))
     groups = {}
     for nbits in ("2,3", "3,2", "3,4"):
         results = qbench("-m", *TINY, "quantizer=rtn", f"quantizer.nbits={nbits}").summary["results"]
         (group,) = {result["error"].rpartition("last lines: ")[2] for result in results}
         assert group == sweep_name([result["run_id"] for result in results])
-        assert "WANDB_RUN_GROUP" not in os.environ
         groups[nbits] = group
     assert groups["2,3"] == groups["3,2"] != groups["3,4"]
-    monkeypatch.setenv("WANDB_RUN_GROUP", "mine")
-    failed = qbench("-m", *TINY, "quantizer=rtn", "quantizer.nbits=2,3").summary["results"]
-    assert all(result["error"].endswith("last lines: mine") for result in failed)
 
 
 def test_recorded_points_are_tracked_in_the_group_of_the_sweep_that_asks(qbench, monkeypatch):
@@ -115,10 +110,12 @@ def test_recorded_points_are_tracked_in_the_group_of_the_sweep_that_asks(qbench,
         for place in ("a", "b"):
             assert qbench(*TINY, f"quantizer={method}", f"outputs={place}").status == 0
     first = qbench("-m", *TINY, "quantizer=rtn,nf4", "outputs=a,b", "tracker=wandb").summary
-    assert (first["skipped"], len(runs)) == (2, 3)  # the points of both folders are the same two
+    assert (first["points"], first["skipped"]) == (4, 4)  # the same two measurements, each in both folders
     ids = [result["run_id"] for result in first["results"]]
-    assert [run.about["job_type"] for run in runs] == ["point", "point", "sweep"]
-    assert [run.about["id"] for run in runs[:2]] == ids
+    assert len(set(ids)) == 2
+    assert [run.about["job_type"] for run in runs] == ["point", "point", "sweep"] * 2
+    assert [run.about["dir"] for run in runs] == ["a"] * 3 + ["b"] * 3
+    assert [run.about["id"] for run in runs if run.about["job_type"] == "point"] == ids[::2] + ids[1::2]
     assert {run.about["group"] for run in runs} == {sweep_name(ids)}
     runs.clear()
     qbench("-m", *TINY, "quantizer=rtn", "outputs=a", "tracker=wandb", "tracker.group=mine")
@@ -129,6 +126,12 @@ def test_recorded_points_are_tracked_in_the_group_of_the_sweep_that_asks(qbench,
     Path("mine/experiment/two.yaml").write_text(f"# @package _global_\n{{hydra: {{sweeper: {{also: {also}}}}}}}\n")
     assert qbench("-m", "--config-dir", "mine", "experiment=two", *TINY).summary["skipped"] == 2
     assert [(run.about["job_type"], run.about["dir"]) for run in runs] == [("point", "a"), ("sweep", "a")]
+    runs.clear()
+    both = qbench("-m", *TINY, "quantizer=rtn", "outputs=a", "tracker=none,wandb", "--dry-run").summary
+    assert [(p["point"], p["state"]) for p in both["plan"]] == [
+        ("tracker=none", "recorded"), ("tracker=wandb", "recorded"),
+    ]  # fmt: skip
+    assert qbench("-m", *TINY, "quantizer=rtn", "outputs=a", "runtime.threads=1,2", "--dry-run").summary["points"] == 1
 
 
 def test_an_earlier_result_with_nan_is_not_what_a_dead_process_wrote(tmp_path, monkeypatch):
@@ -137,7 +140,7 @@ def test_an_earlier_result_with_nan_is_not_what_a_dead_process_wrote(tmp_path, m
     examples.save(tmp_path, (broken, scores))
     config = result.config | {"outputs": str(tmp_path)}
     point = child.Point(
-        1, 1, "x", (), result.run_id, result.identity, config, "cpu", "float32", str(tmp_path / "log"), "sweep"
+        1, 1, "x", (), result.run_id, result.identity, config, config, "cpu", "float32", str(tmp_path / "1.log"), "s"
     )
     monkeypatch.setattr(child, "COMMAND", ("false",))
     assert child.run(point).result.status == "failed"

@@ -1,22 +1,25 @@
 """W&B: what its runs are told (to a stand-in for the module), and once what the real one keeps offline."""
 
 import builtins
+import socket
 from dataclasses import replace
 
 import numpy as np
 import pytest
 from safetensors.numpy import save
 
-from qbench.config import TrackerConfig
 from qbench.errors import RequestError
 from qbench.record.store import write_atomically
+from qbench.registry import TRACKER, make
 from qbench.track.pareto import front, plots
-from qbench.track.wandb import check, sweep_name, track, track_sweep
+from qbench.track.tracker import harmless, sweep_name
+from qbench.track.wandb import WandB
 from tests.record.test_result import example
 from tests.track import wandb_stub
 
-OFFLINE = TrackerConfig(name="wandb", project="p", mode="offline")
+OFFLINE = WandB(project="p", mode="offline")
 AUTO = replace(OFFLINE, mode="auto")
+NAME = sweep_name(["broken", "point2", "point1", "point0"])
 
 
 @pytest.fixture
@@ -28,7 +31,7 @@ def test_a_run_holds_config_summary_and_layers(tmp_path, caplog, runs):
     nll = {"quantized": np.array([2.0, 2.5, 2.5, 4.0]), "baseline": np.array([2.0, 2.1, 2.2, 2.3])}
     (tmp_path / "results" / example().run_id).mkdir(parents=True)
     write_atomically(tmp_path / "results" / example().run_id / "w.safetensors", save(nll))
-    track(example(), OFFLINE, tmp_path)
+    OFFLINE.point(example(), tmp_path, None)
     assert "failed" not in caplog.text
     (run,) = runs
     assert (run.about["id"], run.about["job_type"], run.about["mode"]) == (example().run_id, "point", "offline")
@@ -48,11 +51,14 @@ def test_a_run_holds_config_summary_and_layers(tmp_path, caplog, runs):
 def test_the_real_one_keeps_a_point_and_a_sweep_offline(tmp_path, caplog):
     pytest.importorskip("wandb", reason="pip install 'qbench-llm[wandb]'")
     pytest.importorskip("matplotlib", reason="pip install 'qbench-llm[wandb]'")
-    track(example(), OFFLINE, tmp_path)
-    track_sweep(sweep(), OFFLINE, tmp_path)
+    OFFLINE.point(example(), tmp_path, None)
+    OFFLINE.sweep(sweep(), tmp_path, NAME)
     assert "failed" not in caplog.text
-    names = {path.parent.name.partition("_")[2].partition("-")[2] for path in tmp_path.glob("wandb/*/*.wandb")}
-    assert names == {example().run_id, sweep_name([point.run_id for point in sweep()])}
+    kept = list(tmp_path.glob("wandb/*/*.wandb"))
+    names = {path.parent.name.partition("_")[2].partition("-")[2] for path in kept}
+    assert names == {example().run_id, NAME}
+    for path in kept:
+        assert socket.gethostname().encode() not in path.read_bytes()
 
 
 @pytest.mark.parametrize(
@@ -66,16 +72,16 @@ def test_auto_is_what_the_environment_says(tmp_path, monkeypatch, environment, k
     monkeypatch.delenv("WANDB_MODE", raising=False)
     if environment is not None:
         monkeypatch.setenv("WANDB_MODE", environment)
-    track(example(), AUTO, tmp_path)
+    AUTO.point(example(), tmp_path, None)
     assert [run.about["mode"] for run in runs] == modes
-    track(example(), OFFLINE, tmp_path)  # what is asked for comes before the environment
+    OFFLINE.point(example(), tmp_path, None)  # what is asked for comes before the environment
     assert runs[-1].about["mode"] == "offline"
 
 
 def test_a_point_that_is_measured_again_replaces_its_run(tmp_path, runs):
-    track(example(), OFFLINE, tmp_path)
-    track(example(run_id="fedcba9876543210"), OFFLINE, tmp_path)
-    track(example(), OFFLINE, tmp_path)
+    OFFLINE.point(example(), tmp_path, None)
+    OFFLINE.point(example(run_id="fedcba9876543210"), tmp_path, None)
+    OFFLINE.point(example(), tmp_path, None)
     names = sorted(path.name.rpartition("-")[2] for path in tmp_path.glob("wandb/offline-run-*"))
     assert names == ["0123456789abcdef", "fedcba9876543210"]
 
@@ -95,10 +101,10 @@ def sweep():
 def test_sweep_summary_holds_the_leaderboard_and_the_plot(tmp_path, caplog, monkeypatch, runs):
     pytest.importorskip("matplotlib")
     monkeypatch.delenv("WANDB_RUN_GROUP", raising=False)
-    track_sweep(sweep(), OFFLINE, tmp_path)
+    OFFLINE.sweep(sweep(), tmp_path, NAME)
     assert "failed" not in caplog.text
     (run,) = runs
-    assert run.about["id"] == run.about["group"] == sweep_name(["broken", "point2", "point1", "point0"])
+    assert run.about["id"] == run.about["group"] == NAME
     assert run.about["job_type"] == "sweep"
     assert run.summary == {"points": 4, "ok": 3, "failed": 1}
     assert run.exit_code == 1
@@ -109,9 +115,21 @@ def test_sweep_summary_holds_the_leaderboard_and_the_plot(tmp_path, caplog, monk
     assert run.logged[key].image.format == "PNG"
 
 
+@pytest.mark.parametrize(
+    ("own", "environment", "sweep", "group"),
+    [(None, None, None, None), (None, None, "s", "s"), (None, "env", "s", "env"), ("mine", "env", "s", "mine")],
+)
+def test_the_group_of_a_run(tmp_path, monkeypatch, runs, own, environment, sweep, group):
+    monkeypatch.delenv("WANDB_RUN_GROUP", raising=False)
+    if environment is not None:
+        monkeypatch.setenv("WANDB_RUN_GROUP", environment)
+    replace(OFFLINE, group=own).point(example(), tmp_path, sweep)
+    assert runs[0].about["group"] == group
+
+
 def test_the_same_sweep_again_is_the_same_run(tmp_path, runs):
-    track_sweep(sweep(), OFFLINE, tmp_path)
-    track_sweep(sweep()[::-1], OFFLINE, tmp_path)
+    OFFLINE.sweep(sweep(), tmp_path, NAME)
+    OFFLINE.sweep(sweep()[::-1], tmp_path, NAME)
     assert runs[0].about["id"] == runs[1].about["id"]
     assert len(list(tmp_path.glob("wandb/offline-run-*"))) == 1
 
@@ -136,14 +154,16 @@ def test_a_failing_tracker_warns_and_returns(tmp_path, monkeypatch, caplog, runs
     import wandb
 
     monkeypatch.setattr(wandb, "init", lambda **_: (_ for _ in ()).throw(RuntimeError("no route")))
-    track(example(), OFFLINE, tmp_path)
-    track_sweep(sweep(), OFFLINE, tmp_path)
-    assert caplog.text.count("the result is saved, but Weights & Biases failed: no route") == 2
+    with harmless(OFFLINE):
+        OFFLINE.point(example(), tmp_path, None)
+    with harmless(OFFLINE):
+        OFFLINE.sweep(sweep(), tmp_path, NAME)
+    assert caplog.text.count("the result is saved, but the tracker WandB failed: no route") == 2
 
 
 def test_refusals(monkeypatch):
-    with pytest.raises(RequestError, match=r"tracker\.mode must be one of"):
-        check(TrackerConfig(name="wandb", mode="sometimes"))
+    with pytest.raises(RequestError, match="tracker=wandb: mode must be one of auto, online, offline, disabled"):
+        make(TRACKER, {"name": "wandb", "mode": "sometimes"})
     monkeypatch.setattr("qbench.track.wandb.importlib.util.find_spec", lambda _: None)
     with pytest.raises(RequestError, match="pip install"):
-        check(OFFLINE)
+        OFFLINE.check()

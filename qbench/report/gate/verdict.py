@@ -5,7 +5,7 @@ from __future__ import annotations
 import xml.etree.ElementTree as ET
 from collections.abc import Sequence
 
-from qbench.report.regress import Finding
+from qbench.report.gate.compare import Finding
 from qbench.report.table import markdown_text, plain
 
 BAD = ("regressed", "failed", "missing")

@@ -1,10 +1,10 @@
-"""Compares what was measured with the baseline, check by check, and says what got worse and by how much.
+"""Compares what was measured with the gate file, check by check, and says what got worse and by how much.
 
 A quality regresses when the paired 95 % interval of its difference lies beyond the allowance: a drop inside the noise
 is no regression, and a real but tiny one is none either. Everything that is counted must be equal: bytes, bits per
 weight, the method in effect on every layer. What is deterministic up to rounding has a small relative limit: every
 layer's weight error, every balanced layer's imbalance. One layer gone wrong moves a perplexity by less than the noise,
-but not its own error. What got better by as much is a note: `--update` makes it the new baseline.
+but not its own error. What got better by as much is a note: `--update` writes it to the gate file.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ import numpy as np
 
 from qbench.record import titles
 from qbench.record.result import Result
-from qbench.report.baseline import Baseline, Layer, Limits, Measured, Point, label
 from qbench.report.entries import Entry, Recorded, Score, latest
+from qbench.report.gate.file import GateFile, GateLayer, GatePoint, Limits, Measured, label
 from qbench.report.noise import difference
 
 Verdict = Literal["pass", "note", "regressed", "failed", "missing"]
@@ -35,15 +35,15 @@ class Finding:
     message: str
 
 
-def compare(baseline: Baseline, recorded: Recorded) -> list[Finding]:
-    """Every check of every point of the baseline, and a note for each point that the baseline does not know."""
+def compare(gate_file: GateFile, recorded: Recorded) -> list[Finding]:
+    """Every check of every point of the gate file, and a note for each point that the gate file does not know."""
     findings: list[Finding] = []
-    known = {point.identity.key for point in baseline.points}
+    known = {point.identity.key for point in gate_file.points}
     strangers = [entry for entry in recorded.entries if entry.key not in known]
-    for point in baseline.points:
+    for point in gate_file.points:
         entry, failed = _find(point, recorded)
         if entry is not None:
-            outcomes = list(_check(point, entry, baseline.limits))
+            outcomes = list(_outcomes(point, entry, gate_file.limits))
         elif failed is not None:
             outcomes = [("point", "failed", f"it failed: {failed.error}")]
         else:
@@ -51,7 +51,7 @@ def compare(baseline: Baseline, recorded: Recorded) -> list[Finding]:
         findings += [Finding(point.label, check, verdict, message) for check, verdict, message in outcomes]
     for entry in latest(strangers):
         findings.append(
-            Finding(label(entry.result.command), "point", "note", "not in the baseline; --update would add it")
+            Finding(label(entry.result.command), "point", "note", "not in the gate file; --update would add it")
         )
     return findings
 
@@ -59,7 +59,7 @@ def compare(baseline: Baseline, recorded: Recorded) -> list[Finding]:
 Outcome = tuple[str, Verdict, str]
 
 
-def _find(point: Point, recorded: Recorded) -> tuple[Entry | None, Result | None]:
+def _find(point: GatePoint, recorded: Recorded) -> tuple[Entry | None, Result | None]:
     """The latest record of the point: the entry, or the failure that is later than any."""
     key = point.identity.key
     fitting = [entry for entry in recorded.entries if entry.key == key]
@@ -70,7 +70,7 @@ def _find(point: Point, recorded: Recorded) -> tuple[Entry | None, Result | None
     return entry, None if entry is not None else failed
 
 
-def _why_missing(point: Point, strangers: Sequence[Entry]) -> str:
+def _why_missing(point: GatePoint, strangers: Sequence[Entry]) -> str:
     """What was measured of the same method that is in no point's place, if one or two things alone are different."""
     wanted = point.identity.flat()
     nearest: dict[str, Any] | None = None
@@ -92,8 +92,8 @@ def _set(key: str, value: Any) -> str:
     return "null" if value is None else str(value)[: titles.SHORT] if key.endswith("sha256") else str(value)
 
 
-def _check(point: Point, entry: Entry, limits: Limits) -> Iterator[Outcome]:
-    now = Point.of(entry)
+def _outcomes(point: GatePoint, entry: Entry, limits: Limits) -> Iterator[Outcome]:
+    now = GatePoint.of(entry)
     for score in point.scores:
         yield _quality(score, now.scores, limits, entry.scores)
     yield _methods(point, now)
@@ -131,7 +131,7 @@ def _quality(score: Measured, measured: Sequence[Measured], limits: Limits, reco
     change = difference(
         np.array(now.windows),
         np.array(score.windows),
-        score.metric,
+        score.reading,
         None if score.weights is None else np.array(score.weights),
     )
     sign = -1 if score.higher_is_better else 1
@@ -148,7 +148,7 @@ def _quality(score: Measured, measured: Sequence[Measured], limits: Limits, reco
     return check, "note" if best < -allowed else "pass", told
 
 
-def _methods(point: Point, now: Point) -> Outcome:
+def _methods(point: GatePoint, now: GatePoint) -> Outcome:
     gone = point.layers.keys() - now.layers.keys()
     if gone:
         return (
@@ -170,7 +170,7 @@ def _methods(point: Point, now: Point) -> Outcome:
     )
 
 
-def _bytes(point: Point, now: Point) -> Outcome:
+def _bytes(point: GatePoint, now: GatePoint) -> Outcome:
     if (now.packed_bytes, now.model_bytes) == (point.packed_bytes, point.model_bytes):
         return "bytes", "pass", f"{point.packed_bytes} packed, {point.model_bytes} in all"
     told = f"packed {point.packed_bytes} to {now.packed_bytes} ({now.packed_bytes - point.packed_bytes:+d})"
@@ -188,7 +188,9 @@ def _equal(check: str, before: float, after: float) -> Outcome:
     return check, "pass" if before == after else "regressed", f"{before:.7g} to {after:.7g}"
 
 
-def _grown(check: str, point: Point, now: Point, limit: float, read: Callable[[Layer], float | None]) -> Outcome:
+def _grown(
+    check: str, point: GatePoint, now: GatePoint, limit: float, read: Callable[[GateLayer], float | None]
+) -> Outcome:
     """The layers whose number grew by more than the limit, or that have none any more."""
     grown: dict[str, float] = {}
     fallen, compared = 0, 0

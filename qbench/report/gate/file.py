@@ -1,4 +1,4 @@
-"""The committed baseline of the regression gate: what points measured, in one JSON file that reads well in a diff.
+"""The committed file of the regression gate: what points measured, in one JSON file that reads well in a diff.
 
     {"schema_version": 2,
      "limits": {...},                           # how much worse is a regression; kept by --update, edited by hand
@@ -25,6 +25,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from qbench.errors import RequestError
 from qbench.record.identity import Identity
+from qbench.record.quality import Reading
 from qbench.record.quantization import LayerRow
 from qbench.record.result import first_error
 from qbench.report.entries import Entry, Score
@@ -45,9 +46,11 @@ def label(command: Sequence[str]) -> str:
 
 @dataclass(frozen=True)
 class Limits:
-    """How much worse than the baseline is a regression. Bytes, bits per weight and methods must be equal."""
+    """How much worse than the gate file's numbers is a regression. Bytes, bits per weight and methods must be equal."""
 
-    quality: float = 0.005  # share of the baseline's value that the whole interval of the difference must lie beyond
+    quality: float = (
+        0.005  # share of the value in the gate file that the whole interval of the difference must lie beyond
+    )
     weight_error: float = 0.001  # share by which one layer's relative weight error may grow
     imbalance: float = 0.02  # share by which one layer's imbalance after balancing may grow
     seconds_ratio: float | None = None  # quantizing may take that many times as long; null on machines that are shared
@@ -56,7 +59,7 @@ class Limits:
     __pydantic_config__: ClassVar[ConfigDict] = _STRICT
 
 
-class Layer(NamedTuple):
+class GateLayer(NamedTuple):
     """What the gate compares of a layer; in the file, a list of the four."""
 
     method: str
@@ -65,8 +68,8 @@ class Layer(NamedTuple):
     imbalance: float | None  # after balancing; None for methods that do not balance
 
     @staticmethod
-    def of(row: LayerRow) -> Layer:
-        return Layer(row.method, row.packed_bytes, _round(row.relative_error), _round(row.imbalance_after))
+    def of(row: LayerRow) -> GateLayer:
+        return GateLayer(row.method, row.packed_bytes, _round(row.relative_error), _round(row.imbalance_after))
 
 
 @dataclass(frozen=True)
@@ -75,6 +78,7 @@ class Measured:
 
     protocol: str
     metric: str
+    reading: Reading  # of what the windows add
     higher_is_better: bool
     text: str  # hash of the scored token ids
     value: float
@@ -90,6 +94,7 @@ class Measured:
         return Measured(
             protocol=score.protocol,
             metric=score.metric,
+            reading=score.number.reading,
             higher_is_better=score.higher_is_better,
             text=score.text,
             value=_round(score.value),
@@ -99,7 +104,7 @@ class Measured:
 
 
 @dataclass(frozen=True)
-class Point:
+class GatePoint:
     """One measurement: what it is of, and what it found."""
 
     command: list[str]
@@ -111,7 +116,7 @@ class Point:
     bits_per_weight: float
     coverage: float
     scores: list[Measured]
-    layers: dict[str, Layer]
+    layers: dict[str, GateLayer]
     quant_seconds: float | None = None
     peak_alloc_bytes: int | None = None
 
@@ -127,11 +132,11 @@ class Point:
         return self.names | self.identity.flat()
 
     @staticmethod
-    def of(entry: Entry) -> Point:
+    def of(entry: Entry) -> GatePoint:
         quantization = entry.result.quantization
         assert quantization is not None
         identity = entry.identity.flat()
-        return Point(
+        return GatePoint(
             command=named(entry.result.command),
             identity=entry.identity,
             names={k: v for k, v in entry.settings.items() if k not in identity and v is not None},
@@ -141,57 +146,57 @@ class Point:
             bits_per_weight=_round(quantization.bits_per_weight),
             coverage=_round(quantization.coverage),
             scores=[Measured.of(score) for score in entry.scores if score.windows is not None],
-            layers={row.name: Layer.of(row) for row in quantization.layers},
+            layers={row.name: GateLayer.of(row) for row in quantization.layers},
             quant_seconds=_round(quantization.quant_seconds),
             peak_alloc_bytes=quantization.peak_alloc_bytes,
         )
 
 
 @dataclass(frozen=True)
-class Baseline:
-    points: list[Point]
+class GateFile:
+    points: list[GatePoint]
     limits: Limits = field(default_factory=Limits)
     schema_version: Literal[2] = SCHEMA_VERSION
 
     __pydantic_config__: ClassVar[ConfigDict] = _STRICT
 
     @staticmethod
-    def read(path: Path) -> Baseline:
-        """Raises RequestError for a file that is missing or no baseline."""
+    def read(path: Path) -> GateFile:
+        """Raises RequestError for a file that is missing or no gate file."""
         text = _content(path)
         try:
-            return TypeAdapter(Baseline).validate_json(text)
+            return TypeAdapter(GateFile).validate_json(text)
         except ValidationError as error:
             if (version := _document(text).get("schema_version", SCHEMA_VERSION)) != SCHEMA_VERSION:
                 wrong = f"schema_version: it is of version {version}; --update writes it anew and keeps its limits"
             else:
                 wrong = first_error(error)
-            raise RequestError(f"{path} is not a baseline of schema version {SCHEMA_VERSION}: {wrong}") from None
+            raise RequestError(f"{path} is not a gate file of schema version {SCHEMA_VERSION}: {wrong}") from None
 
     @staticmethod
     def read_limits(path: Path) -> Limits:
-        """The limits of a baseline of any version; raises RequestError for a file that is missing or no baseline."""
+        """The limits of a gate file of any version; raises RequestError for a file that is missing or no gate file."""
         document = _document(_content(path))
         try:
             return TypeAdapter(Limits).validate_python(document["limits"])
         except KeyError:
-            raise RequestError(f"{path} is not a baseline: it has no limits") from None
+            raise RequestError(f"{path} is not a gate file: it has no limits") from None
         except ValidationError as error:
-            raise RequestError(f"{path} is not a baseline: limits.{first_error(error)}") from None
+            raise RequestError(f"{path} is not a gate file: limits.{first_error(error)}") from None
 
     @staticmethod
-    def of(entries: Sequence[Entry], limits: Limits) -> Baseline:
-        """The baseline that these entries would be; times and memory only where a limit compares them."""
-        points = [Point.of(entry) for entry in entries]
+    def of(entries: Sequence[Entry], limits: Limits) -> GateFile:
+        """The gate file that these entries would be; times and memory only where a limit compares them."""
+        points = [GatePoint.of(entry) for entry in entries]
         if limits.seconds_ratio is None:
             points = [replace(point, quant_seconds=None) for point in points]
         if limits.memory_ratio is None:
             points = [replace(point, peak_alloc_bytes=None) for point in points]
-        return Baseline.ordered(points, limits)
+        return GateFile.ordered(points, limits)
 
     @staticmethod
-    def ordered(points: Sequence[Point], limits: Limits) -> Baseline:
-        return Baseline(sorted(points, key=lambda point: (point.label, point.identity.key)), limits)
+    def ordered(points: Sequence[GatePoint], limits: Limits) -> GateFile:
+        return GateFile(sorted(points, key=lambda point: (point.label, point.identity.key)), limits)
 
     def to_json(self) -> str:
         text = json.dumps(asdict(self), indent=1, sort_keys=True, allow_nan=False)
@@ -202,7 +207,7 @@ def _content(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise RequestError(f"cannot read the baseline {path}: {error.strerror}; --update writes it") from None
+        raise RequestError(f"cannot read the gate file {path}: {error.strerror}; --update writes it") from None
 
 
 def _document(text: bytes) -> dict[str, Any]:

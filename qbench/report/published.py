@@ -94,7 +94,7 @@ def read(name: str) -> list[Published]:
         first = error.errors(include_url=False)[0]
         place = ".".join(map(str, first["loc"])) or "the file"
         raise RequestError(
-            f"the reference {name} is not as qbench/report/reference.py says: {place}: {first['msg']}"
+            f"the reference {name} is not as qbench/report/published.py says: {place}: {first['msg']}"
         ) from None
     return [Published(**{**vars(entry), "source": publication.source}) for entry in publication.entries]
 

@@ -2,10 +2,9 @@
 
 import pytest
 
-from qbench.catalog import options
-from qbench.config import TaskConfig
-from qbench.evaluate.windows import protocol_name
-from qbench.report import reference
+from qbench.registry import PROTOCOL, make
+from qbench.report import published
+from qbench.request.options import options
 from tests.conftest import ROOT
 
 NOT_SCORED = "quantizing"
@@ -13,26 +12,25 @@ NOT_SCORED = "quantizing"
 
 @pytest.fixture(scope="module")
 def sinq():
-    return reference.read("sinq_v4")
+    return published.read("sinq_v4")
 
 
 def protocols():
     """The protocol names of the tasks that ship, at their defaults."""
     import yaml
 
-    fields = TaskConfig.__dataclass_fields__
     names = set()
     for path in (ROOT / "conf" / "task").glob("*.yaml"):
         task = yaml.safe_load(path.read_text(encoding="utf-8"))
         if task["protocol"] != "lmeval":
-            names.add(protocol_name(TaskConfig(**{k: v for k, v in task.items() if k in fields})))
+            names.add(make(PROTOCOL, task).protocol_name(task["name"]))
     return names
 
 
-@pytest.mark.parametrize("name", sorted(reference.available()))
+@pytest.mark.parametrize("name", sorted(published.available()))
 def test_what_it_names_exists(name):
     models, quantizers, known = options("model"), options("quantizer"), protocols() | {NOT_SCORED}
-    for number in reference.read(name):
+    for number in published.read(name):
         assert number.model in models, number
         assert number.quantizer == "none" or number.quantizer in quantizers, number
         assert number.protocol in known, number

@@ -1,1 +1,0 @@
-"""Round to nearest with scales that are powers of two: a worked example of a third party's quantizer."""

@@ -1,0 +1,198 @@
+"""What qbench uses of Hydra: its own plugin, and the private names that qbench/sweep/__init__.py lists."""
+
+import subprocess
+import sys
+from importlib import import_module
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.plugins import Plugins
+from hydra.core.singleton import Singleton
+from hydra.plugins.sweeper import Sweeper
+
+import qbench.sweep
+from qbench.errors import SweepFailed
+from qbench.sweep.plan import combinations
+from tests.conftest import ROOT
+
+READ_AT = {"hydra-core": "1.3.8", "hydra-submitit-launcher": "1.2.0"}
+
+
+def test_private_names_are_those_of_the_versions_that_were_read():
+    """After an upgrade: look at each name of the table again, then write the new version here."""
+    assert version("hydra-core") == READ_AT["hydra-core"]
+    parser = import_module("hydra._internal.utils").get_args_parser()
+    given = vars(parser.parse_args(["-m", "--config-dir", "x", "a=b"]))
+    flags = ("overrides", "multirun", "run", "cfg", "info", "help", "resolve", "config_dir", "experimental_rerun")
+    assert given.keys() >= {*flags, "shell_completion"}
+    assert any(name.endswith(".BasicLauncher") for name in Plugins.instance().class_name_to_class)
+    Singleton.set_state(Singleton.get_state())
+
+
+def test_private_names_of_the_submitit_launcher():
+    pytest.importorskip("hydra_plugins.hydra_submitit_launcher", reason="pip install 'qbench-llm[launchers]'")
+    assert version("hydra-submitit-launcher") == READ_AT["hydra-submitit-launcher"]
+    launcher = import_module("hydra_plugins.hydra_submitit_launcher.submitit_launcher").SlurmLauncher
+    conf = import_module("hydra_plugins.hydra_submitit_launcher.config").BaseQueueConf
+    assert launcher._EXECUTOR == "slurm"
+    assert launcher(nodes=2).params["nodes"] == 2
+    assert {"timeout_min", "cpus_per_task", "mem_gb"} <= conf.__dataclass_fields__.keys()
+
+
+def test_no_private_module_of_hydra_is_imported_that_the_table_lacks():
+    table = qbench.sweep.__doc__
+    for path in [*(ROOT / "qbench").rglob("*.py"), *(ROOT / "hydra_plugins").rglob("*.py")]:
+        for line in path.read_text().splitlines():
+            if line.startswith(("from hydra._internal", "import hydra._internal")):
+                module, _, name = line.removeprefix("from ").partition(" import ")
+                assert f"`{module}.{name}` | {path.relative_to(ROOT / 'qbench').as_posix()}" in table
+
+
+def test_the_sweeper_is_a_plugin_that_is_found_outside_of_the_checkout_too(tmp_path):
+    """An editable installation is found by Python's import, but not by Hydra's search."""
+    code = (
+        "from hydra.core.plugins import Plugins; from hydra.plugins.sweeper import Sweeper;"
+        "from qbench.request.explain import register_plugins; register_plugins();"
+        "print([c.__module__ for c in Plugins.instance().discover(Sweeper)])"
+    )
+    for folder in (tmp_path, ROOT):
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=folder)
+        assert "'hydra_plugins.qbench_sweeper'" in done.stdout
+
+
+def test_the_plugin_imports_nothing_of_qbench_until_it_sweeps():
+    """Every program of Hydra's in the environment imports it."""
+    code = (
+        "import sys, hydra_plugins.qbench_sweeper; print([m for m in sys.modules if m.partition('.')[0] == 'qbench'])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
+
+
+def test_a_sweep_ends_as_python_functions_do(qbench, monkeypatch):
+    """No sys.exit: what failed is raised to who asked Hydra, after everything is said."""
+    from hydra_plugins.qbench_sweeper import QBenchSweeper
+
+    ends = []
+
+    def sweep(self, arguments):
+        try:
+            returned = usual(self, arguments)
+        except BaseException as error:
+            ends.append(error)
+            raise
+        ends.append(returned)
+        return returned
+
+    usual = QBenchSweeper.sweep
+    monkeypatch.setattr(QBenchSweeper, "sweep", sweep)
+    assert issubclass(QBenchSweeper, Sweeper)
+    tiny = ("-m", "model=tiny-dense", "task.max_windows=1")
+    plan = qbench(*tiny, "quantizer=rtn,nf4", "--dry-run")
+    assert (plan.status, ends.pop()) == (0, plan.summary)
+    monkeypatch.setattr("qbench.sweep.worker.COMMAND", ("false",))
+    failed = qbench(*tiny, "quantizer=rtn")
+    assert (failed.status, failed.summary["failed"]) == (1, 1)
+    assert isinstance(ends.pop(), SweepFailed)
+    assert qbench(*tiny, "quantizer.nbits=5").status == 2
+    assert "nbits must be one of" in str(ends.pop())
+
+
+@pytest.mark.parametrize(
+    ("overrides", "points"),
+    [
+        (["a=1", "b=x,y"], [("a=1", "b=x"), ("a=1", "b=y")]),
+        (["a=1,2", "b=x", "a=3,4"], [("a=3", "b=x"), ("a=4", "b=x")]),
+        (["a=1,2", "b=range(0,2)"], [("a=1", "b=0"), ("a=1", "b=1"), ("a=2", "b=0"), ("a=2", "b=1")]),
+        (["+a='x y',z"], [("+a='x y'",), ("+a=z",)]),
+    ],
+)
+def test_products_are_those_of_hydras_own_sweeper(overrides, points):
+    from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+
+    parsed = OverridesParser.create().parse_overrides(overrides)
+    assert list(combinations(parsed)) == points
+    assert [list(point) for point in points] == BasicSweeper.split_arguments(parsed, None)[0]
+
+
+def test_a_prepared_point_runs_from_its_file_and_composes_nothing(qbench, monkeypatch):
+    from qbench.sweep import worker
+
+    tiny = ("model=tiny-dense", "task.max_windows=1", "quantizer=rtn")
+    monkeypatch.setattr(worker, "COMMAND", (sys.executable, "-c", "raise SystemExit(9)"))
+    sent = qbench("-m", *tiny, "model.seed=3")
+    assert sent.status == 1
+    (file,) = Path("outputs/sweeps").glob("*/1-*.json")
+    monkeypatch.setattr("hydra.main", lambda **_: pytest.fail("composed"))
+    outcome = qbench("--point", str(file))
+    assert outcome.status == 0
+    assert outcome.summary["run_id"] == sent.summary["results"][0]["run_id"]
+    assert outcome.summary["model"] == "tiny-dense-seed3"
+    changed = file.read_text().replace('"max_windows": 1', '"max_windows": 2')
+    file.write_text(changed.replace('"max_windows": 2', '"max_windows": 1', 1))  # the identity as it was
+    other = qbench("--point", str(file))
+    assert other.status == 2
+    assert "differs in protocol: what it reads has changed since the sweep began" in other.stderr
+    for wrong in ([], ["nowhere.json"], [str(file), "x"]):
+        assert qbench("--point", *wrong).status == 2
+    file.write_text("{}")
+    assert "is not what a sweep sends" in qbench("--point", str(file)).stderr
+
+
+def test_points_that_share_their_composing_are_those_that_hydra_composes():
+    from dataclasses import asdict
+
+    from hydra import compose, initialize_config_module
+    from hydra.core.global_hydra import GlobalHydra
+
+    from qbench.config import register
+    from qbench.errors import RequestError
+    from qbench.sweep.plan import _Composer
+
+    class Slow(_Composer):
+        def _quickly(self, overrides):
+            return None
+
+    register()
+    points = [
+        ("quantizer=rtn", "quantizer.nbits=3", "outputs='a b'"),
+        ("quantizer=rtn", "quantizer.nbits=3", "quantizer.nbits=2"),
+        ("quantizer.nbits=3", "quantizer=gptq", "task.names=[a,b]", "task.limit=null"),
+        ("quantizer.nbits=3", "quantizer=gptq", "task.names=[]", "model.name='${quantizer.name}'"),
+        ("experiment=demo", "task.window=64"),
+        ("task.window=64", "+task.window=65"),
+        ("export.dir='x/${quantizer.name}-${quantizer.nbits}'",),
+        ("runtime.batch_size=many",),
+        ("quantizer=nf4", "quantizer.nbits=3"),
+        ("quantizer=nf4", "++quantizer.nbits=3"),
+        ("model.name=${nothing}",),
+        ("hydra.job.num=3", "model=tiny-dense"),
+    ]
+    with initialize_config_module("qbench.conf", version_base="1.3"):
+        composed = compose("config", return_hydra_config=True)
+        loader = GlobalHydra.instance().config_loader()
+        shared = _Composer(composed, loader)
+        said = []
+        for composer in (shared, Slow(composed, loader)):
+            said.append([])
+            for point in points * 2:
+                try:
+                    said[-1].append(asdict(composer(point)))
+                except RequestError as error:
+                    said[-1].append(str(error))
+    assert said[0] == said[1]
+    assert said[0][: len(points)] == said[0][len(points) :]  # one point leaves nothing to the next
+    assert 4 < len(shared.chosen) < len(points)
+
+
+def test_help_and_typos_import_nothing_heavy():
+    heavy = ("torch", "transformers", "lm_eval", "numpy", "rich", "wandb")
+    code = (
+        "import sys; from qbench.__main__ import main; main();"
+        f"print([m for m in {heavy} if m in sys.modules], file=sys.stderr)"
+    )
+    for arguments in (["--help"], ["quantizer=sink"], ["quantizer.nbit=3"]):
+        done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True)
+        assert done.stderr.splitlines()[-1] == "[]"
