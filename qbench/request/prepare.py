@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -48,7 +48,7 @@ class Prepared:
     export: Path | None  # where the checkpoint will go
     store: Store
     model: Source
-    pinned: dict[str, Any]  # of the model's settings, those that may move, as they are now
+    pinned: dict[str, Any]  # of the model's settings, those that may move (a branch), as they are now (a commit)
     exporter: Exporter
     tracker: Tracker
 
@@ -148,7 +148,7 @@ def prepare(
         export=folder,
         store=store,
         model=model,
-        pinned=_changed(asked, model),
+        pinned=_changed(asked, model, given),
         exporter=exporter,
         tracker=tracker,
     )
@@ -171,10 +171,11 @@ def _given(command: list[str]) -> set[str]:
     return {key.removeprefix("model.") for key in keys if key.startswith("model.")}
 
 
-def _changed(before: Source, after: Source) -> dict[str, Any]:
-    """The settings that differ, but for the name, under which nothing is found."""
+def _changed(before: Source, after: Source, given: Collection[str]) -> dict[str, Any]:
+    """The settings that pinning changed; the name as well, which a revision on the command line would add to."""
     old, new = asdict(before), asdict(after)
-    return {key: value for key, value in new.items() if key != "name" and value != old[key]}
+    changed = {key: value for key, value in new.items() if key != "name" and value != old[key]}
+    return {"name": after.name, **changed} if changed and "name" not in given else changed
 
 
 def _every_field(asked: dict[str, Any], quantizer: Quantizer | None) -> dict[str, Any]:

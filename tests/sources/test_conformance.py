@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from importlib import resources
 from pathlib import Path
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 
+from qbench.catalog import options
 from qbench.checkpoint import packed
 from qbench.passes.quantize import quantize_model
-from qbench.registry import SOURCE, find, make_quantizer, names
+from qbench.registry import SOURCE, find, make, make_quantizer, names
 from qbench.sources.hub import Hub, commit
 from qbench.sources.local import Local
 from qbench.sources.packed import Packed
@@ -125,6 +128,16 @@ class TestSmolLM2(SourceConformance):
 def test_every_registered_source_is_tested_here():
     ours = {find(SOURCE, name) for name in names(SOURCE)}
     assert {cls for cls in ours if cls.__module__.startswith("qbench.")} == {Hub, Local, Packed, Random, SmolLM2}
+
+
+@pytest.mark.parametrize("option", options("model"))
+def test_every_model_lists_the_fields_of_its_source(option):
+    """A key that the YAML leaves out cannot be set on the command line."""
+    text = (resources.files("qbench.conf") / "model" / f"{option}.yaml").read_text(encoding="utf-8")
+    settings = OmegaConf.to_container(OmegaConf.create(text))
+    made = make(SOURCE, settings)
+    assert set(settings) - {"source"} == {field.name for field in fields(made)}
+    assert made.name == settings["name"]
 
 
 @dataclass(frozen=True)
