@@ -24,7 +24,7 @@ def typed(key: str, value: Any, wanted: Any) -> Any:
     fits, found = _convert(value, wanted)
     if not fits:
         whole = isinstance(value, float) and value.is_integer()  # where an int is asked, or it would fit
-        raise RequestError(f"{key}: {value!r} is {_none_of(wanted)}{f'; write {int(value)}' if whole else ''}")
+        raise RequestError(f"{key}: {value!r} is {_none_of(wanted)}{f'; write {int(value)}' if whole else ''}", key=key)
     return found
 
 

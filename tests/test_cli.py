@@ -114,6 +114,13 @@ BAD = [
     (["quantizer.nbits=1"], "nbits", ["2, 3, 4, 8", "got 1"]),
     (["quantizer.nbits=5"], "nbits", ["2, 3, 4, 8", "got 5"]),
     (["quantizer.nbits=4.0"], "nbits", ["4.0"]),
+    (["model.seed=abc"], "model.seed", ["'abc' is no whole number"]),
+    (["model=local", "model.trust_remote_code=maybe"], "model.trust_remote_code", ["neither true nor false"]),
+    (["model=qwen3-8b", "model.seed=1"], "model.seed", ["model.id", "model.revision"]),
+    (["+model.path=here"], "model.path", ["model.architecture", "model.seed"]),
+    (["model.source=hubb"], "model.source", ["'hubb'", "hub, local, packed"]),
+    (["+export.level=9"], "export.level", ["export.format=packed", "leave it out"]),
+    (["export.dir=[a]"], "export.dir", ["no text"]),
     (["quantizer.group_size=0"], "group_size", []),
     (["quantizer.aux_dtype=fp8"], "aux_dtype", ["fp16", "int8"]),
     (["model=local"], "model.path=DIR", []),
@@ -158,13 +165,6 @@ BAD = [
     (["+hydra.launcher.jobs=1"], "hydra.launcher.jobs", []),
     (["++hydra.sweeps.dir=x"], "hydra.sweeps.dir", []),
     (["hydra.swep.dir=x"], "hydra.swep.dir", []),
-    (["model.seed=abc"], "model.seed", ["'abc'"]),
-    (["model=local", "model.trust_remote_code=maybe"], "model.trust_remote_code", ["'maybe'"]),
-    (["model=qwen3-8b", "model.seed=1"], "model.seed", ["model.id"]),
-    (["+model.path=here"], "model.path", []),
-    (["model.source=hubb"], "model.source", ["'hubb'", "hub"]),
-    (["+export.level=9"], "export.level", []),
-    (["export.dir=[a]"], "export.dir", []),
 ]
 
 

@@ -146,7 +146,10 @@ def test_an_unknown_field_lists_the_fields(installed):
 )
 def test_a_value_of_another_type_is_said_with_its_key(installed, settings, sentence):
     installed(("parrot", "birds:Parrot"))
-    assert refusal(make, SPEAKER, {"kind": "parrot", **settings}) == sentence
+    with pytest.raises(RequestError) as caught:
+        make(SPEAKER, {"kind": "parrot", **settings})
+    assert str(caught.value) == sentence
+    assert caught.value.key == f"bird.{next(iter(settings))}"
 
 
 def test_a_value_that_the_member_refuses_is_said_in_its_own_words(installed):

@@ -13,6 +13,7 @@ from qbench.passes.quantize import quantize_model
 from qbench.plugins.gptq import GPTQ
 from qbench.plugins.rtn import RTN
 from qbench.sources import tiny
+from tests.conftest import refused
 from tests.model.test_experts import SHAPE
 from tests.passes.test_calibrate import calibration, gemma4, sliding
 
@@ -150,5 +151,6 @@ def test_min_coverage_is_a_share(value):
     from qbench.config import RuntimeConfig
     from qbench.model.coverage import check_setting
 
-    with pytest.raises(RequestError, match="is no share of the linear weights; it is from 0 to 1"):
+    with pytest.raises(RequestError) as refusal:
         check_setting(RuntimeConfig(min_coverage=value))
+    refused(refusal.value, key="runtime.min_coverage", names=[str(value), "from 0 to 1"])

@@ -15,6 +15,7 @@ import pytest
 from qbench.errors import RequestError
 from qbench.record.result import Result
 from qbench.record.store import PARTIAL, Store, identity, write_atomically
+from tests.conftest import refused
 from tests.record.test_result import example
 
 SCORES = {"quantized": np.arange(4.0), "baseline": np.arange(4.0) / 2}
@@ -63,10 +64,9 @@ def test_damaged_files_are_measured_again(tmp_path):
 def test_a_baseline_of_another_model_is_refused(tmp_path):
     store = Store(tmp_path)
     store.save_baseline("key", SCORES, ABOUT)
-    with pytest.raises(
-        RequestError, match=r"key.safetensors holds a baseline whose model is hub:a.* needs hub:b; remove"
-    ):
+    with pytest.raises(RequestError) as refusal:
         store.load_baseline("key", ABOUT | {"model": "hub:b"})
+    refused(refusal.value, key="key.safetensors", names=["hub:a", "hub:b", "remove"])
 
 
 def test_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
@@ -106,11 +106,12 @@ for i in itertools.count():
 """
 
 
-def test_killed_writers_leave_no_half_result(tmp_path):
+@pytest.mark.parametrize("kills", [2, pytest.param(12, marks=pytest.mark.slow)])
+def test_killed_writers_leave_no_half_result(tmp_path, kills):
     from safetensors.numpy import load_file
 
     seen = 0
-    for attempt in range(12):
+    for attempt in range(kills):
         writer = subprocess.Popen(
             [sys.executable, "-c", WRITER, str(tmp_path)],
             stdout=subprocess.PIPE,
@@ -128,4 +129,4 @@ def test_killed_writers_leave_no_half_result(tmp_path):
             windows = load_file(path.parent / result.evaluation[0].window_nll_file)
             assert (windows["quantized"] == number).all()
             seen += 1
-    assert seen >= 6
+    assert seen >= kills // 2

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qbench.checkpoint.packed import new_folder
+from qbench.checkpoint.packed import check_target, new_folder
 from qbench.errors import RequestError
 from qbench.layers.linear import QuantLinear
 from qbench.quant.quantizer import Quantizer
@@ -26,14 +26,7 @@ class Plain:
         return f"{fused[0]} holds fused experts; use export.format=packed" if fused else None
 
     def check_target(self, folder: Path, run_id: str | None = None) -> None:
-        if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
-            return
-        try:
-            origin = json.loads((folder / ORIGIN).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            raise RequestError(f"export.dir={folder} is not empty and holds no plain checkpoint") from None
-        if run_id is not None and origin["run_id"] != run_id:
-            raise RequestError(f"export.dir={folder} holds the checkpoint of point {origin['run_id']}")
+        check_target(folder, run_id, _origin, "plain checkpoint")
 
     def save(self, model: Any, tokenizer: Any, folder: Path, origin: Mapping[str, Any]) -> None:
         self.check_target(folder)
@@ -48,3 +41,10 @@ class Plain:
             model.save_pretrained(partial, state_dict=tensors)
             tokenizer.save_pretrained(partial)
             (partial / ORIGIN).write_text(json.dumps(dict(origin), indent=1), encoding="utf-8")
+
+
+def _origin(folder: Path) -> Mapping[str, Any]:
+    try:
+        return json.loads((folder / ORIGIN).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        raise RequestError(f"{folder} holds no plain checkpoint") from None
