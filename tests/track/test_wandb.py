@@ -55,7 +55,7 @@ def test_the_real_one_keeps_a_point_and_a_sweep_offline(tmp_path, caplog, monkey
     OFFLINE.point(example(), tmp_path, None)
     OFFLINE.sweep(sweep(), tmp_path, NAME)
     assert "failed" not in caplog.text
-    kept = list(tmp_path.glob("wandb/*/*.wandb"))
+    kept = list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
     names = {path.parent.name.partition("_")[2].partition("-")[2] for path in kept}
     assert names == {example().run_id, NAME}
     for path in kept:
