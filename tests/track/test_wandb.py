@@ -48,17 +48,18 @@ def test_a_run_holds_config_summary_and_layers(tmp_path, caplog, runs):
 
 
 @pytest.mark.slow
-def test_the_real_one_keeps_a_point_and_a_sweep_offline(tmp_path, caplog):
+def test_the_real_one_keeps_a_point_and_a_sweep_offline(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(socket, "gethostname", lambda: "the-host-of-this-machine")
     pytest.importorskip("wandb", reason="pip install 'qbench-llm[wandb]'")
     pytest.importorskip("matplotlib", reason="pip install 'qbench-llm[wandb]'")
     OFFLINE.point(example(), tmp_path, None)
     OFFLINE.sweep(sweep(), tmp_path, NAME)
     assert "failed" not in caplog.text
-    kept = list(tmp_path.glob("wandb/*/*.wandb"))
+    kept = list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
     names = {path.parent.name.partition("_")[2].partition("-")[2] for path in kept}
     assert names == {example().run_id, NAME}
     for path in kept:
-        assert socket.gethostname().encode() not in path.read_bytes()
+        assert b"the-host-of-this-machine" not in path.read_bytes()
 
 
 @pytest.mark.parametrize(
