@@ -180,7 +180,7 @@ def test_what_no_tokenizer_could_cut_is_refused_without_one():
     [
         ({"window": 1}, r"task\.window must be at least 2"),
         ({"max_windows": 0}, r"task\.max_windows"),
-        ({"protocol": "magic"}, r"unknown protocol 'magic'; choose from: crops, lmeval, pages, windows"),
+        ({"protocol": "magic"}, r"unknown task.protocol 'magic'; choose from: crops, lmeval, pages, windows"),
         ({"protocol": "crops"}, "number of crops to draw"),
         ({"protocol": "pages"}, r"task\.pages must be at least 1"),
         ({"limit": 4}, r"unknown key for task\.protocol=windows: 'task\.limit'"),

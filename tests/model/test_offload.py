@@ -234,7 +234,7 @@ def test_on_a_cpu_it_is_refused(qbench):
 def test_a_packed_checkpoint_has_nothing_to_offload(qbench):
     outcome = qbench("model=packed", "model.path=anywhere", "runtime.offload=true")
     assert outcome.status == 2
-    assert "qbench: model=packed is loaded as it is packed, in full; leave out runtime.offload" in outcome.stderr
+    assert "qbench: model=packed is loaded as it is quantized, in full; leave out runtime.offload" in outcome.stderr
 
 
 def many_blocks():

@@ -33,7 +33,7 @@ def pinned(name: str) -> str:
 def refused(outcome) -> str:
     """The one sentence of a request that was refused before anything was measured."""
     assert outcome.status == 2
-    assert outcome.stdout == ""
+    assert outcome.summary["status"] == "refused"
     (sentence,) = outcome.stderr.splitlines()
     assert not list(Path().rglob("result.json"))
     return sentence

@@ -66,10 +66,10 @@ def test_fingerprint_covers_what_defines_the_model_and_nothing_else(saved):
 
 
 def test_fingerprint_is_computed_once_per_point(qbench, saved, monkeypatch):
-    from qbench.sources import files as folder
+    from qbench.checkpoint import manifest
 
-    read, hashed = folder.manifest.file_sha256, []
-    monkeypatch.setattr(folder.manifest, "file_sha256", lambda path: hashed.append(path.name) or read(path))
+    read, hashed = manifest.file_sha256, []
+    monkeypatch.setattr(manifest, "file_sha256", lambda path: hashed.append(path.name) or read(path))
     assert qbench("model=local", f"model.path={saved}", "quantizer=rtn", "task.max_windows=1").status == 0
     assert hashed.count("model.safetensors") == 1
 
