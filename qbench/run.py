@@ -6,7 +6,7 @@ import logging
 import sys
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
@@ -60,6 +60,15 @@ class Clock:
 def run_point(config: Config, command: list[str]) -> Result:
     """`run_prepared` of a point alone. Raises RequestError for a request that cannot be served."""
     return run_prepared(prepare(config, command))
+
+
+def run_pass(points: Sequence[Prepared], group: str | None = None) -> Iterator[tuple[Prepared, Result]]:
+    """Runs points that share model, text, precision and device (sweep/passes.py); gives each as soon as it is recorded.
+
+    A point that fails drops out alone. `group` and what is raised are as in `run_prepared`.
+    """
+    for point in points:
+        yield point, run_prepared(point, group)
 
 
 def run_prepared(point: Prepared, group: str | None = None) -> Result:

@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 
 from qbench.config import RuntimeConfig
+from qbench.evaluate.asks import Asks
 from qbench.record.identity import PERMISSIONS, SOURCE_OF_TEXT
 from qbench.record.quality import EvaluationRecord, TaskRecord
 
@@ -48,6 +49,13 @@ class Evaluation(typing.Protocol):
     @property
     def ids(self) -> np.ndarray | None:
         """Of the windows, `[windows, tokens]`; None where they are made while it is scored."""
+        ...
+
+    def asks(self) -> Asks | None:
+        """What a pass over the model's blocks answers; None where the whole model must be there (generation).
+
+        The two methods below are for a model that is no chain of blocks, or that must be there for another reason.
+        """
         ...
 
     def score_baseline(self, model: Any) -> Scores:
