@@ -11,7 +11,7 @@ Scoring equals HFLM's `_loglikelihood_tokens` with the first token as context (t
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -26,6 +26,13 @@ CHUNK_BYTES = 32 * 2**20
 CONFIDENT = 0.5  # the original is, of a position, where its most probable token is at least as probable
 
 COMPARED = ("kl", "kl_reverse", "agrees", "squared_change", "confident")  # what a reader adds beside the original
+
+
+def row_chunks(logits: Tensor) -> Iterator[slice]:
+    """Rows of logits `[tokens, vocabulary]` that are widened together."""
+    itemsize = torch.promote_types(logits.dtype, torch.float32).itemsize
+    step = max(1, CHUNK_BYTES // (itemsize * logits.shape[-1]))
+    return (slice(first, first + step) for first in range(0, len(logits), step))
 
 
 class NonFiniteError(PointError):
@@ -90,10 +97,8 @@ class WindowReader:
 
     def _read(self, window: int, logits: Tensor, original: Tensor | None, masked: bool = False) -> np.ndarray:
         targets = torch.from_numpy(self.asks.ids[window, 1:]).to(logits.device)[:, None]
-        itemsize = torch.promote_types(logits.dtype, torch.float32).itemsize
-        step = max(1, CHUNK_BYTES // (itemsize * logits.shape[-1]))
         parts = []
-        for rows in (slice(first, first + step) for first in range(0, len(logits), step)):
+        for rows in row_chunks(logits):
             log_q = log_probabilities(logits[rows])
             true = log_q.gather(1, targets[rows])[:, 0]
             found = [-true]
