@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from qbench.errors import PointError
 from qbench.format.format import Format
-from qbench.layers.expert_form import Activation, expert_weights, form
+from qbench.layers.expert_form import Activation, expert_weights, form, stacked_parameters
 from qbench.layers.experts import QuantExperts
 from qbench.layers.linear import QuantLinear, backend, relative_error
 from qbench.model.linears import Linears, find_linears, matrix, replace_module
@@ -115,10 +115,25 @@ def require_finite(model: Any, offloaded: bool = False) -> None:
     with fetching(model.device, offloaded) as fetch:
         arrivals = fetch([weight] for _, weight in _each_weight(found))
         for name, [weight] in zip(names, arrivals, strict=True):
-            if bad := int((~torch.isfinite(weight)).sum()):
-                raise PointError(
-                    f"layer {name}: {bad} of {weight.numel()} weights are NaN or Inf; nothing can quantize that"
-                )
+            _require_finite(name, weight)
+
+
+def require_finite_weights(layers: dict[str, nn.Module], experts: dict[str, nn.Module]) -> None:
+    """As `require_finite`, for the linears and fused experts of one block, which are on their device."""
+    found = Linears(layers, experts, [])
+    weights = [
+        *(m.weight for m in layers.values()),
+        *(p for m in experts.values() for p in stacked_parameters(m).values()),
+    ]
+    if not weights or torch.stack([torch.isfinite(weight).all() for weight in weights]).all():
+        return
+    for name, weight in _each_weight(found):
+        _require_finite(name, weight)
+
+
+def _require_finite(name: str, weight: Tensor) -> None:
+    if bad := int((~torch.isfinite(weight)).sum()):
+        raise PointError(f"layer {name}: {bad} of {weight.numel()} weights are NaN or Inf; nothing can quantize that")
 
 
 def quantize_linears(

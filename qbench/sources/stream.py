@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import nn
 
+from qbench.model.blocks import find_blocks
+
 
 class Stream(typing.Protocol):
     """What `Source.stream` gives: folder.Folder and the random shapes are such, and Whole of a model that is here."""
@@ -27,3 +29,27 @@ class Stream(typing.Protocol):
     def block(self, i: int) -> nn.Module:
         """Block `i` in eval mode on the device. Raises PointError when it cannot be read any more."""
         ...
+
+
+class Whole:
+    """A model that is in memory, as a stream: its blocks are its own, and stay."""
+
+    resident = True
+
+    def __init__(self, model: Any) -> None:
+        """Raises NotAChainError for a model without a list of blocks of their own."""
+        self.model = model
+        self.prefix, self._blocks = find_blocks(model)
+
+    def __len__(self) -> int:
+        return len(self._blocks)
+
+    def bytes_of_block(self, i: int | None) -> int:
+        own = [sum(p.nbytes for p in block.parameters()) for block in self._blocks]
+        return own[i] if i is not None else sum(p.nbytes for p in self.model.parameters()) - sum(own)
+
+    def rest(self) -> Any:
+        return self.model
+
+    def block(self, i: int) -> nn.Module:
+        return self._blocks[i]
