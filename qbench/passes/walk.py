@@ -53,6 +53,9 @@ class Walk:
         self.found = find_linears(self.skeleton)
         self.tally = Tally(self.model, self.skeleton, stream.prefix)
         self.names = [self._names(f"{stream.prefix}.{i}.") for i in range(len(stream))]
+        if stream.resident:  # else a block is looked at when it comes
+            for i, names in enumerate(self.names):
+                require_finite_weights(*names.inside(stream.block(i)))
         self.ids: list[Tensor] = []
         self.calls: list[Calls] = []
 

@@ -20,6 +20,7 @@ from qbench.layers.linear import use_kernels
 from qbench.model import coverage
 from qbench.passes import account
 from qbench.passes.calibrate import Calibration, cut_sequences
+from qbench.passes.quantize import warn
 from qbench.passes.reference import Reference
 from qbench.passes.shown import Shown
 from qbench.passes.states import States, wait_on_host
@@ -232,6 +233,7 @@ def _conclude(
         quantization = account.of_variant(
             one.variant, point.config.quantizer["name"], about, walk.found, one.calibration
         )
+        warn(one.variant.rows)
         if reason := coverage.shortfall(
             quantization.coverage, point.config.runtime.min_coverage, quantization.skipped, "were"
         ):
