@@ -86,6 +86,7 @@ class Result(Strict):
             if record.divergence is not None:
                 for key in ("kl", "kl_reverse", "top1_agreement", "true_token_rms_change"):
                     flat[prefix + key] = getattr(record.divergence, key).value
+                flat[prefix + "kl_p99"] = record.divergence.kl_p99
             flat |= {prefix + metric.name: metric.value for metric in record.metrics}
         for record in self.tasks:
             for metric in record.metrics:
