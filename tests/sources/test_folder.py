@@ -231,7 +231,7 @@ def overwrite(pattern, content):
         (double, r"\w+.weight is both in model-00001-of-\d+.safetensors and in model-00002-of-\d+.safetensors$"),
         (overwrite("*.safetensors", b"a page of HTML, which is no model"), "is truncated or no safetensors file"),
         (overwrite("*.safetensors", b"\3" + b"\0" * 7 + b"[1]"), "has no readable safetensors header"),
-        (overwrite("*.safetensors", b""), "is truncated or no safetensors file, no header fits into 0 bytes"),
+        (overwrite("*.safetensors", b""), "is truncated or no safetensors file: no header fits into its 0 bytes"),
         (overwrite("*.index.json", b"{}"), "is not an index of safetensors shards: it needs a weight_map"),
         (lambda folder: (folder / "model.safetensors.index.json").unlink(), "has neither model.safetensors nor model"),
         (overwrite("config.json", b"{}"), "cannot read a model from .*: its config.json makes no causal"),
