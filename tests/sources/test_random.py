@@ -141,7 +141,7 @@ def test_a_point_of_a_random_model(qbench):
     assert outcome.status == 0, outcome.stderr
     assert outcome.summary["model"] == "random-smollm2-135m-1layers"
     assert outcome.summary["fingerprint"] == "random:1:smollm2-135m:1layers:seed0"
-    [result] = [json.loads(path.read_text()) for path in Path("outputs/results").glob("*.json")]
+    [result] = [json.loads(path.read_text()) for path in Path("outputs/results").glob("*/result.json")]
     assert result["model"]["note"] == "seeded random weights: perplexities mean nothing"
     assert 1e4 < outcome.summary["baseline_ppl"] < 1e6  # near the size of the vocabulary
 
