@@ -163,7 +163,7 @@ def expressible(model: nn.Module) -> dict[str, QuantizedWeight]:
             continue
         if not isinstance(module, QuantLinear):
             raise RequestError(f"{name}: AutoGPTQ's format has no place for stacks of experts; {INSTEAD}")
-        weights[name] = weight = module.weight
+        weights[name] = weight = module.quantized
         rows, columns = weight.shape
         if reason := format_refusal(weight) or shape_refusal(rows, columns, weight.group_size):
             raise RequestError(f"layer {name}: {reason}")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override, OverrideType
+from hydra.core.override_parser.types import Override, OverrideType, Quote, QuotedString, Transformer
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
@@ -22,7 +22,7 @@ from qbench.errors import PlanError, RequestError
 from qbench.request import experiment
 from qbench.request import explain as requests
 from qbench.request.hubnames import spelled_out
-from qbench.request.overrides import check, check_keys
+from qbench.request.overrides import check, check_keys, parse
 from qbench.sweep.prepared import remembered
 
 if TYPE_CHECKING:
@@ -73,9 +73,17 @@ def combinations(overrides: Sequence[Override]) -> Iterator[tuple[str, ...]]:
     for override in overrides:
         key = override.get_key_element()
         swept = override.is_sweep_override()
-        values = override.sweep_string_iterator() if swept else [override.get_value_element_as_str()]
+        values = override.sweep_iterator(_written) if swept else [override.get_value_element_as_str()]
         choices[key] = [f"{key}={value}" for value in values]
     return itertools.product(*choices.values())
+
+
+def _written(value: Any) -> str:
+    """One value of a sweep as an override has it. A text stays one: of choice("64") Hydra takes the quotes off."""
+    written = Transformer.str(value)
+    if isinstance(value, str) and not isinstance(parse(f"key={written}").value(), str):
+        return QuotedString(value, Quote.double).with_quotes()
+    return written
 
 
 def plan(found: list[tuple[str, ...]], composed: DictConfig, loader: ConfigLoader, elsewhere: bool) -> list[Planned]:

@@ -14,7 +14,7 @@ from hydra.plugins.sweeper import Sweeper
 import qbench.sweep
 from qbench.errors import SweepFailed
 from qbench.sweep.plan import combinations
-from tests.conftest import ROOT
+from tests.conftest import ROOT, refused
 
 READ_AT = {"hydra-core": "1.3.8"}
 
@@ -103,6 +103,18 @@ def test_products_are_those_of_hydras_own_sweeper(overrides, points):
     parsed = OverridesParser.create().parse_overrides(overrides)
     assert list(combinations(parsed)) == points
     assert [list(point) for point in points] == BasicSweeper.split_arguments(parsed, None)[0]
+
+
+def test_a_quoted_value_of_a_sweep_stays_a_text(qbench):
+    """Of choice("64") Hydra's parser takes the quotes off, and its own sweeper would hand on the number."""
+    values = 'choice("64","null","1e400","a, b",64,"${x}",rtn)'
+    (written,) = zip(*combinations(OverridesParser.create().parse_overrides([f"a={values}"])), strict=True)
+    parsed = [override.value() for override in OverridesParser.create().parse_overrides(list(written))]
+    assert [getattr(value, "text", value) for value in parsed] == ["64", "null", "1e400", "a, b", 64, "${x}", "rtn"]
+    for quoted in ('"64"', '"null"', '"-inf"', '"true"'):
+        sentence = refused(qbench("-m", "model=tiny-dense", f"calibration=choice({quoted})", "--dry-run"))
+        assert sentence.startswith(f"qbench: unknown calibration {quoted.replace(chr(34), chr(39))}")
+    assert qbench("-m", "model=tiny-dense", 'calibration.path="64"', "--dry-run").status == 0
 
 
 def test_a_prepared_pass_runs_from_its_file_and_composes_nothing(qbench, monkeypatch):
