@@ -81,10 +81,6 @@ class Import(NamedTuple):
 # (file, module) -> reason. An entry that nothing needs any longer fails, so that the list only gets shorter.
 EXCEPTIONS: dict[tuple[str, str], str] = {
     ("qbench/registry.py", "qbench.quant.quantizer"): "for the type checker: `make_quantizer` says what it returns",
-    (
-        "qbench/request/estimate.py",
-        "qbench.sweep.plan",
-    ): "for the type checker: whose points it estimates",
 }
 
 
