@@ -124,11 +124,12 @@ def _prepared_point(arguments: list[str]) -> int:
     logging.config.dictConfig(yaml.safe_load(settings))
 
     def measure() -> Result:
-        from qbench.run import run_prepared
+        from qbench.run import run_pass
         from qbench.sweep import prepared
 
         sent = prepared.read(Path(arguments[0]))
-        return run_prepared(prepared.prepare_again(sent), sent.group)
+        [(_, result)] = run_pass([prepared.prepare_again(sent)], sent.group)
+        return result
 
     return _answer(measure)
 

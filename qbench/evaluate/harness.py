@@ -23,6 +23,7 @@ from qbench.errors import PointError
 from qbench.evaluate import aggregate, hflm, shots
 from qbench.evaluate.documents import LeafScores, TaskScores
 from qbench.evaluate.hflm import wrap
+from qbench.evaluate.limits import batch_size
 from qbench.evaluate.lmeval import LoadedTask, seed_everything
 from qbench.evaluate.protocol import Scores
 from qbench.evaluate.windowed import name_of
@@ -53,7 +54,7 @@ class TaskEvaluation:
             "protocol": " ".join(task.protocol for task in self.tasks),
             "documents": self.sha256,
             "revisions": [task.revision for task in self.tasks],
-            "batch_size": self.runtime.batch_size,
+            "batch_size": batch_size(self.runtime, self.runtime.device),
             "arrays": 2,  # the form of what is kept
         }
 

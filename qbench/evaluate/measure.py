@@ -19,10 +19,12 @@ def baseline(
 ) -> tuple[Scores, bool]:
     """The unquantized model's scores, and whether they were at hand: the same model, protocol and machine share them.
 
+    Those of a pass are others: in the last bits, and in what is kept for a divergence.
+
     Raises RequestError when the file kept for this model holds another one's.
     """
     where = {k: environment.get(k) for k in ("device", "dtype", "packages", "gpu", "cpu")}
-    key = identity(fingerprint, evaluation.identity, where, __version__)
+    key = identity(fingerprint, evaluation.identity, where, __version__, "resident")
     about = {"model": fingerprint, "protocol": str(evaluation.identity["protocol"])}
     with store.lock(f"baseline-{key}", "the baseline"):
         scores = store.load_baseline(key, about)

@@ -35,12 +35,19 @@ class IntervalRecord(Strict):
 class DivergenceRecord(Strict):
     """How far the quantized model's next-token distributions are from the baseline's; zero and one for equal models."""
 
-    topk: int  # baseline probabilities kept per position; the others, the tail, are sampled
-    tail_mass: float  # mean probability of the tail; 0 where topk covers the vocabulary, and everything is exact
-    tokens: int  # positions compared
+    tokens: int  # positions compared, each over the whole vocabulary
     kl: IntervalRecord  # KL(baseline || quantized), nats per token
     kl_reverse: IntervalRecord  # KL(quantized || baseline), nats per token
-    kl_p99: float  # 99th percentile over tokens, nats
+    # over tokens, of KL(baseline || quantized), nats: a few tokens make most of a mean, and these say how few
+    kl_p50: float
+    kl_p90: float
+    kl_p99: float
+    kl_p999: float
+    kl_max: float
+    # the same as means, where the baseline's most probable token has at least half of the probability, and elsewhere
+    confident_share: float  # of the tokens
+    kl_confident: float | None  # None where there is no such token
+    kl_unconfident: float | None
     top1_agreement: IntervalRecord  # share of the positions where both find the same token most probable
     true_token_rms_change: IntervalRecord  # root mean square change of the probability of the token that follows
 

@@ -23,6 +23,7 @@ from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -98,6 +99,23 @@ class Store:
             log.warning(
                 "the baseline is not kept in %s (%s): the next point measures it again", self.baselines, error.strerror
             )
+
+    def save_states(self, path: Path, tensors: Mapping[str, Any], about: Mapping[str, str]) -> bool:
+        """Writes torch tensors that the original's scores go with; False, with a warning, where there is no room."""
+        from safetensors.torch import save_file
+
+        partial = path.with_name(f"{PARTIAL}{os.getpid()}-{path.name}")
+        try:
+            self.baselines.mkdir(parents=True, exist_ok=True)
+            save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, partial, dict(about))
+            os.replace(partial, path)
+        except (OSError, SafetensorError) as error:
+            partial.unlink(missing_ok=True)
+            log.warning(
+                "the original's states are not kept in %s (%s): the next point measures it again", self.baselines, error
+            )
+            return False
+        return True
 
     def load_baseline(self, key: str, about: Mapping[str, str]) -> dict[str, np.ndarray] | None:
         """What was saved under the key, or None when it must be measured.

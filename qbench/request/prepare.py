@@ -15,6 +15,7 @@ from qbench.checkpoint.exporter import Exporter
 from qbench.config import CalibrationConfig, Config
 from qbench.errors import RequestError
 from qbench.evaluate import measure, speed
+from qbench.evaluate.limits import batch_size
 from qbench.evaluate.protocol import Protocol
 from qbench.evaluate.protocol import Source as Scored
 from qbench.evaluate.text import Text, read_calibration
@@ -103,8 +104,7 @@ def prepare(
     check_offload(config.runtime, device)
     coverage.check_setting(config.runtime)
     dtype = pick_dtype(config.runtime, device)
-    if config.runtime.batch_size < 1:
-        raise RequestError(f"runtime.batch_size must be at least 1, got {config.runtime.batch_size}")
+    config = replace(config, runtime=replace(config.runtime, batch_size=batch_size(config.runtime, device.type)))
     protocol: Protocol = make(PROTOCOL, config.task)
     protocol.check(config.runtime)
     source = read(protocol)

@@ -7,7 +7,7 @@ from qbench.errors import RequestError
 from qbench.passes.chain import Chain
 from qbench.sources import skeleton
 from qbench.sources.ahead import ahead
-from qbench.sources.random import Random
+from qbench.sources.random import Drawn
 from qbench.sources.shapes import SHAPES, configuration
 from tests.sources.cases import CPU, assert_same, gpu, needs_cuda, tensors
 
@@ -33,25 +33,25 @@ def test_every_shape_has_the_published_number_of_parameters(name):
 
 def test_a_block_depends_on_the_seed_and_its_number_alone():
     torch.manual_seed(1)
-    source = Random("smollm2-135m", 0, torch.bfloat16, CPU, layers=3)
+    source = Drawn("smollm2-135m", 0, torch.bfloat16, CPU, layers=3)
     state = torch.get_rng_state()
     one, two = source.block(1), source.block(2)
     assert torch.equal(torch.get_rng_state(), state)
     torch.manual_seed(2)
-    again = Random("smollm2-135m", 0, torch.bfloat16, CPU)
+    again = Drawn("smollm2-135m", 0, torch.bfloat16, CPU)
     assert len(again) == 30
     assert_same(tensors(again.block(2)), tensors(two))
     assert_same(tensors(source.block(1)), tensors(one))
     assert not torch.equal(one.mlp.up_proj.weight, two.mlp.up_proj.weight)
     assert not torch.equal(one.self_attn.k_proj.weight, one.self_attn.v_proj.weight)
-    other = Random("smollm2-135m", 1, torch.bfloat16, CPU).block(1)
+    other = Drawn("smollm2-135m", 1, torch.bfloat16, CPU).block(1)
     assert not torch.equal(one.mlp.up_proj.weight, other.mlp.up_proj.weight)
     assert one.input_layernorm.weight.unique().tolist() == [1]
     assert one.mlp.up_proj.weight.float().std().item() == pytest.approx(0.02, rel=0.01)
 
 
 def test_it_is_a_chain_that_runs():
-    source = Random("smollm2-135m", 0, torch.float32, CPU, layers=2)
+    source = Drawn("smollm2-135m", 0, torch.float32, CPU, layers=2)
     model = source.rest()
     assert model.lm_head.weight is model.model.embed_tokens.weight
     assert source.bytes_of_block(None) == 4 * (49152 * 576 + 576)
@@ -69,18 +69,18 @@ def test_it_is_a_chain_that_runs():
 
 def test_what_is_not_known_is_refused():
     with pytest.raises(RequestError, match=r"unknown model.shape 'qwen3-8'; did you mean 'qwen3-8b'\?"):
-        Random("qwen3-8", 0, torch.float32, CPU)
+        Drawn("qwen3-8", 0, torch.float32, CPU)
     for layers in (0, 37):
         with pytest.raises(
             RequestError, match=f"model.layers={layers} must be between 1 and 36, the layers of qwen3-8b"
         ):
-            Random("qwen3-8b", 0, torch.float32, CPU, layers)
+            Drawn("qwen3-8b", 0, torch.float32, CPU, layers)
 
 
 @gpu
 @needs_cuda
 def test_a_mixture_too_large_for_the_gpu_streams_through_it():
-    source = Random("deepseek-v2.5", 0, torch.bfloat16, torch.device("cuda"))
+    source = Drawn("deepseek-v2.5", 0, torch.bfloat16, torch.device("cuda"))
     chain = Chain.of(source.rest())
     ids = torch.arange(512, device="cuda").view(2, 256)
     states, calls = chain.begin(ids)
