@@ -264,5 +264,5 @@ def test_a_baseline_on_other_documents_is_refused(tiny, wikitext):
     evaluation = prepare(wikitext, tiny[1])
     baseline = evaluation.score_baseline(tiny[0])
     baseline["wikitext|prompts"] = np.zeros(32, np.uint8)
-    with pytest.raises(PointError, match="kept baseline is of other documents"):
+    with pytest.raises(PointError, match="kept reference is of other documents"):
         evaluation.score(tiny[0], baseline)
