@@ -20,7 +20,7 @@ from torch import Tensor
 from qbench import __version__
 from qbench.evaluate.protocol import Scores
 from qbench.passes.states import States
-from qbench.record.store import Store, identity
+from qbench.record.store import Store, identity, require_about
 
 log = logging.getLogger(__name__)
 
@@ -64,8 +64,7 @@ class Reference:
             return scores, None
         try:
             with safe_open(self.path, "pt") as file:
-                if (file.metadata() or {}).get("protocol") != self.about["protocol"]:
-                    return None, None
+                require_about(self.path, file.metadata() or {}, self.about)
         except (FileNotFoundError, SafetensorError, OSError):
             return None, None
         return scores, Kept(self.path, device)

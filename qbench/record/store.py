@@ -129,13 +129,18 @@ class Store:
                 scores = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except (FileNotFoundError, SafetensorError):
             return None
-        for what, expected in about.items():
-            if found.get(what) != expected:
-                raise RequestError(
-                    f"{path} holds a reference whose {what} is {found.get(what, 'not given')}, this point needs "
-                    f"{expected}; remove the file, and the original is measured again"
-                )
+        require_about(path, found, about)
         return scores
+
+
+def require_about(path: Path, found: Mapping[str, str], about: Mapping[str, str]) -> None:
+    """Raises RequestError when a kept file's metadata `found` say that it is of another model or text than `about`."""
+    for what, expected in about.items():
+        if found.get(what) != expected:
+            raise RequestError(
+                f"{path} holds a reference whose {what} is {found.get(what, 'not given')}, this point needs "
+                f"{expected}; remove the file, and the original is measured again"
+            )
 
 
 def write_atomically(path: Path, content: bytes) -> None:

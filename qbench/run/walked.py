@@ -152,9 +152,9 @@ def _stream(point: Prepared, whole: bool) -> tuple[Stream, str]:
     if not whole and (stream := getattr(source, "stream", None)) is not None:
         found = stream(point.dtype, point.device, cache, point.identity.weights)
         if found is not None:
-            return found, getattr(source, "note", "")
+            return found, found.note
     loaded = source.load(point.dtype, point.device, cache, False, point.identity.weights)
-    return Whole(loaded.model), loaded.note
+    return Whole(loaded.model, loaded.note), loaded.note
 
 
 def _check(one: Asked, walk: Walk, evaluation: Evaluation) -> None:
