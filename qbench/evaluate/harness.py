@@ -76,7 +76,7 @@ class TaskEvaluation:
                     f"{task.name}: its prompts change from one evaluation to the next, whatever the seed, so that a "
                     "model and its baseline would not be asked the same"
                     if made_here
-                    else f"{task.name}: the kept baseline is of other documents; remove it from outputs/baselines"
+                    else f"{task.name}: the kept reference is of other documents; remove it from outputs/baselines"
                 )
         return scores
 
