@@ -92,7 +92,7 @@ class TaskEvaluation:
                 raise PointError(
                     hflm.prompts_change(task.name)
                     if made_here
-                    else f"{task.name}: the kept baseline is of other documents; remove it from outputs/baselines"
+                    else f"{task.name}: the kept reference is of other documents; remove it from outputs/baselines"
                 )
         return scores
 

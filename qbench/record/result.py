@@ -38,7 +38,9 @@ class Result(Strict):
     config: dict[str, Any]  # what was asked for, for people; what it is a measurement of is the identity
     identity: Identity
     environment: dict[str, Any]
-    seconds: dict[str, float] = field(default_factory=dict)  # wall time of each phase
+    seconds: dict[str, float] = field(default_factory=dict)  # wall time of each phase; load and baseline are the pass's
+    pass_id: str | None = None  # of the pass that it was measured in with others, which shared load and baseline
+    pass_points: int = 1  # that the pass measured
     model: ModelRecord | None = None
     quantization: QuantizationRecord | None = None
     evaluation: list[EvaluationRecord] = field(default_factory=list)

@@ -7,12 +7,14 @@ stored once, buffers of old versions, the layers for multi-token prediction that
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-from qbench.errors import RequestError
+import torch
 
-NOTHING_AMISS = {"missing_keys": (), "unexpected_keys": (), "mismatched_keys": (), "error_msgs": ()}
+from qbench.errors import RequestError
+from qbench.sources.files import ModelError
+
 SHOWN = 3  # names in a sentence
 
 
@@ -33,9 +35,14 @@ def require_complete(model: Any, report: Mapping[str, Any], name: str) -> None:
             f"the weights of {name} are not those of its config.json: {'; '.join(found)}. Save the model anew with "
             "save_pretrained, or mend its config.json"
         )
-    codes = sorted({str(p.dtype) for p in model.parameters() if not p.is_floating_point() or p.element_size() < 2})
+    require_floats((parameter.dtype for parameter in model.parameters()), name)
+
+
+def require_floats(dtypes: Iterable[torch.dtype], name: str) -> None:
+    """Raises ModelError when weights are integers or have fewer than 16 bits; loading would cast such codes."""
+    codes = sorted({str(dtype) for dtype in dtypes if not dtype.is_floating_point or dtype.itemsize < 2})
     if codes:
-        raise RequestError(
+        raise ModelError(
             f"{name} is quantized already ({', '.join(codes)}): name the checkpoint it was made of, in 16 or 32 bits"
         )
 

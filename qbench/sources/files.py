@@ -26,7 +26,7 @@ BESIDE = (
 
 
 class ModelError(RequestError):
-    """The configuration itself says that no point of this model can run."""
+    """Configuration or headers say that no point of this model can run."""
 
 
 def check_config(folder: Path, name: str, trust_remote_code: bool) -> None:

@@ -21,29 +21,33 @@ from typing import Any
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from qbench.errors import PointError, RequestError
 from qbench.model.blocks import block_of, find_blocks
-from qbench.sources import skeleton
+from qbench.sources import files, skeleton
+from qbench.sources.complete import require_complete, require_floats
 from qbench.sources.shards import Lazy, Shards
+from qbench.sources.stream import assembled
 
 
 class Folder:
-    """A source of weights in `dtype` on `device`.
+    """A stream (stream.py) of weights in `dtype` on `device`, from a folder that errors call `name`.
 
     Raises RequestError when the folder is no complete model, or one that is quantized already, and NotAChainError for a
-    model without a list of blocks.
+    model without a list of blocks of their own.
     """
 
+    resident = False
+
     def __init__(
-        self, path: Path | str, dtype: torch.dtype, device: torch.device, trust_remote_code: bool = False
+        self, path: Path | str, dtype: torch.dtype, device: torch.device, name: str | None = None, note: str = ""
     ) -> None:
         from transformers.conversion_mapping import get_model_conversion_mapping
 
-        self.path, self.dtype, self.device = Path(path), dtype, torch.device(device)
+        self.path, self.dtype, self.device, self.note = Path(path), dtype, torch.device(device), note
+        self.name = name or str(path)
         self.shards = Shards(self.path)
-        self._skeleton = _skeleton(self.path, dtype, trust_remote_code)  # weights pass through it, one block at a time
+        self._skeleton = _skeleton(self.path, dtype, self.name)  # weights pass through it, one block at a time
         self.prefix, self._blocks = find_blocks(self._skeleton)
         self._mapping = get_model_conversion_mapping(self._skeleton)
         self._plan = self._skeleton._get_dtype_plan(dtype)  # what stays in fp32 whatever is asked for
@@ -58,13 +62,21 @@ class Folder:
         return sum(self.shards.tensors[key].nbytes for key in self._keys[i])
 
     def rest(self) -> Any:
-        """The model in eval mode, all but its blocks loaded; its blocks stay on the meta device."""
+        """The model in eval mode, all but its blocks loaded, with the settings that from_pretrained gives it.
+
+        Its blocks stay on the meta device.
+        """
         model = skeleton.copy_of(self._skeleton, self._skeleton)
         info = self._load(model, self._keys[None])
         model.tie_weights(missing_keys=set(info.missing_keys), recompute_mapping=False)
         for name, module in model.named_modules():
             if block_of(f"{name}.", self.prefix) is None:
                 skeleton.initialize(model, name, module, self.device)
+        model.config.name_or_path = str(self.path)
+        if model.can_generate() and hasattr(model, "adjust_generation_fn"):  # what generation_config.json says
+            absent = dict.fromkeys(("cache_dir", "proxies", "token"))
+            here = dict(local_files_only=True, force_download=False, revision="main", subfolder="")
+            model.adjust_generation_fn(None, True, None, self.path, **absent, **here, trust_remote_code=False)
         return model.eval().requires_grad_(False)
 
     def block(self, i: int) -> nn.Module:
@@ -82,23 +94,10 @@ class Folder:
         finally:
             self._blocks[i] = self._skeleton.get_submodule(self.prefix)[i] = fresh
 
-    def whole(self) -> Any:
-        """The whole model, block by block, straight to the device; as from_pretrained gives it, in eval mode."""
-        model = self.rest()
-        blocks = model.get_submodule(self.prefix)
-        for i in tqdm(range(len(self)), desc="loading", unit="block"):
-            blocks[i] = self.block(i)
-        model.config.name_or_path = str(self.path)
-        if model.can_generate() and hasattr(model, "adjust_generation_fn"):  # what generation_config.json says
-            absent = dict.fromkeys(("cache_dir", "proxies", "token"))
-            here = dict(local_files_only=True, force_download=False, revision="main", subfolder="")
-            model.adjust_generation_fn(None, True, None, self.path, **absent, **here, trust_remote_code=False)
-        return model
-
     def _load(self, model: Any, keys: Iterable[str], device: torch.device | None = None) -> Any:
         """Converts what the shards hold under `keys` into the model's weights; `device` meta reads nothing.
 
-        Raises RequestError for what the headers tell, PointError for what happens while loading.
+        Raises PointError for a weight that cannot be made of what is stored; of `device` meta, that is in the report.
         """
         from transformers.core_model_loading import convert_and_load_state_dict_in_model
         from transformers.modeling_utils import LoadStateDictConfig
@@ -110,12 +109,8 @@ class Folder:
         )
         with _quiet():
             info, _ = convert_and_load_state_dict_in_model(model, values, config)
-        if info.conversion_errors:
-            key, error = next(iter(info.conversion_errors.items()))
-            kind = RequestError if device.type == "meta" else PointError
-            raise kind(f"{self.path}: {key} cannot be made of the tensors stored for it: {_last_line(error)}")
-        for key, found, wanted in sorted(info.mismatched_keys):
-            raise RequestError(f"{self.path}: {key} is {list(found)} there and {list(wanted)} in the configured model")
+        if info.conversion_errors and device.type != "meta":
+            raise PointError(f"{self.name}: {_not_made(info)}")
         return info
 
     def _value(self, key: str, device: torch.device) -> Any:
@@ -125,18 +120,25 @@ class Folder:
         return torch.empty(stored.shape, dtype=stored.dtype, device="meta")
 
     def _by_block(self) -> dict[int | None, list[str]]:
-        """The shards' keys by the block that they end up in; None: outside of the blocks."""
+        """The shards' keys by the block that they end up in; None: outside of the blocks.
+
+        Raises ModelError when those of the model's weights hold codes.
+        """
         from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
         renamings = [entry for entry in self._mapping if isinstance(entry, WeightRenaming)]
         converters = [entry for entry in self._mapping if isinstance(entry, WeightConverter)]
         wanted, base = self._skeleton.state_dict(), self._skeleton.base_model_prefix
+        weights = {name for name, _ in self._skeleton.named_parameters(remove_duplicate=False)}
+        dtypes: set[torch.dtype] = set()  # of those, as stored
         keys: dict[int | None, list[str]] = defaultdict(list)
         for key in self.shards.tensors:
             name, _ = rename_source_key(key, renamings, converters, base, wanted)
             if name not in wanted and key in wanted:
                 name = key  # as the conversion does
             keys[block_of(name, self.prefix) if name in wanted else None].append(key)
+            dtypes |= {self.shards.tensors[key].dtype} if name in weights else set()
+        require_floats(dtypes, self.name)
         return keys
 
     def _check(self) -> None:
@@ -145,22 +147,31 @@ class Folder:
         Of blocks that are alike, in the headers and in the model, one is converted: a mixture has tens of thousands of
         tensors, at a fraction of a millisecond each.
         """
-        alike: dict[Any, int] = {}
+        alike: dict[Any, list[int]] = defaultdict(list)
         for i, block in enumerate(self._blocks):
             wanted = tuple((name, tensor.shape) for name, tensor in block.state_dict().items())
-            alike.setdefault((wanted, self._stored(i)), i)
-        chosen = {None, *alike.values()}
-        info = self._load(self._skeleton, [k for i in chosen for k in self._keys[i]], torch.device("meta"))
-        info.missing_keys = {key for key in info.missing_keys if block_of(key, self.prefix) in chosen}
+            alike[wanted, self._stored(i)].append(i)
+        members: dict[int | None, list[int]] = {blocks[0]: blocks for blocks in alike.values()}
+
+        def everywhere(key: str) -> list[str]:
+            if (i := block_of(key, self.prefix)) is None:
+                return [key]
+            return [f"{self.prefix}.{j}{key.removeprefix(f'{self.prefix}.{i}')}" for j in members[i]]
+
+        keys = [key for i in (None, *members) for key in self._keys[i]]
+        info = self._load(self._skeleton, keys, torch.device("meta"))
+        info.missing_keys = {key for key in info.missing_keys if block_of(key, self.prefix) in (None, *members)}
         for tied, source in self._skeleton.all_tied_weights_keys.items():
             if not {tied, source} <= info.missing_keys:
                 info.missing_keys -= {tied, source}
         self._skeleton._adjust_missing_and_unexpected_keys(info)  # removes what the model says may be ignored
-        for has, keys in (("lacks", info.missing_keys), ("has", info.unexpected_keys)):
-            if keys:
-                more = f" and {len(keys) - 1} more" if len(keys) > 1 else ""
-                but = ", which the configured model has" if has == "lacks" else ", which the configured model has not"
-                raise RequestError(f"{self.path} {has} {min(keys)}{more}{but}")
+        report = {
+            "missing_keys": [n for key in info.missing_keys - {*info.conversion_errors} for n in everywhere(key)],
+            "unexpected_keys": info.unexpected_keys,
+            "mismatched_keys": [(name, *shapes) for key, *shapes in info.mismatched_keys for name in everywhere(key)],
+            "error_msgs": [_not_made(info)] if info.conversion_errors else [],
+        }
+        require_complete(self._skeleton, report, self.name)
 
     def _stored(self, i: int) -> frozenset:
         """What the headers tell of block `i`, its number taken out of the names."""
@@ -171,38 +182,49 @@ class Folder:
         )
 
 
-def straight(path: Path, dtype: torch.dtype, device: torch.device) -> Any | None:
+def straight(path: Path, name: str, dtype: torch.dtype, device: torch.device) -> Any | None:
     """The whole model of a folder without a way through host memory, or None where from_pretrained is to be asked.
 
     That is for what is no list of blocks of their own (Zamba2), and for whatever Folder refuses: transformers reads it
-    after all, or the sentence about it is made from its report. Raises PointError when the device has no room, or when
-    a file changes meanwhile.
+    after all, or the sentence about it is made from its report. Raises ModelError for one that is quantized already,
+    and PointError when the device has no room, or when a file changes meanwhile.
     """
     import transformers
 
     transformers.logging.set_verbosity_error()
     try:
-        source = Folder(path, dtype, device)
+        stream = Folder(path, dtype, device, name)
+    except files.ModelError:
+        raise
     except Exception:  # nothing is read yet but headers, and from_pretrained says what is wrong
         return None
-    return source.whole()
+    return assembled(stream)
 
 
-def _skeleton(path: Path, dtype: torch.dtype, trust_remote_code: bool) -> Any:
+def _skeleton(path: Path, dtype: torch.dtype, name: str) -> Any:
     """The model on the meta device; raises RequestError when the configuration makes none."""
     from transformers import AutoConfig
 
     try:
         with _quiet():
-            config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=trust_remote_code)
+            config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
             if getattr(config, "quantization_config", None) is not None:
                 method = dict(config.quantization_config).get("quant_method", "an unknown method")
-                raise RequestError(f"{path} is quantized already, with {method}: it has no 16-bit weights to read")
-            return skeleton.make(config, dtype, trust_remote_code=trust_remote_code)
+                raise RequestError(f"{name} is quantized already, with {method}: it has no 16-bit weights to read")
+            return skeleton.make(config, dtype, trust_remote_code=False)
     except RequestError:
         raise
     except Exception as error:
-        raise RequestError(f"cannot make a causal language model of {path}/config.json: {_line(error)}") from error
+        if "trust_remote_code" in str(error):
+            raise files.code_refused(name) from None
+        raise RequestError(
+            f"cannot read a model from {name}: its config.json makes no causal language model: {first_line(error)}"
+        ) from error
+
+
+def _not_made(info: Any) -> str:
+    key, error = next(iter(info.conversion_errors.items()))
+    return f"{key} cannot be made of the tensors stored for it: {_last_line(error)}"
 
 
 @contextmanager
@@ -219,7 +241,8 @@ def _quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """What an error says first, for a sentence that goes on."""
     return re.sub(r"\s+", " ", (str(error).strip().splitlines() or [type(error).__name__])[0])[:200].rstrip(".")
 
 

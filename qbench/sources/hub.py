@@ -20,6 +20,7 @@ import torch
 from qbench.errors import RequestError
 from qbench.sources import files, pretrained
 from qbench.sources.source import LoadedModel
+from qbench.sources.stream import Stream
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
 
@@ -75,6 +76,11 @@ class Hub:
             self.weights(), self._repository(), dtype, device, offload, self.trust_remote_code
         )
         return LoadedModel(model, tokenizer, identity)
+
+    def stream(
+        self, dtype: torch.dtype, device: torch.device, cache: Path, identity: str | None = None
+    ) -> Stream | None:
+        return pretrained.read_stream(self.weights(), self._repository(), dtype, device, self.trust_remote_code)
 
     def described(self) -> Path:
         """Folder with config.json, and code if it may run; raises RequestError if it cannot be had or measured."""

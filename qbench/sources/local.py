@@ -14,6 +14,7 @@ from qbench.checkpoint import manifest
 from qbench.errors import RequestError
 from qbench.sources import files, pretrained
 from qbench.sources.source import LoadedModel
+from qbench.sources.stream import Stream
 
 
 @dataclass(frozen=True)
@@ -70,3 +71,9 @@ class Local:
         tokenizer, folder = self.tokenizer(cache), self.folder()
         model = pretrained.read_model(folder, str(folder), dtype, device, offload, self.trust_remote_code)
         return LoadedModel(model, tokenizer, identity)
+
+    def stream(
+        self, dtype: torch.dtype, device: torch.device, cache: Path, identity: str | None = None
+    ) -> Stream | None:
+        folder = self.folder()
+        return pretrained.read_stream(folder, str(folder), dtype, device, self.trust_remote_code)

@@ -15,10 +15,14 @@ from typing import Any
 import torch
 
 from qbench.errors import RequestError
+from qbench.model.blocks import NotAChainError
 from qbench.model.offload import leave_linears_on_host
 from qbench.sources import files
-from qbench.sources.complete import NOTHING_AMISS, require_complete
-from qbench.sources.folder import straight
+from qbench.sources.complete import require_complete
+from qbench.sources.folder import Folder, first_line, straight
+from qbench.sources.stream import Stream
+
+log = logging.getLogger(__name__)
 
 
 def read_tokenizer(place: Path, name: str, trust_remote_code: bool = False) -> Any:
@@ -48,10 +52,40 @@ def read_model(
 
     Its weights go straight to `device` where that can be done (folder.py), else through host memory.
     """
-    if not (offload or trust_remote_code) and (model := straight(place, dtype, device)) is not None:
-        require_complete(model, NOTHING_AMISS, name)
+    if not (offload or trust_remote_code) and (model := straight(place, name, dtype, device)) is not None:
         return settled(model, device, offload)
     return settled(_through_host(place, name, dtype, trust_remote_code), device, offload)
+
+
+def read_stream(
+    place: Path,
+    name: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    trust_remote_code: bool = False,
+    note: str = "",
+) -> Stream | None:
+    """As `read_model`, the model a block at a time; None where it is only to be had whole, as one with code of its own.
+
+    No byte of a weight is read before its sentence is said of a folder that lacks a tensor or holds a broken file.
+    """
+    import transformers
+
+    if trust_remote_code:
+        return None
+    transformers.logging.set_verbosity_error()
+    read_configuration(place, name)  # for its sentence
+    try:
+        return Folder(place, dtype, device, name, note)
+    except NotAChainError:
+        return None
+    except RequestError:
+        raise
+    except (
+        Exception
+    ) as error:  # an architecture that is read in a way of its own: loading knows it, or says what is wrong
+        log.warning("%s is read whole and not block by block: %s: %s", name, type(error).__name__, first_line(error))
+        return None
 
 
 def _through_host(place: Path, name: str, dtype: torch.dtype, trust_remote_code: bool) -> Any:
@@ -117,9 +151,8 @@ def readable(read: Callable[[], Any], place: Path, name: str) -> Any:
             raise RequestError(
                 f"the tokenizer of {name} is only read by the package {package}; install it with: pip install {package}"
             ) from error
-        first_line = (text.strip().splitlines() or [type(error).__name__])[0][:200]
         raise RequestError(
-            f"cannot read a model from {name}: {first_line.rstrip('.')}. It must hold config.json, a tokenizer "
+            f"cannot read a model from {name}: {first_line(error)}. It must hold config.json, a tokenizer "
             "and intact *.safetensors files, as save_pretrained writes them"
         ) from error
 

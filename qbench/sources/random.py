@@ -1,35 +1,105 @@
 """Random weights of a published model's shape, a block at a time: what any size costs, without a disk or a download.
 
-The same source as a folder (folder.py), but each tensor is made where it is wanted, from the seed, its block's number
-and its name alone. So a block is the same whichever others are made, and the first blocks of a model are those of the
-model with fewer layers. Matrices and experts are normal with the configuration's standard deviation, norms are ones, as
-the architecture initializes them. Another kind of device draws other numbers from one seed.
+Each tensor is made where it is wanted, from the seed, its block's number and its name alone. So a block is the same
+whichever others are made, and the first blocks of a model are those of the model with fewer layers. Matrices and
+experts are normal with the configuration's standard deviation, norms are ones, as the architecture initializes them.
+Another kind of device, and another precision, draws other numbers from one seed: both are part of a point's identity.
 """
 
 from __future__ import annotations
 
 import hashlib
-from typing import Any
+from collections.abc import Collection
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
+from qbench.errors import RequestError
 from qbench.model.blocks import block_of, find_blocks
-from qbench.sources import skeleton
-from qbench.sources.shapes import configuration
+from qbench.sources import pretrained, shapes, skeleton
+from qbench.sources.source import LoadedModel, check_seed
+from qbench.sources.stream import assembled, parameter_bytes
+from qbench.sources.tiny import NOTE, byte_tokenizer
+
+VERSION = 1  # of what is drawn from a seed: a change makes other models
 
 
+@dataclass(frozen=True)
 class Random:
-    """A source of seeded weights in `dtype` on `device`, of the shape `name`, with its first `layers` blocks or all.
+    """A model of the published `shape` (shapes.py), its first `layers` blocks or all, with a tokenizer of bytes."""
+
+    original: ClassVar[bool] = True
+    name: str = "random"
+    shape: str | None = None
+    layers: int | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_seed(self.seed)
+
+    def named(self, given: Collection[str]) -> Random:
+        """`random-SHAPE`: the shape alone is the published model, whose numbers would be put beside these."""
+        own = self.name == "random"
+        name = f"random-{self.shape}" if own and self.shape else self.name
+        layers = f"-{self.layers}layers" if self.layers is not None and (own or "layers" in given) else ""
+        seed = f"-seed{self.seed}" if self.seed != 0 and (own or "seed" in given) else ""
+        return replace(self, name=name + layers + seed)
+
+    def pinned(self) -> Random:
+        return self
+
+    def fingerprint(self) -> str:
+        shape = self._shape()
+        return f"random:{VERSION}:{shape}:{shapes.depth(shape, self.layers)}layers:seed{self.seed}"
+
+    def made_by(self) -> None:
+        return None
+
+    def tokenizer(self, cache: Path) -> Any:
+        return byte_tokenizer()
+
+    def configuration(self) -> Any:
+        return shapes.configuration(self._shape(), self.layers)
+
+    def skeleton(self) -> Any | None:
+        return pretrained.without_storage(self.configuration)
+
+    def load(
+        self, dtype: torch.dtype, device: torch.device, cache: Path, offload: bool = False, identity: str | None = None
+    ) -> LoadedModel:
+        model = pretrained.settled(assembled(self.stream(dtype, device, cache), offload), device, offload)
+        return LoadedModel(model, byte_tokenizer(), identity or self.fingerprint(), NOTE)
+
+    def stream(self, dtype: torch.dtype, device: torch.device, cache: Path, identity: str | None = None) -> Drawn:
+        return Drawn(self._shape(), self.seed, dtype, device, self.layers)
+
+    def _shape(self) -> str:
+        if not self.shape:
+            raise RequestError(
+                f"model={self.name} needs model.shape=NAME; choose from: {', '.join(sorted(shapes.SHAPES))}",
+                key="model.shape",
+                choices=shapes.SHAPES,
+            )
+        return self.shape
+
+
+class Drawn:
+    """A stream (stream.py) of seeded weights in `dtype` on `device`, of a shape, its first `layers` blocks or all.
 
     Raises RequestError for a shape that is not known.
     """
 
+    resident = False
+    note = NOTE
+
     def __init__(
-        self, name: str, seed: int, dtype: torch.dtype, device: torch.device, layers: int | None = None
+        self, shape: str, seed: int, dtype: torch.dtype, device: torch.device, layers: int | None = None
     ) -> None:
-        self.name, self.seed, self.device = name, seed, torch.device(device)
-        self._skeleton = skeleton.make(configuration(name, layers), dtype)
+        self.shape, self.seed, self.device = shape, seed, torch.device(device)
+        self._skeleton = skeleton.make(shapes.configuration(shape, layers), dtype)
         self.prefix, self._blocks = find_blocks(self._skeleton)
 
     def __len__(self) -> int:
@@ -37,8 +107,7 @@ class Random:
 
     def bytes_of_block(self, i: int | None) -> int:
         """What the parameters of block `i` take in memory; None: of all that lies outside of the blocks."""
-        named = self._skeleton.named_parameters()
-        return sum(parameter.nbytes for name, parameter in named if block_of(name, self.prefix) == i)
+        return parameter_bytes(self._skeleton, self.prefix, i)
 
     def rest(self) -> Any:
         """The model in eval mode, all but its blocks real; its blocks stay on the meta device."""
@@ -66,7 +135,7 @@ class Random:
             for key, parameter in module.named_parameters(recurse=False):
                 if parameter.dim() < 2 or f"{name}.{key}" in tied:
                     continue
-                content = f"{self.name} {self.seed} {name}.{key}".encode()
+                content = f"{self.shape} {self.seed} {name}.{key}".encode()
                 seed = int.from_bytes(hashlib.sha256(content).digest()[:8], "little") >> 1
                 random = torch.Generator(self.device).manual_seed(seed)
                 new = torch.empty_like(parameter, device=self.device)

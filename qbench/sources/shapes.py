@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from qbench.errors import RequestError, unknown
+from qbench.sources.tiny import BOS, EOS
 
 QWEN3 = dict(vocab_size=151936, head_dim=128, max_position_embeddings=40960, tie_word_embeddings=False)
 QWEN3_MIXTURE = QWEN3 | dict(num_experts=128, num_experts_per_tok=8, norm_topk_prob=True, num_key_value_heads=4)
@@ -149,17 +150,30 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def configuration(name: str, layers: int | None = None) -> Any:
-    """transformers' configuration of the shape, with its first `layers` blocks or all.
+def depth(name: str, layers: int | None = None) -> int:
+    """How many blocks a model of the shape has: `layers`, or where that is None all of the published model's.
 
     Raises RequestError for a name that is not in SHAPES, and for more layers than the model has.
     """
-    import transformers
-
     if name not in SHAPES:
         raise unknown("model.shape", name, SHAPES)
-    kind, settings = SHAPES[name]
-    whole = settings["num_hidden_layers"]
+    whole = SHAPES[name][1]["num_hidden_layers"]
     if layers is not None and not 1 <= layers <= whole:
-        raise RequestError(f"model.layers={layers} must be between 1 and {whole}, the layers of {name}")
-    return getattr(transformers, kind)(**settings | {"num_hidden_layers": layers or whole})
+        raise RequestError(
+            f"model.layers={layers} must be between 1 and {whole}, the layers of {name}", key="model.layers"
+        )
+    return layers or whole
+
+
+def configuration(name: str, layers: int | None = None) -> Any:
+    """transformers' configuration of the shape, with its first `layers` blocks or all; raises as `depth` does.
+
+    Its special tokens are those of tiny.byte_tokenizer, which all shapes have in the place of their own.
+    """
+    import transformers
+
+    blocks = depth(name, layers)
+    kind, settings = SHAPES[name]
+    return getattr(transformers, kind)(
+        **settings | {"num_hidden_layers": blocks, "bos_token_id": BOS, "eos_token_id": EOS}
+    )

@@ -176,7 +176,9 @@ def _header(file: Path) -> dict[str, Stored]:
     with file.open("rb") as opened:
         length = int.from_bytes(opened.read(8), "little")
         if length > size - 8:
-            raise RequestError(f"{file} is truncated or no safetensors file: no header fits into its {size} bytes")
+            raise RequestError(
+                f"{file} is truncated or no safetensors file: no header fits into its {size} bytes; get it anew"
+            )
         try:
             entries = json.loads(opened.read(length))
             entries.pop("__metadata__", None)
@@ -186,7 +188,7 @@ def _header(file: Path) -> dict[str, Stored]:
     needed = max((stored.start + stored.nbytes for stored in found.values()), default=8 + length)
     if needed != size:
         word = "is truncated" if size < needed else "is too long"
-        raise RequestError(f"{file} {word}: its header tells of {needed} bytes, and it has {size}")
+        raise RequestError(f"{file} {word}: its header tells of {needed} bytes, and it has {size}; get it anew")
     return found
 
 

@@ -36,6 +36,7 @@ from qbench.record.lock import locked, remove_stale
 from qbench.sources import pretrained
 from qbench.sources.complete import require_complete
 from qbench.sources.source import LoadedModel, check_seed
+from qbench.sources.stream import Stream
 
 log = logging.getLogger(__name__)
 
@@ -86,6 +87,12 @@ class SmolLM2:
         tokenizer, folder = self.tokenizer(cache), prepare(cache, self.seed)
         model = pretrained.read_model(folder, str(folder), dtype, device, offload)
         return LoadedModel(model, tokenizer, identity or self.fingerprint(), NOTE)
+
+    def stream(
+        self, dtype: torch.dtype, device: torch.device, cache: Path, identity: str | None = None
+    ) -> Stream | None:
+        folder = prepare(cache, self.seed)
+        return pretrained.read_stream(folder, str(folder), dtype, device, note=NOTE)
 
 
 def prepare(cache: Path, seed: int) -> Path:

@@ -11,8 +11,9 @@
     mine = "my_package.mine:Mine"
 
 It is chosen with `model.source=mine`; a file `model/mine.yaml` in the package's configuration lists `name`, `source`
-and the fields that can be set. qbench.testing.SourceConformance tests what is written here. Whatever cannot be read is
-a RequestError in one sentence that names the setting: a folder without a model, a broken file, a Hub out of reach.
+and the fields that can be set. One that can also give its model a block at a time is a StreamedSource; of any other the
+whole model is loaded. qbench.testing.SourceConformance tests what is written here. Whatever cannot be read is a
+RequestError in one sentence that names the setting: a folder without a model, a broken file, a Hub out of reach.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from pathlib import Path
 from typing import Any, Protocol, Self
 
 import torch
+
+from qbench.sources.stream import Stream
 
 
 @dataclass(frozen=True)
@@ -85,6 +88,20 @@ class Source(Protocol):
 
         With `offload` the linear weights stay in host memory (model/offload.py). `identity` is the fingerprint where it
         is known already: a large folder takes minutes to hash.
+        """
+        ...
+
+
+class StreamedSource(Source, Protocol):
+    """A source of a model that need not fit into memory; nobody has to be one."""
+
+    def stream(
+        self, dtype: torch.dtype, device: torch.device, cache: Path, identity: str | None = None
+    ) -> Stream | None:
+        """The weights that `load` gives, to the bit, a block at a time; None for a model that is only to be had whole.
+
+        Arguments as in `load`. Raises RequestError for what `load` refuses, before a weight is read where that can be
+        known, as from a file's header.
         """
         ...
 

@@ -14,26 +14,27 @@ from qbench.sources import pretrained
 from qbench.sources.source import LoadedModel, check_seed
 
 VERSION = 1
+BOS, EOS = 256, 257  # of the byte tokenizer
 ARCHITECTURES = ("dense", "moe")
 NOTE = "seeded random weights: perplexities mean nothing"
 
 
 @dataclass(frozen=True)
-class Random:
+class Tiny:
     """A model of `build`; what it is worth is its structure, so that its numbers mean nothing."""
 
     original: ClassVar[bool] = True
-    name: str = "random"
+    name: str = "tiny"
     architecture: str = ""
     seed: int = 0
 
     def __post_init__(self) -> None:
         check_seed(self.seed)
 
-    def named(self, given: Collection[str]) -> Random:
+    def named(self, given: Collection[str]) -> Tiny:
         return replace(self, name=f"{self.name}-seed{self.seed}") if "seed" in given and self.seed != 0 else self
 
-    def pinned(self) -> Random:
+    def pinned(self) -> Tiny:
         return self
 
     def fingerprint(self) -> str:
@@ -79,8 +80,8 @@ def build(architecture: str, seed: int) -> tuple[Any, Any]:
         num_key_value_heads=2,
         head_dim=16,
         max_position_embeddings=2048,
-        bos_token_id=256,
-        eos_token_id=257,
+        bos_token_id=BOS,
+        eos_token_id=EOS,
         initializer_range=0.1,  # larger than usual, so that the logits are far from uniform
         tie_word_embeddings=True,
     )
@@ -100,7 +101,7 @@ def byte_tokenizer() -> Any:
     from transformers import PreTrainedTokenizerFast
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {symbol: i for i, symbol in enumerate(alphabet)} | {"<s>": 256, "</s>": 257}
+    vocabulary = {symbol: i for i, symbol in enumerate(alphabet)} | {"<s>": BOS, "</s>": EOS}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

@@ -13,13 +13,15 @@
         def broken(self, place):                   # what cannot be had
             return [Mine(path=str(place / "missing"))]
 
-Every method below tests one contract of qbench.sources.source.Source and says in its failure which one is broken. The
-model is loaded several times, so a small one saves minutes.
+Every method below tests one contract of qbench.sources.source.Source and says in its failure which one is broken; those
+of `stream`, which a source need not have, are StreamedSource's. The model is loaded several times, so a small one saves
+minutes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,9 +29,13 @@ from typing import Any
 import pytest
 import torch
 
-from qbench.errors import RequestError
+from qbench.errors import PointError, RequestError
+from qbench.model.blocks import NotAChainError
+from qbench.passes.chain import Chain
 from qbench.quant.original import BITS_PER_WEIGHT
+from qbench.sources.ahead import ahead
 from qbench.sources.source import LoadedModel, Source
+from qbench.sources.stream import Stream, assembled
 
 TEXT = "A plain text of one line."
 PLAIN = (bool, int, float, str, type(None), list, tuple)  # what a YAML file can say
@@ -139,6 +145,65 @@ class SourceConformance:
         for key in ("vocab_size", "max_position_embeddings"):
             assert getattr(found, key, None) == getattr(expected, key, None), f"{key} must be that of the loaded model"
 
+    @torch.no_grad()
+    def test_a_stream_has_the_loaded_models_bits(self, source: Source, tmp_path: Path) -> None:
+        for dtype in (torch.float32, torch.bfloat16):
+            stream = self.stream(source, dtype, tmp_path)
+            expected = source.load(dtype, CPU, self.cache(tmp_path)).model
+            model, prefix = stream.rest(), f"{stream.prefix}."
+            assert len(stream) == len(expected.get_submodule(stream.prefix)), "len must be the number of blocks"
+            blocks = [stream.block(i) for i in (*range(len(stream)), 0)]  # the first one again
+            for name, module in [("rest", model), *((f"block {i}", block) for i, block in enumerate(blocks))]:
+                assert not any(part.training for part in module.modules()), f"{name} must be in eval mode"
+                assert not any(p.requires_grad for p in module.parameters()), (
+                    f"{name}: no parameter may need a gradient"
+                )
+            if not stream.resident:
+                inside = _tensors(model.get_submodule(stream.prefix)).values()
+                assert all(tensor.is_meta for tensor in inside), "rest must leave the blocks on the meta device"
+                assert blocks[0] is not blocks[-1], "every block must be new: whoever has one may let its weights go"
+            found = {n: t for n, t in _tensors(model).items() if not n.startswith(prefix)}
+            for i, block in enumerate(blocks):
+                found |= {f"{prefix}{i % len(stream)}.{n}": t for n, t in _tensors(block).items()}
+            wanted = _tensors(expected)
+            assert found.keys() == wanted.keys(), f"{sorted(found.keys() ^ wanted.keys())[0]} is on one side alone"
+            for name, tensor in wanted.items():
+                assert found[name].dtype == tensor.dtype, f"{name} must be in {tensor.dtype}, as load gives it"
+                assert torch.equal(found[name], tensor), f"{name} must have the bits that load gives"
+            kept = [stream.bytes_of_block(i) for i in (None, *range(len(stream)))]
+            assert all(n > 0 for n in kept), "bytes_of_block must tell what a block takes, and the rest"
+            assert _settings(model) == _settings(expected), "rest must have the configuration of the loaded model"
+
+    def test_a_stream_computes_what_the_loaded_model_does(
+        self, source: Source, loaded: LoadedModel, tmp_path: Path
+    ) -> None:
+        stream = self.stream(source, torch.float32, tmp_path)
+        try:
+            chain = Chain.of(stream.rest())
+        except NotAChainError as error:
+            pytest.skip(f"{error}: it is loaded whole")
+        ids = torch.tensor([loaded.tokenizer(TEXT)["input_ids"]])
+        states, calls = chain.begin(ids)
+        with closing(ahead(stream.block, range(len(stream)), CPU, stream.resident)) as blocks:
+            for i, block in blocks:
+                states = chain.block(i, states, calls, block)
+        assert torch.equal(chain.finish(states, ids), _logits(loaded)), "block by block the logits must be the same"
+
+    def test_what_cannot_be_streamed_is_one_sentence(self, source: Source, tmp_path: Path) -> None:
+        self.stream(source, torch.float32, tmp_path)
+        for broken in self.broken(tmp_path / "broken"):
+            with pytest.raises((RequestError, PointError)) as caught:
+                _whole_way_streamed(broken, self.cache(tmp_path))
+            assert "\n" not in str(caught.value), f"{broken}: the error must be one sentence on one line"
+            assert len(str(caught.value)) > 20, f"{broken}: the error must say what is wrong and what would be right"
+
+    def stream(self, source: Source, dtype: torch.dtype, place: Path) -> Stream:
+        """The source's stream; skips the test where it has none."""
+        stream = source.stream(dtype, CPU, self.cache(place)) if hasattr(source, "stream") else None
+        if stream is None:
+            pytest.skip("this source does not stream: the whole model is loaded")
+        return stream
+
     def test_it_says_whether_it_is_quantized_already(self, source: Source, loaded: LoadedModel) -> None:
         if not source.original:
             assert source.made_by()["name"], "a model that is quantized already must say by what: made_by()['name']"
@@ -171,10 +236,27 @@ def _whole_way(source: Source, cache: Path) -> None:
     source.load(torch.float32, CPU, cache)
 
 
+def _whole_way_streamed(source: Source, cache: Path) -> None:
+    source.pinned().fingerprint()
+    stream = source.stream(torch.float32, CPU, cache)
+    assert stream is not None, f"{source}: stream must refuse what cannot be had, as load does"
+    assembled(stream)
+
+
 def _logits(loaded: LoadedModel) -> torch.Tensor:
     ids = torch.tensor([loaded.tokenizer(TEXT)["input_ids"]])
     with torch.no_grad():
         return loaded.model(ids).logits
+
+
+def _tensors(module: Any) -> dict[str, torch.Tensor]:
+    named = (*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False))
+    return {name: tensor for name, tensor in named if tensor is not None}
+
+
+def _settings(model: Any) -> tuple[Any, ...]:
+    generation = model.generation_config.to_dict() if model.can_generate() else None
+    return model.config.to_dict(), model.name_or_path, generation
 
 
 def _shapes(model: Any) -> dict[str, tuple[int, ...]]:

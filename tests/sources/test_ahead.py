@@ -1,17 +1,21 @@
 """Blocks brought ahead: one on its way, none left behind, and on a GPU every event in its order."""
 
+import json
 import os
 import subprocess
 import sys
 import threading
+import weakref
 from contextlib import closing
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 from qbench.errors import PointError
+from qbench.sources import skeleton
 from qbench.sources.ahead import ahead
 from qbench.sources.folder import Folder
 from tests.conftest import ROOT
@@ -55,6 +59,56 @@ def test_a_block_that_cannot_be_read_is_said_at_its_turn_and_the_thread_ends():
     with closing(ahead(block, range(4), CPU)) as blocks:
         next(blocks)
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("qbench-ahead")]
+
+
+def test_no_third_block_is_alive_and_a_loop_that_is_left_leaves_none(tmp_path):
+    """Counted in bytes of tensors that exist, at the moment when the next block has arrived."""
+    source = Folder(save("Llama", tmp_path), torch.float32, CPU)
+    numbers, made, alive = [*range(3)] * 4, [], []
+
+    def block(i):
+        module = source.block(i)
+        alive.extend(weakref.ref(parameter) for parameter in module.parameters())
+        made.append(i)
+        return module
+
+    def bytes_alive():
+        return sum(parameter.nbytes for ref in alive if (parameter := ref()) is not None and not parameter.is_meta)
+
+    def peak():
+        found, deadline = 0, threading.Event()
+        with closing(ahead(block, numbers, CPU)) as blocks:
+            for turn, _ in enumerate(blocks):
+                while len(made) < min(turn + 2, len(numbers)):
+                    deadline.wait(0.001)
+                found = max(found, bytes_alive())
+        return found
+
+    assert peak() == 2 * source.bytes_of_block(0)
+    assert bytes_alive() == 0
+    with closing(ahead(block, numbers, CPU)) as blocks:
+        next(blocks)
+    assert bytes_alive() == 0
+
+
+def test_a_shard_that_is_cut_off_meanwhile_is_named_at_its_blocks_turn(tmp_path):
+    source = Folder(save("Llama", tmp_path), torch.float32, CPU)
+    file = source.shards.tensors["model.layers.2.mlp.up_proj.weight"].file
+    os.truncate(file, 300)
+    blocks = ahead(source.block, range(3), CPU)
+    assert [next(blocks)[0], next(blocks)[0]] == [0, 1]
+    with pytest.raises(PointError, match=rf"^{file} has become shorter since it was opened$"):
+        next(blocks)
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("qbench-ahead")]
+
+
+def test_blocks_of_a_model_in_memory_stay_as_they_are():
+    block, numbers, made = blocks_of(3)
+    kept = [block(i) for i in numbers]
+    for i, module in ahead(kept.__getitem__, numbers, CPU, resident=True):
+        assert module is kept[i]
+    assert [module.weight.unique().tolist() for module in kept] == [[0], [1], [2]]
+    assert made == [0, 1, 2]
 
 
 SPIN_CYCLES = 2_000_000_000  # a second and more
@@ -159,9 +213,69 @@ def test_streaming_takes_two_blocks_of_memory_whatever_their_number(tmp_path):
     )
     AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(tmp_path, max_shard_size="90MB")
     assert sum(file.stat().st_size for file in tmp_path.glob("*.safetensors")) > 390e6
-    path = os.pathsep.join([str(ROOT), *(p for p in sys.path if Path(p).is_dir())])
-    command = [sys.executable, "-c", STREAMS, str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": path}, check=True)
-    (two, block), (forty, _) = (map(int, line.split()) for line in done.stdout.splitlines())
+    (two, block), (forty, _) = run(STREAMS, tmp_path)
     assert block / 2 < two < 3 * block
     assert forty < 3 * block
+
+
+THROUGH = """
+import re, sys, torch
+from contextlib import closing
+from pathlib import Path
+from qbench.passes.chain import Chain
+from qbench.sources.ahead import ahead
+from qbench.sources.local import Local
+
+torch.set_num_threads(1)
+device = torch.device("cpu")
+stream = Local(path=sys.argv[1]).stream(torch.bfloat16, device, Path("unused"))
+chain = Chain.of(stream.rest())
+states, calls = chain.begin(torch.arange(32)[None])
+with closing(ahead(stream.block, range(len(stream)), device)) as blocks:
+    for i, block in blocks:
+        states = chain.block(i, states, calls, block)
+assert states.isfinite().all()
+peak = 1024 * int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1])
+print(peak, sum(map(stream.bytes_of_block, range(len(stream)))))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peaks are measured on Linux")
+def test_two_gigabytes_stream_in_the_memory_of_a_model_of_two_blocks(tmp_path):
+    """The system's own account of the whole process, pages of files that are mapped included."""
+    peaks = {}
+    for count in (2, 40):
+        folder = shards_of(count, tmp_path / str(count))
+        [[peaks[count], size]] = run(THROUGH, folder)
+        assert size > 50e6 * count
+    assert peaks[40] - peaks[2] < 0.1e9  # two of its blocks; 0.5 GB is what is promised
+    assert peaks[2] < 1.5e9  # so the model of 40 is larger than all that its process ever held
+
+
+def shards_of(count, folder):
+    """A Qwen3 of `count` blocks of 52 MB in bf16, a shard each, random; no more than one block of it is in memory."""
+    from transformers import Qwen3Config
+
+    shape = dict(vocab_size=258, hidden_size=1024, intermediate_size=7168, num_attention_heads=16, head_dim=64)
+    config = Qwen3Config(**shape, num_hidden_layers=count, num_key_value_heads=16, architectures=["Qwen3ForCausalLM"])
+    model, draw, index = skeleton.make(config, torch.bfloat16), torch.Generator().manual_seed(0), {}
+    config.save_pretrained(folder)
+    places = [f"layers.{i}." for i in range(count)]
+    for place in ["", *places]:
+        file = f"part-{place}safetensors"
+        names = [n for n in model.state_dict() if (place in n if place else not any(p in n for p in places))]
+        shapes = {name: model.state_dict()[name].shape for name in names}
+        drawn = {n: torch.randn(s, dtype=torch.bfloat16, generator=draw) / 50 for n, s in shapes.items()}
+        save_file(drawn, folder / file)
+        index |= dict.fromkeys(names, file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    return folder
+
+
+def run(script, *arguments):
+    """The numbers in the lines that a script prints, in a process of its own."""
+    path = os.pathsep.join([str(ROOT), *(p for p in sys.path if Path(p).is_dir())])
+    command = [sys.executable, "-c", script, *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": path}, check=True)
+    return [[*map(int, line.split())] for line in done.stdout.splitlines()]

@@ -8,6 +8,7 @@ from safetensors.torch import load_file, save_file
 
 from qbench.errors import RequestError
 from qbench.sources.local import Local
+from qbench.sources.shards import Shards
 
 CPU = torch.device("cpu")
 DOWN = "model.layers.1.mlp.down_proj.weight"
@@ -40,6 +41,17 @@ def loaded(place, cache):
     return config.load(torch.float32, CPU, cache).model
 
 
+def streamed(place, cache, monkeypatch):
+    """Opened as a stream, with shards from which no byte of a weight can be read."""
+
+    def read(*_):
+        raise AssertionError("a weight was read before the sentence was said")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Shards, "read", read)
+        return Local(path=str(place)).stream(torch.float32, CPU, cache)
+
+
 def doubled(tensors):
     more = {k.replace("layers.1", "layers.2"): v.clone() for k, v in tensors.items() if "layers.1" in k}
     return tensors | more
@@ -65,25 +77,33 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("what", BROKEN)
-def test_a_checkpoint_of_another_model_is_refused_by_name(folder, tmp_path, what):
+def test_a_checkpoint_of_another_model_is_refused_by_name(folder, tmp_path, what, monkeypatch):
     edit, sentence = BROKEN[what]
+    place = folder(edit)
     with pytest.raises(RequestError, match=sentence) as caught:
-        loaded(folder(edit), tmp_path)
+        loaded(place, tmp_path)
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 500
+    with pytest.raises(RequestError) as of_the_stream:
+        streamed(place, tmp_path, monkeypatch)
+    assert str(of_the_stream.value) == str(caught.value)
 
 
 def test_what_an_architecture_declares_is_no_fault(folder, tmp_path):
     tied = loaded(folder(lambda t: t, tie_word_embeddings=True), tmp_path)
     assert tied.lm_head.weight is tied.model.embed_tokens.weight
     old = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)}  # a buffer that files of old versions hold
-    loaded(folder(lambda t: t | old), tmp_path)
+    place = folder(lambda t: t | old)
+    loaded(place, tmp_path)
+    assert len(Local(path=str(place)).stream(torch.float32, CPU, tmp_path)) == 2
 
 
-def test_a_tied_embedding_that_is_nowhere_is_refused(folder, tmp_path):
+def test_a_tied_embedding_that_is_nowhere_is_refused(folder, tmp_path, monkeypatch):
     place = folder(lambda t: {k: v for k, v in t.items() if "embed" not in k}, tie_word_embeddings=True)
     with pytest.raises(RequestError, match="missing and would be random"):
         loaded(place, tmp_path)
+    with pytest.raises(RequestError, match=r"would be random: lm_head\.weight, model\.embed"):
+        streamed(place, tmp_path, monkeypatch)
 
 
 def test_layers_that_a_class_leaves_out_by_itself(tmp_path, tiny):

@@ -18,8 +18,9 @@ from qbench.registry import SOURCE, find, make, make_quantizer, names
 from qbench.sources.hub import Hub, commit
 from qbench.sources.local import Local
 from qbench.sources.packed import Packed
+from qbench.sources.random import Random
 from qbench.sources.smollm2 import SmolLM2
-from qbench.sources.tiny import Random, build
+from qbench.sources.tiny import Tiny, build
 from qbench.testing import SourceConformance
 from tests.conftest import ROOT
 from tests.sources.hub_server import serving
@@ -80,15 +81,26 @@ class TestHub(SourceConformance):
         return [Hub(), missing, replace(missing, revision="0" * 40), Hub(id="org/damaged")]
 
 
-class TestRandom(SourceConformance):
+class TestTiny(SourceConformance):
     def make(self, place):
-        return Random(architecture="moe", seed=0)
+        return Tiny(architecture="moe", seed=0)
 
     def other(self, place):
-        return Random(architecture="moe", seed=1)
+        return Tiny(architecture="moe", seed=1)
 
     def broken(self, place):
-        return [Random(), Random(architecture="sparse")]
+        return [Tiny(), Tiny(architecture="sparse")]
+
+
+class TestRandom(SourceConformance):
+    def make(self, place):
+        return Random(shape="smollm2-135m", layers=2, seed=0)
+
+    def other(self, place):
+        return Random(shape="smollm2-135m", layers=2, seed=1)
+
+    def broken(self, place):
+        return [Random(), Random(shape="qwen3-9b"), Random(shape="smollm2-135m", layers=31)]
 
 
 class TestPacked(SourceConformance):
@@ -127,7 +139,7 @@ class TestSmolLM2(SourceConformance):
 
 def test_every_registered_source_is_tested_here():
     ours = {find(SOURCE, name) for name in names(SOURCE)}
-    assert {cls for cls in ours if cls.__module__.startswith("qbench.")} == {Hub, Local, Packed, Random, SmolLM2}
+    assert {cls for cls in ours if cls.__module__.startswith("qbench.")} == {Hub, Local, Packed, Random, SmolLM2, Tiny}
 
 
 @pytest.mark.parametrize("option", options("model"))
@@ -172,7 +184,7 @@ def test_the_suite_finds_what_a_careless_source_does(contract, arguments, tmp_pa
 
 def test_the_suite_finds_a_skeleton_of_another_shape(tmp_path):
     @dataclass(frozen=True)
-    class Wrong(Random):
+    class Wrong(Tiny):
         def skeleton(self):
             return build("dense", self.seed)[0]
 

@@ -16,6 +16,7 @@ from qbench.passes.chain import Chain
 from qbench.sources.ahead import ahead
 from qbench.sources.folder import Folder, straight
 from qbench.sources.local import Local
+from qbench.sources.stream import assembled
 from qbench.sources.tiny import byte_tokenizer
 from tests.passes.architectures import CHAINS, build
 from tests.sources.cases import CPU, assert_same, gpu, needs_cuda, save, tensors
@@ -57,7 +58,7 @@ def test_the_whole_model_is_what_from_pretrained_gives(name, dtype, device, tmp_
     said = json.loads((folder / "generation_config.json").read_text())
     (folder / "generation_config.json").write_text(json.dumps(said | {"temperature": 0.25, "do_sample": True}))
     expected = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval().requires_grad_(False).to(device)
-    model = straight(folder, dtype, device)
+    model = straight(folder, str(folder), dtype, device)
     assert type(model) is type(expected)
     assert_same(tensors(model), tensors(expected))
     assert tied(model) == tied(expected)
@@ -80,15 +81,15 @@ def tied(model):
 
 
 def test_the_settings_of_a_whole_model_reach_its_blocks(tmp_path):
-    model = Folder(save("Qwen3Moe", tmp_path), torch.float32, CPU).whole()
+    model = assembled(Folder(save("Qwen3Moe", tmp_path), torch.float32, CPU))
     model.set_attn_implementation("eager")  # the blocks share the configuration
     assert {layer.self_attn.config._attn_implementation for layer in model.model.layers} == {"eager"}
 
 
 def test_what_is_no_folder_of_blocks_is_left_to_from_pretrained(tmp_path):
     folder = save("Zamba2", tmp_path / "shared")
-    assert straight(folder, torch.float32, CPU) is None
-    assert straight(tmp_path / "nothing", torch.float32, CPU) is None
+    assert straight(folder, str(folder), torch.float32, CPU) is None
+    assert straight(tmp_path / "nothing", "nothing", torch.float32, CPU) is None
     expected = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     byte_tokenizer().save_pretrained(folder)
     local = Local(path=str(folder))
@@ -139,33 +140,43 @@ def put(name, *shape):
     return lambda held: held.update({name: torch.zeros(shape)})
 
 
+def codes(name):
+    return lambda held: held.update({name: held[name].to(torch.int8)})
+
+
 EXPERT = "model.layers.1.mlp.experts.2"
 
 
 @pytest.mark.parametrize(
     ("name", "change", "sentence"),
     [
-        ("Llama", drop("model.layers.1.mlp.up_proj.weight"), "lacks model.layers.1.mlp.up_proj.weight, which the conf"),
-        ("Llama", drop("model.norm.weight", "lm_head.weight"), "lacks lm_head.weight and 1 more, which the conf"),
+        ("Llama", drop("model.layers.1.mlp.up_proj.weight"), r"1 tensor is missing.*: model.layers.1.mlp.up_proj.wei"),
         (
             "Llama",
-            put("model.layers.2.mlp.extra", 3),
-            "has model.layers.2.mlp.extra, which the configured model has not",
+            drop(*(f"model.layers.{i}.mlp.up_proj.weight" for i in range(3))),
+            "3 tensors are missing .* random: model.layers.0.mlp.up_proj.weight, model.layers.1.mlp.up_proj.weight, m",
         ),
-        ("Llama", put("model.layers.3.mlp.up_proj.weight", 3), "has model.layers.3.mlp.up_proj.weight, which the conf"),
-        ("Llama", put("model.norm.weight", 3), r"model.norm.weight is \[3\] there and \[64\] in the configured model"),
+        ("Llama", drop("model.norm.weight", "lm_head.weight"), "2 tensors are missing.*: lm_head.weight, model.norm.w"),
+        ("Llama", put("model.layers.2.mlp.extra", 3), "1 tensor is not part of the model: model.layers.2.mlp.extra"),
+        ("Llama", put("model.layers.3.mlp.up_proj.weight", 3), "1 tensor is not part of the model: model.layers.3.ml"),
         (
             "Llama",
-            put("model.layers.0.mlp.up_proj.weight", 4, 4),
-            r"mlp.up_proj.weight is \[4, 4\] there and \[128, ",
+            put("model.norm.weight", 3),
+            r"1 tensor is of another shape: model.norm.weight \[3\] in place of \[64",
         ),
+        ("Llama", put("model.layers.0.mlp.up_proj.weight", 4, 4), r"0.mlp.up_proj.weight \[4, 4\] in place of \[128, "),
         (
             "Qwen3Moe",
             drop(f"{EXPERT}.down_proj.weight"),
-            r"1.mlp.experts.down_proj is \[3, 64, 32\] there and \[4, ",
+            r"1.mlp.experts.down_proj \[3, 64, 32\] in place of \[4, ",
         ),
-        ("Qwen3Moe", drop(f"{EXPERT}.up_proj.weight"), "1.mlp.experts.gate_up_proj cannot be made of the tensors stor"),
+        ("Qwen3Moe", drop(f"{EXPERT}.up_proj.weight"), "json: model.layers.1.mlp.experts.gate_up_proj cannot be made"),
         ("Mixtral", put("model.layers.1.block_sparse_moe.experts.2.w2.weight", 4, 4), "1.mlp.experts.down_proj cannot"),
+        (
+            "Llama",
+            codes("model.layers.2.mlp.up_proj.weight"),
+            r"is quantized already \(torch.int8\): name the check",
+        ),
     ],
 )
 def test_what_does_not_fit_the_configuration_is_named_before_anything_is_read(name, change, sentence, tmp_path):
@@ -180,7 +191,7 @@ def test_what_the_model_ignores_is_ignored(tmp_path):
     folder = save("GPT2", tmp_path)
     rewrite(folder, put("transformer.h.1.attn.bias", 1, 1, 8, 8))
     expected = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    assert_same(tensors(Folder(folder, torch.float32, CPU).whole()), tensors(expected.requires_grad_(False)))
+    assert_same(tensors(assembled(Folder(folder, torch.float32, CPU))), tensors(expected.requires_grad_(False)))
 
 
 def shorten(folder):
@@ -212,7 +223,10 @@ def overwrite(pattern, content):
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        (shorten, r"model-00003-of-\d+.safetensors is truncated: its header tells of \d+ bytes, and it has \d+$"),
+        (
+            shorten,
+            r"00003-of-\d+.safetensors is truncated: its header tells of \d+ bytes, and it has \d+; get it anew$",
+        ),
         (hide, r"lacks the shard model-00003-of-\d+.safetensors, which model.safetensors.index.json lists$"),
         (double, r"\w+.weight is both in model-00001-of-\d+.safetensors and in model-00002-of-\d+.safetensors$"),
         (overwrite("*.safetensors", b"a page of HTML, which is no model"), "is truncated or no safetensors file"),
@@ -220,7 +234,7 @@ def overwrite(pattern, content):
         (overwrite("*.safetensors", b""), "is truncated or no safetensors file: no header fits into its 0 bytes"),
         (overwrite("*.index.json", b"{}"), "is not an index of safetensors shards: it needs a weight_map"),
         (lambda folder: (folder / "model.safetensors.index.json").unlink(), "has neither model.safetensors nor model"),
-        (overwrite("config.json", b"{}"), "cannot make a causal language model of"),
+        (overwrite("config.json", b"{}"), "cannot read a model from .*: its config.json makes no causal"),
         (configure(quantization_config={"quant_method": "fp8"}), "is quantized already, with fp8"),
     ],
 )

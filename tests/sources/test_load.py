@@ -8,7 +8,7 @@ from qbench.model.linears import coverage, find_linears
 from qbench.sources import pretrained, tiny
 from qbench.sources.hub import Hub
 from qbench.sources.local import Local
-from qbench.sources.tiny import Random
+from qbench.sources.tiny import Tiny
 
 CPU = torch.device("cpu")
 
@@ -189,9 +189,9 @@ def test_linears_leave_the_head_and_name_the_experts():
     assert coverage(moe) == 0
 
 
-@pytest.mark.parametrize("source", ["random", "local"])
+@pytest.mark.parametrize("source", ["tiny", "local"])
 def test_sixteen_bit_models_keep_their_rotary_frequencies(source, saved, tmp_path):
-    config = local(saved) if source == "local" else Random(name="t", architecture="dense")
+    config = local(saved) if source == "local" else Tiny(name="t", architecture="dense")
     loaded = config.load(torch.bfloat16, CPU, tmp_path)
     assert {p.dtype for p in loaded.model.parameters()} == {torch.bfloat16}
     wide = config.load(torch.float32, CPU, tmp_path)

@@ -1,5 +1,9 @@
 """Random weights of real shapes: the published sizes, blocks that depend on nothing but the seed, and a chain."""
 
+import json
+from importlib import resources
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -7,8 +11,9 @@ from qbench.errors import RequestError
 from qbench.passes.chain import Chain
 from qbench.sources import skeleton
 from qbench.sources.ahead import ahead
-from qbench.sources.random import Random
+from qbench.sources.random import Drawn, Random
 from qbench.sources.shapes import SHAPES, configuration
+from tests.conftest import refused
 from tests.sources.cases import CPU, assert_same, gpu, needs_cuda, tensors
 
 # as the Hub shows for each repository, the head that is tied to the embedding counted once
@@ -33,25 +38,25 @@ def test_every_shape_has_the_published_number_of_parameters(name):
 
 def test_a_block_depends_on_the_seed_and_its_number_alone():
     torch.manual_seed(1)
-    source = Random("smollm2-135m", 0, torch.bfloat16, CPU, layers=3)
+    source = Drawn("smollm2-135m", 0, torch.bfloat16, CPU, layers=3)
     state = torch.get_rng_state()
     one, two = source.block(1), source.block(2)
     assert torch.equal(torch.get_rng_state(), state)
     torch.manual_seed(2)
-    again = Random("smollm2-135m", 0, torch.bfloat16, CPU)
+    again = Drawn("smollm2-135m", 0, torch.bfloat16, CPU)
     assert len(again) == 30
     assert_same(tensors(again.block(2)), tensors(two))
     assert_same(tensors(source.block(1)), tensors(one))
     assert not torch.equal(one.mlp.up_proj.weight, two.mlp.up_proj.weight)
     assert not torch.equal(one.self_attn.k_proj.weight, one.self_attn.v_proj.weight)
-    other = Random("smollm2-135m", 1, torch.bfloat16, CPU).block(1)
+    other = Drawn("smollm2-135m", 1, torch.bfloat16, CPU).block(1)
     assert not torch.equal(one.mlp.up_proj.weight, other.mlp.up_proj.weight)
     assert one.input_layernorm.weight.unique().tolist() == [1]
     assert one.mlp.up_proj.weight.float().std().item() == pytest.approx(0.02, rel=0.01)
 
 
 def test_it_is_a_chain_that_runs():
-    source = Random("smollm2-135m", 0, torch.float32, CPU, layers=2)
+    source = Drawn("smollm2-135m", 0, torch.float32, CPU, layers=2)
     model = source.rest()
     assert model.lm_head.weight is model.model.embed_tokens.weight
     assert source.bytes_of_block(None) == 4 * (49152 * 576 + 576)
@@ -69,18 +74,82 @@ def test_it_is_a_chain_that_runs():
 
 def test_what_is_not_known_is_refused():
     with pytest.raises(RequestError, match=r"unknown model.shape 'qwen3-8'; did you mean 'qwen3-8b'\?"):
-        Random("qwen3-8", 0, torch.float32, CPU)
+        Drawn("qwen3-8", 0, torch.float32, CPU)
     for layers in (0, 37):
         with pytest.raises(
             RequestError, match=f"model.layers={layers} must be between 1 and 36, the layers of qwen3-8b"
         ):
-            Random("qwen3-8b", 0, torch.float32, CPU, layers)
+            Drawn("qwen3-8b", 0, torch.float32, CPU, layers)
+
+
+@pytest.mark.parametrize(
+    ("settings", "given", "name", "fingerprint"),
+    [
+        ({}, (), "random-qwen3-8b", "random:1:qwen3-8b:36layers:seed0"),
+        ({"layers": 36}, ("layers",), "random-qwen3-8b-36layers", "random:1:qwen3-8b:36layers:seed0"),
+        ({"layers": 2, "seed": 3}, (), "random-qwen3-8b-2layers-seed3", "random:1:qwen3-8b:2layers:seed3"),
+        ({"layers": 2, "seed": 3, "name": "mine"}, ("seed",), "mine-seed3", "random:1:qwen3-8b:2layers:seed3"),
+        ({"layers": 2, "name": "mine"}, ("shape",), "mine", "random:1:qwen3-8b:2layers:seed0"),
+    ],
+)
+def test_a_name_that_is_its_own_and_a_fingerprint_of_what_is_drawn(settings, given, name, fingerprint):
+    source = Random(shape="qwen3-8b", **settings)
+    assert source.named(given).name == name
+    assert source.fingerprint() == fingerprint
+
+
+def test_the_yaml_lists_the_shapes():
+    text = (resources.files("qbench.conf") / "model" / "random.yaml").read_text(encoding="utf-8")
+    listed = text.partition("Shapes:")[2].partition("name:")[0].replace("#", " ").replace(",", " ").split()
+    assert listed == sorted(SHAPES)
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_every_shape_has_room_for_the_byte_tokenizer(name):
+    source = Random(shape=name, layers=1)
+    tokenizer, config = source.tokenizer(None), source.configuration()
+    assert (config.bos_token_id, config.eos_token_id) == (tokenizer.bos_token_id, tokenizer.eos_token_id)
+    assert len(tokenizer) == 258 <= config.vocab_size
+    assert config.num_hidden_layers == len(source.skeleton().model.layers) == 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "key", "names"),
+    [
+        ([], "model.shape", SHAPES),
+        (["model.shape=qwen3-9b"], "model.shape", ["did you mean 'qwen3-8b'?", *SHAPES]),
+        (["model.shape=qwen3-8b", "model.layers=37"], "model.layers", ["between 1 and 36"]),
+        (["model.shape=qwen3-8b", "model.layers=0"], "model.layers", ["between 1 and 36"]),
+        (["model.architecture=dense"], "model.architecture", ["model.shape", "model.layers", "model.seed"]),
+    ],
+)
+def test_what_a_command_asks_wrongly_is_one_sentence(qbench, settings, key, names):
+    refused(qbench("model=random", *settings, "task.max_windows=1"), key=key, names=names)
+
+
+def test_the_plan_of_a_model_of_any_size(qbench):
+    """Nothing is drawn."""
+    outcome = qbench("model=random", "model.shape=qwen3-30b-a3b", "quantizer=rtn", "task.max_windows=1", "--dry-run")
+    assert outcome.status == 0, outcome.stderr
+    assert 16e9 < outcome.summary["plan"][0]["estimated_model_bytes"] < 20e9
+
+
+@pytest.mark.slow
+def test_a_point_of_a_random_model(qbench):
+    request = ("model=random", "model.shape=smollm2-135m", "model.layers=1", "quantizer=rtn", "task.max_windows=1")
+    outcome = qbench(*request)
+    assert outcome.status == 0, outcome.stderr
+    assert outcome.summary["model"] == "random-smollm2-135m-1layers"
+    assert outcome.summary["fingerprint"] == "random:1:smollm2-135m:1layers:seed0"
+    [result] = [json.loads(path.read_text()) for path in Path("outputs/results").glob("*/result.json")]
+    assert result["model"]["note"] == "seeded random weights: perplexities mean nothing"
+    assert 1e4 < outcome.summary["baseline_ppl"] < 1e6  # near the size of the vocabulary
 
 
 @gpu
 @needs_cuda
 def test_a_mixture_too_large_for_the_gpu_streams_through_it():
-    source = Random("deepseek-v2.5", 0, torch.bfloat16, torch.device("cuda"))
+    source = Drawn("deepseek-v2.5", 0, torch.bfloat16, torch.device("cuda"))
     chain = Chain.of(source.rest())
     ids = torch.arange(512, device="cuda").view(2, 256)
     states, calls = chain.begin(ids)
