@@ -13,28 +13,14 @@ would shift a KL by 1e-6 nats, enters squared. Every summand is as small as the 
 are enough: a token's KL is within 2e-7 nats, and a mean of 1e-5 nats within 0.02 % (tests/evaluate/test_divergence.py).
 What is averaged over tokens is averaged in fp64. Equal logits give exactly zero, both sides being computed alike.
 
-Passes over n logits of a variant on a GPU, each of 4 n bytes in fp32: its log-softmax, three reads of the logits in
-their own dtype and one write; both summands in one kernel, two reads (one of the original's log-probabilities, which
-score.py keeps) and two writes; their sums, two reads; the argmax, one read. On a CPU, where there is no such kernel,
-13 reads and 6 writes take the place of those six. Of a window of 2047 tokens and a vocabulary of 152k in bfloat16, on an
-H200: 2.3 ms for the NLLs and as much for the divergence, beside some 42 ms for a forward pass of 8B weights in 16 bit.
+On a GPU both softmaxes and all sums are two reads of the logits in one kernel (kernels/divergence.py). Here they are 16
+reads and 7 writes of the logits' size in fp32, in chunks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import cache
-
 import torch
 from torch import Tensor
-
-SUMMANDS = """
-template <typename T> void summands(T log_p, T log_q, T& forward, T& both) {
-    T log_ratio = log_p - log_q, p = exp(log_p), change = exp(log_q) - p;
-    forward = change + p * log_ratio;
-    both = -change * log_ratio;
-}
-"""
 
 
 def log_probabilities(logits: Tensor) -> Tensor:
@@ -43,24 +29,16 @@ def log_probabilities(logits: Tensor) -> Tensor:
 
 
 def divergences(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
-    """KL(P || Q) and KL(Q || P), each `[rows]`, in nats, of log-probabilities `[rows, vocabulary]`; overwrites `log_q`.
+    """KL(P || Q) and KL(Q || P), each `[rows]`, in nats, of log-probabilities `[rows, vocabulary]`; overwrites both.
 
     NaN where a token has no probability in a model (`masked_divergences`).
     """
-    if log_p.is_cuda:
-        forward, both = (summands.sum(-1) for summands in _summands()(log_p, log_q))
-    else:
-        log_ratio, p = log_p - log_q, log_p.exp()
-        change = log_q.exp_().sub_(p)
-        forward = change.sum(-1) + p.mul_(log_ratio).sum(-1)
-        both = -change.mul_(log_ratio).sum(-1)
+    log_ratio = log_p - log_q
+    p = log_p.exp_()
+    change = log_q.exp_().sub_(p)
+    forward = change.sum(-1) + p.mul_(log_ratio).sum(-1)
+    both = -change.mul_(log_ratio).sum(-1)
     return forward.clamp_min(0), (both - forward).clamp_min(0)
-
-
-@cache
-def _summands() -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """Compiled by torch's own elementwise compiler when it is called first."""
-    return torch.cuda.jiterator._create_multi_output_jit_fn(SUMMANDS, num_outputs=2)
 
 
 def masked_divergences(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:

@@ -2,8 +2,7 @@
 
 A forward pass gives logits `[tokens, vocabulary]` in the model's dtype; in 16 bit their log-softmax alone would move
 a perplexity by up to 0.1 %. So they are widened to fp32, CHUNK_BYTES at a time: beside the logits of both models there
-are four chunks at most. On a GPU, where small chunks leave it idle, they are larger, and the original's
-log-probabilities of a whole window are kept for all variants: 1.2 GB for 2047 tokens and a vocabulary of 152k.
+are four chunks at most. A GPU reads them as they are, in one kernel (kernels/divergence.py).
 
 Scoring equals HFLM's `_loglikelihood_tokens` with the first token as context (tests/evaluate/test_score.py).
 """
@@ -23,7 +22,7 @@ from qbench.evaluate.asks import Scores
 from qbench.evaluate.divergence import divergences, log_probabilities, masked_divergences
 from qbench.quant import gpu
 
-CHUNK_BYTES, GPU_CHUNK_BYTES = 32 * 2**20, 128 * 2**20
+CHUNK_BYTES = 32 * 2**20
 CONFIDENT = 0.5  # the original is, of a position, where its most probable token is at least as probable
 
 COMPARED = ("kl", "kl_reverse", "agrees", "squared_change", "confident")  # what a reader adds beside the original
@@ -32,7 +31,7 @@ COMPARED = ("kl", "kl_reverse", "agrees", "squared_change", "confident")  # what
 def row_chunks(logits: Tensor) -> Iterator[slice]:
     """Rows of logits `[tokens, vocabulary]` that are widened together."""
     itemsize = torch.promote_types(logits.dtype, torch.float32).itemsize
-    step = max(1, (GPU_CHUNK_BYTES if logits.is_cuda else CHUNK_BYTES) // (itemsize * logits.shape[-1]))
+    step = max(1, CHUNK_BYTES // (itemsize * logits.shape[-1]))
     return (slice(first, first + step) for first in range(0, len(logits), step))
 
 
@@ -52,7 +51,7 @@ class WindowAsks:
     batch_size: int  # windows
     compares: bool
     _original: weakref.ref[Tensor] | None = field(default=None, init=False)  # logits that were seen last
-    _found: tuple[Tensor, Tensor | None] | None = field(default=None, init=False)  # of them
+    _most_probable: Tensor | None = field(default=None, init=False)  # of them, `[tokens]`
 
     @property
     def batches(self) -> Sequence[np.ndarray]:
@@ -62,17 +61,12 @@ class WindowAsks:
         """What it reads of a variant, it reads off the original's logits; so `original` is not looked at."""
         return WindowReader(self)
 
-    def of_original(self, logits: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Argmax `[tokens]` and log-probabilities `[tokens, vocabulary]` of the original's logits.
-
-        They are found once for all variants that are handed the same tensor. On a CPU, whose memory is of more use
-        than that time, the latter are None, and made again chunk by chunk.
-        """
-        if self._original is None or self._original() is not logits:
-            self._original = weakref.ref(logits)
-            self._found = logits.argmax(-1), log_probabilities(logits) if logits.is_cuda else None
-        assert self._found is not None
-        return self._found
+    def most_probable(self, original: Tensor) -> Tensor:
+        """Argmax `[tokens]` of the original's logits, found once for all variants that are handed the same tensor."""
+        if self._original is None or self._original() is not original:
+            self._original, self._most_probable = weakref.ref(original), original.argmax(-1)
+        assert self._most_probable is not None
+        return self._most_probable
 
 
 class WindowReader:
@@ -108,15 +102,14 @@ class WindowReader:
     def _in_torch(self, window: int, logits: Tensor, original: Tensor | None, masked: bool = False) -> np.ndarray:
         """The same on plain torch, which is the reference for the kernel."""
         targets = torch.from_numpy(self.asks.ids[window, 1:]).to(logits.device)[:, None]
-        most_probable, kept = (None, None) if original is None else self.asks.of_original(original)
         parts = []
         for rows in row_chunks(logits):
             log_q = log_probabilities(logits[rows])
             true = log_q.gather(1, targets[rows])[:, 0]
             found = [-true]
-            if original is not None and most_probable is not None:
-                top = most_probable[rows]
-                log_p = log_probabilities(original[rows]) if kept is None else kept[rows]
+            if original is not None:
+                top = self.asks.most_probable(original)[rows]
+                log_p = log_probabilities(original[rows])
                 agrees = (logits[rows].argmax(-1) == top).to(true.dtype)
                 change = (true.exp() - log_p.gather(1, targets[rows])[:, 0].exp()).square()
                 sure = log_p.gather(1, top[:, None])[:, 0].exp()
