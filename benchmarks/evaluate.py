@@ -13,16 +13,16 @@ import argparse
 import json
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
-from qbench.evaluate.divergence import CompareTop, KeepTop
-from qbench.evaluate.score import token_nll
+from qbench.evaluate import resident
+from qbench.evaluate.score import WindowAsks
 from qbench.sources.smollm2 import SmolLM2
-
-TOPK = 64
 
 
 def main() -> None:
@@ -40,19 +40,19 @@ def main() -> None:
     seconds: dict[str, list[float]] = {"forward": [], "scored": [], "compared": [], "baseline": []}
     forward(model, ids[:1])
     for window in ids:
-        one = window[None]
-        keep = KeepTop(1, asked.tokens - 1, TOPK)
+        one, asks = window[None], WindowAsks(window[None], 1, True)
         clock(seconds["forward"], device, lambda one=one: forward(model, one))
-        clock(seconds["scored"], device, lambda one=one: token_nll(model, one, 1, "scored"))
-        clock(seconds["baseline"], device, lambda one=one, keep=keep: token_nll(model, one, 1, "baseline", keep))
-        compare = CompareTop(keep.ids, keep.log_probabilities, keep.log_tail, keep.most_probable, TOPK)
-        clock(seconds["compared"], device, lambda one=one, c=compare: token_nll(model, one, 1, "compared", c))
+        clock(seconds["scored"], device, lambda asks=asks: resident.score(model, asks, "scored"))
+        original: list[Any] = []
+        keep = partial(resident.score, model, asks, "baseline", keep=True)
+        clock(seconds["baseline"], device, lambda keep=keep, original=original: original.append(keep()))
+        clock(seconds["compared"], device, partial(resident.score, model, asks, "compared", *original))
     totals = {name: sum(values) for name, values in seconds.items()}
     print(f"{asked.windows} windows of {asked.tokens} tokens, {asked.device}, {asked.dtype}")
     for name, over in (("scored", "forward"), ("compared", "scored"), ("baseline", "scored")):
         fastest = min(seconds[name]) / min(seconds[over])
         print(f"{name} / {over}: {totals[name] / totals[over]:.3f} (fastest: {fastest:.3f})")
-    print(json.dumps({"seconds": totals, "topk": TOPK, "threads": torch.get_num_threads()}))
+    print(json.dumps({"seconds": totals, "threads": torch.get_num_threads()}))
 
 
 @torch.inference_mode()

@@ -38,7 +38,7 @@ class RuntimeConfig:
     device: str = "auto"
     dtype: str = "auto"
     offload: bool = False
-    batch_size: int = 1
+    batch_size: int | None = None
     threads: int = 0
     min_coverage: float = 0.95
     rerun: bool = False

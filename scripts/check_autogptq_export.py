@@ -69,10 +69,10 @@ def check(case: dict[str, Any], cache: Path, folder: Path) -> bool:
     read = {name: module for name, module in theirs.named_modules() if isinstance(module, BaseQuantLinear)}
     assert layers.keys() == read.keys(), "gptqmodel quantized other layers than ours"
     different = sum(
-        int((layer.weight.dequantize(torch.float16) != read[name].dequantize_weight().T).sum())
+        int((layer.quantized.dequantize(torch.float16) != read[name].dequantize_weight().T).sum())
         for name, layer in layers.items()
     )
-    weights = sum(layer.weight.numel for layer in layers.values())
+    weights = sum(layer.quantized.numel for layer in layers.values())
 
     ids = torch.tensor([ours.tokenizer(text.content[:4000])["input_ids"][:128]])
     expected = ours.model(ids).logits
@@ -93,7 +93,7 @@ def in_fp16(model: Any, ids: Tensor) -> Tensor:
     for name, module in list(model.named_modules()):
         if isinstance(module, QuantLinear):
             plain = nn.Linear(module.in_features, module.out_features, bias=module.bias is not None)
-            plain.weight.data = module.weight.dequantize(torch.float16)
+            plain.weight.data = module.quantized.dequantize(torch.float16)
             if module.bias is not None:
                 plain.bias.data = module.bias.data
             replace_module(model, name, plain)

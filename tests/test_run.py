@@ -4,8 +4,8 @@ import resource
 from pathlib import Path
 
 from qbench.evaluate.protocols.windows import TextWindows
+from qbench.passes.quantize import quantize_linears
 from qbench.record.store import Store
-from qbench.run import quantize_model
 from tests.test_cli import recorded
 from tests.track import wandb_stub
 
@@ -23,7 +23,7 @@ def test_a_failing_rerun_keeps_the_earlier_result_and_its_files(qbench, monkeypa
     assert qbench(*TINY, "tracker=wandb").status == 0
     [earlier] = recorded()
     files = {path: path.read_bytes() for path in Path("outputs/results").rglob("*") if path.is_file()}
-    monkeypatch.setattr("qbench.run.quantize_model", broken)
+    monkeypatch.setattr("qbench.passes.variant.quantize_linears", broken)
     outcome = qbench(*TINY, "runtime.rerun=true", "tracker=wandb")
     assert outcome.status == 1
     assert tracked == ["ok"]
@@ -32,7 +32,7 @@ def test_a_failing_rerun_keeps_the_earlier_result_and_its_files(qbench, monkeypa
     assert "is kept" in outcome.stderr
     assert {path: path.read_bytes() for path in Path("outputs/results").rglob("*") if path.is_file()} == files
     assert Store("outputs").load(earlier.run_id) == earlier
-    monkeypatch.setattr("qbench.run.quantize_model", quantize_model)
+    monkeypatch.setattr("qbench.passes.variant.quantize_linears", quantize_linears)
     assert qbench(*TINY, "runtime.rerun=true").status == 0
 
 

@@ -41,5 +41,8 @@ class Asks(typing.Protocol):
     compares: bool  # whether a variant's reader wants the original's logits beside the variant's
 
     def reader(self, original: Scores | None) -> Reader:
-        """For a variant, `original` being the original's scores; for the original itself, None."""
+        """For a variant, `original` being the original's scores; for the original itself, None.
+
+        The original may be read beside its variants: its scores are complete when a variant's are asked for.
+        """
         ...

@@ -23,6 +23,7 @@ from qbench.errors import PointError
 from qbench.evaluate import aggregate, hflm, shots
 from qbench.evaluate.documents import LeafScores, TaskScores
 from qbench.evaluate.hflm import wrap
+from qbench.evaluate.limits import batch_size
 from qbench.evaluate.lmeval import LoadedTask, seed_everything
 from qbench.evaluate.protocol import Scores
 from qbench.evaluate.windowed import name_of
@@ -53,7 +54,7 @@ class TaskEvaluation:
             "protocol": " ".join(task.protocol for task in self.tasks),
             "documents": self.sha256,
             "revisions": [task.revision for task in self.tasks],
-            "batch_size": self.runtime.batch_size,
+            "batch_size": batch_size(self.runtime, self.runtime.device),
             "arrays": 2,  # the form of what is kept
         }
 
@@ -75,7 +76,7 @@ class TaskEvaluation:
                     f"{task.name}: its prompts change from one evaluation to the next, whatever the seed, so that a "
                     "model and its baseline would not be asked the same"
                     if made_here
-                    else f"{task.name}: the kept baseline is of other documents; remove it from outputs/baselines"
+                    else f"{task.name}: the kept reference is of other documents; remove it from outputs/baselines"
                 )
         return scores
 

@@ -15,7 +15,8 @@ from tqdm import tqdm
 
 from qbench.config import RuntimeConfig
 from qbench.errors import PointError, RequestError
-from qbench.evaluate.score import first_nonfinite_layer
+from qbench.evaluate.limits import batch_size
+from qbench.evaluate.resident import first_nonfinite_layer
 
 if TYPE_CHECKING:
     from qbench.evaluate.protocols.lmeval import LmEval
@@ -109,7 +110,7 @@ def wrap(model: Any, tokenizer: Any, task: LmEval, runtime: RuntimeConfig) -> An
         pretrained=model,
         tokenizer=tokenizer,
         backend="causal",
-        batch_size=runtime.batch_size,
+        batch_size=batch_size(runtime, runtime.device),
         max_length=task.window,
         softmax_dtype=str(wide).removeprefix("torch."),
         add_bos_token=task.add_bos_token,

@@ -12,9 +12,21 @@ from typing import Any
 
 import numpy as np
 
-from qbench.config import CalibrationConfig, Config, SpeedConfig
+from qbench.config import CalibrationConfig, Config, RuntimeConfig, SpeedConfig
 from qbench.errors import RequestError
 from qbench.evaluate.protocol import Protocol
+
+CPU_BATCH, GPU_BATCH = 1, 8  # sequences: a CPU is busy with one of 2048 tokens, a GPU with a few of them
+
+
+def batch_size(runtime: RuntimeConfig, device_type: str) -> int:
+    """Sequences in a forward pass on a device such as `cuda`. Raises RequestError for less than one."""
+    size = runtime.batch_size
+    if size is None:
+        return GPU_BATCH if device_type.startswith("cuda") else CPU_BATCH
+    if size < 1:
+        raise RequestError(f"runtime.batch_size must be at least 1, or null for the device's own, got {size}")
+    return size
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,7 @@ def weight_bytes(model: Any) -> WeightBytes:
     packed = {id(buffer) for holder in holders for buffer in holder.buffers(recurse=False)}
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     head = id(getattr(model.get_output_embeddings(), "weight", None))
-    linears = _linear_names(model)
+    linears = linear_names(model)
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if id(tensor) in packed:
             continue
@@ -50,7 +50,7 @@ def weight_bytes(model: Any) -> WeightBytes:
     return WeightBytes(dict(quantized), **others)
 
 
-def _linear_names(model: Any) -> set[str]:
+def linear_names(model: Any) -> set[str]:
     """Names of the parameters that are linear weights and not quantized."""
     found = find_linears(model)
     names = {f"{name}.weight" for name in found.layers} | {s.name for s in found.skipped}
@@ -65,11 +65,14 @@ class Peak:
     Both count everything alive, weights included. Resident memory needs Linux, whose high-water mark can be reset.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, tidy: bool = True) -> None:
+        """With `tidy`, what is free is given back first, which takes a tenth of a second."""
         self.device = device
-        gc.collect()
+        if tidy:
+            gc.collect()
         if device.type == "cuda":
-            torch.cuda.empty_cache()
+            if tidy:
+                torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(device)
         else:
             self.reset = _reset_resident_peak()

@@ -1,100 +1,128 @@
-"""The NLL of every token of every window, in fp32 or wider, without ever holding fp32 logits of a whole window.
+"""What windows ask of a pass, and what is read off a window's logits: NLLs, and the divergence from the original.
 
-A forward pass gives logits `[windows, tokens, vocabulary]` in the model's dtype; in 16 bit their log-softmax alone
-would move a perplexity by up to 0.1 %. So they are widened, CHUNK_BYTES at a time. Peak memory beside the model's own
-forward pass: its logits in its dtype, and two to three chunks (wide logits, their exponentials, a work copy). For one
-window of 2048 tokens and a vocabulary of 150k in bfloat16 that is 0.6 GB and 0.1 GB; a log-softmax of the whole window
-in fp32, as lm-eval's model layer does it, takes another 1.2 GB for every tensor it makes.
+A forward pass gives logits `[tokens, vocabulary]` in the model's dtype; in 16 bit their log-softmax alone would move a
+perplexity by up to 0.1 %. So they are widened to fp32, CHUNK_BYTES at a time. Peak memory beside the logits of both
+models: four chunks. For a window of 2048 tokens and a vocabulary of 150k in bfloat16 the logits are 0.6 GB a model; a
+log-softmax of the whole window in fp32, as lm-eval's model layer does it, takes 1.2 GB for every tensor it makes.
 
 Scoring equals HFLM's `_loglikelihood_tokens` with the first token as context (tests/evaluate/test_score.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-from tqdm import tqdm
+from torch import Tensor
 
 from qbench.errors import PointError
+from qbench.evaluate.asks import Scores
+from qbench.evaluate.divergence import divergences, log_probabilities, masked_divergences
+from qbench.quant import gpu
 
 CHUNK_BYTES = 32 * 2**20
+CONFIDENT = 0.5  # the original is, of a position, where its most probable token is at least as probable
 
-# called with the window's index, the rows of it, their log-probabilities' logits `[rows, vocabulary]` in fp32 or
-# wider, and the logarithm of their softmax's denominator `[rows]`
-Watcher = Callable[[int, slice, Tensor, Tensor], None]
+COMPARED = ("kl", "kl_reverse", "agrees", "squared_change", "confident")  # what a reader adds beside the original
 
 
-@torch.inference_mode()
-def token_nll(model: Any, ids: np.ndarray, batch_size: int, label: str, watch: Watcher | None = None) -> np.ndarray:
-    """NLL in nats of each scored token, `[windows, window_tokens - 1]`, fp32 (fp64 for a model in fp64).
+class NonFiniteError(PointError):
+    """A model's logits hold NaN or Inf; the sentence names window and token."""
 
-    `ids` is int64 `[windows, window_tokens]`. Raises PointError, naming window and layer, when there is NaN or Inf.
+    def __init__(self, window: int, token: int) -> None:
+        super().__init__(f"the model gives NaN or Inf in window {window} from token {token}")
+        self.window = window
+
+
+@dataclass
+class WindowAsks:
+    """Windows `[windows, tokens]`, each token but the first of each to be scored."""
+
+    ids: np.ndarray
+    batch_size: int  # windows
+    compares: bool
+    _original: weakref.ref[Tensor] | None = field(default=None, init=False)  # logits that were seen last
+    _most_probable: Tensor | None = field(default=None, init=False)  # of them, `[tokens]`
+
+    @property
+    def batches(self) -> Sequence[np.ndarray]:
+        return [self.ids[start : start + self.batch_size, :-1] for start in range(0, len(self.ids), self.batch_size)]
+
+    def reader(self, original: Scores | None) -> WindowReader:
+        """What it reads of a variant, it reads off the original's logits; so `original` is not looked at."""
+        return WindowReader(self)
+
+    def most_probable(self, original: Tensor) -> Tensor:
+        """Argmax `[tokens]` of the original's logits, found once for all variants that are handed the same tensor.
+
+        Its log-softmax is made again for each: kept in fp32, reading it takes as long as making it, and 1.2 GB.
+        """
+        if self._original is None or self._original() is not original:
+            self._original, self._most_probable = weakref.ref(original), original.argmax(-1)
+        assert self._most_probable is not None
+        return self._most_probable
+
+
+class WindowReader:
+    """Scores `[windows, tokens - 1]`: `token_nll` in nats, fp32 (fp64 for a model in fp64), and those of COMPARED.
+
+    `kl` and `kl_reverse` are KL(original || variant) and KL(variant || original) in nats; `agrees` and `confident` are
+    bools: whether both find the same token most probable, and how sure the original is of its; `squared_change` is of
+    the probability of the token that follows.
     """
-    rows: list[np.ndarray] = []
-    with tqdm(total=len(ids), desc=label, unit="window") as progress:
-        for start in range(0, len(ids), batch_size):
-            batch = torch.from_numpy(ids[start : start + batch_size]).to(model.device)
-            logits = model(batch[:, :-1], use_cache=False).logits
-            for offset in range(len(batch)):
-                index = start + offset
-                nll = _window_nll(index, logits[offset], batch[offset, 1:], watch)
-                if not np.isfinite(nll).all():
-                    raise PointError(f"{label}: {_describe_nonfinite(model, batch[offset], index, nll)}")
-                rows.append(nll)
-            del logits  # before the next batch's are made
-            progress.update(len(batch))
-    return np.stack(rows)
 
+    def __init__(self, asks: WindowAsks) -> None:
+        self.asks = asks
+        self.seen: list[np.ndarray] = []  # of each window `[1 or 6, tokens]`
 
-def _window_nll(index: int, logits: Tensor, targets: Tensor, watch: Watcher | None) -> np.ndarray:
-    """logits `[tokens, vocabulary]`, targets `[tokens]` -> NLL `[tokens]`.
+    def see(self, batch: int, row: int, logits: Tensor, original: Tensor | None) -> None:
+        """As in asks.py. `logits` and `original` are `[tokens, vocabulary]`. Raises NonFiniteError."""
+        window = batch * self.asks.batch_size + row
+        original = original if self.asks.compares else None
+        found = self._read(window, logits, original)
+        if not (finite := np.isfinite(found[0])).all():
+            raise NonFiniteError(window, int(np.argmin(finite)))
+        if np.isnan(found).any():
+            found = self._read(window, logits, original, masked=True)
+        self.seen.append(found)
 
-    What is not finite ends with its chunk: a watcher samples from the softmax, which has to be one.
-    """
-    wide = torch.promote_types(logits.dtype, torch.float32)
-    step = max(1, CHUNK_BYTES // (wide.itemsize * logits.shape[-1]))
-    nll = []
-    for first in range(0, len(logits), step):
-        rows = slice(first, min(first + step, len(logits)))
-        chunk = logits[rows].to(wide)
-        denominator = chunk.logsumexp(-1)
-        nll.append(denominator - chunk.gather(1, targets[rows, None])[:, 0])
-        if watch is not None:
-            if not torch.isfinite(nll[-1]).all():
-                break
-            watch(index, rows, chunk, denominator)
-    return torch.cat(nll).cpu().numpy()
+    def _read(self, window: int, logits: Tensor, original: Tensor | None, masked: bool = False) -> np.ndarray:
+        if gpu.enabled(logits) and logits.dtype in gpu.FLOATS:
+            from qbench.kernels.divergence import tokens
 
+            return tokens(logits, torch.from_numpy(self.asks.ids[window, 1:]).to(logits.device), original).cpu().numpy()
+        return self._in_torch(window, logits, original, masked)
 
-def _describe_nonfinite(model: Any, ids: Tensor, index: int, nll: np.ndarray) -> str:
-    token = int(np.argmin(np.isfinite(nll)))
-    layer = first_nonfinite_layer(model, ids[None, :-1])
-    where = f"first in the output of {layer}" if layer else "but not when it is run again alone"
-    return f"the model gives NaN or Inf in window {index} from token {token}, {where}"
+    def _in_torch(self, window: int, logits: Tensor, original: Tensor | None, masked: bool = False) -> np.ndarray:
+        """The same on plain torch, which is the reference for the kernel."""
+        targets = torch.from_numpy(self.asks.ids[window, 1:]).to(logits.device)[:, None]
+        itemsize = torch.promote_types(logits.dtype, torch.float32).itemsize
+        step = max(1, CHUNK_BYTES // (itemsize * logits.shape[-1]))
+        parts = []
+        for rows in (slice(first, first + step) for first in range(0, len(logits), step)):
+            log_q = log_probabilities(logits[rows])
+            true = log_q.gather(1, targets[rows])[:, 0]
+            found = [-true]
+            if original is not None:
+                top = self.asks.most_probable(original)[rows]
+                log_p = log_probabilities(original[rows])
+                agrees = (logits[rows].argmax(-1) == top).to(true.dtype)
+                change = (true.exp() - log_p.gather(1, targets[rows])[:, 0].exp()).square()
+                sure = log_p.gather(1, top[:, None])[:, 0].exp()
+                kl, reverse = (masked_divergences if masked else divergences)(log_p, log_q)
+                found += [kl, reverse, agrees, change, sure]
+                del log_p
+            del log_q  # before the next chunk's is made
+            parts.append(torch.stack(found))
+        return torch.cat(parts, 1).cpu().numpy()
 
-
-def first_nonfinite_layer(model: Any, ids: Tensor) -> str | None:
-    """The first module, in the order in which they finish, whose output holds NaN or Inf; None if all are finite."""
-    found: list[str] = []
-
-    def look(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any, output: Any) -> None:
-            tensors = output if isinstance(output, tuple) else (output,)
-            if not found and any(
-                isinstance(t, Tensor) and t.is_floating_point() and not torch.isfinite(t).all() for t in tensors
-            ):
-                found.append(name)
-
-        return hook
-
-    handles = [module.register_forward_hook(look(name)) for name, module in model.named_modules() if name]
-    try:
-        model(ids, use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return found[0] if found else None
+    def scores(self) -> Scores:
+        nll, *compared = np.stack(self.seen, 1)
+        if not compared:
+            return {"token_nll": nll}
+        kl, reverse, agrees, change, sure = compared
+        found = dict(zip(COMPARED, (kl, reverse, agrees > 0, change, sure >= CONFIDENT), strict=True))
+        return {"token_nll": nll} | found

@@ -2,28 +2,28 @@
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from qbench.config import RuntimeConfig
-from qbench.evaluate.divergence import FORM, CompareTop, KeepTop
+from qbench.evaluate import resident
+from qbench.evaluate.limits import batch_size
 from qbench.evaluate.protocol import Scores
-from qbench.evaluate.score import token_nll
+from qbench.evaluate.score import WindowAsks
 from qbench.evaluate.text import Pages, Text
 from qbench.evaluate.windows import Windows, WindowSettings
 from qbench.intervals import Estimate, paired_delta, perplexity, positive_mean, verdict
 from qbench.record.quality import DivergenceRecord, EvaluationRecord, IntervalRecord, TaskRecord
 from qbench.record.store import identity
 
-log = logging.getLogger(__name__)
+APART = ("confident", resident.HEAD_INPUTS)  # of the scores, what has no mean per window to be kept beside the result
 
 
 @dataclass(frozen=True)
 class WindowedEvaluation:
-    """One protocol on one text, cut for one tokenizer. A baseline's scores are those of KeepTop."""
+    """One protocol on one text, cut for one tokenizer. Scores are those of score.WindowReader."""
 
     windows: Windows
     source: Text | Pages
@@ -36,56 +36,29 @@ class WindowedEvaluation:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What a baseline's scores depend on, the model aside."""
+        """What the original's scores depend on, the model aside."""
         return {
             "protocol": self.windows.protocol,
             "token ids": self.windows.token_ids_sha256,
-            "topk": self.topk,
-            "form": FORM if self.topk else None,
-            "batch_size": self.runtime.batch_size,
+            "divergence": self.task.divergence,
+            "batch_size": self.asks().batch_size,
         }
 
-    @property
-    def topk(self) -> int:
-        return self.task.divergence_topk if self.task.divergence else 0
+    def asks(self) -> WindowAsks:
+        return WindowAsks(self.windows.ids, batch_size(self.runtime, self.runtime.device), self.task.divergence)
 
     def score_baseline(self, model: Any) -> Scores:
-        ids = self.windows.ids
-        if not self.topk:
-            return {"token_nll": self._token_nll(model, "evaluating the baseline")}
-        keep = KeepTop(len(ids), ids.shape[1] - 1, self.topk)
-        nll = self._token_nll(model, "evaluating the baseline", keep)
-        size = keep.ids.nbytes + keep.log_probabilities.nbytes
-        log.info("the baseline's distributions, top %d of %d positions: %.1f MB", self.topk, nll.size, size / 1e6)
-        return {
-            "token_nll": nll,
-            "top_ids": keep.ids,
-            "top_log_p": keep.log_probabilities,
-            "tail_log_p": keep.log_tail,
-            "most_probable": keep.most_probable,
-        }
+        return resident.score(model, self.asks(), "evaluating the original", keep=self.task.divergence)
 
     def score(self, model: Any, baseline: Scores | None) -> Scores:
         """The quantized model's scores, `[windows, tokens]`; with the baseline's, also the divergence from it."""
-        label = "evaluating the quantized model"
-        if baseline is None or not self.topk:
-            return {"token_nll": self._token_nll(model, label)}
-        kept = (baseline[name] for name in ("top_ids", "top_log_p", "tail_log_p", "most_probable"))
-        compare = CompareTop(*kept, self.topk)
-        nll = self._token_nll(model, label, compare)
-        return {
-            "token_nll": nll,
-            "kl": compare.kl,
-            "kl_reverse": compare.kl_reverse,
-            "agrees": compare.agrees,
-            "squared_change": np.square(np.exp(-nll.astype(float)) - np.exp(-baseline["token_nll"].astype(float))),
-        }
+        return resident.score(model, self.asks(), "evaluating the quantized model", baseline)
 
     def records(
         self, scores: Scores, baseline: Scores | None, baseline_cached: bool
     ) -> tuple[list[EvaluationRecord], list[TaskRecord], dict[str, Scores]]:
         """What the scores say, and the per-window scores to keep beside it, by file name."""
-        per_window = {name: values.mean(1, dtype=float) for name, values in scores.items()}
+        per_window = {name: values.mean(1, dtype=float) for name, values in scores.items() if name not in APART}
         nll = per_window.pop("token_nll")
         kept = {"quantized": nll} | per_window
         delta = None
@@ -114,29 +87,34 @@ class WindowedEvaluation:
             verdict=delta and verdict(delta, higher_is_better=False),
             text_revision=self.source.revision,
             bos_policy=self.windows.bos_policy,
-            divergence=self._divergence(scores, per_window, baseline) if baseline and "kl" in scores else None,
+            divergence=_divergence(scores, per_window) if "kl" in scores else None,
         )
         return [record], [], {file: kept}
-
-    def _divergence(self, scores: Scores, per_window: Scores, baseline: Scores) -> DivergenceRecord:
-        return DivergenceRecord(
-            topk=self.topk,
-            tail_mass=float(np.exp(baseline["tail_log_p"]).mean()),
-            tokens=scores["kl"].size,
-            kl=_interval(positive_mean(per_window["kl"])),
-            kl_reverse=_interval(positive_mean(per_window["kl_reverse"])),
-            kl_p99=float(np.quantile(scores["kl"], 0.99)),
-            top1_agreement=_share(positive_mean(1 - per_window["agrees"])),
-            true_token_rms_change=_interval(positive_mean(per_window["squared_change"], power=0.5)),
-        )
-
-    def _token_nll(self, model: Any, label: str, watch: KeepTop | CompareTop | None = None) -> np.ndarray:
-        return token_nll(model, self.windows.ids, self.runtime.batch_size, label, watch)
 
 
 def name_of(kept: Scores) -> str:
     """A file name that changes with the content, so that a result never refers to another one's scores."""
     return f"windows-{identity({name: values.tolist() for name, values in kept.items()})}.safetensors"
+
+
+def _divergence(scores: Scores, per_window: Scores) -> DivergenceRecord:
+    kl, confident = scores["kl"].astype(float), scores["confident"]
+    p50, p90, p99, p999 = np.quantile(kl, (0.5, 0.9, 0.99, 0.999)).tolist()
+    return DivergenceRecord(
+        tokens=kl.size,
+        kl=_interval(positive_mean(per_window["kl"])),
+        kl_reverse=_interval(positive_mean(per_window["kl_reverse"])),
+        kl_p50=p50,
+        kl_p90=p90,
+        kl_p99=p99,
+        kl_p999=p999,
+        kl_max=float(kl.max()),
+        confident_share=float(confident.mean()),
+        kl_confident=float(kl[confident].mean()) if confident.any() else None,
+        kl_unconfident=float(kl[~confident].mean()) if not confident.all() else None,
+        top1_agreement=_share(positive_mean(1 - per_window["agrees"])),
+        true_token_rms_change=_interval(positive_mean(per_window["squared_change"], power=0.5)),
+    )
 
 
 def _interval(estimate: Estimate) -> IntervalRecord:

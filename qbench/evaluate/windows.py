@@ -57,7 +57,6 @@ class WindowSettings(TextSource):
     add_bos_token: bool | None = None
     max_windows: int | None = None  # None: every full window
     divergence: bool = True  # also compare next-token distributions with the original's
-    divergence_topk: int = 64
     beyond_positions: bool = False
 
     @property
@@ -76,8 +75,7 @@ class WindowSettings(TextSource):
         return {None: "", True: "-bos", False: "-nobos"}[self.add_bos_token]
 
     def settings(self) -> dict[str, Any]:
-        kept = inside(self)
-        return kept if self.divergence else kept | {"divergence_topk": None}
+        return inside(self)
 
     def check_windows(self) -> None:
         """Raises RequestError for shared settings that no text could satisfy."""
@@ -85,11 +83,6 @@ class WindowSettings(TextSource):
             raise RequestError(f"task.window must be at least 2 tokens, got {self.window}")
         if self.max_windows is not None and self.max_windows < 1:
             raise RequestError(f"task.max_windows must be at least 1, or null for all, got {self.max_windows}")
-        if self.divergence and self.divergence_topk < 1:
-            raise RequestError(
-                f"task.divergence_topk must be at least 1, got {self.divergence_topk}; task.divergence=false turns it "
-                "off"
-            )
 
 
 def cut_windows(text: Text, tokenizer: Any, task: WindowSettings, protocol: str) -> Windows:

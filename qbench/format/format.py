@@ -45,8 +45,8 @@ class Format(Protocol):
     def tensors(self) -> dict[str, Tensor]:
         """Every stored buffer by name: what is counted, moved and saved, and nothing computed anew.
 
-        The names become those of a layer's buffers; weight, bias, format, kernel and layout are taken. A factor per
-        input channel `[..., in]` that the dequantized weights contain is called `input_scale`.
+        The names become those of a layer's buffers; weight, quantized, bias, format, kernel and layout are taken. A
+        factor per input channel `[..., in]` that the dequantized weights contain is called `input_scale`.
         """
         ...
 

@@ -122,6 +122,17 @@ def expert_weights(module: Any, index: int) -> list[Tensor]:
     return [gate.contiguous(), up.contiguous(), down.contiguous()]
 
 
+def put_expert(module: Any, index: int, weights: list[Tensor]) -> None:
+    """Writes what `expert_weights` reads: the matrices `[out, in]` of one expert into the module's parameters."""
+    how = form(module)
+    first, down = (_upright(getattr(module, name).detach()[index], how) for name in (how.first, "down_proj"))
+    parts = [first]
+    if how.gated:
+        parts = [first[::2], first[1::2]] if how.interleaved else list(first.chunk(2))
+    for part, weight in zip((*parts, down), weights, strict=True):
+        part.copy_(weight)
+
+
 class Activation(nn.Module):
     """What lies between an expert's first matrices and down: biases, the gate, the activation.
 

@@ -54,7 +54,7 @@ class QuantExperts(nn.Module):
 
     def packed(self) -> dict[str, Format]:
         """Its weights by the prefix of their buffers' names; what a checkpoint describes."""
-        return {f"{name}.": getattr(self, name).weight for name in self.projections}
+        return {f"{name}.": getattr(self, name).quantized for name in self.projections}
 
     def forward(
         self, hidden_states: Tensor, top_k_index: Tensor | None = None, top_k_weights: Tensor | None = None

@@ -7,7 +7,7 @@ is the packed format in either layout: `state_dict` gives it, and `in_packed_for
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -35,7 +35,7 @@ class PackedWeight(nn.Module):
             self.register_buffer(name, tensor)
 
     @property
-    def weight(self) -> Format:
+    def quantized(self) -> Format:
         """The weight over the buffers as they are now (moved, loaded); rebuilt bit for bit from a kernel's layout."""
         if self._kernel is None:
             return self._format.with_tensors(self._stored())
@@ -45,7 +45,7 @@ class PackedWeight(nn.Module):
     @property
     def format(self) -> Format:
         """The weight for counting its bytes: in a kernel's layout its tensors are on the meta device."""
-        return self.weight if self._kernel is None else self._format
+        return self.quantized if self._kernel is None else self._format
 
     @property
     def kernel(self) -> Kernel | None:
@@ -63,7 +63,7 @@ class PackedWeight(nn.Module):
         """Replaces the packed buffers by its kernel's layout; False, changing nothing, if no kernel can hold it."""
         if self._kernel is not None:
             return True
-        weight = self.weight
+        weight = self.quantized
         kernel = kernel_of(weight)
         if kernel is None or kernel.refusal(weight):
             return False
@@ -83,7 +83,7 @@ class PackedWeight(nn.Module):
         """Back to the packed format, as it was before `lay_out`."""
         if self._kernel is None:
             return
-        weight = self.weight
+        weight = self.quantized
         for name in self._kernel.buffers:
             delattr(self, LAID_OUT + name)
         self._kernel, self._numbers, self._format = None, (), weight
@@ -98,7 +98,7 @@ class PackedWeight(nn.Module):
         while t and the tables of an int8 aux, which it cannot give back exactly, stay beside.
         """
         if self._kernel is None:
-            return self.weight.stored_bytes()
+            return self.quantized.stored_bytes()
         return self._kernel.held_bytes(self.layout, self._stored())
 
     def multiply_with_matrix(self) -> Callable[[Tensor, int], Tensor]:
@@ -109,7 +109,7 @@ class PackedWeight(nn.Module):
         kernel, layout = self._kernel, self.layout
         if kernel is not None and layout is not None:
             return lambda x, index: kernel.linear(x, layout.select(index))
-        weight = self.weight
+        weight = self.quantized
         return lambda x, index: F.linear(x, weight.select(index).dequantize(x.dtype))
 
     def _stored(self) -> dict[str, Tensor]:
@@ -120,7 +120,7 @@ class PackedWeight(nn.Module):
         """The packed format in either layout: a kernel's buffers are none that a checkpoint could hold."""
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self._kernel is not None:
-            destination.update({f"{prefix}{name}": tensor for name, tensor in self.weight.tensors().items()})
+            destination.update({f"{prefix}{name}": tensor for name, tensor in self.quantized.tensors().items()})
 
     def _apply(self, fn, recurse: bool = True):
         """Devices may change; the stored precision may not: `.half()` and `.to(dtype)` leave the buffers alone."""
@@ -132,11 +132,34 @@ class PackedWeight(nn.Module):
         super()._apply(keep_dtype, recurse)
         # the description must not keep the buffers alive on the device they came from
         if self._kernel is None:
-            self._format = self.weight
+            self._format = self.quantized
         return self
 
     def extra_repr(self) -> str:
         return f"shape={list(self._format.shape)}, {_told(self._format)}"
+
+
+class Absent(Tensor):
+    """A quantized linear's `weight`: shape and device, which models ask for, and no numbers.
+
+    Computing with it raises TypeError with a sentence.
+    """
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @staticmethod
+    def __new__(cls, shape: Sequence[int], device: torch.device) -> Absent:
+        return Tensor._make_wrapper_subclass(cls, shape, device=device)
+
+    def __repr__(self) -> str:
+        return f"Absent(shape={list(self.shape)}, device={self.device})"
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        raise TypeError(
+            "the weight of a quantized linear cannot be computed with: LINEAR.quantized is what it holds, and "
+            "LINEAR.quantized.dequantize() is a tensor"
+        )
 
 
 class QuantLinear(PackedWeight):
@@ -151,14 +174,19 @@ class QuantLinear(PackedWeight):
         self.out_features, self.in_features = weight.shape
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
 
+    @property
+    def weight(self) -> Absent:
+        """Models and libraries expect a tensor by this name; what the layer holds is `quantized`."""
+        return Absent((self.out_features, self.in_features), next(self.buffers()).device)
+
     def packed(self) -> dict[str, Format]:
         """Its weights by the prefix of their buffers' names; what a checkpoint describes."""
-        return {"": self.weight}
+        return {"": self.quantized}
 
     def forward(self, x: Tensor) -> Tensor:
         if self._kernel is not None:
             return self._kernel.linear(x, self.layout, self.bias)
-        return F.linear(x, self.weight.dequantize(x.dtype), self.bias)
+        return F.linear(x, self.quantized.dequantize(x.dtype), self.bias)
 
     def _apply(self, fn, recurse: bool = True):
         biases, self.bias = self.bias, None  # unlike the buffers, the bias follows the model's dtype

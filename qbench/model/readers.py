@@ -1,6 +1,6 @@
 """Linears whose weight a model reads instead of calling them (Mamba's and Jamba's dt_proj), found by watching.
 
-Such a linear cannot be replaced by a packed one, whose weight is no tensor. Which ones those are is told by no
+Such a linear cannot be replaced by a packed one, whose weight has no numbers. Which ones those are is told by no
 configuration, and the code of a model reads some weights only on paths that are never taken here (training, a fused
 kernel). So the model itself is watched for PROBE_TOKENS tokens on the device where it is going to run: every linear
 hands out its weight marked, and what is computed with a marked weight outside of that linear's own call is noted.
@@ -24,7 +24,7 @@ from qbench.model.linears import Linears, find_linears
 from qbench.model.offload import runs_offloaded
 
 PROBE_TOKENS = 8
-ASKED = (Tensor.shape.__get__, Tensor.device.__get__)  # what QuantizedWeight answers as well
+ASKED = (Tensor.shape.__get__, Tensor.device.__get__)  # what a quantized linear's weight answers as well
 
 
 class Marked(Tensor):

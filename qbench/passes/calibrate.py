@@ -12,23 +12,14 @@ The model is walked as a resident chain (chain.py), so what else the blocks are 
 model's own. Most models hand all sequences the same; where they do not (token embeddings for every block, keys shared
 between blocks) each sequence keeps its own.
 
-All statistics of a block are taken before any of its linears is quantized. Linears that read the very same tensor
-(q/k/v; gate/up) form a group; that is observed, not listed per architecture. Linears that no sequence reaches (of an
-expert that is an nn.Module of its own) stay in 16 bit.
-
-Memory beside the model: the hidden states of all sequences at one depth, tokens x hidden, and the statistics of one
-block (a Hessian is in x in in fp32, the sample of inputs at most INPUT_ROWS x in). Activations inside a block live for
-one sequence at a time. A block with fused experts adds tokens x hidden for their input, whatever their number, and the
-statistics of one expert (collect.py).
+What is taken of one block, and the memory that it costs, is told in shown.py.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -40,11 +31,12 @@ from qbench.config import CalibrationConfig
 from qbench.errors import PointError, RequestError, unknown
 from qbench.evaluate.text import Text, most_tokens
 from qbench.model.blocks import NotAChainError
-from qbench.model.linears import find_linears, matrix
-from qbench.passes.chain import Calls, Chain
-from qbench.passes.collect import Collector, ExpertInputs
+from qbench.model.linears import find_linears
+from qbench.passes.chain import Chain
+from qbench.passes.collect import ExpertInputs
+from qbench.passes.shown import Group, Shown
 from qbench.passes.stream import fetching
-from qbench.quant.quantizer import InputStatistics, Quantizer, Statistic
+from qbench.quant.quantizer import InputStatistics, Quantizer
 
 INPUTS = ("quantized", "original")
 
@@ -93,7 +85,6 @@ def _full_sequences(tokens: int, text: Text, config: CalibrationConfig, at_most:
     return full
 
 
-Group = dict[str, nn.Module]
 QuantizeGroup = Callable[[Group, InputStatistics], None]
 QuantizeExperts = Callable[[str, nn.Module, ExpertInputs], None]
 
@@ -114,120 +105,41 @@ def quantize_blocks(
     Returns the linears that no calibration token reached, and how many weights each has.
     Raises PointError for a model whose blocks cannot be found, or do not follow each other.
     """
-    original = calibration.inputs == "original"
     try:
         chain = Chain.of(model.eval(), resident=True)
-        begun = [chain.begin(torch.from_numpy(ids)[None].to(model.device)) for ids in calibration.ids]
+        shown = Shown(chain, calibration.ids, quantizer.needs, calibration.inputs == "original")
     except NotAChainError as error:
         raise PointError(f"{error}; cannot calibrate it") from error
-    hidden, calls = [states for states, _ in begun], [handed for _, handed in begun]
-    del begun  # the states exist once
     unreached: dict[str, int] = {}
     with fetching(model.device, offloaded) as fetch:
         arrivals = fetch(_weights(model, f"{chain.name}.{i}") for i in range(len(chain)))
-        for i in tqdm(range(len(chain)), desc="calibrating", unit="block"):
+        for i, block in enumerate(tqdm(chain.blocks, desc="calibrating", unit="block")):
             next(arrivals)
-            groups, experts, missing = _collect(chain, i, hidden, calls, quantizer.needs, original)
-            unreached |= missing
-            while groups:
-                group, collector = groups.pop(0)
+            found = shown.collect(i, block, *_inside(model, f"{chain.name}.{i}"))
+            unreached |= found.unreached
+            while found.groups:
+                group, collector = found.groups.pop(0)
                 quantize(group, collector.statistics(next(iter(group))))
                 del group, collector  # no second layer's original and no statistics outlive their turn
-            while experts:
-                expert_name, inputs = experts.popitem()
-                quantize_experts(expert_name, model.get_submodule(expert_name), inputs.all_seen(expert_name))
+            while found.experts:
+                name, inputs = found.experts.popitem()
+                quantize_experts(name, model.get_submodule(name), inputs.all_seen(name))
                 del inputs
-            if not original:
-                for j, handed in enumerate(calls):
-                    hidden[j] = chain.block(i, hidden[j], handed)
+            shown.go_on(i, block)
     return unreached
+
+
+def _inside(model: Any, prefix: str) -> tuple[dict[str, nn.Module], dict[str, nn.Module]]:
+    """The block's linears and fused experts that are quantized, by name."""
+    found = find_linears(model)
+    layers, experts = (
+        {name: module for name, module in part.items() if name.startswith(f"{prefix}.")}
+        for part in (found.layers, found.experts)
+    )
+    return layers, experts
 
 
 def _weights(model: Any, prefix: str) -> list[Tensor]:
     """The parameters of the block's linears and fused experts: what an offloaded model keeps in host memory."""
-    found = find_linears(model)
-    modules = {n: m for n, m in (found.layers | found.experts).items() if n.startswith(f"{prefix}.")}
-    return [parameter for module in modules.values() for parameter in module.parameters()]
-
-
-def _collect(
-    chain: Chain,
-    i: int,
-    hidden: list[Tensor],
-    calls: list[Calls],
-    needs: frozenset[Statistic],
-    original: bool,
-) -> tuple[list[tuple[Group, Collector]], dict[str, ExpertInputs], dict[str, int]]:
-    """Block `i`'s linear groups and fused experts, each with what it was handed in one pass over all sequences.
-
-    With `original` inputs that pass also sends the hidden states on, one sequence at a time, so that they exist once.
-    Third come the linears that no sequence reaches, and how many weights each has.
-    """
-    tokens = sum(states.shape[0] * states.shape[1] for states in hidden)
-    found = find_linears(chain.model)
-    prefix = f"{chain.name}.{i}"
-    wanted = {n: m for n, m in found.layers.items() if n.startswith(f"{prefix}.")}
-    groups, experts = [], {}
-    watched: list[tuple[nn.Module, Callable[..., None]]] = []
-    for group in linear_groups(chain, i, wanted, hidden, calls):
-        first = next(iter(group.values()))
-        groups.append((group, Collector(needs, matrix(first).shape[1], tokens, first.weight.device)))
-        watched.append((first, groups[-1][1]))
-    for name, module in found.experts.items():
-        if name.startswith(f"{prefix}."):
-            experts[name] = ExpertInputs(needs, tokens, original, module.num_experts)
-            watched.append((module, experts[name]))
-    with hooks(watched):
-        for j, handed in enumerate(calls):
-            output = chain.block(i, hidden[j], handed)
-            if original:
-                hidden[j] = output
-    reached = {name for group, _ in groups for name in group}
-    return groups, experts, {name: m.weight.numel() for name, m in wanted.items() if name not in reached}
-
-
-def linear_groups(
-    chain: Chain, i: int, wanted: dict[str, nn.Module], hidden: list[Tensor], calls: list[Calls]
-) -> list[Group]:
-    """Groups the linears `wanted` of block `i` by the tensor they read, in the order in which they are called.
-
-    As many sequences are looked at as it takes to see each of them, all if need be.
-    """
-    groups: list[Group] = []
-    left = dict(wanted)
-
-    def watch(name: str, seen: list[tuple[Tensor, Group]]) -> Callable[[Tensor], None]:
-        def note(input: Tensor) -> None:
-            if left.pop(name, None) is None:
-                return  # called again, as a block does that is gone through twice
-            for tensor, group in seen:
-                if tensor is input:
-                    group[name] = wanted[name]
-                    return
-            seen.append((input, {name: wanted[name]}))
-
-        return note
-
-    for states, handed in zip(hidden, calls, strict=True):
-        if not left:
-            break
-        seen: list[tuple[Tensor, Group]] = []  # holding the tensors keeps one from taking another's place in memory
-        with hooks([(layer, watch(name, seen)) for name, layer in list(left.items())]):
-            chain.block(i, states, handed)
-        groups += [group for _, group in seen]
-    return groups
-
-
-@contextmanager
-def hooks(watched: list[tuple[nn.Module, Callable[..., None]]]) -> Iterator[None]:
-    """Calls each function with the arguments of every call of its module, before it runs."""
-
-    def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any], *, see: Callable[..., None]) -> None:
-        see(*args, **kwargs)
-
-    handles = [m.register_forward_pre_hook(partial(hook, see=see), with_kwargs=True) for m, see in watched]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    layers, experts = _inside(model, prefix)
+    return [parameter for module in (*layers.values(), *experts.values()) for parameter in module.parameters()]

@@ -8,6 +8,7 @@ expert's statistics when that expert's turn to be quantized comes. It samples ex
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from functools import cached_property
 
@@ -97,6 +98,13 @@ class ExpertInputs:
             raise PointError(f"layer {name}: {self.seen} of {self.tokens} calibration tokens reached its router")
         self.x, self.routing = self.x[: self.rows], self.routing[: self.rows]
         return self
+
+    def serving(self, needs: frozenset[Statistic]) -> ExpertInputs:
+        """The same inputs for a method of these needs; statistics of all tokens are computed for each anew."""
+        own = copy.copy(self)
+        own.needs = needs
+        vars(own).pop("_everything", None)
+        return own
 
     def routed(self, expert: int) -> Tensor:
         """Positions in x of the tokens that are sent to this expert, int64 `[routed]`."""

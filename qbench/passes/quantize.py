@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from qbench.errors import PointError
 from qbench.format.format import Format
-from qbench.layers.expert_form import Activation, expert_weights, form
+from qbench.layers.expert_form import Activation, expert_weights, form, stacked_parameters
 from qbench.layers.experts import QuantExperts
 from qbench.layers.linear import QuantLinear, backend, relative_error
 from qbench.model.linears import Linears, find_linears, matrix, replace_module
@@ -54,9 +54,6 @@ def quantize_model(
     def place(name: str, module: nn.Module, new: list[LayerRow]) -> None:
         replace_module(model, name, module)
         rows.extend(new)
-        for row in new:
-            if row.relative_error < ON_GRID and row.bits_per_weight < 6:
-                log.warning("%s: error %.1e, its weights already lie on this grid", row.name, row.relative_error)
 
     def place_group(group: Group, stats: InputStatistics | None) -> None:
         for name, (module, row) in quantize_linears(group, quantizer, stats).items():
@@ -73,7 +70,7 @@ def quantize_model(
         del found  # its references would keep every original alive
         unreached = quantize_blocks(model, quantizer, calibration, place_group, place_experts, offloaded)
         skipped += [SkippedRow(name, weights, UNREACHED) for name, weights in unreached.items()]
-        _warn_of_starved_experts(rows)
+        warn(rows)
         return rows, skipped
     names = [name for name, _ in model.named_modules() if name in found.layers or name in found.experts]
     with fetching(model.device, offloaded) as fetch:
@@ -85,6 +82,7 @@ def quantize_model(
                 place_group({name: found.layers.pop(name)}, None)
             else:
                 place_experts(name, found.experts.pop(name), None, fetch)
+    warn(rows)
     return rows, skipped
 
 
@@ -93,7 +91,11 @@ def skipped_rows(found: Linears) -> list[SkippedRow]:
     return [SkippedRow(s.name, s.weights, s.reason, s.counted) for s in found.skipped]
 
 
-def _warn_of_starved_experts(rows: list[LayerRow]) -> None:
+def warn(rows: list[LayerRow]) -> None:
+    """Says of a quantized model what a reader of its numbers must know."""
+    for row in rows:
+        if row.relative_error < ON_GRID and row.bits_per_weight < 6:
+            log.warning("%s: error %.1e, its weights already lie on this grid", row.name, row.relative_error)
     downs = [row for row in rows if "routed_tokens" in row.diagnostics and row.name.endswith("down_proj")]
     if starved := [row for row in downs if ALL_TOKENS in row.method]:
         least = min(starved, key=lambda row: row.diagnostics["routed_tokens"])
@@ -115,10 +117,25 @@ def require_finite(model: Any, offloaded: bool = False) -> None:
     with fetching(model.device, offloaded) as fetch:
         arrivals = fetch([weight] for _, weight in _each_weight(found))
         for name, [weight] in zip(names, arrivals, strict=True):
-            if bad := int((~torch.isfinite(weight)).sum()):
-                raise PointError(
-                    f"layer {name}: {bad} of {weight.numel()} weights are NaN or Inf; nothing can quantize that"
-                )
+            _require_finite(name, weight)
+
+
+def require_finite_weights(layers: dict[str, nn.Module], experts: dict[str, nn.Module]) -> None:
+    """As `require_finite`, for the linears and fused experts of one block, which are on their device."""
+    found = Linears(layers, experts, [])
+    weights = [
+        *(m.weight for m in layers.values()),
+        *(p for m in experts.values() for p in stacked_parameters(m).values()),
+    ]
+    if not weights or torch.stack([torch.isfinite(weight).all() for weight in weights]).all():
+        return
+    for name, weight in _each_weight(found):
+        _require_finite(name, weight)
+
+
+def _require_finite(name: str, weight: Tensor) -> None:
+    if bad := int((~torch.isfinite(weight)).sum()):
+        raise PointError(f"layer {name}: {bad} of {weight.numel()} weights are NaN or Inf; nothing can quantize that")
 
 
 def quantize_linears(

@@ -38,7 +38,9 @@ class Result(Strict):
     config: dict[str, Any]  # what was asked for, for people; what it is a measurement of is the identity
     identity: Identity
     environment: dict[str, Any]
-    seconds: dict[str, float] = field(default_factory=dict)  # wall time of each phase
+    seconds: dict[str, float] = field(default_factory=dict)  # wall time of each phase; load and baseline are the pass's
+    pass_id: str | None = None  # of the pass that it was measured in with others, which shared load and baseline
+    pass_points: int = 1  # that the pass measured
     model: ModelRecord | None = None
     quantization: QuantizationRecord | None = None
     evaluation: list[EvaluationRecord] = field(default_factory=list)
@@ -84,6 +86,7 @@ class Result(Strict):
             if record.divergence is not None:
                 for key in ("kl", "kl_reverse", "top1_agreement", "true_token_rms_change"):
                     flat[prefix + key] = getattr(record.divergence, key).value
+                flat[prefix + "kl_p99"] = record.divergence.kl_p99
             flat |= {prefix + metric.name: metric.value for metric in record.metrics}
         for record in self.tasks:
             for metric in record.metrics:

@@ -4,7 +4,7 @@
     outputs/results/RUN_ID/windows-HASH.safetensors   its scores per window or document
     outputs/baselines/KEY.safetensors             what an unquantized model scored, shared by points
     outputs/models/                               converted models
-    outputs/locks/                                held while a point or a baseline is being measured
+    outputs/locks/                                held while a point or a reference is being measured
     outputs/sweeps/DATE/                          what the points of a sweep said while running
 
 A process killed at any moment leaves the old state or the new one, and at worst a file whose name starts with
@@ -23,6 +23,7 @@ from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -96,8 +97,25 @@ class Store:
             write_atomically(self.baselines / f"{key}.safetensors", save_tensors(tensors, metadata=dict(about)))
         except OSError as error:
             log.warning(
-                "the baseline is not kept in %s (%s): the next point measures it again", self.baselines, error.strerror
+                "the reference is not kept in %s (%s): the next point measures it again", self.baselines, error.strerror
             )
+
+    def save_states(self, path: Path, tensors: Mapping[str, Any], about: Mapping[str, str]) -> bool:
+        """Writes torch tensors that the original's scores go with; False, with a warning, where there is no room."""
+        from safetensors.torch import save_file
+
+        partial = path.with_name(f"{PARTIAL}{os.getpid()}-{path.name}")
+        try:
+            self.baselines.mkdir(parents=True, exist_ok=True)
+            save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, partial, dict(about))
+            os.replace(partial, path)
+        except (OSError, SafetensorError) as error:
+            partial.unlink(missing_ok=True)
+            log.warning(
+                "the original's states are not kept in %s (%s): the next point measures it again", self.baselines, error
+            )
+            return False
+        return True
 
     def load_baseline(self, key: str, about: Mapping[str, str]) -> dict[str, np.ndarray] | None:
         """What was saved under the key, or None when it must be measured.
@@ -111,13 +129,18 @@ class Store:
                 scores = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except (FileNotFoundError, SafetensorError):
             return None
-        for what, expected in about.items():
-            if found.get(what) != expected:
-                raise RequestError(
-                    f"{path} holds a baseline whose {what} is {found.get(what, 'not given')}, this point needs "
-                    f"{expected}; remove the file, and the baseline is measured again"
-                )
+        require_about(path, found, about)
         return scores
+
+
+def require_about(path: Path, found: Mapping[str, str], about: Mapping[str, str]) -> None:
+    """Raises RequestError when a kept file's metadata `found` say that it is of another model or text than `about`."""
+    for what, expected in about.items():
+        if found.get(what) != expected:
+            raise RequestError(
+                f"{path} holds a reference whose {what} is {found.get(what, 'not given')}, this point needs "
+                f"{expected}; remove the file, and the original is measured again"
+            )
 
 
 def write_atomically(path: Path, content: bytes) -> None:

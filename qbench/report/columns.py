@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from qbench.record.quality import IntervalRecord
 from qbench.report.board import FRONT, NEAR_FRONT, Row, Section
 from qbench.report.published import Published, beside
 from qbench.report.table import Table
@@ -51,10 +52,11 @@ def _quantization(name: str, scale: float = 1.0) -> Callable[[Row], Value]:
 
 
 def _divergence(name: str) -> Callable[[Row], Value]:
-    """A mean over tokens of how far the next-token distributions are from the 16-bit model's."""
+    """How far the next-token distributions are from the 16-bit model's: a mean over tokens, or a percentile."""
 
     def read(row: Row) -> Value:
-        return None if row.score.divergence is None else getattr(row.score.divergence, name).value
+        found = None if row.score.divergence is None else getattr(row.score.divergence, name)
+        return found.value if isinstance(found, IntervalRecord) else found
 
     return read
 
@@ -94,6 +96,7 @@ _SETTING: list[Column] = [
 ]
 _DIVERGENCE: list[Column] = [
     Column("kl", "KL, nats", _divergence("kl"), digits=4),
+    Column("kl_p99", "KL, 99 % below", _divergence("kl_p99"), digits=4, people=False),
     Column("top1_agreement", "same top token", _divergence("top1_agreement"), digits=4, descending=True),
 ]
 _SIZE: list[Column] = [

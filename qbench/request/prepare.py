@@ -15,8 +15,8 @@ from qbench.checkpoint.exporter import Exporter
 from qbench.config import CalibrationConfig, Config
 from qbench.errors import RequestError
 from qbench.evaluate import measure, speed
-from qbench.evaluate.protocol import Protocol
-from qbench.evaluate.protocol import Source as Scored
+from qbench.evaluate.limits import batch_size
+from qbench.evaluate.protocol import Corpus, Protocol
 from qbench.evaluate.text import Text, read_calibration
 from qbench.model import coverage
 from qbench.passes import calibrate
@@ -42,7 +42,7 @@ class Prepared:
     device: torch.device
     dtype: torch.dtype
     protocol: Protocol
-    source: Scored  # what the protocol scores
+    source: Corpus  # what the protocol scores
     calibration_text: Text | None
     identity: Identity  # its `weights` is the model's fingerprint
     run_id: str  # of the identity and this version of qbench
@@ -84,7 +84,7 @@ def prepare(
     command: list[str],
     here: bool = True,
     fingerprint: Callable[[Source], str] = fingerprint,
-    read: Callable[[Protocol], Scored] = measure.read,
+    read: Callable[[Protocol], Corpus] = measure.read,
     read_calibration: Callable[[CalibrationConfig], Text] = read_calibration,
 ) -> Prepared:
     """Checks all that can be checked without loading anything; a sweep does this for every point before its first.
@@ -103,8 +103,7 @@ def prepare(
     check_offload(config.runtime, device)
     coverage.check_setting(config.runtime)
     dtype = pick_dtype(config.runtime, device)
-    if config.runtime.batch_size < 1:
-        raise RequestError(f"runtime.batch_size must be at least 1, got {config.runtime.batch_size}")
+    config = replace(config, runtime=replace(config.runtime, batch_size=batch_size(config.runtime, device.type)))
     protocol: Protocol = make(PROTOCOL, config.task)
     protocol.check(config.runtime)
     source = read(protocol)

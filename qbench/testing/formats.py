@@ -175,7 +175,7 @@ class FormatConformance:
         assert state.keys() - {"bias"} == weight.tensors().keys(), "a layer's state is the format's tensors"
         assert sum(layer.held_bytes().values()) == weight.nbytes, "a packed layer holds what is stored"
         half = QuantLinear(weight, bias).to(torch.float16)
-        check_same(weight, half.weight, "to(float16)")
+        check_same(weight, half.quantized, "to(float16)")
         assert half(x.half()).dtype == torch.float16, "a layer in float16 must return float16"
         if layer.lay_out():
             self.check_laid_out(layer, weight, x, state)
@@ -190,9 +190,9 @@ class FormatConformance:
         assert sum(counted.values()) == sum(held.values()), f"held_bytes must count what is held: {counted}"
         assert counted.keys() == weight.stored_bytes().keys(), f"held_bytes must name the format's parts: {counted}"
         assert layer.format.nbytes == weight.nbytes, "the stored bytes must not depend on the layout"
-        check_same(weight, layer.weight, "a kernel's layout")
+        check_same(weight, layer.quantized, "a kernel's layout")
         for name, tensor in layer.state_dict().items():
             assert torch.equal(tensor, state[name]), f"the state of a laid out layer must be as stored, {name} is not"
         layer.restore()
-        check_same(weight, layer.weight, "restore()")
+        check_same(weight, layer.quantized, "restore()")
         assert layer.state_dict().keys() == state.keys(), "restore() must bring the buffers back"

@@ -136,7 +136,7 @@ def test_a_folder_holds_every_tensor_once(tmp_path, model, dtype, shard_bytes, s
     for name, module in ours.named_modules():
         if isinstance(module, QuantLinear):
             parts = {key: tensors.pop(f"{name}.{key}") for key in ("qweight", "qzeros", "scales", "g_idx")}
-            assert torch.equal(naive_dequantize(parts, 4, v1=symmetric), module.weight.dequantize())
+            assert torch.equal(naive_dequantize(parts, 4, v1=symmetric), module.quantized.dequantize())
     for name, parameter in ours.named_parameters():  # each tied tensor once
         assert torch.equal(tensors.pop(name), parameter.to(expected))
     assert not tensors, "rotary frequencies and the like are not part of the format"
@@ -212,7 +212,7 @@ def test_groups_on_one_side_of_zero_are_counted_and_refused(tmp_path, model):
 
 def test_layers_of_different_form_and_too_large_values_are_refused(tmp_path, model):
     ours, tokenizer = model()
-    weight = ours.model.layers[0].mlp.down_proj.weight
+    weight = ours.model.layers[0].mlp.down_proj.quantized
     other = make_quantizer({"name": "rtn", "nbits": 8, "group_size": 32}).quantize_one(weight.dequantize())
     replace_module(ours, "model.layers.0.mlp.down_proj", QuantLinear(other))
     with pytest.raises(RequestError, match="differ in bits or group size"):

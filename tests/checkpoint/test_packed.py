@@ -68,7 +68,7 @@ def test_a_loaded_model_gives_the_same_logits_to_the_bit(tmp_path, way, dtype):
     assert loaded(IDS).logits.dtype == dtype
     for name, module in model.named_modules():
         if isinstance(module, QuantLinear):
-            mine, other = module.weight, loaded.get_submodule(name).weight
+            mine, other = module.quantized, loaded.get_submodule(name).quantized
             facts = ("shape", "nbits", "group_size", "method", "diagnostics")
             assert [getattr(mine, f) for f in facts] == [getattr(other, f) for f in facts]
 

@@ -13,9 +13,9 @@ from qbench.evaluate.protocols.windows import TextWindows
 from qbench.evaluate.windowed import WindowedEvaluation
 from qbench.testing import ProtocolConformance
 
-SHORT = {"name": "t", "window": 24, "max_windows": 3, "divergence_topk": 8}
+SHORT = {"name": "t", "window": 24, "max_windows": 3}
 CHANGING = ({"window": 20}, {"max_windows": 2}, {"add_bos_token": True})
-NONSENSE = ({"window": 1}, {"max_windows": 0}, {"divergence_topk": 0})
+NONSENSE = ({"window": 1}, {"max_windows": 0})
 
 TASK = """
 task: own

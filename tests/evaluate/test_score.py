@@ -1,6 +1,8 @@
 """Scoring windows: equal to a naive loop and to lm-eval's model layer, in little memory, and loud about NaN."""
 
-from types import SimpleNamespace
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -9,11 +11,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from qbench.config import RuntimeConfig
 from qbench.errors import PointError
-from qbench.evaluate import score
-from qbench.evaluate.divergence import KeepTop
+from qbench.evaluate import resident, score
 from qbench.evaluate.harness import wrap
 from qbench.evaluate.protocols.lmeval import LmEval
-from qbench.evaluate.score import token_nll
+from qbench.evaluate.score import WindowAsks
 from qbench.intervals import perplexity
 from qbench.sources.tiny import build
 from tests.evaluate.test_windows import TEXT, task
@@ -24,11 +25,15 @@ def windows(tiny):
     return task().cut(TEXT, tiny[1]).ids
 
 
+def token_nll(model, ids, batch_size=1):
+    return resident.score(model, WindowAsks(ids, batch_size, False), "tiny")["token_nll"]
+
+
 @pytest.mark.parametrize("batch_size", [1, 3])
 def test_equals_a_naive_loop_in_fp64(windows, batch_size, monkeypatch):
     monkeypatch.setattr(score, "CHUNK_BYTES", 7 * 258 * 8)  # 7 rows a chunk, and a rest
     model = build("dense", 1)[0].double().eval()
-    measured = token_nll(model, windows, batch_size, "tiny")
+    measured = token_nll(model, windows, batch_size)
     assert measured.dtype == np.float64
     naive = []
     with torch.no_grad():
@@ -48,12 +53,26 @@ def test_equals_lm_evals_model_layer(windows, dtype, tolerance):
     requests = [(("", ""), ids[:1], ids[1:]) for ids in windows.tolist()]
     with torch.inference_mode():
         theirs = [-loglikelihood / 99 for loglikelihood, _ in lm._loglikelihood_tokens(requests, disable_tqdm=True)]
-    np.testing.assert_allclose(token_nll(model, windows, 1, "tiny").mean(1), theirs, rtol=tolerance)
+    np.testing.assert_allclose(token_nll(model, windows).mean(1), theirs, rtol=tolerance)
+
+
+def test_a_pass_is_asked_for_the_windows_in_their_order(windows):
+    """Walked row by row, as a pass does it, the scores are those of the model that is here as a whole."""
+    model = build("dense", 0)[0].double().eval()
+    asks = WindowAsks(windows, 4, True)
+    assert [len(batch) for batch in asks.batches] == [4, 4, 3]
+    assert np.array_equal(np.concatenate(asks.batches), windows[:, :-1])
+    reader = asks.reader(None)
+    with torch.no_grad():
+        for b, ids in enumerate(asks.batches):
+            for row, logits in enumerate(model(torch.from_numpy(ids)).logits):
+                reader.see(b, row, logits, None)
+    np.testing.assert_array_equal(reader.scores()["token_nll"], token_nll(model, windows, 4))
 
 
 def test_softmax_is_fp32_for_16_bit_models(windows):
     model = build("dense", 0)[0].bfloat16().eval()
-    measured = token_nll(model, windows, 1, "bf16").mean(1)
+    measured = token_nll(model, windows).mean(1)
     with torch.no_grad():
         logits = model(torch.from_numpy(windows[:1, :-1])).logits[0]
     target = torch.from_numpy(windows[0, 1:])[:, None]
@@ -78,26 +97,14 @@ class LargestWide(TorchDispatchMode):
 
 def test_no_more_than_one_chunk_is_ever_wide(monkeypatch):
     """A vocabulary of 50,000 in bfloat16: whole windows of fp32 logits would be 12 times the chunk."""
-    from qbench.evaluate.divergence import CompareTop, KeepTop
-
     vocabulary, tokens, chunk = 50_000, 60, 10**6
     monkeypatch.setattr(score, "CHUNK_BYTES", chunk)
-
-    class Model:
-        device = torch.device("cpu")
-
-        def __call__(self, ids, use_cache):
-            generator = torch.Generator().manual_seed(0)
-            logits = torch.randn(1, ids.shape[1], vocabulary, generator=generator, dtype=torch.bfloat16)
-            return SimpleNamespace(logits=logits)
-
     ids = np.random.default_rng(0).integers(0, vocabulary, (1, tokens + 1))
-    keep = KeepTop(1, tokens, 8)
+    p, q = (torch.randn(tokens, vocabulary).bfloat16() for _ in range(2))
     with LargestWide() as largest:
-        token_nll(Model(), ids, 1, "large", keep)
-        token_nll(
-            Model(), ids, 1, "large", CompareTop(keep.ids, keep.log_probabilities, keep.log_tail, keep.most_probable, 8)
-        )
+        reader = WindowAsks(ids, 1, True).reader(None)
+        reader.see(0, 0, q, p)
+    assert reader.scores()["kl"].shape == (1, tokens)
     assert 0 < largest.nbytes <= chunk
 
 
@@ -106,20 +113,7 @@ def test_nan_names_the_window_and_the_first_layer(windows):
     with torch.no_grad():
         model.model.layers[1].mlp.up_proj.weight[3] = float("nan")
     with pytest.raises(PointError, match=r"NaN or Inf in window 0 from token 0, first .*layers\.1\.mlp\.up_proj"):
-        token_nll(model, windows, 1, "broken")
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_nothing_watches_what_is_no_distribution(windows, value):
-    """The baseline's watcher samples from the softmax: multinomial would fail, on a GPU with the whole process."""
-    model = build("dense", 0)[0].eval()
-    with torch.no_grad():
-        model.model.norm.weight[3] = value
-    for watch in (KeepTop(len(windows), 99, 8), lambda *_: pytest.fail("it was shown NaN or Inf")):
-        with pytest.raises(
-            PointError, match=r"NaN or Inf in window 0 from token 0, first in the output of model\.norm"
-        ):
-            token_nll(model, windows, 1, "broken", watch)
+        token_nll(model, windows)
 
 
 def test_overflow_is_found_where_it_starts(windows):
@@ -132,43 +126,29 @@ def test_overflow_is_found_where_it_starts(windows):
     with torch.no_grad():
         model.model.embed_tokens.weight[rare] = float("inf")
     with pytest.raises(PointError, match=r"in window 5 from token \d+, first in the output of model\.embed_tokens"):
-        token_nll(model, clean, 2, "broken")
+        token_nll(model, clean, 2)
 
 
 PEAK = """
 import resource
-from types import SimpleNamespace
 import numpy as np, torch
-from qbench.evaluate.score import CHUNK_BYTES, token_nll
-from qbench.evaluate.divergence import CompareTop, KeepTop
-
-class Model:
-    device = torch.device("cpu")
-    def __call__(self, ids, use_cache):
-        logits = torch.empty(1, ids.shape[1], 150_000, dtype=torch.bfloat16).fill_(1.0)
-        return SimpleNamespace(logits=logits)
+from qbench.evaluate.score import CHUNK_BYTES, WindowAsks
 
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 ids = np.random.default_rng(0).integers(0, 150_000, (1, 2048))
-token_nll(Model(), ids[:, :3], 1, "warm-up", KeepTop(1, 2, 64))
+p, q = (torch.empty(2047, 150_000, dtype=torch.bfloat16).fill_(value) for value in (1.0, 2.0))
+WindowAsks(ids[:, :3], 1, True).reader(None).see(0, 0, q[:2], p[:2])
 before = peak()
-keep = KeepTop(1, 2047, 64)
-token_nll(Model(), ids, 1, "baseline", keep)
-seen = CompareTop(keep.ids, keep.log_probabilities, keep.log_tail, keep.most_probable, 64)
-token_nll(Model(), ids, 1, "quantized", seen)
-print((peak() - before - 2047 * 150_000 * 2) / CHUNK_BYTES)
+WindowAsks(ids, 1, True).reader(None).see(0, 0, q, p)
+print((peak() - before) / CHUNK_BYTES)
 """
 
 
 @pytest.mark.slow
 def test_peak_memory_beside_the_logits_is_a_few_chunks():
-    """2048 tokens, a vocabulary of 150,000, bfloat16: 0.6 GB of logits, and no second copy of them."""
-    import os
-    import subprocess
-    import sys
-
+    """2048 tokens, a vocabulary of 150,000, bfloat16: 0.6 GB of logits a model, and no second copy of them."""
     returns_freed_memory = os.environ | {"MALLOC_MMAP_THRESHOLD_": "1000000"}  # so that resident means in use
     done = subprocess.run(
         [sys.executable, "-c", PEAK], capture_output=True, text=True, check=True, env=returns_freed_memory

@@ -184,7 +184,6 @@ def test_what_no_tokenizer_could_cut_is_refused_without_one():
         ({"protocol": "crops"}, "number of crops to draw"),
         ({"protocol": "pages"}, r"task\.pages must be at least 1"),
         ({"limit": 4}, r"unknown key for task\.protocol=windows: 'task\.limit'"),
-        ({"divergence_topk": 0}, r"task\.divergence=false turns it off"),
     ],
 )
 def test_wrong_settings(changes, sentence):

@@ -86,10 +86,10 @@ def test_a_model_computes_with_the_weights_that_it_holds(architecture, routers):
     assert bool(found.experts) == (architecture == "moe")
     assert coverage(model) == 1 - routers / found.weights
     for name, layer in found.layers.items():
-        matrix(layer).copy_(model.get_submodule(name).weight.dequantize())
+        matrix(layer).copy_(model.get_submodule(name).quantized.dequantize())
     for name, module in found.experts.items():
         held = model.get_submodule(name)
-        gate, up, down = (getattr(held, projection).weight.dequantize() for projection in held.projections)
+        gate, up, down = (getattr(held, projection).quantized.dequantize() for projection in held.projections)
         module.gate_up_proj.copy_(torch.cat([gate, up], 1))
         module.down_proj.copy_(down)
     torch.testing.assert_close(model(IDS).logits, plain(IDS).logits, rtol=1e-4, atol=1e-4)

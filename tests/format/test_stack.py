@@ -55,4 +55,4 @@ def test_formats_that_differ_are_refused_by_name(generator):
 def test_a_packed_stack_keeps_its_precision_when_the_model_is_cast(generator):
     whole = QuantizedWeight.stack(some(generator))
     held = PackedWeight(whole).to(torch.bfloat16)
-    assert torch.equal(held.weight.dequantize(), whole.dequantize())
+    assert torch.equal(held.quantized.dequantize(), whole.dequantize())

@@ -84,5 +84,5 @@ def test_quant_linear_multiplies_with_the_dequantized_weight(generator):
     assert layer.bias.dtype == torch.bfloat16
     assert layer.codes_0.dtype == torch.uint8
     assert layer.scale.dtype == torch.float16
-    assert torch.equal(layer.weight.dequantize(), weight.dequantize())
+    assert torch.equal(layer.quantized.dequantize(), weight.dequantize())
     assert layer(x.bfloat16()).dtype == torch.bfloat16

@@ -69,7 +69,7 @@ def test_a_layer_there_and_back(generator, aux_dtype):
     assert layer.format.nbytes == nbytes
     assert "codes_0" not in dict(layer.named_buffers())
     assert (layer(x) - before).norm() / before.norm() < 2e-3  # an int8 aux becomes fp16
-    for name, tensor in layer.weight.tensors().items():
+    for name, tensor in layer.quantized.tensors().items():
         assert torch.equal(tensor, weight.tensors()[name]), name
     layer.restore()
     assert torch.equal(layer(x), before)

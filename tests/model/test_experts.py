@@ -86,9 +86,9 @@ def dense_copy(model, quantized):
     copy = deepcopy(model)
     for name, module in quantized.named_modules():
         if isinstance(module, QuantLinear):
-            copy.get_submodule(name).weight.copy_(module.weight.dequantize())
+            copy.get_submodule(name).weight.copy_(module.quantized.dequantize())
         elif isinstance(module, QuantExperts):
-            gate, up, down = (getattr(module, p).weight.dequantize() for p in ("gate_proj", "up_proj", "down_proj"))
+            gate, up, down = (getattr(module, p).quantized.dequantize() for p in ("gate_proj", "up_proj", "down_proj"))
             copy.get_submodule(name).gate_up_proj.copy_(torch.cat([gate, up], 1))
             copy.get_submodule(name).down_proj.copy_(down)
     return copy
@@ -125,7 +125,7 @@ def test_a_mixture_computes_what_the_original_class_computes_with_its_weights(bu
     row = next(r for r in experts if r.name.endswith("experts.3.up_proj"))
     parent = row.name.removesuffix(".3.up_proj")
     original = parameters[f"{parent}.gate_up_proj"][3].chunk(2)[1]
-    restored = quantized.get_submodule(parent).up_proj.weight.select(3).dequantize()
+    restored = quantized.get_submodule(parent).up_proj.quantized.select(3).dequantize()
     assert float((original - restored).norm() / original.norm()) == pytest.approx(row.relative_error)
 
 

@@ -102,10 +102,10 @@ def dense_copy(model, quantized):
     copy = deepcopy(model)
     for name, module in quantized.named_modules():
         if isinstance(module, QuantLinear):
-            matrix(copy.get_submodule(name)).copy_(module.weight.dequantize())
+            matrix(copy.get_submodule(name)).copy_(module.quantized.dequantize())
         elif isinstance(module, QuantExperts):
             original = copy.get_submodule(name)
-            stacks = [getattr(module, projection).weight.dequantize() for projection in module.projections]
+            stacks = [getattr(module, projection).quantized.dequantize() for projection in module.projections]
             for key, value in original_layout(original, stacks).items():
                 getattr(original, key).copy_(value)
     return copy

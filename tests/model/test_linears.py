@@ -6,6 +6,7 @@ import transformers as t
 from torch import nn
 
 from qbench.errors import PointError, RequestError
+from qbench.layers.linear import QuantLinear, use_kernels
 from qbench.model.coverage import settle_layers, share, too_few
 from qbench.model.linears import OUTSIDE, READ, ROUTER, TOWER, Linears, coverage, find_linears, linear_weights
 from qbench.model.readers import mark_read_weights, mark_without_storage
@@ -128,6 +129,21 @@ def test_asking_for_a_shape_is_not_reading_a_weight():
     assert mark_read_weights(model) == ["model.layers.0.mlp.used"]
     quantize_model(model, RTN())
     model(torch.arange(20)[None])
+
+
+def test_a_quantized_linears_weight_is_a_tensor_that_is_not_computed_with(layout):
+    weight = torch.randn(64, 128)
+    layer = QuantLinear(RTN().quantize_one(weight))
+    use_kernels(layer)
+    assert (layer.kernel is not None) == (layout == "laid out")
+    assert isinstance(layer.weight, torch.Tensor)
+    assert (layer.weight.shape, layer.weight.device) == (weight.shape, weight.device)
+    assert layer.weight.numel() == weight.numel()
+    assert "64, 128" in repr(layer.weight)
+    for compute in (lambda w: w.norm(), lambda w: weight @ w.T, lambda w: w.mul_(2), lambda w: w.data.copy_(weight)):
+        with pytest.raises(TypeError, match=r"^[^\n]*LINEAR\.quantized\.dequantize\(\)[^\n]*$"):
+            compute(layer.weight)
+    assert layer.quantized.dequantize().sub(weight).norm() < 0.2 * weight.norm()
 
 
 def test_a_model_without_linears_is_refused_in_a_sentence():

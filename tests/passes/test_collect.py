@@ -122,11 +122,11 @@ def test_a_starved_expert_is_calibrated_on_all_tokens_and_says_so(caplog):
 
     # what a starved expert's down reads is computed with its own gate and up
     experts = model.model.layers[0].mlp.experts
-    gate, up = (w.weight.select(5).dequantize() for w in (experts.gate_proj, experts.up_proj))
+    gate, up = (w.quantized.select(5).dequantize() for w in (experts.gate_proj, experts.up_proj))
     x = collected[f"{name}.5.gate_proj"].inputs
     inner = nn.functional.silu(x @ gate.T) * (x @ up.T)
     torch.testing.assert_close(collected[f"{name}.5.down_proj"].inputs, inner, rtol=1e-4, atol=1e-5)
-    assert "all tokens" in experts.gate_proj.weight.method
+    assert "all tokens" in experts.gate_proj.quantized.method
 
 
 def test_no_warning_when_every_expert_is_fed(caplog):

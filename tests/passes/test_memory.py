@@ -37,8 +37,7 @@ BOUNDS = {
     "nf4": 2 * LAYER + SLACK,
     "awq": 2 * PAIR + SAMPLE + HIDDEN_STATES + ACTIVATIONS + SLACK,
     "asinq": 2 * PAIR + SAMPLE + HIDDEN_STATES + ACTIVATIONS + SLACK,
-    # and, as measured, once more as much as X^T X of down
-    "gptq": max(2 * PAIR, PAIR + FACTORS) + STATISTICS + 4 * INTERMEDIATE**2 + ACTIVATIONS + SLACK,
+    "gptq": max(2 * PAIR, PAIR + FACTORS) + STATISTICS + ACTIVATIONS + SLACK,
 }
 
 
@@ -49,6 +48,7 @@ def quantize(name, *, hoard):
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from qbench.passes.calibrate import Calibration
+    from qbench.passes.collect import Collector
     from qbench.passes.quantize import quantize_model
     from qbench.registry import quantizer_class
 
@@ -56,7 +56,13 @@ def quantize(name, *, hoard):
     shape = dict(hidden_size=HIDDEN, intermediate_size=INTERMEDIATE, num_hidden_layers=BLOCKS, vocab_size=256)
     model = LlamaForCausalLM(LlamaConfig(**shape, num_attention_heads=12)).eval().requires_grad_(False)
     ids = np.random.default_rng(0).integers(0, 256, (SEQUENCES, WINDOW))
-    model(torch.from_numpy(ids[:1]), use_cache=False)  # the libraries allocate what they keep
+    # the libraries allocate what they keep: 20 MB for the factors of the largest layer
+    model(torch.from_numpy(ids[:1]), use_cache=False)
+    method = quantizer_class(name)
+    collector = Collector(method.needs, INTERMEDIATE, SEQUENCES * WINDOW, torch.device("cpu"))
+    collector(torch.randn(SEQUENCES * WINDOW, INTERMEDIATE))
+    method().quantize([torch.randn(HIDDEN, INTERMEDIATE)], collector.statistics("down"))
+    del collector
 
     def resident(key):
         (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
@@ -74,7 +80,7 @@ def quantize(name, *, hoard):
         measure.model = model_bytes()
         Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
 
-    class Watched(quantizer_class(name)):
+    class Watched(method):
         def quantize(self, weights, stats):
             measure()
             if hoard:

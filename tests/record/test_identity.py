@@ -53,7 +53,7 @@ CASES = [
     Case("a calibration that moved", SHOWN, f"{GPTQ}moved/a.txt", 1),
     Case("its name", SHOWN, f"{SHOWN} calibration.name=b", 1),
     Case("a calibration that nobody is shown", f"{TINY} calibration.sequences=2", f"{TINY} calibration.sequences=3", 1),
-    Case("top-k of no divergence", NO_KL, f"{NO_KL} task.divergence_topk=8", 1),
+    Case("the batch that a CPU has", TINY, f"{TINY} runtime.batch_size=1", 1),
     Case("the name of lm-eval's tasks", "task=wikitext_lmeval", "task=lmeval task.names=[wikitext]", 1),
     # another setting of the same original under the same protocol
     Case("null against set", TINY, f"{TINY} quantizer.codebook=nf4", 2),
@@ -213,12 +213,11 @@ def test_a_setting_is_inside_unless_it_is_listed_as_outside(ask):
     }
 
 
-WINDOWS = {"add_bos_token": None, "divergence": True, "divergence_topk": 64, "max_windows": None}
+WINDOWS = {"add_bos_token": None, "divergence": True, "max_windows": None}
 TASKS = {"add_bos_token": None, "limit": None, "num_fewshot": None, "protocol": "lmeval", "window": 2048}
 PROTOCOLS = [
     ("model=tiny-dense", WINDOWS | {"name": "mini", "protocol": "windows", "window": 512}),
-    (NO_KL, WINDOWS | {"name": "mini", "protocol": "windows", "window": 64, "max_windows": 2, "divergence": False,
-                       "divergence_topk": None}),
+    (NO_KL, WINDOWS | {"name": "mini", "protocol": "windows", "window": 64, "max_windows": 2, "divergence": False}),
     ("task=c4_gptq task.path=pages.jsonl", WINDOWS | {"name": "c4_gptq", "protocol": "crops", "window": 2048,
                                                       "max_windows": 256}),
     ("task=c4_new task.path=pages.jsonl task.pages=9", WINDOWS | {"name": "c4_new", "protocol": "pages", "pages": 9,

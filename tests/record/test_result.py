@@ -177,7 +177,12 @@ def test_the_summary_tells_measures_and_protocols_apart():
     first = example().evaluation[0]
     interval = IntervalRecord(0.5, 0.4, 0.6)
     both = [
-        replace(first, divergence=DivergenceRecord(64, 0.1, 98, interval, interval, 2.0, interval, interval)),
+        replace(
+            first,
+            divergence=DivergenceRecord(
+                98, interval, interval, 0.1, 1.0, 2.0, 2.5, 3.0, 0.6, 0.2, 0.9, interval, interval
+            ),
+        ),
         replace(first, protocol="wikitext:lmeval-v2.0-w50", metrics=[MetricRecord("word_perplexity", False, 30.0)]),
     ]
     task = TaskRecord(

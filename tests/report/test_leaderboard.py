@@ -137,7 +137,9 @@ def test_accuracies_are_sections_of_their_own_and_the_largest_comes_first(output
 def test_divergence_has_columns_where_it_was_measured(outputs, show):
     result, windows = point("awq", 4, nll(0.25, 8))
     mean = IntervalRecord(0.0123, 0.01, 0.02)
-    divergence = DivergenceRecord(64, 0.0, 1000, mean, mean, 0.3, IntervalRecord(0.91, 0.9, 0.92), mean)
+    divergence = DivergenceRecord(
+        1000, mean, mean, 0.01, 0.1, 0.3, 0.5, 1.0, 0.6, 0.01, 0.1, IntervalRecord(0.91, 0.9, 0.92), mean
+    )
     save(outputs, (replace(result, evaluation=[replace(result.evaluation[0], divergence=divergence)]), windows))
     found = {row["quantizer"]: (row["kl"], row["top1_agreement"]) for row in rows(show(outputs, "--format", "csv")[1])}
     assert found["awq"] == ("0.0123", "0.91")

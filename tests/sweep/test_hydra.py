@@ -8,16 +8,15 @@ from pathlib import Path
 
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.plugins import Plugins
 from hydra.core.singleton import Singleton
 from hydra.plugins.sweeper import Sweeper
 
 import qbench.sweep
 from qbench.errors import SweepFailed
 from qbench.sweep.plan import combinations
-from tests.conftest import ROOT
+from tests.conftest import ROOT, refused
 
-READ_AT = {"hydra-core": "1.3.8", "hydra-submitit-launcher": "1.2.0"}
+READ_AT = {"hydra-core": "1.3.8"}
 
 
 def test_private_names_are_those_of_the_versions_that_were_read():
@@ -27,18 +26,7 @@ def test_private_names_are_those_of_the_versions_that_were_read():
     given = vars(parser.parse_args(["-m", "--config-dir", "x", "a=b"]))
     flags = ("overrides", "multirun", "run", "cfg", "info", "help", "resolve", "config_dir", "experimental_rerun")
     assert given.keys() >= {*flags, "shell_completion"}
-    assert any(name.endswith(".BasicLauncher") for name in Plugins.instance().class_name_to_class)
     Singleton.set_state(Singleton.get_state())
-
-
-def test_private_names_of_the_submitit_launcher():
-    pytest.importorskip("hydra_plugins.hydra_submitit_launcher", reason="pip install 'qbench-llm[launchers]'")
-    assert version("hydra-submitit-launcher") == READ_AT["hydra-submitit-launcher"]
-    launcher = import_module("hydra_plugins.hydra_submitit_launcher.submitit_launcher").SlurmLauncher
-    conf = import_module("hydra_plugins.hydra_submitit_launcher.config").BaseQueueConf
-    assert launcher._EXECUTOR == "slurm"
-    assert launcher(nodes=2).params["nodes"] == 2
-    assert {"timeout_min", "cpus_per_task", "mem_gb"} <= conf.__dataclass_fields__.keys()
 
 
 def test_no_private_module_of_hydra_is_imported_that_the_table_lacks():
@@ -117,7 +105,19 @@ def test_products_are_those_of_hydras_own_sweeper(overrides, points):
     assert [list(point) for point in points] == BasicSweeper.split_arguments(parsed, None)[0]
 
 
-def test_a_prepared_point_runs_from_its_file_and_composes_nothing(qbench, monkeypatch):
+def test_a_quoted_value_of_a_sweep_stays_a_text(qbench):
+    """Of choice("64") Hydra's parser takes the quotes off, and its own sweeper would hand on the number."""
+    values = 'choice("64","null","1e400","a, b",64,"${x}",rtn)'
+    (written,) = zip(*combinations(OverridesParser.create().parse_overrides([f"a={values}"])), strict=True)
+    parsed = [override.value() for override in OverridesParser.create().parse_overrides(list(written))]
+    assert [getattr(value, "text", value) for value in parsed] == ["64", "null", "1e400", "a, b", 64, "${x}", "rtn"]
+    for quoted in ('"64"', '"null"', '"-inf"', '"true"'):
+        sentence = refused(qbench("-m", "model=tiny-dense", f"calibration=choice({quoted})", "--dry-run"))
+        assert sentence.startswith(f"qbench: unknown calibration {quoted.replace(chr(34), chr(39))}")
+    assert qbench("-m", "model=tiny-dense", 'calibration.path="64"', "--dry-run").status == 0
+
+
+def test_a_prepared_pass_runs_from_its_file_and_composes_nothing(qbench, monkeypatch):
     from qbench.sweep import worker
 
     tiny = ("model=tiny-dense", "task.max_windows=1", "quantizer=rtn")
@@ -126,19 +126,19 @@ def test_a_prepared_point_runs_from_its_file_and_composes_nothing(qbench, monkey
     assert sent.status == 1
     (file,) = Path("outputs/sweeps").glob("*/1-*.json")
     monkeypatch.setattr("hydra.main", lambda **_: pytest.fail("composed"))
-    outcome = qbench("--point", str(file))
+    outcome = qbench("--pass", str(file))
     assert outcome.status == 0
     assert outcome.summary["run_id"] == sent.summary["results"][0]["run_id"]
     assert outcome.summary["model"] == "tiny-dense-seed3"
     changed = file.read_text().replace('"max_windows": 1', '"max_windows": 2')
     file.write_text(changed.replace('"max_windows": 2', '"max_windows": 1', 1))  # the identity as it was
-    other = qbench("--point", str(file))
-    assert other.status == 2
-    assert "differs in protocol: what it reads has changed since the sweep began" in other.stderr
+    other = qbench("--pass", str(file))
+    assert (other.status, other.summary["status"]) == (1, "refused")
+    assert "differs in protocol: what it reads has changed since the sweep began" in other.summary["error"]
     for wrong in ([], ["nowhere.json"], [str(file), "x"]):
-        assert qbench("--point", *wrong).status == 2
+        assert qbench("--pass", *wrong).status == 2
     file.write_text("{}")
-    assert "is not what a sweep sends" in qbench("--point", str(file)).stderr
+    assert "is not what a sweep sends" in qbench("--pass", str(file)).stderr
 
 
 def test_points_that_share_their_composing_are_those_that_hydra_composes():

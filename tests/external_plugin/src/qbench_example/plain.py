@@ -34,7 +34,7 @@ class Plain:
         inside = tuple(f"{name}." for name in packed)
         tensors = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(inside)}
         for name, layer in packed.items():
-            tensors[f"{name}.weight"] = layer.weight.dequantize(model.dtype).cpu()
+            tensors[f"{name}.weight"] = layer.quantized.dequantize(model.dtype).cpu()
             if layer.bias is not None:
                 tensors[f"{name}.bias"] = layer.bias
         with new_folder(folder) as partial:

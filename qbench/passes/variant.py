@@ -1,0 +1,187 @@
+"""One variant on its way through a pass: it quantizes block after block, and runs as what its packed weights stand for.
+
+The packed weights of a block are really made, and counted. Then each is dequantized once, in the precision of the run,
+into a copy of the block that shares all else with the original: transformers' own modules, which multiply as in 16 bit.
+So a block is dequantized once for all windows, experts run as fast as the original's, and the packed weights are let go
+unless somebody needs the whole variant (`keep`): an export, a measurement of speed, a task that generates.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from qbench.errors import PointError
+from qbench.evaluate.memory import Peak
+from qbench.format.format import Format
+from qbench.layers.expert_form import form, put_expert, stacked_parameters
+from qbench.layers.experts import QuantExperts
+from qbench.layers.linear import PackedWeight
+from qbench.passes.quantize import UNREACHED, quantize_experts, quantize_linears
+from qbench.passes.shown import Collected, Shown
+from qbench.passes.states import States
+from qbench.quant.quantizer import Quantizer
+from qbench.record.quantization import LayerRow, SkippedRow
+
+
+@dataclass(frozen=True)
+class Names:
+    """Of one block: where it is in the model, and the linears and fused experts that are quantized, by full name."""
+
+    prefix: str  # as in `model.layers.3.`
+    layers: list[str]
+    experts: list[str]
+
+    def inside(self, block: nn.Module) -> tuple[dict[str, nn.Module], dict[str, nn.Module]]:
+        layers, experts = (
+            {name: block.get_submodule(name.removeprefix(self.prefix)) for name in names}
+            for names in (self.layers, self.experts)
+        )
+        return layers, experts
+
+
+@dataclass
+class Variant:
+    """What quantizing has taken so far, and what it has made."""
+
+    label: str
+    quantizer: Quantizer
+    states: States | None  # None: nothing is scored in the pass
+    shown: Shown | None = (
+        None  # of a calibrated method on its own states; None: it needs none, or shares the original's
+    )
+    shares: Shown | None = None  # of a calibrated method on the original's states
+    keep: bool = False
+    rows: list[LayerRow] = field(default_factory=list)
+    unreached: list[SkippedRow] = field(default_factory=list)
+    stored: Counter[str] = field(default_factory=Counter)  # bytes by component
+    weights: int = 0  # that are packed
+    replaced_bytes: int = 0  # of the linears that were packed, in the run's precision
+    kept: list[nn.Module] = field(default_factory=list)  # the packed blocks
+    seconds: Counter[str] = field(default_factory=Counter)  # quantize, evaluate
+    peak_alloc_bytes: int | None = None
+    peak_rss_bytes: int | None = None
+    error: Exception | None = None  # it has dropped out
+
+    def quantize(self, i: int, block: nn.Module, names: Names, shared: Collected | None) -> nn.Module:
+        """Block `i` as this variant has it, to be run; `shared` are statistics that other variants use as well."""
+        peak = Peak(next(block.parameters()).device, tidy=False)
+        new = sharing(block)
+        layers, experts = names.inside(new)
+        packed: dict[str, nn.Module] = {}
+
+        def take(name: str, module: nn.Module, rows: list[LayerRow]) -> None:
+            self.rows += rows
+            for weight in _formats(module):
+                self.weights += weight.numel
+                self.stored.update(weight.stored_bytes())
+            if self.keep:
+                packed[name] = module
+            old = layers.get(name)
+            self.replaced_bytes += sum(p.nbytes for p in _packed_parameters(layers.get(name), experts.get(name)))
+            if old is not None:
+                _run_as(old, module.format)
+            else:
+                _run_experts_as(experts[name], module)
+
+        found = shared
+        if self.shown is not None:
+            found = self.shown.collect(i, new, layers, experts)
+        if found is None:
+            for name, layer in layers.items():
+                for made, (module, row) in quantize_linears({name: layer}, self.quantizer).items():
+                    take(made, module, [row])
+            for name, module in experts.items():
+                take(name, *quantize_experts(name, module, self.quantizer))
+        else:
+            self.unreached += [SkippedRow(name, weights, UNREACHED) for name, weights in found.unreached.items()]
+            for group, collector in _each(found.groups, found is not shared):
+                named = {name: layers[name] for name in group}
+                stats = collector.statistics(next(iter(group)))
+                del collector
+                for made, (module, row) in quantize_linears(named, self.quantizer, stats).items():
+                    take(made, module, [row])
+            for name, module in experts.items():
+                inputs = found.experts[name].all_seen(name).serving(self.quantizer.needs)
+                take(name, *quantize_experts(name, module, self.quantizer, inputs))
+        if self.shown is not None:
+            self.shown.go_on(i, new)
+        if self.keep:
+            self.kept.append(_with(block, names, packed))
+        self.peak_alloc_bytes = _most(self.peak_alloc_bytes, peak.alloc_bytes)
+        self.peak_rss_bytes = _most(self.peak_rss_bytes, peak.rss_bytes)
+        return new
+
+    def drop_out(self, error: Exception) -> None:
+        """Lets go of all that it holds on the device."""
+        self.error, self.states, self.shown, self.shares, self.kept = error, None, None, None, []
+
+    @property
+    def alive(self) -> bool:
+        return self.error is None
+
+
+def sharing(block: nn.Module) -> nn.Module:
+    """A copy of a block's structure over the same tensors and configurations."""
+    return copy.deepcopy(block, {id(t): t for t in (*block.parameters(), *block.buffers())} | _configs(block))
+
+
+def _configs(block: nn.Module) -> dict[int, Any]:
+    return {id(part.config): part.config for part in block.modules() if hasattr(part, "config")}
+
+
+def _each(groups: list, drain: bool) -> Iterator:
+    """The groups in order; with `drain`, none outlives its turn."""
+    while drain and groups:
+        yield groups.pop(0)
+    yield from groups
+
+
+def _formats(module: nn.Module) -> list[Format]:
+    return [part.format for part in module.modules() if isinstance(part, PackedWeight)]
+
+
+def _packed_parameters(layer: nn.Module | None, experts: nn.Module | None) -> list[nn.Parameter]:
+    return [layer.weight] if layer is not None else list(stacked_parameters(experts).values())
+
+
+def _run_as(layer: nn.Module, weight: Format) -> None:
+    """The linear multiplies with what the packed weight stands for; GPT-2's Conv1D holds its weight transposed."""
+    dense = weight.dequantize(layer.weight.dtype)
+    layer.weight = nn.Parameter(dense if isinstance(layer, nn.Linear) else dense.T, requires_grad=False)
+
+
+def _run_experts_as(module: Any, packed: QuantExperts) -> None:
+    for key, old in stacked_parameters(module).items():
+        setattr(module, key, nn.Parameter(torch.empty_like(old), requires_grad=False))
+    stacks = [getattr(packed, name).format for name in form(module).projections]
+    dtype = next(iter(stacked_parameters(module).values())).dtype
+    for index in range(module.num_experts):
+        put_expert(module, index, [stack.select(index).dequantize(dtype) for stack in stacks])
+
+
+def _with(block: nn.Module, names: Names, packed: dict[str, nn.Module]) -> nn.Module:
+    """The block with packed layers in their places; all else of it is copied, since the block will be let go."""
+    layers, experts = names.inside(block)
+    memo = {id(p): p for module in (*layers.values(), *experts.values()) for p in module.parameters()}
+    new = copy.deepcopy(block, memo | _configs(block))
+    for name, module in packed.items():
+        parent, _, child = name.removeprefix(names.prefix).rpartition(".")
+        setattr(new.get_submodule(parent), child, module)
+    return new
+
+
+def _most(one: int | None, other: int | None) -> int | None:
+    return max(filter(None, (one, other)), default=None)
+
+
+def too_large(error: Exception) -> PointError:
+    """What a variant says that the device or the host had no room for."""
+    first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return PointError(f"out of memory: {first_line}")

@@ -1,0 +1,205 @@
+"""One walk over a model's blocks that serves all its variants, whatever the model's size.
+
+    source ---- block i, one ahead of its turn: disk or cache -> device ---->
+      original block       -> states of the original
+      for each variant:       statistics of what the block is shown -> its linears quantized (variant.py)
+                              -> states of the variant go through the quantized block
+    last: final norm and head, row by row: the original's logits beside each variant's -> scores (evaluate/asks.py)
+
+Weights exist for one block and the next one, hidden states for all tokens at one depth: tokens x hidden for each
+variant (states.py). A variant is never affected by the others: the batches are the protocol's, and what a block gives
+out for one is computed by the same operations as if it were alone. One that fails drops out, and the others go on.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from qbench.errors import PointError
+from qbench.evaluate.asks import Reader
+from qbench.model.linears import find_linears
+from qbench.model.readers import mark_without_storage
+from qbench.passes.account import Tally
+from qbench.passes.chain import Calls, Chain
+from qbench.passes.quantize import require_finite_weights
+from qbench.passes.shown import Collected, Shown
+from qbench.passes.states import States
+from qbench.passes.variant import Names, Variant, sharing
+from qbench.sources.ahead import ahead
+from qbench.sources.stream import Stream
+
+
+class Walk:
+    """A model that is there but for its blocks, which come one after the other.
+
+    Raises NotAChainError for a model that is no plain chain of blocks (chain.py).
+    """
+
+    def __init__(self, stream: Stream, device: torch.device) -> None:
+        self.stream, self.device = stream, device
+        self.model = stream.rest()
+        self.chain = Chain.of(self.model)
+        self.skeleton = without_storage(self.model)
+        self.found = find_linears(self.skeleton)
+        self.tally = Tally(self.model, self.skeleton, stream.prefix)
+        self.names = [self._names(f"{stream.prefix}.{i}.") for i in range(len(stream))]
+        if stream.resident:  # else a block is looked at when it comes
+            for i, names in enumerate(self.names):
+                require_finite_weights(*names.inside(stream.block(i)))
+        self.ids: list[Tensor] = []
+        self.calls: list[Calls] = []
+
+    def begin(self, batches: Sequence[np.ndarray], on_host: bool) -> States:
+        """The states in front of the first block; `batches` are int64 `[rows, tokens]`."""
+        self.ids = [torch.from_numpy(ids).to(self.device) for ids in batches]
+
+        def embedded() -> Iterator[Tensor]:
+            for ids in self.ids:
+                states, calls = self.chain.begin(ids)
+                self.calls.append(calls)
+                yield states
+
+        return States(embedded(), self.device, on_host)
+
+    @torch.no_grad()
+    def run(
+        self, variants: Sequence[Variant], original: States | None, shown: Sequence[Shown] = ()
+    ) -> Iterator[Variant]:
+        """Sends everything through all blocks; yields the variants that dropped out, each when it does.
+
+        `original` are the original's states, None where they are not asked for. `shown` are calibrations on the
+        original's states, each shared by the variants that name it as theirs. Raises PointError where the original
+        itself gives no numbers.
+        """
+        total = len(self.stream) * (len(variants) + (original is not None))
+        with tqdm(total=total, desc="pass", unit="block") as bar, closing(self._blocks(bar)) as blocks:
+            for i, block in blocks:
+                names = self.names[i]
+                self.tally.add(block, names.prefix)
+                require_finite_weights(*names.inside(block))
+                layers, experts = names.inside(block)
+                collected = {id(one): one.collect(i, block, layers, experts) for one in shown}
+                if original is not None:
+                    bar.set_postfix_str("original")
+                    self._through(i, block, original, "the original")
+                    bar.update()
+                for variant in [v for v in variants if v.alive]:
+                    bar.set_postfix_str(variant.label)
+                    try:
+                        self._take(i, block, variant, collected)
+                    except Exception as error:
+                        variant.drop_out(error)
+                        yield variant
+                    bar.update()
+                del collected, layers, experts
+                if not any(v.alive for v in variants) and original is None:
+                    return
+
+    def _take(self, i: int, block: nn.Module, variant: Variant, collected: dict[int, Collected]) -> None:
+        with _seconds(variant, "quantize", self.device):
+            new = variant.quantize(i, block, self.names[i], collected.get(id(variant.shares)))
+        if variant.states is not None:
+            with _seconds(variant, "evaluate", self.device):
+                self._through(i, new, variant.states, "the quantized model")
+
+    def _through(self, i: int, block: nn.Module, states: States, whose: str) -> None:
+        # variants begin with the same tensors, and a block may write into what it is handed
+        broken = states.through(lambda b, x: self.calls[b][i].run(block, x.clone() if i == 0 else x))
+        if broken is not None:
+            row = int((~torch.isfinite(states[broken]).flatten(1).all(1)).nonzero()[0])
+            first = sum(len(ids) for ids in self.ids[:broken]) + row
+            raise PointError(
+                f"{whose} gives NaN or Inf in window {first}, first in the output of {self.names[i].prefix[:-1]}"
+            )
+
+    def _blocks(self, bar: tqdm) -> Iterator[tuple[int, nn.Module]]:
+        if self.stream.resident:
+            yield from ((i, self.stream.block(i)) for i in range(len(self.stream)))
+            return
+        numbers = range(len(self.stream))
+        started, read = time.perf_counter(), 0
+        for i, block in ahead(self.stream.block, numbers, self.device):
+            read += self.stream.bytes_of_block(i)
+            bar.set_description(f"pass, {read / 1e9 / (time.perf_counter() - started):.1f} GB/s read")
+            yield i, block
+
+    @torch.no_grad()
+    def read(self, readings: Sequence[Reading], original: States | None) -> Iterator[Reading]:
+        """Hands every row's logits to the readers; yields those that failed, each when it does.
+
+        `original` are the original's states after the last block; None where no reader wants its logits.
+        """
+        with tqdm(total=sum(len(ids) for ids in self.ids), desc="logits", unit="row") as bar:
+            for b, ids in enumerate(self.ids):
+                first = None if original is None else original[b]
+                states = {id(r): r.states[b] for r in readings if r.states is not None and r.error is None}
+                for row in range(len(ids)):
+                    logits = None if first is None else self._logits(first, ids, row)
+                    for reading in [r for r in readings if r.error is None]:
+                        started = time.perf_counter()
+                        try:
+                            own = logits if reading.states is None else self._logits(states[id(reading)], ids, row)
+                            reading.reader.see(b, row, own, logits if reading.compares else None)
+                            del own
+                        except Exception as error:
+                            reading.error = error
+                            yield reading
+                        reading.seconds += time.perf_counter() - started
+                    bar.update()
+
+    def _logits(self, states: Tensor, ids: Tensor, row: int) -> Tensor:
+        return self.chain.finish(states[row : row + 1], ids[row : row + 1])[0]
+
+    def assembled(self, variant: Variant) -> Any:
+        """The whole model with the variant's packed blocks, which it must have kept."""
+        model = sharing(self.model)
+        blocks = model.get_submodule(self.stream.prefix)
+        for i, block in enumerate(variant.kept):
+            blocks[i] = block
+        return model.eval().requires_grad_(False)
+
+    def _names(self, prefix: str) -> Names:
+        layers, experts = (
+            [name for name in part if name.startswith(prefix)] for part in (self.found.layers, self.found.experts)
+        )
+        return Names(prefix, layers, experts)
+
+
+@dataclass
+class Reading:
+    """A reader with what it reads: the states of a variant after the last block, or, None, those of the original."""
+
+    reader: Reader
+    states: States | None
+    compares: bool  # whether it is shown the original's logits beside its own
+    error: Exception | None = None
+    seconds: float = 0.0
+
+
+def without_storage(model: Any) -> Any:
+    """The model on the meta device, with its linears marked that are not to be quantized (readers.py)."""
+    memo = {id(t): torch.empty_like(t, device="meta") for t in model.buffers()}
+    memo |= {id(p): nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=False) for p in model.parameters()}
+    configs = {id(part.config): part.config for part in model.modules() if hasattr(part, "config")}
+    skeleton = copy.deepcopy(model, memo | configs)
+    mark_without_storage(skeleton)
+    return skeleton
+
+
+@contextmanager
+def _seconds(variant: Variant, phase: str, device: torch.device) -> Iterator[None]:
+    started = time.perf_counter()
+    yield
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).synchronize()
+    variant.seconds[phase] += time.perf_counter() - started
