@@ -65,6 +65,11 @@ class Random:
     def configuration(self) -> Any:
         return shapes.configuration(self._shape(), self.layers)
 
+    def config_json(self) -> dict[str, Any]:
+        kind, settings = shapes.SHAPES[self._shape()]
+        depth = shapes.depth(self._shape(), self.layers)
+        return {"model_type": kind.removesuffix("Config").lower(), **settings, "num_hidden_layers": depth}
+
     def skeleton(self) -> Any | None:
         return pretrained.without_storage(self.configuration)
 
