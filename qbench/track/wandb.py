@@ -155,7 +155,7 @@ def _place(result: Result) -> tuple[str, bool, str, float]:
 
 
 def _histograms(wandb: Any, result: Result, folder: Path) -> dict[str, Any]:
-    """The mean NLL per window of the model, and of the baseline: whether a loss is spread or sits in a few windows."""
+    """The mean NLL per window of the model, and of the original: whether a loss is spread or sits in a few windows."""
     found = {}
     for index, record in enumerate(result.evaluation):
         try:
