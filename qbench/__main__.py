@@ -3,7 +3,7 @@
 Progress and a readable summary go to stderr; the last line on stdout is one JSON object: the point's summary, with -m
 the sweep's, and of a request that is refused the sentence that stderr has. Exit status: 0 done, 1 a point failed (its
 result says why), 2 the request is wrong. Nothing heavy is imported until a point really runs, so `--help` and a typo
-are answered at once. A sweep starts the process of each of its points as `python -m qbench --point FILE`.
+are answered at once. A sweep starts the process of each of its passes as `python -m qbench --pass FILE`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import os
 from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 import hydra
 import yaml
@@ -47,8 +47,8 @@ DONE, FAILED, WRONG = 0, 1, 2
 def main() -> int:
     """Runs what the command line asks for and returns the exit status."""
     try:
-        if sys.argv[1:2] == ["--point"]:
-            return _prepared_point(sys.argv[2:])
+        if sys.argv[1:2] == ["--pass"]:
+            return _prepared_pass(sys.argv[2:])
         return _request()
     except KeyboardInterrupt:
         print("\ninterrupted; finished points are kept", file=sys.stderr)
@@ -116,22 +116,23 @@ def _point(composed: DictConfig) -> int:
     return _answer(measure)
 
 
-def _prepared_point(arguments: list[str]) -> int:
-    """The exit status of a point that a sweep has prepared: `--point FILE`, see qbench/sweep/prepared.py."""
+def _prepared_pass(arguments: list[str]) -> int:
+    """The exit status of a pass that a sweep has prepared: `--pass FILE`, see qbench/sweep/serve.py."""
     if len(arguments) != 1:
-        raise RequestError("--point takes one file, and nothing beside it")
+        raise RequestError("--pass takes one file, and nothing beside it")
     settings = resources.files("qbench.conf").joinpath("hydra", "job_logging", "stderr.yaml").read_text()
     logging.config.dictConfig(yaml.safe_load(settings))
-
-    def measure() -> Result:
+    out, status = sys.stdout, DONE
+    with contextlib.redirect_stdout(sys.stderr):  # a library that prints must not spoil the lines
         from qbench.run import run_pass
-        from qbench.sweep import prepared
+        from qbench.sweep.serve import serve
 
-        sent = prepared.read(Path(arguments[0]))
-        [(_, result)] = run_pass([prepared.prepare_again(sent)], sent.group)
-        return result
-
-    return _answer(measure)
+        for line in serve(Path(arguments[0]), run_pass):
+            _print_json(line, out)
+            if line["status"] != "ok":
+                status = FAILED
+                _say(line["error"])
+    return status
 
 
 def _answer(measure: Callable[[], Result]) -> int:
@@ -152,9 +153,9 @@ def _answer(measure: Callable[[], Result]) -> int:
     return DONE if result.status == "ok" else FAILED
 
 
-def _print_json(value: dict[str, Any]) -> None:
+def _print_json(value: dict[str, Any], file: TextIO | None = None) -> None:
     with contextlib.suppress(BrokenPipeError):  # nobody reads it: what was done and recorded stays so
-        print(json.dumps(value), flush=True)
+        print(json.dumps(value), file=file, flush=True)
 
 
 def _say(message: str) -> str:
@@ -169,4 +170,5 @@ def _refuse(message: str) -> int:
 
 
 if __name__ == "__main__":
+    entry.end_as_interrupted()
     entry.leave(main)

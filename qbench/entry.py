@@ -24,6 +24,16 @@ def start() -> None:
     sys.excepthook = _excepthook
 
 
+def end_as_interrupted() -> None:
+    """From here on a request to end (SIGTERM) and a closed terminal (SIGHUP) are what Ctrl-C is: locks are given back.
+
+    A signal that the caller ignores, as nohup does, stays ignored.
+    """
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is signal.SIG_DFL:
+            signal.signal(number, signal.default_int_handler)
+
+
 def leave(main: Callable[[], int], closed_pipe: int = 0) -> NoReturn:
     """Runs a command and ends the program with its exit status; 130 when it is interrupted.
 

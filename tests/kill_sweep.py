@@ -1,14 +1,16 @@
 """Kills a real sweep at random moments and checks what it leaves: python -m tests.kill_sweep [--kills 30] [--seed 0]
 
-Each kill is a SIGKILL, at a moment drawn evenly from the lifetime of a point, of the point's process, of the sweep's,
-or of both. After every kill, and once more at the end:
+Each kill is a SIGKILL, at a moment drawn evenly from the lifetime of a pass, of the pass's process, of the sweep's, or
+of both. A sweep has two passes of four points, so that a kill may fall between two points that are recorded, and a
+pass whose process died is tried again in halves. After every kill, and once more at the end:
 
 - a finished point is byte for byte what it was;
 - every file of results and baselines can be read in full, files named .partial-* aside, which nothing reads;
 - when no process is left, every lock is free.
 
 The sweep is started again whenever it has ended, with the same command, until it ends with status 0: then every
-point is finished, the killed ones included, and no lock file and no failure is left.
+point is finished, the killed ones included, and no lock file and no failure is left. Only a pass of one is recorded as
+killed: of a larger one, what was not recorded is tried again at once.
 """
 
 from __future__ import annotations
@@ -31,8 +33,8 @@ from safetensors.numpy import load_file
 from qbench.record.result import Result
 from qbench.record.store import PARTIAL
 
-POINTS = ("quantizer=rtn,sinq", "quantizer.nbits=3,4", "quantizer.group_size=32,64")
-TARGETS = ("point", "point", "point", "sweep", "both")
+POINTS = ("quantizer=rtn,sinq", "quantizer.nbits=3,4", "task.window=256,512")
+TARGETS = ("pass", "pass", "pass", "sweep", "both")
 
 
 @dataclass
@@ -41,30 +43,30 @@ class Attack:
     options: tuple[str, ...] = ()
     finished: dict[Path, bytes] = field(default_factory=dict)
     lost: set[str] = field(default_factory=set)  # run_ids that were recorded as killed
-    lifetime: float = 10.0  # seconds of a point's process, renewed with each that ends by itself
+    lifetime: float = 10.0  # seconds of a pass's process, renewed with each that ends by itself
     generation: int = 0  # of points: another seed of the model makes other points
 
     def run(self, kills: int, chance: random.Random) -> dict[str, int]:
-        count = dict.fromkeys(("point", "sweep", "both"), 0)
+        count = dict.fromkeys(("pass", "sweep", "both"), 0)
         sweep: subprocess.Popen | None = None
         while sum(count.values()) < kills:
             if sweep is None or sweep.poll() is not None:
                 if sweep is not None and sweep.returncode == 0:
                     self.generation += 1  # all finished: go on with new points
                 sweep = self.start()
-            victim = self.next_point(sweep)
+            victim = self.next_pass(sweep)
             if victim is None:
                 continue
             time.sleep(chance.uniform(0, self.lifetime))
             target = chance.choice(TARGETS)
-            if target == "point" and not victim.is_running():
+            if target == "pass" and not victim.is_running():
                 continue  # finished before its moment came
-            if target != "point":
+            if target != "pass":
                 sweep.kill()
             if target != "sweep":
                 kill(victim)
             count[target] += 1
-            if target == "point":
+            if target == "pass":
                 time.sleep(0.5)  # the sweep records the death
             else:
                 sweep.wait()
@@ -95,11 +97,11 @@ class Attack:
         seed = f"model.seed={self.generation}"
         return subprocess.Popen([*command, seed, *self.options], cwd=self.folder, stdout=log, stderr=log)
 
-    def next_point(self, sweep: subprocess.Popen) -> psutil.Process | None:
-        """A point's process that has just started; None when the sweep ends without one."""
-        old = {p.pid for p in points_of(sweep.pid)}
+    def next_pass(self, sweep: subprocess.Popen) -> psutil.Process | None:
+        """A pass's process that has just started; None when the sweep ends without one."""
+        old = {p.pid for p in passes_of(sweep.pid)}
         while sweep.poll() is None:
-            for process in points_of(sweep.pid):
+            for process in passes_of(sweep.pid):
                 if process.pid not in old or time.time() - process.create_time() < 1:
                     return process
             time.sleep(0.02)
@@ -119,34 +121,36 @@ class Attack:
             assert self.finished.setdefault(path, content) == content, f"{path} was changed"
             for name in result.files():
                 assert load_file(path.parent / name)
-        if ended := re.findall(r": ok, .* ([\d.]+) s\n", (self.folder / "log.txt").read_text()):
+        if ended := re.findall(
+            r"^pass .*: ended after ([\d.]+) s$", (self.folder / "log.txt").read_text(), re.MULTILINE
+        ):
             self.lifetime = float(ended[-1])
         for path in self.folder.glob("outputs/baselines/*"):
             assert path.name.startswith(PARTIAL) or load_file(path)
 
     def check_locks(self) -> None:
         """Waits for orphans first, which rightly hold theirs."""
-        while any(process.cwd() == str(self.folder) for process in all_points()):
+        while any(process.cwd() == str(self.folder) for process in all_passes()):
             time.sleep(0.2)
         for path in self.folder.glob("outputs/locks/*"):
             with FileLock(path, timeout=0):
                 pass
 
 
-def points_of(pid: int) -> list[psutil.Process]:
+def passes_of(pid: int) -> list[psutil.Process]:
     try:
-        return [p for p in psutil.Process(pid).children(recursive=True) if is_point(p)]
+        return [p for p in psutil.Process(pid).children(recursive=True) if is_pass(p)]
     except psutil.NoSuchProcess:
         return []
 
 
-def all_points() -> list[psutil.Process]:
-    return [p for p in psutil.process_iter() if is_point(p)]
+def all_passes() -> list[psutil.Process]:
+    return [p for p in psutil.process_iter() if is_pass(p)]
 
 
-def is_point(process: psutil.Process) -> bool:
+def is_pass(process: psutil.Process) -> bool:
     try:
-        return "--point" in process.cmdline()
+        return "--pass" in process.cmdline()
     except (psutil.NoSuchProcess, psutil.AccessDenied, psutil.ZombieProcess):
         return False
 
@@ -163,7 +167,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--kills", type=int, default=30)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("options", nargs="*", help="more overrides, such as hydra/launcher=joblib")
+    parser.add_argument("options", nargs="*", help="more overrides, such as hydra/launcher=local")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         attack = Attack(Path(folder).resolve(), tuple(arguments.options))

@@ -21,6 +21,7 @@ from torch import Tensor
 from qbench.errors import PointError
 from qbench.evaluate.asks import Scores
 from qbench.evaluate.divergence import divergences, log_probabilities, masked_divergences
+from qbench.quant import gpu
 
 CHUNK_BYTES = 32 * 2**20
 CONFIDENT = 0.5  # the original is, of a position, where its most probable token is at least as probable
@@ -89,6 +90,14 @@ class WindowReader:
         self.seen.append(found)
 
     def _read(self, window: int, logits: Tensor, original: Tensor | None, masked: bool = False) -> np.ndarray:
+        if gpu.enabled(logits) and logits.dtype in gpu.FLOATS:
+            from qbench.kernels.divergence import tokens
+
+            return tokens(logits, torch.from_numpy(self.asks.ids[window, 1:]).to(logits.device), original).cpu().numpy()
+        return self._in_torch(window, logits, original, masked)
+
+    def _in_torch(self, window: int, logits: Tensor, original: Tensor | None, masked: bool = False) -> np.ndarray:
+        """The same on plain torch, which is the reference for the kernel."""
         targets = torch.from_numpy(self.asks.ids[window, 1:]).to(logits.device)[:, None]
         itemsize = torch.promote_types(logits.dtype, torch.float32).itemsize
         step = max(1, CHUNK_BYTES // (itemsize * logits.shape[-1]))

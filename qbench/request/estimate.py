@@ -1,4 +1,4 @@
-"""What a sweep would do, and how large each quantized model would be, without loading or quantizing one.
+"""How large things will be, without loading or quantizing a model: what a plan shows and divides passes by.
 
 The model is built from its configuration without storage (torch's meta device), which gives every shape. What a
 quantizer stores for a weight `[out, in]` is a * out * in + b * in + c * out + d bytes (codes and group scales, input
@@ -9,91 +9,49 @@ model's, so its points stay in the plan, without a size.
 
 from __future__ import annotations
 
-import sys
+import contextlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from qbench.errors import PointError
 from qbench.layers.expert_form import expert_weights
 from qbench.model import coverage
-from qbench.model.linears import Linears, find_linears, matrix
+from qbench.model.blocks import block_of
+from qbench.model.linears import Linears, block_list, find_linears, matrix
 from qbench.model.readers import mark_read_weights, mark_without_storage
 from qbench.quant.original import BITS_PER_WEIGHT, Original
 from qbench.quant.quantizer import InputStatistics, Quantizer
+from qbench.request.prepare import Prepared
 from qbench.sources.source import Source
 
-if TYPE_CHECKING:
-    from qbench.sweep.plan import Planned
+BYTES_PER_TOKEN = 4  # of text, as tokenizers of large vocabularies cut English; of a small vocabulary, 1
+SMALL_VOCABULARY = 1000
 
 
-def show_plan(plan: Sequence[Planned]) -> dict[str, Any]:
-    """Prints one row per point to stderr; returns the same as what JSON holds. A size that is not known is None.
-
-    Below the rows is a sentence for what stays in 16 bit of each model, and for each quantizer that failed on the
-    random matrices.
-    """
-    skeletons: dict[str, Skeleton | None] = {}
-    failures: dict[str, None] = {}  # sentences; a set that keeps its order
-    table = Table(box=None, pad_edge=False)
-    for name in ("point", "run", "state", "bits/weight", "model, MB", "coverage"):
-        table.add_column(name, justify="left" if name in ("point", "run", "state") else "right")
-    rows = []
-    for planned in plan:
-        point, source = planned.point, planned.point.model
-        if (key := repr(source)) not in skeletons:
-            skeletons[key] = _skeleton(source)
-        skeleton = skeletons[key]
-        covered, refused = None, None
-        if skeleton and point.quantizer and not isinstance(point.quantizer, Original):
-            covered, refused = coverage.planned(skeleton.found, point.config.runtime.min_coverage)
-            failures |= dict.fromkeys(coverage.sentences(source.name, skeleton.found, refused))
-        try:
-            size = skeleton and skeleton.shapes and point.quantizer
-            size = size and model_bytes(point.quantizer, skeleton.parameters, skeleton.shapes)
-        except PointError as error:
-            size = None
-            failures[f"quantizer={point.config.quantizer['name']}: {error}"] = None
-        state = "recorded" if planned.recorded else "will fail" if refused else "to run"
-        bits, packed = size or (None, None)
-        rows.append(
-            {"point": planned.label, "run_id": point.run_id, "state": state, "estimated_model_bytes": packed}
-            | {"estimated_bits_per_weight": bits and round(bits, 4), "coverage": covered, "refused": refused}
-        )
-        cells = (f"{bits:.3f}", f"{packed / 1e6:.1f}") if size else ("?", "?")
-        table.add_row(Text(planned.label), point.run_id, state, *cells, "?" if covered is None else f"{covered:.1%}")
-    Console(file=sys.stderr, highlight=False, width=None if sys.stderr.isatty() else 160).print(table)
-    for sentence in failures:
-        print(sentence, file=sys.stderr)
-    recorded = sum(planned.recorded is not None for planned in plan)
-    print(
-        f"{len(plan)} points, {recorded} recorded already, {len(plan) - recorded} to run; nothing was run",
-        file=sys.stderr,
-    )
-    return {"points": len(plan), "recorded": recorded, "to_run": len(plan) - recorded, "plan": rows}
-
-
-def model_bytes(quantizer: Quantizer, parameters: int, shapes: Counter[tuple[int, int]]) -> tuple[float, int]:
+def model_bytes(
+    quantizer: Quantizer,
+    parameters: int,
+    shapes: Counter[tuple[int, int]],
+    solve: Callable[[Quantizer], np.ndarray] | None = None,
+) -> tuple[float, int]:
     """Estimated bits per weight of the linears, and bytes of the whole model with everything else at 16 bit.
 
-    `shapes` counts the linears of each `[out, in]`. Raises PointError when the quantizer fails on a random matrix.
+    `shapes` counts the linears of each `[out, in]`; `solve` gives `coefficients`, which it raises the errors of.
     """
     if isinstance(quantizer, Original):
         return BITS_PER_WEIGHT, 2 * parameters
-    a, b, c, d = _coefficients(quantizer)
+    a, b, c, d = (solve or coefficients)(quantizer)
     weights = sum(rows * columns * count for (rows, columns), count in shapes.items())
     packed = sum((a * o * i + b * i + c * o + d) * count for (o, i), count in shapes.items())
     return 8 * packed / weights, round(packed + 2 * (parameters - weights))
 
 
-def _coefficients(quantizer: Quantizer) -> np.ndarray:
+def coefficients(quantizer: Quantizer) -> np.ndarray:
+    """The four of a method, whatever the model. Raises PointError when it fails on a random matrix."""
     generator = torch.Generator().manual_seed(0)
     group_size = getattr(quantizer, "group_size", 64)
     width = 64 if group_size == -1 else group_size
@@ -122,9 +80,13 @@ class Skeleton:
     parameters: int  # tied ones once
     shapes: Counter[tuple[int, int]]  # how often a quantizable weight `[out, in]` occurs
     found: Linears
+    largest_block: int  # weights
+    outside: int  # weights beside the blocks: embedding, head, norms
+    hidden: int  # channels
+    vocabulary: int
 
 
-def _skeleton(source: Source) -> Skeleton | None:
+def skeleton(source: Source) -> Skeleton | None:
     """What will be quantized of a model; None if its configuration is not here."""
     model = source.skeleton()
     if model is None:
@@ -138,4 +100,53 @@ def _skeleton(source: Source) -> Skeleton | None:
     for module in found.experts.values():
         for weight in expert_weights(module, 0):
             shapes[tuple(weight.shape)] += module.num_experts
-    return Skeleton(sum(p.numel() for p in model.parameters()), shapes, found)
+    blocks: Counter[int | None] = Counter()
+    prefix = block_list(model) or "no list of blocks"
+    for name, parameter in model.named_parameters():
+        blocks[block_of(name, prefix)] += parameter.numel()
+    outside, parameters = blocks.pop(None, 0), sum(p.numel() for p in model.parameters())
+    text = model.config.get_text_config(decoder=True)
+    largest = max(blocks.values(), default=0)
+    return Skeleton(parameters, shapes, found, largest, outside, text.hidden_size, text.vocab_size)
+
+
+def covered(point: Prepared, known: Skeleton | None) -> tuple[float | None, str | None, list[str]]:
+    """The share of the linear weights that will be quantized, why the point will be refused, and what to say of it."""
+    if not known or not point.quantizer or isinstance(point.quantizer, Original):
+        return None, None, []
+    share, refused = coverage.planned(known.found, point.config.runtime.min_coverage)
+    return share, refused, coverage.sentences(point.model.name, known.found, refused)
+
+
+def quantized(
+    point: Prepared, known: Skeleton | None, solve: Callable[[Quantizer], np.ndarray]
+) -> tuple[float, int] | None:
+    """`model_bytes` of the point; None where they are not known."""
+    if not known or not known.shapes or not point.quantizer:
+        return None
+    return model_bytes(point.quantizer, known.parameters, known.shapes, solve)
+
+
+def tokens(point: Prepared, vocabulary: int | None = None) -> int | None:
+    """About how many tokens the point is scored on: counted where windows are, else by the bytes of the text.
+
+    None where documents are made as they are scored, as lm-eval's are.
+    """
+    if (windows := getattr(point.protocol, "max_windows", None)) is not None:
+        return windows * point.protocol.window
+    content = getattr(point.source, "content", None)
+    if not isinstance(content, str | list):
+        return None
+    texts = [content] if isinstance(content, str) else content
+    each = 1 if vocabulary is not None and vocabulary < SMALL_VOCABULARY else BYTES_PER_TOKEN
+    return sum(len(text.encode()) for text in texts) // each
+
+
+def state_bytes(point: Prepared) -> int | None:
+    """What one variant's hidden states `[tokens, hidden]` take; None where the model or the text does not say yet."""
+    with contextlib.suppress(Exception):  # no network, no such model: the point itself will say what is wrong
+        config = point.model.configuration()
+        text = config.get_text_config(decoder=True)
+        count = tokens(point, text.vocab_size)
+        return count and count * text.hidden_size * point.dtype.itemsize
+    return None

@@ -76,8 +76,7 @@ def explain(error: Exception, overrides: Sequence[str]) -> str:
         if group in GROUPS:
             return str(unknown(group, option, options(group)))  # Hydra's own list lacks those in folders below
         group, _, option = error.missing_cfg_file.rpartition("/")
-        more = "; others come with: pip install 'qbench-llm[launchers]'" if group == "hydra/launcher" else ""
-        return f"{unknown(group, option, error.options)}{more}"
+        return str(unknown(group, option, error.options))
     text = str(error)
     if isinstance(error, OverrideParseException):
         try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +23,7 @@ from qbench.request import experiment
 from qbench.request import explain as requests
 from qbench.request.hubnames import spelled_out
 from qbench.request.overrides import check, check_keys, parse
+from qbench.sweep.prepared import remembered
 
 if TYPE_CHECKING:
     from qbench.record.result import Result
@@ -85,18 +86,18 @@ def _written(value: Any) -> str:
     return written
 
 
-def plan(found: list[tuple[str, ...]], composed: DictConfig, loader: ConfigLoader, where: str) -> list[Planned]:
+def plan(found: list[tuple[str, ...]], composed: DictConfig, loader: ConfigLoader, elsewhere: bool) -> list[Planned]:
     """Every point once, in order; raises RequestError, with a sentence for each, if any of them cannot be served.
 
-    `composed` is what Hydra made of the command line, from which the points differ by their overrides; `where` they
-    will run is as `launch.placement` says.
+    `composed` is what Hydra made of the command line, from which the points differ by their overrides; `elsewhere`
+    they will run on machines whose devices are not known.
     """
     from qbench.evaluate import measure
     from qbench.evaluate.text import read_calibration
     from qbench.request.prepare import fingerprint, prepare
 
     common = set(found[0]).intersection(*found[1:])
-    shared = [_remembered(function) for function in (fingerprint, measure.read, read_calibration)]
+    shared = [remembered(function) for function in (fingerprint, measure.read, read_calibration)]
     compose = _Composer(composed, loader)
     planned: dict[tuple[str, ...], Planned] = {}
     refused: dict[str, list[str]] = {}  # sentence -> the points it is about
@@ -105,9 +106,9 @@ def plan(found: list[tuple[str, ...]], composed: DictConfig, loader: ConfigLoade
         label = " ".join(o for o in overrides if o not in common) or " ".join(overrides) or "defaults"
         try:
             config = compose(overrides)
-            if where == "slurm" and config.runtime.device == "auto":
-                raise RequestError("runtime.device=auto would mean this machine; with a Slurm launcher say cuda or cpu")
-            point = prepare(config, list(overrides), where != "slurm", *shared)
+            if elsewhere and config.runtime.device == "auto":
+                raise RequestError("runtime.device=auto would mean this machine; with this launcher say cuda or cpu")
+            point = prepare(config, list(overrides), not elsewhere, *shared)
             if point.export is not None and exports.setdefault(point.export, point.run_id) != point.run_id:
                 raise RequestError(
                     f"export.dir={point.export} would hold the checkpoint of another point of this sweep; use "
@@ -170,18 +171,6 @@ class _Composer:
         with open_dict(point):
             del point["hydra"]
         return point
-
-
-def _remembered(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Points of a sweep share models and texts: each is fingerprinted or read once."""
-    known: dict[str, Any] = {}
-
-    def call(*configs: Any) -> Any:
-        if (name := repr(configs)) not in known:
-            known[name] = function(*configs)
-        return known[name]
-
-    return call
 
 
 def _refusal(refused: Mapping[str, list[str]], total: int) -> RequestError:

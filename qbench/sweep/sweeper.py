@@ -1,14 +1,14 @@
-"""A sweep: every point is checked before the first one starts, then each runs in a process of its own.
+"""A sweep: every point is checked before the first one starts, then they run in passes, each in a process of its own.
 
 The command line and the configuration are Hydra's, and so is what they mean:
 
     python -m qbench -m quantizer=rtn,sinq quantizer.nbits=3,4          the product of what is listed
     python -m qbench -m experiment=demo                                 a product and more, from conf/experiment/
 
-Hydra's launcher says where points run: one after the other here (basic), side by side here (joblib, submitit_local),
-or on a cluster (slurm). Hydra itself has no resume, no failure handling and no device per job; those are here, in
-plan.py, launch.py and worker.py. A point is known by its run_id: recorded ones are skipped, and so the same command
-resumes a sweep.
+Points that share model, text, precision and device share a pass (passes.py), and hydra/launcher says where passes run
+(launchers.py): one after the other here, side by side here, or on a cluster. Hydra itself has no resume, no failure
+handling and no device per job; those are here, in plan.py, launch.py and worker.py. A point is known by its run_id:
+recorded ones are skipped, and so the same command resumes a sweep.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from hydra.types import HydraContext
 from omegaconf import DictConfig
 
 from qbench.errors import SweepFailed
-from qbench.sweep.launch import launch, placement, points
+from qbench.sweep.launch import grouped, launcher, sent
 from qbench.sweep.plan import expand, plan
 from qbench.track.tracker import harmless, sweep_name
 
@@ -45,20 +45,19 @@ def run_sweep(arguments: list[str], config: DictConfig, context: HydraContext) -
     started = time.perf_counter()
     hydra, loader = config.hydra, context.config_loader
     configure_log(hydra.job_logging, hydra.verbose)
-    where = placement(hydra.launcher)
-    planned = plan(expand(arguments, hydra, loader), config, loader, where)
-    if hydra.sweeper.dry_run:
-        from qbench.request.estimate import show_plan
-
-        return _print_json(show_plan(planned))
-    name = sweep_name([p.point.run_id for p in planned])
+    where = launcher(hydra.launcher)
+    planned = plan(expand(arguments, hydra, loader), config, loader, where.elsewhere)
     todo = [p for p in planned if p.recorded is None]
-    words, sent = points(todo, hydra, where, name)
-    _say(
-        f"sweep: {len(planned)} points, {len(planned) - len(todo)} recorded already, {len(todo)} to run"
-        + (f", {words}" if todo else "")
-    )
-    outcomes = {outcome.point.number: outcome for outcome in launch(sent, config, context, where)} if sent else {}
+    passes = grouped(todo, where) if todo else []
+    if hydra.sweeper.dry_run:
+        from qbench.sweep.dry_run import show
+
+        return _print_json(show(planned, passes, where))
+    name = sweep_name([p.point.run_id for p in planned])
+    how = f" in {_count(len(passes), 'pass', 'es')}, {where.words(len(passes))}" if todo else ""
+    _say(f"sweep: {_count(len(planned), 'point')}, {len(planned) - len(todo)} recorded, {len(todo)} to run{how}")
+    work = sent(passes, todo, Path(str(hydra.sweep.dir)), name)
+    outcomes = {outcome.point.number: outcome for outcome in where.launch(work)} if work else {}
     ran = {p.key: outcomes[number] for number, p in enumerate(todo, 1)}
     return _conclude(planned, ran, name, time.perf_counter() - started)
 
@@ -78,7 +77,7 @@ def _conclude(
     if failed:
         _say(f"{len(failed)} of {len(plan)} points failed; the same command tries them again:")
     for outcome in failed:
-        _say(f"  {outcome.point.label}: {outcome.result.error}\n    log: {outcome.point.log}")
+        _say(f"  {outcome.point.label}: {outcome.result.error}\n    log: {outcome.log}")
     summary = _print_json(
         {
             "points": len(plan),
@@ -110,6 +109,10 @@ def _tell(plan: list[Planned], results: list[Result], name: str) -> None:
                     tracker.point(results[index], folder, name)
         with harmless(tracker):
             tracker.sweep([results[index] for index in indices], folder, name)
+
+
+def _count(number: int, word: str, plural: str = "s") -> str:
+    return f"{number} {word}{'' if number == 1 else plural}"
 
 
 def _say(message: str) -> None:

@@ -1,22 +1,26 @@
-"""One point of a sweep in a process of its own: whatever happens to that process costs this point only.
+"""One pass of a sweep in a process of its own: whatever happens to that process, what it recorded stays.
 
-The process is `python -m qbench --point FILE` (prepared.py), which measures and records as the single command does. A
-process that dies without a result (a crash, the kernel's out-of-memory killer, `kill -9`) is recorded here as a
-failed point, with the signal or exit status and the last lines that it wrote.
+The process is `python -m qbench --pass FILE` (prepared.py, serve.py). It says on a pipe what becomes of each point, and
+each is reported here as it comes. When it dies (a crash, the kernel's out-of-memory killer, `kill -9`), its unfinished
+points are tried again in halves, each half in a new process, down to the single point that kills its process: that
+one is recorded here as failed, with the signal or exit status and the last lines that the process wrote. A process that
+was asked to end (SIGTERM, Ctrl-C) is an interrupt of the sweep, and no point's failure.
 
-Points that run side by side share a host: each takes one `Share` (share.py), a GPU or a part of the cores. The process
+Passes that run side by side share a host: each takes one `Share` (share.py), a GPU or a part of the cores. The process
 itself keeps its lock open, so the share is returned when the process ends.
 """
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -25,13 +29,16 @@ from qbench import __version__
 from qbench.errors import WriteError
 from qbench.record.identity import Identity
 from qbench.record.result import Result
-from qbench.record.store import Store
-from qbench.sweep.prepared import Sent, write
+from qbench.record.store import Store, identity
+from qbench.sweep.prepared import Sent, SentPass, write
+from qbench.sweep.serve import halves
 from qbench.sweep.share import Share, one_of
 
-COMMAND = (sys.executable, "-X", "faulthandler", "-m", "qbench", "--point")  # faulthandler: a segfault says where
+COMMAND = (sys.executable, "-X", "faulthandler", "-m", "qbench", "--pass")  # faulthandler: a segfault says where
 TAIL_LINES, TAIL_BYTES = 5, 4000
 DONE, FAILED, WRONG = 0, 1, 2
+INTERRUPTED = (130, -signal.SIGINT, -signal.SIGTERM)  # exit statuses of a process that was asked to end
+SECONDS_TO_END = 20.0  # that a process has to give its locks back
 
 
 @dataclass(frozen=True)
@@ -48,11 +55,7 @@ class Point:
     config: dict[str, Any]  # the same once prepared, which its result records
     device: str
     dtype: str
-    log: str  # file that receives what the process writes
-    sweep: str  # its name, by which trackers group its points
     exports: bool = False
-    shares: tuple[Share, ...] = ()  # of its host, one of which it needs; none: it takes the GPU that it uses by itself
-    slots: tuple[Share, ...] = ()  # where fewer points may run at a time than there are shares
 
     @property
     def place(self) -> str:
@@ -60,25 +63,62 @@ class Point:
 
 
 @dataclass(frozen=True)
+class Pass:
+    """Points that one process measures together, each with a run_id of its own."""
+
+    name: str  # 3, and 3.1 and 3.2 for its halves
+    points: tuple[Point, ...]
+    folder: str  # of the sweep's logs
+    sweep: str  # its name, by which trackers group its points
+    shares: tuple[Share, ...] = ()  # of its host, one of which it needs; none: it takes the GPU that it uses by itself
+    slots: tuple[Share, ...] = ()  # where fewer passes may run at a time than there are shares
+
+    @property
+    def log(self) -> Path:
+        """The file that receives what the process writes; what it is sent lies beside it."""
+        return Path(self.folder) / f"{self.name}-{identity(*(point.run_id for point in self.points))}.log"
+
+    def __str__(self) -> str:
+        if len(self.points) == 1:
+            return f"{self.points[0].place} {self.points[0].label}"
+        return f"pass {self.name} of {len(self.points)} points"
+
+    def halves(self) -> list[Pass]:
+        """What is tried instead of this pass when its process has died, each in a process of its own."""
+        parts = enumerate(halves(self.points), 1)
+        return [replace(self, name=f"{self.name}.{number}", points=tuple(half)) for number, half in parts]
+
+
+@dataclass(frozen=True)
 class Outcome:
     point: Point
     result: Result
-    seconds: float = 0.0  # wall time of the process
+    seconds: float = 0.0  # that the point took, so far as that is its own; of a pass of one, wall time of the process
+    log: str = ""
 
     def __str__(self) -> str:
         return f"{self.point.place} {self.point.label}: {describe(self.result)}, {self.seconds:.1f} s"
 
 
-@dataclass(frozen=True)
-class Work:
-    """The job of a Hydra launcher: runs the point that has its job's number."""
+@dataclass
+class Running:
+    """The processes of passes that run now, so that an interrupt ends all of them."""
 
-    points: tuple[Point, ...] = field(repr=False)
+    processes: set[subprocess.Popen[str]] = field(default_factory=set)
+    stopped: bool = False
 
-    def __call__(self, composed: Any) -> Outcome:
-        from hydra.core.hydra_config import HydraConfig
-
-        return said(run(self.points[HydraConfig.get().job.num]))
+    def stop(self) -> None:
+        """Asks each to end, waits until it has, and ends it if it does not."""
+        self.stopped = True
+        processes = list(self.processes)
+        for process in processes:
+            process.terminate()
+        for process in processes:
+            try:
+                process.wait(SECONDS_TO_END)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
 
 
 def said(outcome: Outcome) -> Outcome:
@@ -87,31 +127,122 @@ def said(outcome: Outcome) -> Outcome:
     return outcome
 
 
-def run(point: Point) -> Outcome:
-    """Runs the point in a fresh process and returns what came of it; a failure is recorded, never raised."""
-    store = Store(point.config["outputs"])
-    before = store.load(point.run_id)
-    with one_of(point.slots, point.shares) as (descriptors, environment):
-        print(f"{point.place} {point.label}: started, log in {point.log}", file=sys.stderr, flush=True)
+def run(work: Pass, running: Running | None = None) -> Iterator[Outcome]:
+    """Runs the pass in a fresh process; gives each point's outcome as it is recorded, and says it. None is missing.
+
+    A failure is recorded, never raised. Raises KeyboardInterrupt when the process, or `running`, was asked to end.
+    """
+    running = Running() if running is None else running
+    stores = {point.run_id: Store(point.config["outputs"]) for point in work.points}
+    before = {run_id: store.load(run_id) for run_id, store in stores.items()}
+    left = {point.run_id: point for point in work.points}
+    alone = len(work.points) == 1
+    with one_of(work.slots, work.shares) as (descriptors, environment):
+        print(f"{work}: started, log in {work.log}", file=sys.stderr, flush=True)
         started = time.perf_counter()
+        start = work.log.stat().st_size if work.log.exists() else 0
+        status, why = FAILED, ""
         try:
-            status, said = _spawn(point, descriptors, environment)
+            with contextlib.closing(_lines(work, running, descriptors, environment)) as lines:
+                for line in lines:
+                    if isinstance(line, int):
+                        status = line
+                    elif (point := left.pop(line["run_id"], None)) is not None:
+                        result = _result(point, line)
+                        seconds = time.perf_counter() - started if alone else sum(result.seconds.values())
+                        yield said(Outcome(point, result, seconds, str(work.log)))
         except OSError as error:  # no room for its log, no more processes
-            reason = f"its process could not be started: {error.strerror}"
-            return Outcome(point, record_failure(point, reason))
+            why = f"its process could not be started: {error.strerror}"
         seconds = time.perf_counter() - started
-    after = store.load(point.run_id)
-    written = after is not None and (before is None or after.to_json() != before.to_json())  # as JSON: NaN != NaN
-    if after is not None and after.status == "ok" and (status == DONE or (written and not point.exports)):
-        return Outcome(point, after, seconds)  # also when it was killed on its way out
-    if after is not None and after.status == "failed" and written:
-        return Outcome(point, after, seconds)  # by itself, with its own reason
-    return Outcome(point, record_failure(point, explain_exit(status, said)), seconds)
+    if running.stopped or status in INTERRUPTED:
+        raise KeyboardInterrupt
+    for run_id, point in list(left.items()):  # it died between recording a point and saying so
+        after = stores[run_id].load(run_id)
+        if after is None or point.exports or after == before[run_id]:
+            continue
+        if before[run_id] is None or after.to_json() != before[run_id].to_json():  # as JSON: NaN != NaN
+            yield said(Outcome(left.pop(run_id), after, seconds, str(work.log)))
+    if not left:
+        if not alone:
+            print(f"{work}: ended after {seconds:.1f} s", file=sys.stderr, flush=True)
+        return
+    why = why or explain_exit(status, _tail(work.log, start))
+    if alone:
+        point = work.points[0]
+        yield said(Outcome(point, record_failure(point, why), seconds, str(work.log)))
+        return
+    rest = replace(work, points=tuple(left.values()))
+    print(f"{work}: {why}\n{work}: {len(left)} unfinished, tried again in halves", file=sys.stderr, flush=True)
+    for half in rest.halves():
+        yield from run(half, running)
+
+
+def _lines(
+    work: Pass, running: Running, descriptors: list[int], environment: dict[str, str]
+) -> Iterator[dict[str, Any] | int]:
+    """What the process says of each point, and at last its exit status, negative for a signal.
+
+    The process is ended with this iterator. It is in a process group of its own, so that Ctrl-C reaches it once.
+    """
+    inherited = dict(os.environ)
+    if cpus := inherited.get("SLURM_CPUS_PER_TASK"):
+        inherited.setdefault("OMP_NUM_THREADS", cpus)
+    points = [Sent(p.run_id, asdict(p.identity), p.request, list(p.overrides)) for p in work.points]
+    write(SentPass(work.sweep, points), work.log.with_suffix(".json"))
+    with work.log.open("ab") as log:
+        process = subprocess.Popen(
+            [*COMMAND, str(work.log.with_suffix(".json"))],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            text=True,
+            env=inherited | environment,
+            pass_fds=descriptors,
+            process_group=0,
+        )
+    running.processes.add(process)
+    if running.stopped:  # an interrupt that came in between
+        process.terminate()
+    try:
+        for line in process.stdout or ():
+            with contextlib.suppress(ValueError, KeyError, TypeError):  # half a line of a process that died
+                yield {"run_id": (told := json.loads(line))["run_id"], **told}
+        yield process.wait()
+    except BaseException:
+        Running({process}).stop()
+        raise
+    finally:
+        running.processes.discard(process)
+        if process.stdout is not None:
+            process.stdout.close()
+
+
+def _result(point: Point, line: dict[str, Any]) -> Result:
+    """The result of a point that its process says something of; what it did not record is recorded here."""
+    if line["status"] == "unwritten":  # there was no room for it then either
+        return _failed(point, line["error"])
+    if line["status"] != "refused" and (result := Store(point.config["outputs"]).load(point.run_id)) is not None:
+        # measuring again may fail and leave the earlier result where it is
+        return result if result.status == line["status"] else _failed(point, line["error"])
+    return record_failure(point, line["error"] or "its result was removed")
 
 
 def record_failure(point: Point, error: str) -> Result:
     """A failed result for a point that could not write its own; a finished one of the same name is left alone."""
-    result = Result(
+    result = _failed(point, error)
+    store = Store(point.config["outputs"])
+    with store.lock(f"point-{point.run_id}", f"point {point.run_id}"):
+        there = store.load(point.run_id)
+        if there is None or there.status != "ok":
+            try:
+                store.save(result)
+            except WriteError as error:  # the sweep goes on, and its end tells this one
+                return error.result
+    return result
+
+
+def _failed(point: Point, error: str) -> Result:
+    return Result(
         run_id=point.run_id,
         status="failed",
         error=error,
@@ -122,15 +253,6 @@ def record_failure(point: Point, error: str) -> Result:
         identity=point.identity,
         environment={"device": point.device, "dtype": point.dtype},
     )
-    store = Store(point.config["outputs"])
-    with store.lock(f"point-{point.run_id}", f"point {point.run_id}"):
-        there = store.load(point.run_id)
-        if there is None or there.status != "ok":
-            try:
-                store.save(result)
-            except WriteError as error:  # the sweep goes on, and its end tells this one
-                return error.result
-    return result
 
 
 def explain_exit(status: int, said: str) -> str:
@@ -168,42 +290,11 @@ def describe(result: Result) -> str:
     return ", ".join(["ok", *words])
 
 
-def _spawn(point: Point, descriptors: Sequence[int], environment: dict[str, str]) -> tuple[int, str]:
-    """Exit status, negative for a signal, and the end of what the process wrote."""
-    inherited = dict(os.environ)
-    if cpus := inherited.get("SLURM_CPUS_PER_TASK"):
-        inherited.setdefault("OMP_NUM_THREADS", cpus)
-    log = Path(point.log)
-    sent = Sent(point.run_id, asdict(point.identity), point.request, list(point.overrides), point.sweep)
-    write(sent, log.with_suffix(".json"))
-    with log.open("ab") as file:
-        start = file.tell()
-        process = subprocess.Popen(
-            [*COMMAND, str(log.with_suffix(".json"))],
-            stdin=subprocess.DEVNULL,
-            stdout=file,
-            stderr=subprocess.STDOUT,
-            env=inherited | environment,
-            pass_fds=descriptors,
-        )
-        try:
-            status = process.wait()
-        except BaseException:  # interrupted: the point is retried on resume
-            process.terminate()
-            process.wait()
-            raise
-    with log.open("rb") as file:
-        file.seek(max(start, log.stat().st_size - TAIL_BYTES))
-        return status, file.read().decode(errors="replace")
-
-
-class Job:
-    """A submitit job: runs a point, and starts it over when Slurm preempts it."""
-
-    def __call__(self, point: Point) -> Outcome:
-        return run(point)
-
-    def checkpoint(self, point: Point) -> Any:
-        from submitit.helpers import DelayedSubmission
-
-        return DelayedSubmission(self, point)
+def _tail(log: Path, start: int) -> str:
+    """The end of what the process wrote, from `start` bytes on."""
+    try:
+        with log.open("rb") as file:
+            file.seek(max(start, log.stat().st_size - TAIL_BYTES))
+            return file.read().decode(errors="replace")
+    except OSError:
+        return ""

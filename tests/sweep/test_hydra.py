@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.plugins import Plugins
 from hydra.core.singleton import Singleton
 from hydra.plugins.sweeper import Sweeper
 
@@ -17,7 +16,7 @@ from qbench.errors import SweepFailed
 from qbench.sweep.plan import combinations
 from tests.conftest import ROOT, refused
 
-READ_AT = {"hydra-core": "1.3.8", "hydra-submitit-launcher": "1.2.0"}
+READ_AT = {"hydra-core": "1.3.8"}
 
 
 def test_private_names_are_those_of_the_versions_that_were_read():
@@ -27,18 +26,7 @@ def test_private_names_are_those_of_the_versions_that_were_read():
     given = vars(parser.parse_args(["-m", "--config-dir", "x", "a=b"]))
     flags = ("overrides", "multirun", "run", "cfg", "info", "help", "resolve", "config_dir", "experimental_rerun")
     assert given.keys() >= {*flags, "shell_completion"}
-    assert any(name.endswith(".BasicLauncher") for name in Plugins.instance().class_name_to_class)
     Singleton.set_state(Singleton.get_state())
-
-
-def test_private_names_of_the_submitit_launcher():
-    pytest.importorskip("hydra_plugins.hydra_submitit_launcher", reason="pip install 'qbench-llm[launchers]'")
-    assert version("hydra-submitit-launcher") == READ_AT["hydra-submitit-launcher"]
-    launcher = import_module("hydra_plugins.hydra_submitit_launcher.submitit_launcher").SlurmLauncher
-    conf = import_module("hydra_plugins.hydra_submitit_launcher.config").BaseQueueConf
-    assert launcher._EXECUTOR == "slurm"
-    assert launcher(nodes=2).params["nodes"] == 2
-    assert {"timeout_min", "cpus_per_task", "mem_gb"} <= conf.__dataclass_fields__.keys()
 
 
 def test_no_private_module_of_hydra_is_imported_that_the_table_lacks():
@@ -129,7 +117,7 @@ def test_a_quoted_value_of_a_sweep_stays_a_text(qbench):
     assert qbench("-m", "model=tiny-dense", 'calibration.path="64"', "--dry-run").status == 0
 
 
-def test_a_prepared_point_runs_from_its_file_and_composes_nothing(qbench, monkeypatch):
+def test_a_prepared_pass_runs_from_its_file_and_composes_nothing(qbench, monkeypatch):
     from qbench.sweep import worker
 
     tiny = ("model=tiny-dense", "task.max_windows=1", "quantizer=rtn")
@@ -138,19 +126,19 @@ def test_a_prepared_point_runs_from_its_file_and_composes_nothing(qbench, monkey
     assert sent.status == 1
     (file,) = Path("outputs/sweeps").glob("*/1-*.json")
     monkeypatch.setattr("hydra.main", lambda **_: pytest.fail("composed"))
-    outcome = qbench("--point", str(file))
+    outcome = qbench("--pass", str(file))
     assert outcome.status == 0
     assert outcome.summary["run_id"] == sent.summary["results"][0]["run_id"]
     assert outcome.summary["model"] == "tiny-dense-seed3"
     changed = file.read_text().replace('"max_windows": 1', '"max_windows": 2')
     file.write_text(changed.replace('"max_windows": 2', '"max_windows": 1', 1))  # the identity as it was
-    other = qbench("--point", str(file))
-    assert other.status == 2
-    assert "differs in protocol: what it reads has changed since the sweep began" in other.stderr
+    other = qbench("--pass", str(file))
+    assert (other.status, other.summary["status"]) == (1, "refused")
+    assert "differs in protocol: what it reads has changed since the sweep began" in other.summary["error"]
     for wrong in ([], ["nowhere.json"], [str(file), "x"]):
-        assert qbench("--point", *wrong).status == 2
+        assert qbench("--pass", *wrong).status == 2
     file.write_text("{}")
-    assert "is not what a sweep sends" in qbench("--point", str(file)).stderr
+    assert "is not what a sweep sends" in qbench("--pass", str(file)).stderr
 
 
 def test_points_that_share_their_composing_are_those_that_hydra_composes():

@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import random
 import re
 import signal
 import subprocess
@@ -21,29 +20,31 @@ from qbench.record.result import Result
 from qbench.record.store import PARTIAL, Store
 from qbench.sweep import worker as child
 from qbench.sweep.plan import expand
-from qbench.sweep.share import cores
 from qbench.sweep.worker import explain_exit
 from qbench.track.tracker import sweep_name
 from tests.conftest import ROOT
-from tests.kill_sweep import Attack, points_of
 from tests.report import examples
 from tests.track import wandb_stub
 
 TINY = ("model=tiny-dense", "task.max_windows=2")
 
-# A process in place of the real one that ends as its setting says; only nbits=8 goes on to the real command.
+# A process in place of the real one that ends as its points' settings say; only nbits=8 goes on to the real command.
 DYING = """
 import json, os, signal, sys
-nbits = str(json.load(open(sys.argv[1]))["config"]["quantizer"]["nbits"])
+sent = json.load(open(sys.argv[1]))
+nbits = {str(point["config"]["quantizer"]["nbits"]): point for point in sent["points"]}
 print("at window 1\\rat window 2", file=sys.stderr, flush=True)
-if nbits == "2":
+if "2" in nbits:
     os.kill(os.getpid(), signal.SIGKILL)
-if nbits == "3":
+if "3" in nbits:
     sys.exit(7)
-if nbits == "4":
-    print("qbench: the text is too short", file=sys.stderr)
-    sys.exit(2)
-os.execv(sys.executable, [sys.executable, "-m", "qbench", "--point", *sys.argv[1:]])
+if "4" in nbits:
+    refused = {"run_id": nbits["4"]["run_id"], "status": "refused", "error": "the text is too short"}
+    print(json.dumps(refused), flush=True)
+if "8" in nbits:
+    json.dump(sent | {"points": [nbits["8"]]}, open(sys.argv[1] + ".8", "w"))
+    os.execv(sys.executable, [sys.executable, "-m", "qbench", "--pass", sys.argv[1] + ".8"])
+sys.exit(1)
 """
 
 
@@ -53,7 +54,7 @@ def recorded(folder: Path = Path("outputs")) -> dict[int, Result]:
 
 
 @pytest.mark.slow
-def test_a_process_that_dies_costs_its_point_only(qbench, monkeypatch):
+def test_a_process_that_dies_costs_the_point_that_kills_it(qbench, monkeypatch):
     """The sweep is an experiment of the user's own, which the processes have to find too."""
     Path("mine/experiment").mkdir(parents=True)
     params = "{hydra: {sweeper: {params: {quantizer.nbits: '2,3,4,8'}}}}"
@@ -74,7 +75,9 @@ def test_a_process_that_dies_costs_its_point_only(qbench, monkeypatch):
     assert errors[8] is None
     assert recorded()[8].command == ["quantizer.nbits=8", "experiment=bits", *TINY, "quantizer=rtn"]
     assert recorded()[2].command == ["quantizer.nbits=2", "experiment=bits", *TINY, "quantizer=rtn"]
-    assert outcome.stderr.index("[1/4] quantizer.nbits=2: FAILED") < outcome.stderr.index("[4/4] quantizer.nbits=8: ok")
+    for ends in ("[1/4] quantizer.nbits=2: FAILED", "[3/4] quantizer.nbits=4: FAILED", "[4/4] quantizer.nbits=8: ok"):
+        assert outcome.stderr.count(ends) == 1
+    assert "pass 1 of 4 points: 4 unfinished, tried again in halves" in outcome.stderr
     assert not list(Path("outputs").rglob("*.lock"))
 
     # the same command tries the failed points again and leaves the finished one alone
@@ -140,11 +143,10 @@ def test_an_earlier_result_with_nan_is_not_what_a_dead_process_wrote(tmp_path, m
     broken = replace(result, evaluation=[replace(result.evaluation[0], ppl=math.nan)])
     examples.save(tmp_path, (broken, scores))
     config = result.config | {"outputs": str(tmp_path)}
-    point = child.Point(
-        1, 1, "x", (), result.run_id, result.identity, config, config, "cpu", "float32", str(tmp_path / "1.log"), "s"
-    )
+    point = child.Point(1, 1, "x", (), result.run_id, result.identity, config, config, "cpu", "float32")
     monkeypatch.setattr(child, "COMMAND", ("false",))
-    assert child.run(point).result.status == "failed"
+    (outcome,) = child.run(child.Pass("1", (point,), str(tmp_path), "s"))
+    assert outcome.result.status == "failed"
 
 
 def test_what_is_said_of_a_result():
@@ -345,15 +347,6 @@ def test_what_is_said_of_a_dead_process(status, said, sentence, tmp_path, monkey
     assert explain_exit(status, said).endswith(sentence)
 
 
-def test_launchers_are_checked_before_anything_runs(qbench):
-    slurm = qbench("-m", *TINY, "hydra/launcher=slurm", "quantizer=rtn,sinq")
-    assert slurm.status == 2
-    assert "say cuda or cpu" in slurm.stderr or "pip install 'qbench-llm[launchers]'" in slurm.stderr
-    missing = qbench("-m", *TINY, "quantizer=rtn,sinq", "hydra.launcher._target_=hydra_plugins.none.None")
-    assert missing.status == 2
-    assert "is not installed: pip install 'qbench-llm[launchers]'" in missing.stderr
-
-
 def run(*arguments: str, folder: Path) -> subprocess.Popen:
     return subprocess.Popen(
         [sys.executable, "-m", "qbench", *arguments],
@@ -377,107 +370,6 @@ def test_concurrent_sweeps_share_points_and_baseline(tmp_path):
         logs.count(", recorded in outputs/results/") - logs.count("already recorded;") == 4
     )  # none was measured twice
     assert not list(tmp_path.glob("outputs/locks/*"))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("launcher", ["joblib", "submitit_local"])
-def test_side_by_side(tmp_path, launcher):
-    package = f"hydra_plugins.hydra_{launcher.partition('_')[0]}_launcher"
-    pytest.importorskip(package, reason="pip install 'qbench-llm[launchers]'")
-    two = "hydra.launcher.n_jobs=2" if launcher == "joblib" else "hydra.launcher.cpus_per_task=1"
-    sweep = ("-m", *TINY, f"hydra/launcher={launcher}", two, "quantizer=rtn", "quantizer.nbits=2,3,4")
-    process = run(*sweep, "task.window=512", folder=tmp_path)
-    deaths = 0
-    while process.poll() is None and not deaths:
-        for running in points_of(process.pid):
-            running.kill()
-            deaths += 1
-            break
-        time.sleep(0.05)
-    stdout, stderr = process.communicate()
-    assert process.returncode == 1, stderr
-    summary = json.loads(stdout.splitlines()[-1])
-    assert (summary["ok"], summary["failed"]) == (2, 1)
-    assert "killed by SIGKILL" in stderr
-    again = run(*sweep, "task.window=512", folder=tmp_path)
-    stdout, stderr = again.communicate()
-    assert again.returncode == 0, stderr
-    assert json.loads(stdout.splitlines()[-1])["skipped"] == 2
-    threads = {r.environment["threads"] for r in map(_read, tmp_path.glob("outputs/results/*/result.json"))}
-    assert threads == {int(os.environ.get("OMP_NUM_THREADS", max(1, cores() // 2)))}
-
-
-@pytest.mark.slow
-def test_kills_at_random_moments(tmp_path):
-    attack = Attack(tmp_path)
-    assert sum(attack.run(4, random.Random(2)).values()) == 4
-    assert len(attack.finished) >= 8
-
-
-@pytest.mark.slow
-def test_a_lost_job_does_not_end_the_others(tmp_path):
-    pytest.importorskip("submitit", reason="pip install 'qbench-llm[launchers]'")
-    sweep = ("-m", *TINY, "hydra/launcher=submitit_local", "quantizer=rtn", "quantizer.nbits=3,4")
-    process = run(*sweep, folder=tmp_path)
-    while not (points := points_of(process.pid)):
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.05)
-    job = points[0].parent()
-    assert any("submitit" in word for word in job.cmdline())
-    points[0].suspend()  # so that it cannot finish first
-    job.kill()
-    points[0].kill()
-    stdout, stderr = process.communicate()
-    assert process.returncode == 1, stderr
-    summary = json.loads(stdout.splitlines()[-1])
-    assert (summary["ok"], summary["failed"]) == (1, 1)
-    assert " was lost: " in stderr
-
-
-SBATCH = """#!{python}
-import os, re, shutil, subprocess, sys
-file = sys.argv[1]
-shutil.copy(file, "{folder}/submitted")
-last = int(re.search(r"--array=0-([0-9]+)", open(file).read()).group(1))
-for i in range(last + 1):
-    task = dict(SLURM_JOB_ID=str(100 + i), SLURM_ARRAY_JOB_ID="77", SLURM_ARRAY_TASK_ID=str(i), SLURM_CPUS_PER_TASK="1")
-    node = dict(SLURM_JOB_NUM_NODES="1", SLURM_NTASKS="1", SLURM_NODEID="0", SLURM_PROCID="0", SLURM_LOCALID="0")
-    null = subprocess.DEVNULL
-    subprocess.Popen(["bash", file], env=os.environ | task | node, stdin=null, stdout=null, stderr=null)
-print("Submitted batch job 77")
-"""
-SRUN = """#!/bin/bash
-while [[ $1 == --* ]]; do [[ $1 == --output || $1 == --error ]] && shift; shift; done
-exec "$@"
-"""
-SACCT = """#!/bin/bash
-echo 'JobID|State|NodeList'
-for i in 0 1 2; do echo "77_$i|RUNNING|here"; done
-"""
-
-
-@pytest.mark.slow
-def test_slurm(tmp_path, monkeypatch):
-    """With stand-ins for Slurm's own commands; submitit, its job files and the jobs are real."""
-    pytest.importorskip("submitit", reason="pip install 'qbench-llm[launchers]'")
-    commands = {"sbatch": SBATCH.format(python=sys.executable, folder=tmp_path), "srun": SRUN, "sacct": SACCT}
-    (tmp_path / "bin").mkdir()
-    for name, script in commands.items():
-        (tmp_path / "bin" / name).write_text(script)
-        (tmp_path / "bin" / name).chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    job = [f"hydra.launcher.{o}" for o in ("gpus_per_node=0", "partition=night", "mem_gb=5", "array_parallelism=2")]
-    sweep = ("-m", *TINY, "quantizer=rtn", "quantizer.nbits=3,4", "runtime.device=cpu")
-    process = run(*sweep, "hydra/launcher=slurm", *job, folder=tmp_path)
-    stdout, stderr = process.communicate()
-    assert process.returncode == 0, stderr
-    assert json.loads(stdout.splitlines()[-1])["ok"] == 2
-    submitted = (tmp_path / "submitted").read_text()
-    for line in ("--array=0-1%2", "--partition=night", "--mem=5GB", "--cpus-per-task=8", "--job-name=qbench"):
-        assert f"#SBATCH {line}" in submitted
-    results = [_read(p) for p in tmp_path.glob("outputs/results/*/result.json")]
-    assert [r.environment["threads"] for r in results] == [1, 1]
 
 
 def _read(path: Path) -> Result:

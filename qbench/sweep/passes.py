@@ -1,0 +1,105 @@
+"""Points into passes: which points one process measures together, in one walk over their model's blocks.
+
+Points share a pass when they are of one model, text, protocol, precision and device, and are recorded in one folder:
+what is read, run in 16 bit and compared with is then the same for all. What cannot share (`alone`) is a pass of one. A
+pass whose hidden states would not fit into host memory is divided, and so is one that several processes can work at.
+"""
+
+from __future__ import annotations
+
+import heapq
+import json
+import math
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from qbench.request.prepare import Prepared
+    from qbench.sweep.plan import Planned
+
+    Group = list[Planned]
+
+CALIBRATED_COST = 4.0  # of a variant that is shown calibration text, one that is not being 1
+
+
+def alone(point: Prepared) -> str | None:
+    """Why a point shares its pass with no other, in the words of its settings; None for one that can."""
+    config = point.config
+    if config.runtime.offload:
+        return "runtime.offload=true"
+    if not point.model.original:
+        return "a model that is quantized already"
+    if config.speed.name != "none":
+        return f"speed={config.speed.name}"
+    return None if point.export is None else "export.dir"
+
+
+def shared(point: Prepared) -> str:
+    """What the points of a pass have in common, as a text: equal ones, one pass."""
+    made, config = point.identity, point.config
+    weights = (made.weights, made.remote_code, repr(point.model), made.dtype, str(point.device))
+    scored = (made.text_sha256, made.protocol, config.runtime.batch_size, config.runtime.threads)
+    return json.dumps([weights, scored, config.outputs], sort_keys=True)
+
+
+def group(points: Sequence[Planned]) -> list[Group]:
+    """The passes, in the order of their first points; a run_id is in a pass once, since a pass locks its points."""
+    found: dict[tuple[str, int], Group] = {}
+    for number, planned in enumerate(points):
+        point = planned.point
+        if alone(point) is not None:
+            found["", number] = [planned]
+            continue
+        again = 0  # the same measurement for another tracker
+        while any(p.point.run_id == point.run_id for p in found.get((shared(point), again), ())):
+            again += 1
+        found.setdefault((shared(point), again), []).append(planned)
+    return list(found.values())
+
+
+def fitting(passes: Sequence[Group], state_bytes: Callable[[Prepared], int | None], free_bytes: float) -> list[Group]:
+    """The passes, those divided whose hidden states would take more than half of the free host memory.
+
+    `state_bytes` says what one variant's take, None where that is not known; the original has states of its own. A pass
+    of one variant is left as it is, however large.
+    """
+    found: list[Group] = []
+    for each in passes:
+        one = state_bytes(each[0].point) if len(each) > 1 else None
+        most = max(1, int(free_bytes / 2 / one) - 1) if one else len(each)
+        parts = math.ceil(len(each) / most)
+        size = math.ceil(len(each) / parts)  # as equal as can be
+        found += [each[start : start + size] for start in range(0, len(each), size)]
+    return found
+
+
+def deal(passes: Sequence[Group], jobs: int, weights: Callable[[Prepared], int | None]) -> list[Group]:
+    """The passes for `jobs` processes at a time: their variants are dealt out by cost, so that all end about together.
+
+    A pass is divided into as many parts as its share of the cost asks for, the costliest variant going to the part with
+    the least so far. The costliest pass comes first. With one job nothing changes.
+    """
+    if jobs < 2:
+        return list(passes)
+    costs = [[cost(planned.point, weights) for planned in each] for each in passes]
+    share = sum(map(sum, costs)) / jobs
+    found: list[tuple[float, Group]] = []
+    for each, taken in zip(passes, costs, strict=True):
+        parts = min(len(each), max(1, math.ceil(sum(taken) / share - 1e-9)))
+        heap: list[tuple[float, int, list[int]]] = [(0.0, part, []) for part in range(parts)]
+        for index in sorted(range(len(each)), key=lambda i: -taken[i]):
+            total, part, indices = heapq.heappop(heap)
+            heapq.heappush(heap, (total + taken[index], part, [*indices, index]))
+        for total, _, indices in sorted(heap, key=lambda part: min(part[2])):
+            found.append((total, [each[i] for i in sorted(indices)]))
+    return [each for _, each in sorted(found, key=lambda part: -part[0])]
+
+
+def cost(point: Prepared, weights: Callable[[Prepared], int | None]) -> float:
+    """What a variant takes, in no unit: the model's weights, times CALIBRATED_COST for a method that `needs` a text.
+
+    A rough measure: on one H200 such methods take ten times as long to quantize as others, and evaluating, which is the
+    same for all, lies between the two.
+    """
+    calibrated = point.quantizer is not None and bool(point.quantizer.needs)
+    return (weights(point) or 1) * (CALIBRATED_COST if calibrated else 1.0)
