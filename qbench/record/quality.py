@@ -75,6 +75,11 @@ class MetricRecord(Strict):
         return self.title if self.title is not None else self.name
 
     @property
+    def loss(self) -> float:
+        """The value, turned so that smaller is better."""
+        return -self.value if self.higher_is_better else self.value
+
+    @property
     def digits(self) -> int:
         """After the point, where people read it: a perplexity is a number of some tens, most others are of one."""
         return 3 if self.reading == "exp mean" else 4

@@ -184,7 +184,7 @@ def test_a_kept_original_of_other_documents_is_refused(folder, two_models):
     evaluation = prepare(asked(folder, "choice"), two_models[2])
     original = walk(evaluation.asks(), two_models[0])
     kept = original | {"choice|prompts": np.zeros(32, np.uint8)}
-    with pytest.raises(PointError, match="choice: the kept baseline is of other documents"):
+    with pytest.raises(PointError, match="choice: the kept reference is of other documents"):
         walk(evaluation.asks(), two_models[1], kept)
 
 
