@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from itertools import repeat
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import torch
 from qbench.errors import PointError
 from qbench.evaluate.hflm import wrap
 from qbench.evaluate.protocols.lmeval import LmEval
+from qbench.evaluate.score import WindowAsks
 from qbench.sources.tiny import build, byte_tokenizer
 from tests.evaluate.own_tasks import WORDS, asked, prepare, write
 
@@ -141,6 +143,21 @@ def test_answers_equal_hflms_with_the_softmax_in_fp32(folder, dtype):
     ours = list(reader.found.values())
     np.testing.assert_allclose([value for value, _ in ours], [value for value, _ in theirs], rtol=1e-6)
     assert [greedy for _, greedy in ours] == [greedy for _, greedy in theirs]
+
+
+def test_windows_are_what_lm_evals_model_layer_would_be_asked(two_models):
+    """A window with its first token as context, as a request: the same rows for a pass, the same log-likelihoods."""
+    from qbench.evaluate.answers import Recording, TaskAsks
+
+    model, _, tokenizer = two_models
+    windows = np.random.default_rng(0).integers(0, 256, (5, 30))
+    recording = Recording(tokenizer, LmEval(names=["any"], window=29))
+    recording.ask([((str(n), ""), ids[:1], ids[1:]) for n, ids in enumerate(windows.tolist())], repeat("windows\n0"))
+    asks, ours = TaskAsks(recording, 2, lambda lm, _: lm.found), WindowAsks(windows, 2, False)
+    assert sorted(np.concatenate(asks.batches).tolist()) == sorted(np.concatenate(ours.batches).tolist())
+    nll, found = walk(ours, model)["token_nll"], walk(asks, model)
+    for ids, of_window in zip(windows.tolist(), nll, strict=True):
+        assert found[(ids[0],), tuple(ids[1:])][0] == pytest.approx(-of_window.sum(), rel=1e-12)
 
 
 def test_a_task_that_generates_needs_the_model(folder, two_models):
