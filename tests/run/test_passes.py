@@ -160,5 +160,5 @@ def test_states_that_fit_nowhere_are_refused_with_what_helps(prepared, monkeypat
 
     free = psutil.virtual_memory()
     monkeypatch.setattr(psutil, "virtual_memory", lambda: free._replace(available=1000))
-    with pytest.raises(Exception, match="task.max_windows"):
+    with pytest.raises(Exception, match=r"task\.max_windows"):
         list(run_pass([prepared("model=tiny-dense", *SHORT)]))
