@@ -1,7 +1,7 @@
 """Uncertainty in one place: perplexities, divergences and accuracies, and what may be concluded from their differences.
 
 Everything a protocol reports is a function of means over its windows (or documents): a perplexity is exp of a mean
-NLL, a difference to the baseline is a function of two such means over the same windows, an RMS is the root of a mean.
+NLL, a difference to the original is a function of two such means over the same windows, an RMS is the root of a mean.
 `jackknife` gives all of them an interval: leave each window out once, take the spread of the results as the standard
 error (Efron and Stein 1981), and scale it by Student's t with n - 1 degrees of freedom. Windows that both models see
 are left out together, so that what varies with the text and not with the model cancels: that is the pairing.
@@ -90,7 +90,7 @@ def share(successes: int, n: int, level: float = 0.95) -> Estimate:
 
 
 def paired_shares(correct: np.ndarray, baseline_correct: np.ndarray, level: float = 0.95) -> Estimate:
-    """Accuracy minus the baseline's on the same documents; both 0 or 1, `[documents]`.
+    """Accuracy minus the original's on the same documents; both 0 or 1, `[documents]`.
 
     The interval of Bonett and Price (2012, "Adjusted Wald confidence interval for a difference of binomial
     proportions based on paired data"), good also when only a handful of documents changed.
@@ -135,7 +135,7 @@ def pooled_contributions(parts: Sequence[np.ndarray], weights: Sequence[float]) 
 
 
 def verdict(delta: Estimate, higher_is_better: bool) -> Verdict:
-    """What a difference to the baseline says. Without an interval, or with zero inside of it: nothing."""
+    """What a difference to the original says. Without an interval, or with zero inside of it: nothing."""
     if delta.low is None or delta.high is None or delta.low <= 0 <= delta.high:
         return "not distinguishable"
     return "better" if (delta.value > 0) == higher_is_better else "worse"

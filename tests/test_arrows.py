@@ -43,7 +43,7 @@ MAY: dict[str, tuple[str, ...]] = {
         *("passes", "evaluate", "sources", "checkpoint", "model", "layers", "quant", "format", "track", "record"),
     ),
     "passes": ("evaluate", "sources", "checkpoint", "model", "layers", "quant", "kernels", "format", "record"),
-    "evaluate": ("texts", "sources", "checkpoint", "model", "layers", "quant", "format", "record"),
+    "evaluate": ("texts", "sources", "checkpoint", "model", "layers", "quant", "kernels", "format", "record"),
     "sources": ("checkpoint", "model", "layers", "quant", "format", "record"),
     "checkpoint": ("model", "layers", "quant", "format", "record"),
     "model": ("layers", "quant", "format"),
@@ -199,6 +199,5 @@ def table() -> str:
         others = [top for top, who in OTHERS.items() if name in who]
         names = {"commands": COMMANDS, "ground": GROUND}.get(name)
         said = ", ".join(f"`{n}.py`" for n in names) if names else f"`{name}/`"
-        said = "`run.py`" if name == "run" else said
         rows.append(f"| {said} | {', '.join(below)} | {', '.join(f'`{o}`' for o in others)} |")
     return "\n".join(rows)

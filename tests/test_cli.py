@@ -235,7 +235,7 @@ def test_a_full_disk_costs_what_has_no_room(tmp_path):
         done = subprocess.run([sys.executable, "-c", FULL, *arguments], cwd=tmp_path, capture_output=True, text=True)
         assert done.returncode == status, done.stderr
         assert "Traceback" not in done.stderr
-        assert f"the baseline is not kept in {room}/baselines (File too large)" in done.stderr
+        assert f"the reference is not kept in {room}/baselines (File too large)" in done.stderr
         summary = json.loads(done.stdout.splitlines()[-1])
         assert summary["status"] == ("ok" if status == 0 else "failed")
     assert "it was measured, but not recorded in 8000/results/" in summary["error"]

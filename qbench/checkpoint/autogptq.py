@@ -134,15 +134,15 @@ def save(
     dtype = torch.bfloat16 if model.dtype == torch.bfloat16 else torch.float16
     with in_packed_format(model), checkpoint.new_folder(folder) as partial:
         weights = expressible(model)
-        described = describe(weights, origin or {})
-        v1 = described["checkpoint_format"] == "gptq"
+        quantization = quantize_config(weights, origin or {})
+        v1 = quantization["checkpoint_format"] == "gptq"
         settings.write(model, tokenizer, partial)
         path = partial / "config.json"
         config = json.loads(path.read_text(encoding="utf-8"))
-        config |= {"dtype": str(dtype).removeprefix("torch."), "quantization_config": described}
+        config |= {"dtype": str(dtype).removeprefix("torch."), "quantization_config": quantization}
         config["architectures"] = config.get("architectures") or [type(model).__name__]
         _write_json(path, config)
-        _write_json(partial / QUANTIZE_CONFIG, described)
+        _write_json(partial / QUANTIZE_CONFIG, quantization)
         shards = checkpoint.write_shards(_tensors(model, weights, v1, dtype), partial, max_shard_bytes)
         if len(shards) == 1:
             (partial / next(iter(shards))).rename(partial / "model.safetensors")
@@ -185,7 +185,7 @@ def expressible(model: nn.Module) -> dict[str, QuantizedWeight]:
     return weights
 
 
-def describe(weights: Mapping[str, QuantizedWeight], origin: Mapping[str, Any]) -> dict[str, Any]:
+def quantize_config(weights: Mapping[str, QuantizedWeight], origin: Mapping[str, Any]) -> dict[str, Any]:
     """The content of quantize_config.json, for weights that are `expressible`."""
     first = next(iter(weights.values()))
     symmetric = all(weight.zero is None for weight in weights.values())

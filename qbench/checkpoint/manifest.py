@@ -67,7 +67,7 @@ def verify(folder: Path, manifest: Mapping[str, Any], weights: bool = True) -> N
             raise RequestError(f"{path} is damaged: its sha256 is not the one in {MANIFEST}; export it again")
 
 
-def describe(weight: Format) -> dict[str, Any]:
+def entry(weight: Format) -> dict[str, Any]:
     """Everything about the weight but its tensors, as JSON holds it.
 
     Raises RequestError if its format is not registered: nothing could read the checkpoint.
@@ -79,7 +79,7 @@ def describe(weight: Format) -> dict[str, Any]:
 
 
 def rebuild(description: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Format:
-    """The weight that `describe` described over its stored `tensors`; raises KeyError or ValueError if one is off.
+    """The weight of an `entry` over its stored `tensors`; raises KeyError or ValueError if one is off.
 
     Raises RequestError if its format is not registered here.
     """

@@ -27,7 +27,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from qbench.checkpoint import settings
-from qbench.checkpoint.manifest import FORMAT, MANIFEST, VERSION, describe, file_sha256, read, rebuild, seal, verify
+from qbench.checkpoint.manifest import FORMAT, MANIFEST, VERSION, entry, file_sha256, read, rebuild, seal, verify
 from qbench.errors import RequestError
 from qbench.format.format import Format
 from qbench.layers.linear import QuantLinear, in_packed_format, packed_weights
@@ -181,7 +181,7 @@ def _layers(model: nn.Module) -> dict[str, Any]:
             weights = module.packed()
             layers[name] = {
                 "kind": type(module).__name__,
-                "weights": {prefix: describe(weight) for prefix, weight in weights.items()},
+                "weights": {prefix: entry(weight) for prefix, weight in weights.items()},
             }
             described |= {f"{name}.{prefix}".rstrip(".") for prefix in weights}
     for name in packed_weights(model):

@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from qbench import __version__
-from qbench.evaluate.protocol import Evaluation, Protocol, Scores, Source
+from qbench.evaluate.protocol import Corpus, Evaluation, Protocol, Scores
 from qbench.record.store import Store, identity
 
 
-def read(protocol: Protocol) -> Source:
+def read(protocol: Protocol) -> Corpus:
     """What the protocol scores; a function of the settings, so that a sweep reads each text once."""
     return protocol.read()
 
@@ -26,7 +26,7 @@ def baseline(
     where = {k: environment.get(k) for k in ("device", "dtype", "packages", "gpu", "cpu")}
     key = identity(fingerprint, evaluation.identity, where, __version__, "resident")
     about = {"model": fingerprint, "protocol": str(evaluation.identity["protocol"])}
-    with store.lock(f"baseline-{key}", "the baseline"):
+    with store.lock(f"baseline-{key}", "the reference"):
         scores = store.load_baseline(key, about)
         if scores is not None:
             return scores, True

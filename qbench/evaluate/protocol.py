@@ -31,7 +31,7 @@ from qbench.record.quality import EvaluationRecord, TaskRecord
 Scores = dict[str, np.ndarray]
 
 
-class Source(typing.Protocol):
+class Corpus(typing.Protocol):
     """What a protocol reads; a text, pages, documents."""
 
     @property
@@ -87,7 +87,7 @@ class Protocol(typing.Protocol):
         """Raises RequestError, one sentence, for settings that no text could satisfy."""
         ...
 
-    def read(self) -> Source:
+    def read(self) -> Corpus:
         """Raises RequestError, naming what would work, when the text cannot be had."""
         ...
 

@@ -48,7 +48,7 @@ class WindowedEvaluation:
         return WindowAsks(self.windows.ids, batch_size(self.runtime, self.runtime.device), self.task.divergence)
 
     def score_baseline(self, model: Any) -> Scores:
-        return resident.score(model, self.asks(), "evaluating the baseline", keep=self.task.divergence)
+        return resident.score(model, self.asks(), "evaluating the original", keep=self.task.divergence)
 
     def score(self, model: Any, baseline: Scores | None) -> Scores:
         """The quantized model's scores, `[windows, tokens]`; with the baseline's, also the divergence from it."""

@@ -10,7 +10,7 @@ from typing import Any
 PACKAGES = ("torch", "transformers", "tokenizers", "lm_eval", "safetensors", "hydra-core", "numpy")
 
 
-def describe(device: str, dtype: str) -> dict[str, Any]:
+def this_environment(device: str, dtype: str) -> dict[str, Any]:
     import psutil
     import torch
 

@@ -1,4 +1,4 @@
-"""What a result says of quality: perplexities, divergence from the baseline and task metrics, with their intervals.
+"""What a result says of quality: perplexities, divergence from the original and task metrics, with their intervals.
 
 Every number says how it is read off what its windows or documents add (`Reading`), and how people call it; reports
 compare and show numbers by that, and by no metric's name. So a protocol of a third party may record any kind.
@@ -33,7 +33,7 @@ class IntervalRecord(Strict):
 
 @dataclass(frozen=True)
 class DivergenceRecord(Strict):
-    """How far the quantized model's next-token distributions are from the baseline's; zero and one for equal models."""
+    """How far the quantized model's next-token distributions are from the original's; zero and one for equal models."""
 
     tokens: int  # positions compared, each over the whole vocabulary
     kl: IntervalRecord  # KL(baseline || quantized), nats per token
@@ -44,7 +44,7 @@ class DivergenceRecord(Strict):
     kl_p99: float
     kl_p999: float
     kl_max: float
-    # the same as means, where the baseline's most probable token has at least half of the probability, and elsewhere
+    # the same as means, where the original's most probable token has at least half of the probability, and elsewhere
     confident_share: float  # of the tokens
     kl_confident: float | None  # None where there is no such token
     kl_unconfident: float | None
@@ -54,7 +54,7 @@ class DivergenceRecord(Strict):
 
 @dataclass(frozen=True)
 class MetricRecord(Strict):
-    """A number under its own name, such as lm-eval's for a metric, and its paired difference to the baseline."""
+    """A number under its own name, such as lm-eval's for a metric, and its paired difference to the original."""
 
     name: str  # such as acc_norm or word_perplexity; `exact_match,strict-match` where the task has filters
     higher_is_better: bool
@@ -73,6 +73,11 @@ class MetricRecord(Strict):
     @property
     def called(self) -> str:
         return self.title if self.title is not None else self.name
+
+    @property
+    def loss(self) -> float:
+        """The value, turned so that smaller is better."""
+        return -self.value if self.higher_is_better else self.value
 
     @property
     def digits(self) -> int:
@@ -97,14 +102,14 @@ class EvaluationRecord(Strict):
     ppl: float  # per token
     baseline_ppl: float | None  # None for a packed checkpoint, whose original is not at hand
     baseline_cached: bool
-    ppl_delta: float | None  # ppl - baseline_ppl; None without a baseline
-    ppl_delta_low: float | None  # 95 % paired interval; None with a single window or without a baseline
+    ppl_delta: float | None  # ppl - baseline_ppl; None without an original
+    ppl_delta_low: float | None  # 95 % paired interval; None with a single window or without an original
     ppl_delta_high: float | None
     window_nll_file: str  # safetensors beside the result: mean NLL per window in nats, `quantized` and `baseline`, ...
     verdict: Verdict | None = None
     text_revision: str | None = None  # commit of the Hub dataset; None for a local or embedded text
     bos_policy: str = ""
-    divergence: DivergenceRecord | None = None  # None without a baseline, or where the protocol has none
+    divergence: DivergenceRecord | None = None  # None without an original, or where the protocol has none
     metrics: list[MetricRecord] = field(default_factory=list)  # word_perplexity, byte_perplexity, bits_per_byte
 
     @property

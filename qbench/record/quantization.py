@@ -73,7 +73,7 @@ class ModelRecord(Strict):
     parameters: int
     linear_weights: int  # that count for coverage
     baseline_bytes: int  # every parameter at 16 bit, tied ones once
-    weight_bytes: WeightBytes | None = None  # of the baseline as loaded; None for a packed checkpoint
+    weight_bytes: WeightBytes | None = None  # of the original as loaded; None for a packed checkpoint
 
 
 @dataclass(frozen=True)

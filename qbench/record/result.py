@@ -8,6 +8,7 @@ schema version 1 have no identity, so nobody can say what they are measurements 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, Literal, Self
@@ -15,7 +16,7 @@ from typing import Any, Literal, Self
 from pydantic import TypeAdapter, ValidationError
 
 from qbench.record.identity import Identity
-from qbench.record.quality import EvaluationRecord, TaskRecord
+from qbench.record.quality import EvaluationRecord, MetricRecord, TaskRecord
 from qbench.record.quantization import ModelRecord, QuantizationRecord
 from qbench.record.speed import SpeedRecord
 from qbench.record.strict import Strict
@@ -63,6 +64,14 @@ class Result(Strict):
     def files(self) -> set[str]:
         """The safetensors files beside the result that it refers to."""
         return {record.window_nll_file for record in self.evaluation} | {record.scores_file for record in self.tasks}
+
+    def numbers(self) -> Iterator[tuple[str, str, MetricRecord]]:
+        """(protocol, hash of the text or documents, number): the perplexities, then every metric of the tasks."""
+        for record in self.evaluation:
+            yield record.protocol, record.text_sha256, record.perplexity
+        for task in self.tasks:
+            for metric in task.metrics:
+                yield task.protocol, task.documents_sha256, metric
 
     def summary(self) -> dict[str, Any]:
         """The point in one flat object: the last line on stdout, and the trackers' summary."""

@@ -4,7 +4,7 @@
     outputs/results/RUN_ID/windows-HASH.safetensors   its scores per window or document
     outputs/baselines/KEY.safetensors             what an unquantized model scored, shared by points
     outputs/models/                               converted models
-    outputs/locks/                                held while a point or a baseline is being measured
+    outputs/locks/                                held while a point or a reference is being measured
     outputs/sweeps/DATE/                          what the points of a sweep said while running
 
 A process killed at any moment leaves the old state or the new one, and at worst a file whose name starts with
@@ -97,7 +97,7 @@ class Store:
             write_atomically(self.baselines / f"{key}.safetensors", save_tensors(tensors, metadata=dict(about)))
         except OSError as error:
             log.warning(
-                "the baseline is not kept in %s (%s): the next point measures it again", self.baselines, error.strerror
+                "the reference is not kept in %s (%s): the next point measures it again", self.baselines, error.strerror
             )
 
     def save_states(self, path: Path, tensors: Mapping[str, Any], about: Mapping[str, str]) -> bool:
@@ -138,8 +138,8 @@ def require_about(path: Path, found: Mapping[str, str], about: Mapping[str, str]
     for what, expected in about.items():
         if found.get(what) != expected:
             raise RequestError(
-                f"{path} holds a baseline whose {what} is {found.get(what, 'not given')}, this point needs "
-                f"{expected}; remove the file, and the baseline is measured again"
+                f"{path} holds a reference whose {what} is {found.get(what, 'not given')}, this point needs "
+                f"{expected}; remove the file, and the original is measured again"
             )
 
 

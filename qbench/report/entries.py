@@ -55,7 +55,7 @@ class Score:
     @property
     def loss(self) -> float:
         """The value, turned so that smaller is better."""
-        return -self.value if self.higher_is_better else self.value
+        return self.number.loss
 
 
 @dataclass(frozen=True)

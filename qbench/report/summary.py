@@ -58,7 +58,7 @@ def show(result: Result) -> None:
 
 def _add_metric(table: Table, metric: MetricRecord, protocol: str = "") -> None:
     digits = metric.digits
-    change = "no baseline" if metric.delta is None else f"{metric.delta:+.{digits}f}"
+    change = "no original" if metric.delta is None else f"{metric.delta:+.{digits}f}"
     if metric.delta_low is not None:
         change += f"  (95 %: {metric.delta_low:+.{digits}f} to {metric.delta_high:+.{digits}f})"
     if metric.flip_rate is not None:

@@ -16,8 +16,7 @@ from qbench.config import CalibrationConfig, Config
 from qbench.errors import RequestError
 from qbench.evaluate import measure, speed
 from qbench.evaluate.limits import batch_size
-from qbench.evaluate.protocol import Protocol
-from qbench.evaluate.protocol import Source as Scored
+from qbench.evaluate.protocol import Corpus, Protocol
 from qbench.evaluate.text import Text, read_calibration
 from qbench.model import coverage
 from qbench.passes import calibrate
@@ -43,7 +42,7 @@ class Prepared:
     device: torch.device
     dtype: torch.dtype
     protocol: Protocol
-    source: Scored  # what the protocol scores
+    source: Corpus  # what the protocol scores
     calibration_text: Text | None
     identity: Identity  # its `weights` is the model's fingerprint
     run_id: str  # of the identity and this version of qbench
@@ -85,7 +84,7 @@ def prepare(
     command: list[str],
     here: bool = True,
     fingerprint: Callable[[Source], str] = fingerprint,
-    read: Callable[[Protocol], Scored] = measure.read,
+    read: Callable[[Protocol], Corpus] = measure.read,
     read_calibration: Callable[[CalibrationConfig], Text] = read_calibration,
 ) -> Prepared:
     """Checks all that can be checked without loading anything; a sweep does this for every point before its first.

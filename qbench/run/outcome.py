@@ -14,7 +14,7 @@ from typing import Any
 from qbench import __version__
 from qbench.errors import PointError, RequestError
 from qbench.evaluate.protocol import Scores
-from qbench.record.environment import describe
+from qbench.record.environment import this_environment
 from qbench.record.result import Result
 from qbench.request.prepare import Prepared
 
@@ -58,7 +58,7 @@ def started(point: Prepared) -> Result:
         command=point.command,
         config=asdict(point.config),
         identity=point.identity,
-        environment=describe(str(point.device), str(point.dtype).removeprefix("torch.")),
+        environment=this_environment(str(point.device), str(point.dtype).removeprefix("torch.")),
     )
 
 

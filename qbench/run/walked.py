@@ -203,7 +203,7 @@ def _speed_of_original(one: Asked, model: Any, clock: Clock) -> Any:
     if isinstance(one.point.quantizer, Original):
         return None
     if one.point.config.runtime.offload:
-        log.warning("the speed of the baseline is not measured: it would be that of copying its weights")
+        log.warning("the speed of the original is not measured: it would be that of copying its weights")
         return None
     with clock.phase("baseline_speed"):
         return speed.measure(model, one.point.config.speed)

@@ -53,7 +53,7 @@ def whole(point: Prepared) -> Measured:
         timed, baseline, baseline_speed, cached = config.speed.name != "none", None, None, False
         if quantizer is not None:
             if timed and runtime.offload:
-                log.warning("the speed of the baseline is not measured: it would be that of copying its weights")
+                log.warning("the speed of the original is not measured: it would be that of copying its weights")
             elif timed:
                 with clock.phase("baseline_speed"):
                     baseline_speed = speed.measure(model, config.speed)

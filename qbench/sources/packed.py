@@ -1,4 +1,4 @@
-"""A packed checkpoint, as export.dir writes it: quantized already, so nothing is quantized and there is no baseline."""
+"""A packed checkpoint, as export.dir writes it: quantized already, nothing is quantized; the original is not here."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class Packed:
         """As Source.load; `offload` changes nothing, as there are no linear weights in 16 bit."""
         identity, folder = identity or self.fingerprint(), self.folder()
         about = self._origin().get("model", {})
-        note = f"a packed checkpoint, its original is not here: no baseline. {about.get('note', '')}"
+        note = f"a packed checkpoint, its original is not here. {about.get('note', '')}"
         # a cast of the whole model would reach the stored rotary frequencies: it is made in there
         model = checkpoint.load(folder, dtype, device, {"QuantExperts": lambda old, w: QuantExperts(w, old)})
         return LoadedModel(model, self.tokenizer(cache), identity, note.strip())

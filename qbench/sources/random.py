@@ -4,6 +4,7 @@ Each tensor is made where it is wanted, from the seed, its block's number and it
 whichever others are made, and the first blocks of a model are those of the model with fewer layers. Matrices and
 experts are normal with the configuration's standard deviation, norms are ones, as the architecture initializes them.
 Another kind of device, and another precision, draws other numbers from one seed: both are part of a point's identity.
+A GPU with another number of multiprocessors may do so as well.
 """
 
 from __future__ import annotations

@@ -1,15 +1,19 @@
-"""The trade-off plot of a sweep as an image: perplexity over bits per weight, one plot per model and protocol."""
+"""The trade-off plot of a sweep as an image: a number over bits per weight, one plot per model, protocol and number."""
 
 from __future__ import annotations
 
 import io
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
+from qbench.record.quality import MetricRecord
+from qbench.record.result import Result
 from qbench.record.titles import SHORT, short, tell_apart
+from qbench.track.tracker import without_places
 
 SIZE_INCHES, DOTS_PER_INCH = (7.0, 4.5), 130
+Point = tuple[Result, MetricRecord]
 
 
 def front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
@@ -21,44 +25,50 @@ def front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
     return kept
 
 
-def plots(summaries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Title -> PIL image for every model and protocol of the summaries with a finite perplexity; needs matplotlib.
+def plots(results: Sequence[Result]) -> dict[str, Any]:
+    """Title -> PIL image for every model, protocol and number that is finite; needs matplotlib.
 
     One plot holds what has one original and one text, whatever they are called.
     """
-    sections: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
-    for summary in summaries:
-        if math.isfinite(summary.get("ppl") or math.nan) and summary.get("bits_per_weight") is not None:
-            key = tuple(summary.get(part) for part in ("protocol", "fingerprint", "device", "dtype", "text_sha256"))
-            sections.setdefault(key, []).append(summary)
-    words = short(str(key[1]) for key in sections)
+    sections: dict[tuple[str, ...], list[Point]] = {}
+    for result in results:
+        for protocol, text, number in result.numbers():
+            if math.isfinite(number.value) and result.quantization is not None:
+                of = result.identity
+                key = (protocol, number.called, str(of.weights), str(of.device), str(of.dtype), text)
+                sections.setdefault(key, []).append((result, number))
+    words = short(weights for _, _, weights, *_ in sections)
     facts = [
-        {"weights": words[str(weights)], "device": device, "dtype": dtype, "text": str(text)[:SHORT]}
-        for _, weights, device, dtype, text in sections
+        {"weights": words[weights], "device": device, "dtype": dtype, "text": text[:SHORT]}
+        for _, _, weights, device, dtype, text in sections
     ]
-    told = tell_apart([f"{each[-1]['model']}, {each[-1]['protocol']}" for each in sections.values()], facts)
-    return {title: _plot(title, section) for title, section in zip(told, sections.values(), strict=True)}
+    names = [
+        without_places(f"{section[-1][0].config['model']['name']}, {protocol}, {called}")
+        for (protocol, called, *_), section in sections.items()
+    ]
+    titled = zip(tell_apart(names, facts), sections.values(), strict=True)
+    return {title: _plot(title, section) for title, section in titled}
 
 
-def _plot(title: str, section: Sequence[Mapping[str, Any]]) -> Any:
+def _plot(title: str, section: Sequence[Point]) -> Any:
     from matplotlib.figure import Figure  # not pyplot: no display, no global state
     from PIL import Image
 
     figure = Figure(figsize=SIZE_INCHES, dpi=DOTS_PER_INCH, layout="constrained")
     axes = figure.subplots()
-    methods = sorted({str(summary["quantizer"]) for summary in section})
-    for method in methods:
-        mine = [s for s in section if str(s["quantizer"]) == method]
-        xs, ys = [s["bits_per_weight"] for s in mine], [s["ppl"] for s in mine]
-        low = [_reach(s, s["ppl_delta_low"], -1) for s in mine]
-        high = [_reach(s, s["ppl_delta_high"], 1) for s in mine]
-        axes.errorbar(xs, ys, yerr=[low, high], fmt="o", capsize=3, label=method)
-    best = front([(s["bits_per_weight"], s["ppl"]) for s in section])
-    axes.plot(*zip(*best, strict=True), color="black", linewidth=0.8, zorder=0, label="best trade-offs")
-    baselines = [s["baseline_ppl"] for s in section if s.get("baseline_ppl") is not None]
-    if baselines:
-        axes.axhline(baselines[-1], color="grey", linestyle="--", linewidth=0.8, label="16 bit")
-    axes.set(title=title, xlabel="bits per weight, codes and aux as stored", ylabel="perplexity")
+    last = section[-1][1]  # the others are of the same kind
+    for method in sorted({_method(result) for result, _ in section}):
+        mine = [(_bits(result), number) for result, number in section if _method(result) == method]
+        xs, numbers = zip(*mine, strict=True)
+        reach = [[_reach(n, n.delta_low, -1) for n in numbers], [_reach(n, n.delta_high, 1) for n in numbers]]
+        axes.errorbar(xs, [n.value for n in numbers], yerr=reach, fmt="o", capsize=3, label=method)
+    xs, losses = zip(*front([(_bits(result), number.loss) for result, number in section]), strict=True)
+    heights = [-loss if last.higher_is_better else loss for loss in losses]
+    axes.plot(xs, heights, color="black", linewidth=0.8, zorder=0, label="best trade-offs")
+    originals = [number.baseline for _, number in section if number.baseline is not None]
+    if originals:
+        axes.axhline(originals[-1], color="grey", linestyle="--", linewidth=0.8, label="16 bit")
+    axes.set(title=title, xlabel="bits per weight, codes and aux as stored", ylabel=last.called)
     axes.legend(fontsize="small")
     written = io.BytesIO()
     figure.savefig(written, format="png")
@@ -66,6 +76,15 @@ def _plot(title: str, section: Sequence[Mapping[str, Any]]) -> Any:
     return Image.open(written)
 
 
-def _reach(summary: Mapping[str, Any], bound: float | None, sign: int) -> float:
-    """From the perplexity to the bound of its paired 95 % interval; 0 without one."""
-    return 0.0 if bound is None else max(0.0, sign * (bound - summary["ppl_delta"]))
+def _method(result: Result) -> str:
+    return str(result.identity.quantizer.get("name"))
+
+
+def _bits(result: Result) -> float:
+    assert result.quantization is not None
+    return result.quantization.bits_per_weight
+
+
+def _reach(number: MetricRecord, bound: float | None, sign: int) -> float:
+    """From the number to the bound of its paired 95 % interval; 0 without one."""
+    return 0.0 if bound is None or number.delta is None else max(0.0, sign * (bound - number.delta))

@@ -78,7 +78,8 @@ class WandB:
     def sweep(self, results: Sequence[Result], folder: Path, name: str) -> None:
         """The leaderboard of the sweep as a table, its trade-offs as images."""
         run_ids = [result.run_id for result in results]
-        summaries = sorted((without_places(r.summary()) for r in results), key=_place)
+        results = sorted(results, key=_place)
+        summaries = [without_places(result.summary()) for result in results]
         failed = sum(result.status != "ok" for result in results)
         own = sweep_name(run_ids)  # points of one sweep may go to several projects and folders
         about = {
@@ -93,7 +94,7 @@ class WandB:
         def fill(wandb: Any, run: Any) -> None:
             keys = list(dict.fromkeys(key for summary in summaries for key in summary))
             rows = [[summary.get(key) for key in keys] for summary in summaries]
-            run.log({"leaderboard": wandb.Table(columns=keys, data=rows)} | _plots(wandb, summaries))
+            run.log({"leaderboard": wandb.Table(columns=keys, data=rows)} | _plots(wandb, results))
             run.summary.update({"points": len(results), "ok": len(results) - failed, "failed": failed})
 
         self._log_run(fill, about, folder, failed=failed > 0)
@@ -147,14 +148,14 @@ def _tags(*names: Any) -> list[str]:
     return [str(name)[:LONGEST_TAG] for name in names if name]
 
 
-def _place(summary: dict[str, Any]) -> tuple[str, bool, str, float]:
-    """By model and protocol, the lowest perplexity first; what failed comes last."""
-    ppl = summary.get("ppl")
-    return str(summary["model"]), ppl is None, str(summary.get("protocol")), 0.0 if ppl is None else ppl
+def _place(result: Result) -> tuple[str, bool, str, float]:
+    """By model and protocol, the best first, as its first number tells; what failed comes last."""
+    protocol, _, number = next(result.numbers(), ("", "", None))
+    return str(result.config["model"]["name"]), number is None, protocol, 0.0 if number is None else number.loss
 
 
 def _histograms(wandb: Any, result: Result, folder: Path) -> dict[str, Any]:
-    """The mean NLL per window of the model, and of the baseline: whether a loss is spread or sits in a few windows."""
+    """The mean NLL per window of the model, and of the original: whether a loss is spread or sits in a few windows."""
     found = {}
     for index, record in enumerate(result.evaluation):
         try:
@@ -183,9 +184,9 @@ def _layers(wandb: Any, layers: Sequence[LayerRow]) -> Any:
     return wandb.Table(columns=columns, data=[[row.get(column) for column in columns] for row in rows])
 
 
-def _plots(wandb: Any, summaries: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def _plots(wandb: Any, results: Sequence[Result]) -> dict[str, Any]:
     if importlib.util.find_spec("matplotlib") is None:
         log.warning("the sweep is tracked without its plots: pip install 'qbench-llm[wandb]' brings matplotlib")
         return {}
-    plots = pareto.plots(summaries)
+    plots = pareto.plots(results)
     return {f"pareto/{title}": wandb.Image(image, caption=title) for title, image in plots.items()}

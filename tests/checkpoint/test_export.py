@@ -164,7 +164,7 @@ def test_a_packed_checkpoint_is_evaluated_without_its_original(qbench, model):
     assert {k: outcome.summary[k] for k in (*same, "coverage")} == {k: exported.summary[k] for k in (*same, "coverage")}
     assert outcome.summary["model"] == f"{model}-packed"
     assert outcome.summary["quant_seconds"] == 0
-    assert "no baseline" in outcome.stderr
+    assert "no original" in outcome.stderr
     path = Path("outputs/results") / outcome.summary["run_id"] / "result.json"
     result = Result.from_json(path.read_bytes())
     assert set(load_file(path.parent / result.evaluation[0].window_nll_file)) == {"quantized"}

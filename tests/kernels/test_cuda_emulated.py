@@ -26,6 +26,7 @@ def test_one_row_through_registers(emulated, generator):
     assert (grid, threads, cluster) == ((3, 1, 1), 64, 1)
 
 
+@pytest.mark.slow
 def test_a_batch_through_the_ring_and_a_cluster(emulated, generator):
     bias = torch.randn(40, generator=generator).half()
     weight = random_weight((40, 600), 3, 64, generator)
@@ -36,6 +37,7 @@ def test_a_batch_through_the_ring_and_a_cluster(emulated, generator):
     assert len(emulated) == 3  # of one row, every block makes x * t itself
 
 
+@pytest.mark.slow
 def test_a_wide_batch(emulated, generator):
     weight = random_weight((72, 600), 4, 64, generator)
     check(

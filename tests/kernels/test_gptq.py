@@ -44,8 +44,15 @@ def test_gptq(kernels, quantizer):  # noqa: F811
         assert got.diagnostics == expected.diagnostics
 
 
-@pytest.mark.parametrize("tokens", [30, 100])  # the inputs themselves; their Gram matrix
-@pytest.mark.parametrize("quantizer", [AWQ(group_size=16, ratios=3), ASINQ(group_size=16, ratios=3, nbits=3)], ids=str)
+@pytest.mark.parametrize(
+    ("quantizer", "tokens"),
+    [
+        (AWQ(group_size=16, ratios=3), 30),  # the inputs themselves
+        (AWQ(group_size=16, ratios=3), 100),  # their Gram matrix
+        (ASINQ(group_size=16, ratios=3, nbits=3), 30),
+    ],
+    ids=str,
+)
 def test_scale_search(kernels, quantizer, tokens):  # noqa: F811
     weights = [gaussian(20, 40), gaussian(33, 40, 1)]
     stats = statistics_of(correlated_inputs(40, tokens), frozenset(Statistic))

@@ -71,6 +71,7 @@ def test_a_kernel_that_cannot_be_compiled_is_said_and_replaced(monkeypatch, brok
     assert ops.backend(torch.device("cuda", 0), torch.bfloat16).startswith("dual_linear (triton)")
 
 
+@pytest.mark.slow
 def test_the_kernels_that_are_tried_compile(compiled):
     """As refusal asks for them, in the emulator."""
     assert {entry for entry, _ in cuda._EACH_KERNEL} == set(nvrtc.SOURCES)

@@ -156,6 +156,19 @@ def test_a_model_is_read_from_its_commit_and_not_from_a_folder_of_its_name(onlin
     assert config.fingerprint() == f"hub:org/tiny@{second}"  # as the cache knows it
 
 
+def test_a_commit_is_the_fingerprint_so_no_file_is_hashed(online, qbench, saved, monkeypatch, tmp_path):
+    def hashed(path):
+        raise AssertionError(f"{path} was hashed")
+
+    monkeypatch.setattr("qbench.checkpoint.manifest.file_sha256", hashed)
+    found = online.push("org/tiny", saved(0))
+    outcome = qbench("model=org/tiny", "quantizer=rtn", *SHORT)
+    assert outcome.status == 0, outcome.stderr
+    assert outcome.summary["fingerprint"] == f"hub:org/tiny@{found}"
+    stream = Hub(id="org/tiny", revision=found).stream(torch.float32, torch.device("cpu"), tmp_path)
+    assert (len(stream), stream.name) == (2, "org/tiny")
+
+
 def test_shards_that_the_index_names_are_fetched_and_no_others(online, saved, tmp_path):
     folder = saved(0)
     (folder / "model.safetensors").unlink()

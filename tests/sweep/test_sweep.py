@@ -53,6 +53,7 @@ def recorded(folder: Path = Path("outputs")) -> dict[int, Result]:
     return {r.config["quantizer"]["nbits"]: r for r in results}
 
 
+@pytest.mark.slow
 def test_a_process_that_dies_costs_the_point_that_kills_it(qbench, monkeypatch):
     """The sweep is an experiment of the user's own, which the processes have to find too."""
     Path("mine/experiment").mkdir(parents=True)

@@ -15,6 +15,7 @@ from qbench.track.pareto import front, plots
 from qbench.track.tracker import harmless, sweep_name
 from qbench.track.wandb import WandB
 from tests.record.test_result import example
+from tests.report import examples
 from tests.track import wandb_stub
 
 OFFLINE = WandB(project="p", mode="offline")
@@ -138,17 +139,31 @@ def test_the_same_sweep_again_is_the_same_run(tmp_path, runs):
 def test_front_and_plots():
     assert front([(4.5, 13.0), (2.5, 30.0), (3.5, 12.0), (3.5, 14.0)]) == [(2.5, 30.0), (3.5, 12.0)]
     pytest.importorskip("matplotlib")
-    summaries = [result.summary() for result in sweep()]
-    drawn = plots(summaries)
-    assert list(drawn) == ["tiny, mini:gptq-w512"]
-    image = np.asarray(drawn["tiny, mini:gptq-w512"].convert("RGB"))
+    name = "tiny, mini:gptq-w512, perplexity"
+    drawn = plots(sweep())
+    assert list(drawn) == [name]
+    image = np.asarray(drawn[name].convert("RGB"))
     blue = (np.abs(image.astype(int) - [0x1F, 0x77, 0xB4]).sum(-1) < 30).sum()
     assert blue > 100  # the points
-    assert plots([summary | {"ppl": float("nan")} for summary in summaries]) == {}
-    others = [summary | {"fingerprint": "random:2"} for summary in summaries]  # of the same name
-    assert list(plots(summaries + others)) == ["tiny, mini:gptq-w512 (1)", "tiny, mini:gptq-w512 (2)"]
-    others = [summary | {"text_sha256": "cd" * 32} for summary in summaries]
-    assert list(plots(summaries + others)) == ["tiny, mini:gptq-w512 (text=ab)", "tiny, mini:gptq-w512 (text=cdcdcdcd)"]
+    finite = sweep()[:3]
+    assert plots([replace(r, evaluation=[replace(r.evaluation[0], ppl=float("nan"))]) for r in finite]) == {}
+    others = [replace(r, identity=replace(r.identity, weights="random:2")) for r in finite]  # of the same name
+    assert list(plots(finite + others)) == [f"{name} (1)", f"{name} (2)"]
+    others = [replace(r, evaluation=[replace(r.evaluation[0], text_sha256="cd" * 32)]) for r in finite]
+    assert list(plots(finite + others)) == [f"{name} (text=ab)", f"{name} (text=cdcdcdcd)"]
+
+
+def test_a_task_has_its_plots_and_its_order_as_a_perplexity_has(tmp_path, runs):
+    pytest.importorskip("matplotlib")
+    results = [examples.tasked("rtn", np.ones(4), nbits=nbits)[0] for nbits in (3, 4)]
+    task = results[0].tasks[0]
+    low = replace(task, metrics=[replace(task.metrics[0], value=0.5), *task.metrics[1:]])
+    OFFLINE.sweep([replace(results[0], tasks=[low]), results[1]], tmp_path, NAME)
+    (run,) = runs
+    assert [row["run_id"] for row in run.logged["leaderboard"].rows] == [results[1].run_id, results[0].run_id]
+    model = results[0].config["model"]["name"]
+    titles = {key for key in run.logged if key.startswith("pareto")}
+    assert titles == {f"pareto/{model}, {task.protocol}, {metric.called}" for metric in task.metrics}
 
 
 def test_a_failing_tracker_warns_and_returns(tmp_path, monkeypatch, caplog, runs):
