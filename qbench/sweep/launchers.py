@@ -216,7 +216,7 @@ class Ray:
         except BaseException:
             for reference in tasks:
                 ray.cancel(reference, recursive=False)  # an interrupt of the task, which ends its process
-            wait(jobs, SECONDS_TO_END)
+            wait(jobs, SECONDS_TO_END + 10)
             raise
         finally:
             ray.shutdown()
