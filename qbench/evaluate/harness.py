@@ -31,6 +31,7 @@ from qbench.intervals import Estimate, jackknife, paired_delta, paired_shares, p
 from qbench.record.quality import EvaluationRecord, MetricRecord, TaskRecord
 
 if TYPE_CHECKING:
+    from qbench.evaluate.answers import TaskAsks
     from qbench.evaluate.protocols.lmeval import LmEval
 
 log = logging.getLogger(__name__)
@@ -45,7 +46,7 @@ class TaskEvaluation:
     task: LmEval
     runtime: RuntimeConfig
     sha256: str
-    made_here: set[bytes] = field(default_factory=set, compare=False)  # prompts of the baselines that this run scored
+    made_here: set[bytes] = field(default_factory=set, compare=False)  # prompts of what this run scored by itself
     ids = None  # lm-eval tokenizes each request when its turn comes
 
     @property
@@ -58,23 +59,38 @@ class TaskEvaluation:
             "arrays": 2,  # the form of what is kept
         }
 
+    def asks(self) -> TaskAsks | None:
+        """None where a task generates. Raises PointError for an answer that does not fit into the window."""
+        if any(leaf.OUTPUT_TYPE == "generate_until" for task in self.tasks for leaf in task.leaves.values()):
+            return None
+        from qbench.evaluate.answers import Recording, TaskAsks
+
+        recording = Recording(self.tokenizer, self.task)
+        for task in self.tasks:
+            _seed(task)
+            if not recording.record(task, self.task.limit):
+                return None
+        return TaskAsks(recording, batch_size(self.runtime, self.runtime.device), self._told)
+
     def score_baseline(self, model: Any) -> Scores:
-        scores = self.score(model, None)
-        self.made_here.update(scores[f"{task.name}|prompts"].tobytes() for task in self.tasks)
-        return scores
+        return self.score(model, None)
 
     def score(self, model: Any, baseline: Scores | None) -> Scores:
         """Raises PointError, naming task, document and layer, if the model gives NaN or Inf."""
-        lm = wrap(model, self.tokenizer, self.task, self.runtime)
+        return self._told(wrap(model, self.tokenizer, self.task, self.runtime), baseline)
+
+    def _told(self, lm: Any, baseline: Scores | None) -> Scores:
+        """What lm-eval makes of a model's answers; raises PointError where the baseline was asked something else."""
         scores: Scores = {}
         for task in self.tasks:
             scores |= _score(task, lm, self.task.limit).arrays(task.name)
             key = f"{task.name}|prompts"
-            if baseline is not None and not np.array_equal(scores[key], baseline[key]):
+            if baseline is None:
+                self.made_here.add(scores[key].tobytes())
+            elif not np.array_equal(scores[key], baseline[key]):
                 made_here = baseline[key].tobytes() in self.made_here
                 raise PointError(
-                    f"{task.name}: its prompts change from one evaluation to the next, whatever the seed, so that a "
-                    "model and its baseline would not be asked the same"
+                    hflm.prompts_change(task.name)
                     if made_here
                     else f"{task.name}: the kept reference is of other documents; remove it from outputs/baselines"
                 )
@@ -174,13 +190,17 @@ class TaskEvaluation:
         return record, file, kept
 
 
+def _seed(task: LoadedTask) -> None:
+    seed_everything()
+    for leaf in task.leaves.values():
+        shots.reset(leaf)
+
+
 @torch.inference_mode()
 def _score(task: LoadedTask, lm: Any, limit: int | None) -> TaskScores:
     from lm_eval import evaluate
 
-    seed_everything()
-    for leaf in task.leaves.values():
-        shots.reset(leaf)
+    _seed(task)
     lm.truncated.clear()
     try:
         results = evaluate(lm, task.loaded, limit=limit, bootstrap_iters=0, log_samples=True)

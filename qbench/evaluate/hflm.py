@@ -85,14 +85,7 @@ def wrap(model: Any, tokenizer: Any, task: LmEval, runtime: RuntimeConfig) -> An
                 self.bar = tqdm(desc="lm-eval", unit="window") if self.bar is None else self.bar
                 self.bar.update(len(requests))
             else:
-                for texts, context, continuation in requests:
-                    if len(continuation) > self.max_length:
-                        raise PointError(
-                            f"an answer has {len(continuation)} tokens, more than task.window={self.max_length}: "
-                            f"{texts[1][:40]!r}..."
-                        )
-                    if len(context) + len(continuation) > self.max_length + 1:
-                        self.truncated.add(texts)
+                self.truncated |= truncated(requests, self.max_length)
             return super()._loglikelihood_tokens(requests, disable_tqdm or bool(batch), **batch)
 
         def tok_batch_encode(
@@ -118,6 +111,29 @@ def wrap(model: Any, tokenizer: Any, task: LmEval, runtime: RuntimeConfig) -> An
     )
     lm.truncated = set()
     return lm
+
+
+def truncated(requests: Iterable[tuple[Any, list[int], list[int]]], window: int) -> set[Any]:
+    """The texts of those requests that lose the beginning of their context; raises PointError for too long an answer.
+
+    Requests are texts, tokens of the context and tokens of the continuation, as HFLM has them.
+    """
+    cut = set()
+    for texts, context, continuation in requests:
+        if len(continuation) > window:
+            raise PointError(
+                f"an answer has {len(continuation)} tokens, more than task.window={window}: {texts[1][:40]!r}..."
+            )
+        if len(context) + len(continuation) > window + 1:
+            cut.add(texts)
+    return cut
+
+
+def prompts_change(task: str) -> str:
+    return (
+        f"{task}: its prompts change from one evaluation to the next, whatever the seed, so that a model and its "
+        "baseline would not be asked the same"
+    )
 
 
 def count_truncated(samples: list[dict[str, Any]], truncated: set[Any]) -> int:

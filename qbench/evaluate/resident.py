@@ -2,7 +2,8 @@
 
 Two models are never in memory together. Of the original is kept what enters its output head (`[windows, tokens,
 hidden]`, after the last norm), and a variant's own head, which no method quantizes, makes the original's logits of it
-again. They are made for the same batches as the variant's, so that equal models give equal logits, to the bit.
+again. They are made for the same batches as the variant's, so that equal models give equal logits, to the bit. Where
+the model does something to what leaves its head, as Gemma does, it is run for that on a single token of each window.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ def score(model: Any, asks: WindowAsks, label: str, original: Scores | None = No
     Raises PointError, naming window and layer, when there is NaN or Inf.
     """
     states = None if original is None or not asks.compares else original.get(HEAD_INPUTS)
-    head = _head(model, asks.batches[0][:1, :2]) if keep or states is not None else None
+    head, bare = _head(model, asks.batches[0][:1, :2]) if keep or states is not None else (None, False)
     reader, kept = asks.reader(original), _Kept(asks)
     with tqdm(total=len(asks.ids), desc=label, unit="window") as progress:
         for b, rows in enumerate(asks.batches):
@@ -44,7 +45,7 @@ def score(model: Any, asks: WindowAsks, label: str, original: Scores | None = No
                 at = b * asks.batch_size
                 entering = from_numpy(states[at : at + len(rows)]).to(model.device)
                 with _watched(head, lambda _, entering=entering: entering):
-                    beside = model(ids[:, :1], use_cache=False).logits  # the head's output is of what it is handed
+                    beside = head(entering) if bare else model(ids[:, :1], use_cache=False).logits
             for row in range(len(rows)):
                 try:
                     reader.see(b, row, logits[row], None if beside is None else beside[row])
@@ -89,20 +90,20 @@ class _Kept:
         return {} if self.states is None else {HEAD_INPUTS: self.states}
 
 
-def _head(model: Any, ids: np.ndarray) -> nn.Module | None:
-    """The module that makes logits of hidden states; None, and a line in the log, where there is none such.
+def _head(model: Any, ids: np.ndarray) -> tuple[nn.Module | None, bool]:
+    """The module that makes logits of hidden states, and whether what leaves it are the logits.
 
-    It must be called once in a forward pass, with a state for each token, and its output be what the logits are.
+    None, and a line in the log, where there is none that is called once in a forward pass for all tokens.
     """
     head = model.get_output_embeddings()
-    entered: list[tuple[int, ...]] = []
+    entered: list[Tensor] = []
     if head is not None:
-        with _watched(head, lambda tensor: entered.append(tuple(tensor.shape))):
-            model(torch.from_numpy(ids).to(model.device), use_cache=False)
-    if [shape[:-1] for shape in entered] == [ids.shape]:
-        return head
+        with _watched(head, entered.append):
+            logits = model(torch.from_numpy(ids).to(model.device), use_cache=False).logits
+        if [tensor.shape[:-1] for tensor in entered] == [ids.shape]:
+            return head, torch.equal(head(entered[0]), logits)
     log.warning("no divergence: this model's output head is not called once for all tokens, so that none can be had")
-    return None
+    return None, False
 
 
 @contextmanager

@@ -1,9 +1,8 @@
 """What windows ask of a pass, and what is read off a window's logits: NLLs, and the divergence from the original.
 
-A forward pass gives logits `[tokens, vocabulary]` in the model's dtype; in 16 bit their log-softmax alone would move a
-perplexity by up to 0.1 %. So they are widened to fp32, CHUNK_BYTES at a time. Peak memory beside the logits of both
-models: four chunks. For a window of 2048 tokens and a vocabulary of 150k in bfloat16 the logits are 0.6 GB a model; a
-log-softmax of the whole window in fp32, as lm-eval's model layer does it, takes 1.2 GB for every tensor it makes.
+A forward pass gives logits `[tokens, vocabulary]` in the model's dtype; in 16 bit their log-softmax alone would move
+a perplexity by up to 0.1 %. So they are widened to fp32, CHUNK_BYTES at a time: beside the logits of both models there
+are four chunks at most. A GPU reads them as they are, in one kernel (kernels/divergence.py).
 
 Scoring equals HFLM's `_loglikelihood_tokens` with the first token as context (tests/evaluate/test_score.py).
 """
@@ -11,7 +10,7 @@ Scoring equals HFLM's `_loglikelihood_tokens` with the first token as context (t
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -27,6 +26,13 @@ CHUNK_BYTES = 32 * 2**20
 CONFIDENT = 0.5  # the original is, of a position, where its most probable token is at least as probable
 
 COMPARED = ("kl", "kl_reverse", "agrees", "squared_change", "confident")  # what a reader adds beside the original
+
+
+def row_chunks(logits: Tensor) -> Iterator[slice]:
+    """Rows of logits `[tokens, vocabulary]` that are widened together."""
+    itemsize = torch.promote_types(logits.dtype, torch.float32).itemsize
+    step = max(1, CHUNK_BYTES // (itemsize * logits.shape[-1]))
+    return (slice(first, first + step) for first in range(0, len(logits), step))
 
 
 class NonFiniteError(PointError):
@@ -56,10 +62,7 @@ class WindowAsks:
         return WindowReader(self)
 
     def most_probable(self, original: Tensor) -> Tensor:
-        """Argmax `[tokens]` of the original's logits, found once for all variants that are handed the same tensor.
-
-        Its log-softmax is made again for each: kept in fp32, reading it takes as long as making it, and 1.2 GB.
-        """
+        """Argmax `[tokens]` of the original's logits, found once for all variants that are handed the same tensor."""
         if self._original is None or self._original() is not original:
             self._original, self._most_probable = weakref.ref(original), original.argmax(-1)
         assert self._most_probable is not None
@@ -99,10 +102,8 @@ class WindowReader:
     def _in_torch(self, window: int, logits: Tensor, original: Tensor | None, masked: bool = False) -> np.ndarray:
         """The same on plain torch, which is the reference for the kernel."""
         targets = torch.from_numpy(self.asks.ids[window, 1:]).to(logits.device)[:, None]
-        itemsize = torch.promote_types(logits.dtype, torch.float32).itemsize
-        step = max(1, CHUNK_BYTES // (itemsize * logits.shape[-1]))
         parts = []
-        for rows in (slice(first, first + step) for first in range(0, len(logits), step)):
+        for rows in row_chunks(logits):
             log_q = log_probabilities(logits[rows])
             true = log_q.gather(1, targets[rows])[:, 0]
             found = [-true]

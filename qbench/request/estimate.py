@@ -1,6 +1,7 @@
 """How large things will be, without loading or quantizing a model: what a plan shows and divides passes by.
 
-The model is built from its configuration without storage (torch's meta device), which gives every shape. What a
+The model is built from its configuration without storage (torch's meta device), which gives every shape; those of the
+commonest architectures are known without that (plain.py). What a
 quantizer stores for a weight `[out, in]` is a * out * in + b * in + c * out + d bytes (codes and group scales, input
 scales, row scales, codebook); the four are solved from four small random matrices that it really quantizes. That
 knows nothing of any method, so it serves third parties' too. One that refuses those matrices may still suit the
@@ -12,7 +13,7 @@ from __future__ import annotations
 import contextlib
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,10 +22,12 @@ from qbench.errors import PointError
 from qbench.layers.expert_form import expert_weights
 from qbench.model import coverage
 from qbench.model.blocks import block_of
-from qbench.model.linears import Linears, block_list, find_linears, matrix
+from qbench.model.linears import block_list, find_linears, matrix
 from qbench.model.readers import mark_read_weights, mark_without_storage
 from qbench.quant.original import BITS_PER_WEIGHT, Original
 from qbench.quant.quantizer import InputStatistics, Quantizer
+from qbench.request import plain
+from qbench.request.plain import Skeleton
 from qbench.request.prepare import Prepared
 from qbench.sources.source import Source
 
@@ -59,8 +62,10 @@ def coefficients(quantizer: Quantizer) -> np.ndarray:
     for rows in (64, 128):
         for columns in (2 * width, 4 * width):
             weight = torch.randn(rows, columns, generator=generator)
-            x = torch.randn(4 * width, columns, generator=generator)
-            statistics = InputStatistics(len(x), absmean=x.abs().mean(0), inputs=x, hessian=x.T @ x)
+            statistics = None
+            if quantizer.needs:
+                x = torch.randn(4 * width, columns, generator=generator)
+                statistics = InputStatistics(len(x), absmean=x.abs().mean(0), inputs=x, hessian=x.T @ x)
             try:
                 (packed,) = quantizer.quantize([weight], statistics)
                 sizes.append(packed.nbytes)
@@ -73,21 +78,13 @@ def coefficients(quantizer: Quantizer) -> np.ndarray:
     return np.linalg.solve(np.array(terms, dtype=float), np.array(sizes, dtype=float))
 
 
-@dataclass(frozen=True)
-class Skeleton:
-    """What a model's configuration says of its weights."""
-
-    parameters: int  # tied ones once
-    shapes: Counter[tuple[int, int]]  # how often a quantizable weight `[out, in]` occurs
-    found: Linears
-    largest_block: int  # weights
-    outside: int  # weights beside the blocks: embedding, head, norms
-    hidden: int  # channels
-    vocabulary: int
-
-
 def skeleton(source: Source) -> Skeleton | None:
-    """What will be quantized of a model; None if its configuration is not here."""
+    """What will be quantized of a model; None if its configuration is not here.
+
+    Of a plain dense decoder that takes no import of transformers, which is longer than the rest of a plan.
+    """
+    if (known := plain.sizes(described(source))) is not None:
+        return known
     model = source.skeleton()
     if model is None:
         return None
@@ -144,9 +141,16 @@ def tokens(point: Prepared, vocabulary: int | None = None) -> int | None:
 
 def state_bytes(point: Prepared) -> int | None:
     """What one variant's hidden states `[tokens, hidden]` take; None where the model or the text does not say yet."""
+    about = described(point.model)
+    text = about.get("text_config") or about
+    hidden, vocabulary = text.get("hidden_size"), text.get("vocab_size")
+    if not isinstance(hidden, int) or (count := tokens(point, vocabulary)) is None:
+        return None
+    return count * hidden * point.dtype.itemsize
+
+
+def described(source: Source) -> dict[str, Any]:
+    """The model's config.json as far as it can be had at once; empty where it cannot."""
     with contextlib.suppress(Exception):  # no network, no such model: the point itself will say what is wrong
-        config = point.model.configuration()
-        text = config.get_text_config(decoder=True)
-        count = tokens(point, text.vocab_size)
-        return count and count * text.hidden_size * point.dtype.itemsize
-    return None
+        return source.config_json() or {}  # type: ignore[attr-defined]
+    return {}

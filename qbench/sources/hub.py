@@ -7,6 +7,7 @@ whether the model can be measured, then come tokenizer and settings, then the *.
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 from collections.abc import Collection, Sequence
@@ -64,6 +65,9 @@ class Hub:
 
     def configuration(self) -> Any:
         return pretrained.read_configuration(self.described(), self._repository(), self.trust_remote_code)
+
+    def config_json(self) -> dict[str, Any]:
+        return json.loads((self.described() / "config.json").read_text(encoding="utf-8"))
 
     def skeleton(self) -> Any | None:
         return pretrained.without_storage(self.configuration, self.trust_remote_code)

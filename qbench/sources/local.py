@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Collection
 from dataclasses import dataclass, replace
@@ -60,6 +61,9 @@ class Local:
 
     def configuration(self) -> Any:
         return pretrained.read_configuration(folder := self.folder(), str(folder), self.trust_remote_code)
+
+    def config_json(self) -> dict[str, Any]:
+        return json.loads((self.folder() / "config.json").read_text(encoding="utf-8"))
 
     def skeleton(self) -> Any | None:
         return pretrained.without_storage(self.configuration, self.trust_remote_code)

@@ -4,6 +4,7 @@ Each tensor is made where it is wanted, from the seed, its block's number and it
 whichever others are made, and the first blocks of a model are those of the model with fewer layers. Matrices and
 experts are normal with the configuration's standard deviation, norms are ones, as the architecture initializes them.
 Another kind of device, and another precision, draws other numbers from one seed: both are part of a point's identity.
+A GPU with another number of multiprocessors may do so as well.
 """
 
 from __future__ import annotations
@@ -63,6 +64,11 @@ class Random:
 
     def configuration(self) -> Any:
         return shapes.configuration(self._shape(), self.layers)
+
+    def config_json(self) -> dict[str, Any]:
+        kind, settings = shapes.SHAPES[self._shape()]
+        depth = shapes.depth(self._shape(), self.layers)
+        return {"model_type": kind.removesuffix("Config").lower(), **settings, "num_hidden_layers": depth}
 
     def skeleton(self) -> Any | None:
         return pretrained.without_storage(self.configuration)

@@ -65,6 +65,30 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
             tie_word_embeddings=True,
         ),
     ),
+    "qwen3-1.7b": (
+        "Qwen3Config",
+        QWEN3
+        | dict(
+            hidden_size=2048,
+            intermediate_size=6144,
+            num_hidden_layers=28,
+            num_attention_heads=16,
+            num_key_value_heads=8,
+            tie_word_embeddings=True,
+        ),
+    ),
+    "qwen3-4b": (
+        "Qwen3Config",
+        QWEN3
+        | dict(
+            hidden_size=2560,
+            intermediate_size=9728,
+            num_hidden_layers=36,
+            num_attention_heads=32,
+            num_key_value_heads=8,
+            tie_word_embeddings=True,
+        ),
+    ),
     "qwen3-8b": (
         "Qwen3Config",
         QWEN3
@@ -74,6 +98,42 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
             num_hidden_layers=36,
             num_attention_heads=32,
             num_key_value_heads=8,
+        ),
+    ),
+    "qwen3-14b": (
+        "Qwen3Config",
+        QWEN3
+        | dict(
+            hidden_size=5120,
+            intermediate_size=17408,
+            num_hidden_layers=40,
+            num_attention_heads=40,
+            num_key_value_heads=8,
+        ),
+    ),
+    "qwen3-32b": (
+        "Qwen3Config",
+        QWEN3
+        | dict(
+            hidden_size=5120,
+            intermediate_size=25600,
+            num_hidden_layers=64,
+            num_attention_heads=64,
+            num_key_value_heads=8,
+        ),
+    ),
+    "phi-4": (
+        "Phi3Config",
+        dict(
+            vocab_size=100352,
+            hidden_size=5120,
+            intermediate_size=17920,
+            num_hidden_layers=40,
+            num_attention_heads=40,
+            num_key_value_heads=10,
+            max_position_embeddings=16384,
+            pad_token_id=None,
+            tie_word_embeddings=False,
         ),
     ),
     "qwen3-30b-a3b": (

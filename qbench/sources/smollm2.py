@@ -35,6 +35,7 @@ from qbench.errors import RequestError
 from qbench.record.lock import locked, remove_stale
 from qbench.sources import pretrained
 from qbench.sources.complete import require_complete
+from qbench.sources.shapes import SHAPES
 from qbench.sources.source import LoadedModel, check_seed
 from qbench.sources.stream import Stream
 
@@ -77,6 +78,9 @@ class SmolLM2:
 
     def configuration(self) -> None:  # small: it is looked at once it is loaded
         return None
+
+    def config_json(self) -> dict[str, Any]:
+        return {"model_type": "llama", **SHAPES["smollm2-135m"][1]}
 
     def skeleton(self) -> Any | None:
         return pretrained.without_storage(_gguf_configuration)

@@ -17,6 +17,20 @@ VERSION = 1
 BOS, EOS = 256, 257  # of the byte tokenizer
 ARCHITECTURES = ("dense", "moe")
 NOTE = "seeded random weights: perplexities mean nothing"
+SHAPE: dict[str, Any] = dict(
+    vocab_size=258,
+    hidden_size=64,
+    intermediate_size=192,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=16,
+    max_position_embeddings=2048,
+    bos_token_id=BOS,
+    eos_token_id=EOS,
+    initializer_range=0.1,  # larger than usual, so that the logits are far from uniform
+    tie_word_embeddings=True,
+)
 
 
 @dataclass(frozen=True)
@@ -49,6 +63,9 @@ class Tiny:
     def configuration(self) -> None:  # made with the model, in a moment
         return None
 
+    def config_json(self) -> dict[str, Any] | None:
+        return {"model_type": "qwen3", **SHAPE} if self.architecture == "dense" else None
+
     def skeleton(self) -> Any:
         return build(self.architecture, self.seed)[0]
 
@@ -71,27 +88,13 @@ def build(architecture: str, seed: int) -> tuple[Any, Any]:
 
     if architecture not in ARCHITECTURES:
         raise unknown("model.architecture", architecture, ARCHITECTURES)
-    shape = dict(
-        vocab_size=258,
-        hidden_size=64,
-        intermediate_size=192,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-        max_position_embeddings=2048,
-        bos_token_id=BOS,
-        eos_token_id=EOS,
-        initializer_range=0.1,  # larger than usual, so that the logits are far from uniform
-        tie_word_embeddings=True,
-    )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if architecture == "dense":
-            model = Qwen3ForCausalLM(Qwen3Config(**shape))
+            model = Qwen3ForCausalLM(Qwen3Config(**SHAPE))
         else:
             experts = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=96, decoder_sparse_step=1)
-            model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**shape, **experts))
+            model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**SHAPE, **experts))
     return model, byte_tokenizer()
 
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import os
 import queue
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -26,7 +27,7 @@ from typing import Any, Protocol
 from qbench.errors import RequestError
 from qbench.record.store import Store
 from qbench.sweep.share import cores, gpus, host_shares
-from qbench.sweep.worker import SECONDS_TO_END, Outcome, Pass, Point, Running, record_failure, run, said
+from qbench.sweep.worker import SECONDS_TO_END, Outcome, Pass, Point, Running, own_seconds, record_failure, run, said
 
 CORES_PER_PASS = 4  # on a CPU host, unless the launcher is told a number of jobs
 
@@ -183,7 +184,9 @@ class Ray:
 
     def jobs(self, cuda: bool) -> int:
         ray = _require("ray", "ray")
+        ours = signal.getsignal(signal.SIGTERM)
         ray.init(self.address, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
+        signal.signal(signal.SIGTERM, ours)  # Ray's ends this process at once, and leaves the tasks
         has = ray.cluster_resources()
         num_gpus = float(cuda) if self.num_gpus is None else self.num_gpus
         num_cpus = min(self.num_cpus, has.get("CPU", 1))
@@ -238,7 +241,7 @@ def _follow(jobs: list[tuple[Any, Pass]], lost: Callable[[Any], str], poll_secon
                     continue
                 if (result := Store(point.config["outputs"]).load(point.run_id)) is not None:
                     left.remove(point)
-                    yield said(Outcome(point, result, sum(result.seconds.values())))
+                    yield said(Outcome(point, result, own_seconds(result)))
             if ended:
                 pending.remove((job, left))
                 try:

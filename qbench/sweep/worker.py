@@ -149,7 +149,7 @@ def run(work: Pass, running: Running | None = None) -> Iterator[Outcome]:
                         status = line
                     elif (point := left.pop(line["run_id"], None)) is not None:
                         result = _result(point, line)
-                        seconds = time.perf_counter() - started if alone else sum(result.seconds.values())
+                        seconds = time.perf_counter() - started if alone else own_seconds(result)
                         yield said(Outcome(point, result, seconds, str(work.log)))
         except OSError as error:  # no room for its log, no more processes
             why = f"its process could not be started: {error.strerror}"
@@ -225,6 +225,11 @@ def _result(point: Point, line: dict[str, Any]) -> Result:
         # measuring again may fail and leave the earlier result where it is
         return result if result.status == line["status"] else _failed(point, line["error"])
     return record_failure(point, line["error"] or "its result was removed")
+
+
+def own_seconds(result: Result) -> float:
+    """What a point took of its pass: loading the model and running the original served all of its points."""
+    return sum(seconds for phase, seconds in result.seconds.items() if phase not in ("load", "baseline"))
 
 
 def record_failure(point: Point, error: str) -> Result:

@@ -15,6 +15,7 @@ from qbench.catalog import options
 from qbench.checkpoint import packed
 from qbench.passes.quantize import quantize_model
 from qbench.registry import SOURCE, find, make, make_quantizer, names
+from qbench.sources.folder import Folder
 from qbench.sources.hub import Hub, commit
 from qbench.sources.local import Local
 from qbench.sources.packed import Packed
@@ -180,6 +181,68 @@ def test_the_suite_finds_what_a_careless_source_does(contract, arguments, tmp_pa
     given = {"source": source, "tmp_path": tmp_path}
     with pytest.raises(AssertionError):
         getattr(SourceConformance(), contract)(*(given[name] for name in arguments))
+
+
+class Harmed(Folder):
+    """The stream of a folder whose block i goes through `harm(block, i)`."""
+
+    def __init__(self, *arguments, harm, **settings):
+        super().__init__(*arguments, **settings)
+        self.harm = harm
+
+    def block(self, i):
+        return self.harm(super().block(i), i)
+
+
+def one_bit(block, i):
+    block.mlp.up_proj.weight[-1, -1] += 2**-10 if i == 1 else 0
+    return block
+
+
+def trainable(block, i):
+    return block.requires_grad_(True)
+
+
+def dropped(block, i):
+    block.mlp.up_proj = torch.nn.Identity().eval()
+    return block
+
+
+@pytest.mark.parametrize(
+    ("harm", "sentence"),
+    [
+        (one_bit, r"model\.layers\.1\.mlp\.up_proj\.weight must have the bits that load gives"),
+        (trainable, "block 0: no parameter may need a gradient"),
+        (lambda block, i: block.train(), "block 0 must be in eval mode"),
+        (lambda block, i: block.half(), r"must be in torch\.float32, as load gives it"),
+        (dropped, r"model\.layers\.0\.mlp\.up_proj\.weight is on one side alone"),
+    ],
+)
+def test_the_suite_finds_a_stream_that_is_another_model(harm, sentence, tmp_path):
+    @dataclass(frozen=True)
+    class Streamed(Local):
+        def stream(self, dtype, device, cache, identity=None):
+            return Harmed(self.path, dtype, device, harm=harm)
+
+    source = Streamed(path=str(save(tmp_path / "made", 0)))
+    with pytest.raises(AssertionError, match=sentence):
+        SourceConformance().test_a_stream_has_the_loaded_models_bits(source, tmp_path)
+
+
+def test_the_suite_finds_a_stream_that_computes_something_else(tmp_path):
+    def rectified(block, i):
+        block.mlp.act_fn = torch.nn.ReLU()
+        return block
+
+    @dataclass(frozen=True)
+    class Streamed(Local):
+        def stream(self, dtype, device, cache, identity=None):
+            return Harmed(self.path, dtype, device, harm=rectified)
+
+    source = Streamed(path=str(save(tmp_path / "made", 0)))
+    loaded = source.load(torch.float32, torch.device("cpu"), tmp_path)
+    with pytest.raises(AssertionError, match="block by block the logits must be the same"):
+        SourceConformance().test_a_stream_computes_what_the_loaded_model_does(source, loaded, tmp_path)
 
 
 def test_the_suite_finds_a_skeleton_of_another_shape(tmp_path):

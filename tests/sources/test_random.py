@@ -21,7 +21,12 @@ PARAMETERS = {
     "smollm2-135m": 134_515_008,
     "llama-3.1-8b": 8_030_261_248,
     "qwen3-0.6b": 596_049_920,
+    "qwen3-1.7b": 1_720_574_976,
+    "qwen3-4b": 4_022_468_096,
     "qwen3-8b": 8_190_735_360,
+    "qwen3-14b": 14_768_307_200,
+    "qwen3-32b": 32_762_123_264,
+    "phi-4": 14_659_507_200,
     "qwen3-30b-a3b": 30_532_122_624,
     "qwen3-235b-a22b": 235_093_634_560,
     "mixtral-8x7b": 46_702_792_704,
@@ -97,6 +102,12 @@ def test_a_name_that_is_its_own_and_a_fingerprint_of_what_is_drawn(settings, giv
     source = Random(shape="qwen3-8b", **settings)
     assert source.named(given).name == name
     assert source.fingerprint() == fingerprint
+
+
+def test_every_model_of_the_hub_that_is_configured_has_a_shape():
+    folder = resources.files("qbench.conf") / "model"
+    hub = [f.name.removesuffix(".yaml") for f in folder.iterdir() if "\nid: " in f.read_text() and f.name != "hub.yaml"]
+    assert {"qwen3-8b", "phi-4", "llama-3.1-8b"} <= {*hub} <= {*SHAPES}
 
 
 def test_the_yaml_lists_the_shapes():

@@ -216,7 +216,7 @@ def test_what_ends_a_pass_costs_its_own_point(points, calls, said, capsys):
 def test_the_points_of_a_pass_read_their_text_once(qbench, monkeypatch):
     """And each is fingerprinted by the sweep alone."""
     from qbench.evaluate.protocols.windows import TextWindows
-    from qbench.sources.tiny import Random
+    from qbench.sources.tiny import Tiny
 
     monkeypatch.setattr("qbench.sweep.worker.COMMAND", ("false",))
     qbench("-m", "model=tiny-dense", "task.max_windows=1", "quantizer=rtn,sinq")
@@ -224,7 +224,7 @@ def test_the_points_of_a_pass_read_their_text_once(qbench, monkeypatch):
     reads = []
     read = TextWindows.read
     monkeypatch.setattr(TextWindows, "read", lambda self: reads.append(self) or read(self))
-    monkeypatch.setattr(Random, "fingerprint", lambda self: pytest.fail("hashed again"))
+    monkeypatch.setattr(Tiny, "fingerprint", lambda self: pytest.fail("hashed again"))
 
     def run_pass(points, group):
         for point in points:

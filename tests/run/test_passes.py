@@ -1,0 +1,164 @@
+"""A point in a pass is the point alone, to the bit; and what the whole model computes, to rounding."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hydra import compose, initialize_config_module
+from omegaconf import OmegaConf
+
+from qbench.config import register
+from qbench.passes.variant import Variant
+from qbench.request.prepare import prepare
+from qbench.run import run_pass
+from qbench.run.whole import whole
+
+SHORT = ("task.window=64", "task.max_windows=5", "calibration.window=64", "calibration.sequences=4")
+METHODS = [f"quantizer={name}" for name in ("none", "rtn", "hqq", "nf4", "gptq", "awq", "sinq", "asinq")]
+ORIGINAL = "calibration.inputs=original"
+
+
+@pytest.fixture
+def prepared(tmp_path, monkeypatch):
+    """The point that settings, each a word or several, ask for; its results lie in the folder `outputs`."""
+    monkeypatch.chdir(tmp_path)
+    register()
+
+    def point(*settings, outputs="together"):
+        words = [word for setting in settings for word in setting.split()]
+        with initialize_config_module("qbench.conf", version_base="1.3"):
+            config = OmegaConf.to_object(compose("config", words))
+        return prepare(replace(config, outputs=str(tmp_path / outputs)), words)
+
+    return point
+
+
+def together(points):
+    return {point.run_id: result for point, result in run_pass(points)}
+
+
+def measured(result):
+    """All of a result that the pass must not change."""
+    assert result.status == "ok", result.error
+    rows = [replace(row, seconds=0) for row in result.quantization.layers]
+    quantization = replace(
+        result.quantization, quant_seconds=0, wall_seconds=0, peak_alloc_bytes=None, peak_rss_bytes=None, layers=rows
+    )
+    evaluation = [replace(record, baseline_cached=False) for record in result.evaluation]
+    return result.model, quantization, evaluation
+
+
+def check_alone(prepared, settings, methods):
+    points = [prepared(*settings, method) for method in methods]
+    results = together(points)
+    assert list(results) == [point.run_id for point in points]
+    assert {result.pass_points for result in results.values()} == {len(points)}
+    assert len({result.pass_id for result in results.values()}) == 1
+    for method, point in zip(methods, points, strict=True):
+        alone = prepared(*settings, method, outputs="alone")
+        assert alone.run_id == point.run_id
+        [(_, result)] = run_pass([alone])
+        assert result.pass_id is None
+        assert measured(result) == measured(results[point.run_id])
+
+
+@pytest.mark.parametrize("model", ["tiny-dense", "tiny-moe"])
+def test_a_point_in_a_pass_is_the_point_alone(prepared, model):
+    settings = (f"model={model}", *SHORT, "runtime.batch_size=2")
+    methods = METHODS[:4] + [f"{method} quantizer.nbits=3" for method in METHODS[4:]]
+    check_alone(prepared, settings, methods)
+
+
+def test_calibrations_on_the_original_are_shared_and_change_nothing(prepared, monkeypatch):
+    """GPTQ wants a Hessian, AWQ and A-SINQ other statistics: they are collected once, on the same states."""
+    check_alone(prepared, ("model=tiny-moe", *SHORT, ORIGINAL), METHODS[4:])
+
+
+@pytest.mark.parametrize("model", ["tiny-dense", "tiny-moe"])
+@pytest.mark.parametrize("nbits", [4, 3])
+def test_it_is_what_the_whole_model_computes(prepared, model, nbits):
+    methods = [m if "none" in m or "nf4" in m else f"{m} quantizer.nbits={nbits}" for m in METHODS]
+    points = [prepared(f"model={model}", *SHORT, method) for method in methods]
+    results = together(points)
+    for point, method in zip(points, methods, strict=True):
+        other = whole(prepared(f"model={model}", *SHORT, method, outputs="whole")).result
+        ours, theirs = measured(results[point.run_id]), measured(other)
+        assert ours[0] == theirs[0]
+        assert replace(ours[1], layers=[]) == replace(theirs[1], layers=[])
+        assert [row.relative_error for row in ours[1].layers] == pytest.approx(
+            [row.relative_error for row in theirs[1].layers], rel=1e-3
+        )
+        assert ours[2][0].ppl == pytest.approx(theirs[2][0].ppl, rel=1e-6)
+        assert ours[2][0].baseline_ppl == pytest.approx(theirs[2][0].baseline_ppl, rel=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("nbits", [4, 3])
+def test_the_reference_model_in_a_pass_alone_and_whole(prepared, nbits, smollm2_folder, tmp_path):
+    for outputs in ("together", "alone", "whole"):  # the converted model is made once
+        (tmp_path / outputs).mkdir()
+        (tmp_path / outputs / "models").symlink_to(smollm2_folder.parent)
+    methods = [m if "none" in m or "nf4" in m else f"{m} quantizer.nbits={nbits}" for m in METHODS]
+    settings = ("task.max_windows=2", "calibration.window=128", "calibration.sequences=2")
+    points = [prepared(*settings, method) for method in methods]
+    results = together(points)
+    for point, method in zip(points, methods, strict=True):
+        [(_, alone)] = run_pass([prepared(*settings, method, outputs="alone")])
+        assert measured(alone) == measured(results[point.run_id])
+        other = whole(prepared(*settings, method, outputs="whole")).result
+        assert other.evaluation[0].ppl == pytest.approx(alone.evaluation[0].ppl, rel=1e-6)
+
+
+def test_a_variant_that_fails_drops_out_alone(prepared, monkeypatch):
+    points = [
+        prepared("model=tiny-dense", *SHORT, method) for method in ("quantizer=rtn", "quantizer=hqq", "quantizer=nf4")
+    ]
+    quantize = Variant.quantize
+
+    def broken(self, i, *others):
+        if self.label.startswith("hqq") and i == 1:
+            raise MemoryError("no room for it")
+        return quantize(self, i, *others)
+
+    monkeypatch.setattr(Variant, "quantize", broken)
+    seen = [(point, result.status, result.error) for point, result in run_pass(points)]
+    assert seen[0] == (points[1], "failed", "MemoryError: no room for it")  # known and recorded before the others
+    assert [(point, status) for point, status, _ in seen[1:]] == [(points[0], "ok"), (points[2], "ok")]
+    assert points[1].store.load(points[1].run_id).status == "failed"
+
+
+def test_nan_names_model_window_and_block(prepared, monkeypatch):
+    points = [prepared("model=tiny-dense", *SHORT, method) for method in ("quantizer=rtn", "quantizer=sinq")]
+    quantize = Variant.quantize
+
+    def spoiled(self, i, *others):
+        block = quantize(self, i, *others)
+        if self.label.startswith("sinq") and i == 1:
+            block.register_forward_hook(nan_in_window_3())
+        return block
+
+    monkeypatch.setattr(Variant, "quantize", spoiled)
+    results = together(points)
+    assert results[points[0].run_id].status == "ok"
+    error = results[points[1].run_id].error
+    assert error == "the quantized model gives NaN or Inf in window 3, first in the output of model.layers.1"
+
+
+def nan_in_window_3():
+    calls = iter(range(100))
+
+    def hook(module, args, output):
+        states = output if isinstance(output, torch.Tensor) else output[0]
+        if next(calls) == 3:
+            states[0, 5, 0] = torch.nan
+
+    return hook
+
+
+def test_states_that_fit_nowhere_are_refused_with_what_helps(prepared, monkeypatch):
+    import psutil
+
+    free = psutil.virtual_memory()
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: free._replace(available=1000))
+    with pytest.raises(Exception, match=r"task\.max_windows"):
+        list(run_pass([prepared("model=tiny-dense", *SHORT)]))
