@@ -83,7 +83,7 @@ def test_softmax_is_fp32_for_16_bit_models(windows):
 
 
 def test_a_large_vocabulary_costs_no_digits():
-    """One token far above 49,151 others, as when a model is sure: torch's log_softmax is off by 2e-5 there, on a CPU."""
+    """One token far above 49,151 others, as when a model is sure: torch's log_softmax is off by 2e-5, on a CPU."""
     logits = torch.randn(40, 49_152, generator=torch.Generator().manual_seed(0))
     logits[:, 1000] = 17
     ids = np.random.default_rng(0).integers(0, 49_152, (1, 41))
