@@ -82,13 +82,14 @@ class Local:
         return self.at_a_time
 
     def words(self, passes: int) -> str:
-        shares, _ = host_shares(self.cards, self.at_a_time, Path())
+        jobs = min(passes, self.at_a_time)
+        shares, _ = host_shares(self.cards, jobs, Path())
         threads = shares[0].environment.get("OMP_NUM_THREADS", os.environ.get("OMP_NUM_THREADS"))
-        each = ", one GPU each" if self.cards else ""
-        return f"{min(passes, self.at_a_time)} at a time, {threads} threads each{each}"
+        return f"{jobs} at a time, {threads} threads each{', one GPU each' if self.cards else ''}"
 
     def launch(self, passes: Sequence[Pass]) -> Iterator[Outcome]:
-        shares, slots = host_shares(self.cards, self.at_a_time, Path(passes[0].folder))
+        jobs = min(len(passes), self.at_a_time)
+        shares, slots = host_shares(self.cards, jobs, Path(passes[0].folder))
         todo: queue.SimpleQueue[Pass] = queue.SimpleQueue()
         for each in passes:
             todo.put(replace(each, shares=shares, slots=slots))
@@ -105,7 +106,7 @@ class Local:
             except BaseException as error:
                 told.put(error)
 
-        workers = [threading.Thread(target=work, daemon=True) for _ in range(min(self.at_a_time, len(passes)))]
+        workers = [threading.Thread(target=work, daemon=True) for _ in range(jobs)]
         try:
             for worker in workers:
                 worker.start()
@@ -215,7 +216,7 @@ class Ray:
         except BaseException:
             for reference in tasks:
                 ray.cancel(reference, recursive=False)  # an interrupt of the task, which ends its process
-            wait(jobs, SECONDS_TO_END)
+            wait(jobs, SECONDS_TO_END + 10)
             raise
         finally:
             ray.shutdown()
