@@ -101,6 +101,7 @@ def test_what_cannot_change_a_number_does_not_change_the_point(qbench, tmp_path)
     assert qbench(*TINY, "runtime.dtype=bfloat16").summary["run_id"] != first
 
 
+@pytest.mark.slow
 def test_wandb_tracks_the_point(qbench):
     pytest.importorskip("wandb", reason="pip install 'qbench-llm[wandb]'")
     outcome = qbench(*TINY, "tracker=wandb", "tracker.mode=offline")
