@@ -14,19 +14,15 @@ from torch import nn
 
 
 def ahead(
-    block: Callable[[int], nn.Module], numbers: Iterable[int], device: torch.device, resident: bool = False
+    block: Callable[[int], nn.Module], numbers: Iterable[int], device: torch.device
 ) -> Iterator[tuple[int, nn.Module]]:
     """Yields (i, block i), its weights on `device`, for every number; `block` is a stream's, called in one thread.
 
     A block's weights are given back when the next one is asked for: the module is on the meta device from then on. A
     tensor of it that is kept must not be used after that, only let go. What `block` raises is raised at its turn. Close
     the iterator (contextlib.closing) where a loop may be left early, so that its thread ends at once.
-
-    The blocks of a `resident` stream are the model's own: nothing is read ahead, and nothing is given back.
+    The blocks of a resident stream are not for it: they are the model's own, and nobody may give them back.
     """
-    if resident:
-        yield from ((i, block(i)) for i in numbers)
-        return
     side = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def load(i: int, free: torch.cuda.Event | None) -> tuple[nn.Module, torch.cuda.Event | None]:

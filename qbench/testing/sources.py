@@ -21,7 +21,6 @@ minutes.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import closing
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -33,7 +32,6 @@ from qbench.errors import PointError, RequestError
 from qbench.model.blocks import NotAChainError
 from qbench.passes.chain import Chain
 from qbench.quant.original import BITS_PER_WEIGHT
-from qbench.sources.ahead import ahead
 from qbench.sources.source import LoadedModel, Source
 from qbench.sources.stream import Stream, assembled
 
@@ -184,9 +182,8 @@ class SourceConformance:
             pytest.skip(f"{error}: it is loaded whole")
         ids = torch.tensor([loaded.tokenizer(TEXT)["input_ids"]])
         states, calls = chain.begin(ids)
-        with closing(ahead(stream.block, range(len(stream)), CPU, stream.resident)) as blocks:
-            for i, block in blocks:
-                states = chain.block(i, states, calls, block)
+        for i in range(len(stream)):
+            states = chain.block(i, states, calls, stream.block(i))
         assert torch.equal(chain.finish(states, ids), _logits(loaded)), "block by block the logits must be the same"
 
     def test_what_cannot_be_streamed_is_one_sentence(self, source: Source, tmp_path: Path) -> None:

@@ -102,15 +102,6 @@ def test_a_shard_that_is_cut_off_meanwhile_is_named_at_its_blocks_turn(tmp_path)
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("qbench-ahead")]
 
 
-def test_blocks_of_a_model_in_memory_stay_as_they_are():
-    block, numbers, made = blocks_of(3)
-    kept = [block(i) for i in numbers]
-    for i, module in ahead(kept.__getitem__, numbers, CPU, resident=True):
-        assert module is kept[i]
-    assert [module.weight.unique().tolist() for module in kept] == [[0], [1], [2]]
-    assert made == [0, 1, 2]
-
-
 SPIN_CYCLES = 2_000_000_000  # a second and more
 
 
