@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
+from importlib import import_module
 from pathlib import Path
 
 from qbench.checkpoint import manifest
@@ -24,6 +25,7 @@ from qbench.record.store import write_atomically
 NAME = "hashes.json"
 SETTLED_S = 2.0
 KEPT = 10_000  # files, the latest; a forgotten one is hashed again
+LARGE_BYTES = 1 << 30  # takes about a second to hash
 THREADS = 8  # hashing releases the interpreter's lock; one thread hashes 0.5 to 2 GB/s
 
 _remembered: ContextVar[dict[str, str]] = ContextVar("remembered", default={})  # noqa: B039 only ever replaced
@@ -55,9 +57,18 @@ def save(outputs: Path) -> None:
 
 
 def sha256_of(paths: Sequence[Path]) -> list[str]:
-    """The sha256 of each file's content, 64 hex digits; files that are not remembered are read in parallel."""
+    """The sha256 of each file's content, 64 hex digits; files that are not remembered are read in parallel.
+
+    A large model that is not remembered is about to be loaded: what loads it takes seconds to import, and so is
+    imported meanwhile.
+    """
+    known = _remembered.get() | _unsaved
     with ThreadPoolExecutor(min(THREADS, os.cpu_count() or 1)) as pool:
-        return list(pool.map(_sha256, paths, [_remembered.get() | _unsaved] * len(paths)))
+        found = pool.map(_sha256, paths, [known] * len(paths))
+        if sum(path.stat().st_size for path in paths if _state(path)[0] not in known) > LARGE_BYTES:
+            import_module("transformers.core_model_loading")
+            import_module("transformers.models.auto.modeling_auto")
+        return list(found)
 
 
 def _sha256(path: Path, known: dict[str, str]) -> str:
