@@ -19,17 +19,16 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def entry_points(group: str) -> list[metadata.EntryPoint]:
     """The entry points of a group: ours from pyproject.toml in a checkout, else all from the packages' metadata."""
-    installed = _installed(group, tuple(sys.path))
     if (declared := _declared()) is None:
-        return installed
-    others = [entry for entry in installed if entry.dist is None or entry.dist.name != DISTRIBUTION]
+        return [entry for entry, _ in _installed(group, tuple(sys.path))]
+    others = [entry for entry, package in _installed(group, tuple(sys.path)) if package != DISTRIBUTION]
     return others + [metadata.EntryPoint(name, value, group) for name, value in declared.get(group, {}).items()]
 
 
 @cache
-def _installed(group: str, path: tuple[str, ...]) -> list[metadata.EntryPoint]:
-    """Those of all packages on the path, whose metadata takes longer to read than most that is done with a member."""
-    return list(metadata.entry_points(group=group))
+def _installed(group: str, path: tuple[str, ...]) -> list[tuple[metadata.EntryPoint, str | None]]:
+    """Those of all packages on the path with each one's package: to read their metadata takes longer than a plan."""
+    return [(entry, entry.dist and entry.dist.name) for entry in metadata.entry_points(group=group)]
 
 
 @cache

@@ -15,10 +15,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
-from scipy import special  # not scipy.stats, whose import alone takes as long as a whole leaderboard
 
 Verdict = Literal["better", "worse", "not distinguishable"]
 
@@ -64,7 +63,7 @@ def jackknife(statistic: Callable[..., np.ndarray], *columns: np.ndarray, level:
         return Estimate(value, None, None)
     left_out = statistic(*((column.sum() - column) / (n - 1) for column in columns))
     error = np.sqrt((n - 1) / n * np.square(left_out - left_out.mean()).sum())
-    reach = float(special.stdtrit(n - 1, (1 + level) / 2) * error)
+    reach = float(_special().stdtrit(n - 1, (1 + level) / 2) * error)
     return Estimate(value, value - reach, value + reach)
 
 
@@ -83,7 +82,7 @@ def positive_mean(values: np.ndarray, power: float = 1.0, level: float = 0.95) -
 
 def share(successes: int, n: int, level: float = 0.95) -> Estimate:
     """successes / n with Wilson's score interval, for a flip rate or an accuracy."""
-    z = float(special.ndtri((1 + level) / 2))
+    z = float(_special().ndtri((1 + level) / 2))
     center = (successes + z**2 / 2) / (n + z**2)
     reach = z / (n + z**2) * np.sqrt(successes * (n - successes) / n + z**2 / 4)
     value = successes / n  # within the bounds, but for rounding at 0 and 1
@@ -100,7 +99,7 @@ def paired_shares(correct: np.ndarray, baseline_correct: np.ndarray, level: floa
     gained = int(((correct == 1) & (baseline_correct == 0)).sum())
     lost = int(((correct == 0) & (baseline_correct == 1)).sum())
     up, down = (gained + 1) / (n + 2), (lost + 1) / (n + 2)
-    reach = float(special.ndtri((1 + level) / 2) * np.sqrt((up + down - (up - down) ** 2) / (n + 2)))
+    reach = float(_special().ndtri((1 + level) / 2) * np.sqrt((up + down - (up - down) ** 2) / (n + 2)))
     return Estimate((gained - lost) / n, max(-1.0, up - down - reach), min(1.0, up - down + reach))
 
 
@@ -140,3 +139,10 @@ def verdict(delta: Estimate, higher_is_better: bool) -> Verdict:
     if delta.low is None or delta.high is None or delta.low <= 0 <= delta.high:
         return "not distinguishable"
     return "better" if (delta.value > 0) == higher_is_better else "worse"
+
+
+def _special() -> Any:
+    """Not imported until an interval is asked for, and never scipy.stats, which takes as long as a leaderboard."""
+    from scipy import special
+
+    return special

@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+import tomllib
 import venv
 import zipfile
 
@@ -24,6 +25,16 @@ def wheel(tmp_path_factory):
     subprocess.run(command, check=True)
     (path,) = target.glob("*.whl")
     return path
+
+
+def test_every_folder_of_code_is_a_package_of_the_wheel():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    found = set()
+    for base, name in (("qbench", "qbench"), ("plugins", "qbench.plugins"), ("hydra_plugins", "hydra_plugins")):
+        folders = {path.parent.relative_to(ROOT / base) for path in (ROOT / base).rglob("*.py")}
+        found |= {".".join((name, *folder.parts)) for folder in folders}
+    conf = {path.parent.relative_to(ROOT) for path in (ROOT / "conf").rglob("*.yaml")}
+    assert found | {".".join(("qbench", *folder.parts)) for folder in conf} == set(project["packages"])
 
 
 def test_everything_lives_under_qbench(wheel):

@@ -12,6 +12,7 @@ Imported late: lm-eval takes seconds.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
 from itertools import repeat
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -26,7 +27,7 @@ from torch import Tensor
 from qbench.errors import PointError
 from qbench.evaluate import hflm
 from qbench.evaluate.asks import Scores
-from qbench.evaluate.score import log_probabilities, row_chunks
+from qbench.evaluate.score import row_chunks
 
 if TYPE_CHECKING:
     from qbench.evaluate.lmeval import LoadedTask
@@ -63,7 +64,7 @@ class Recording(HFLM):
                     return False
                 instances = [instance for instance in leaf.instances if instance.request_type == kind]
                 self._documents: Iterator[str] = (f"{name}\n{instance.doc_id}" for instance in instances)
-                getattr(self, kind)(instances, disable_tqdm=True)
+                getattr(self, kind)(instances, disable_tqdm=kind != "loglikelihood")
         return True
 
     def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[float]:
@@ -74,16 +75,20 @@ class Recording(HFLM):
         return []
 
     def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = False, **batch: Any) -> Any:
-        if not batch:  # else rolling windows, cut to fit
+        asked = self.ask(requests, self._documents)
+        if batch:  # windows of a text, cut to fit
+            self.rolling[self._text] += asked
+        else:
             self.truncated |= hflm.truncated(requests, self.max_length)
-        for (texts, context, continuation), document in zip(requests, self._documents, strict=False):
-            request = (tuple(context), tuple(continuation))
-            self.first.setdefault(request, document)
-            if batch:
-                self.rolling[self._text].append(request)
-            else:
-                self.pairs[texts] = request
+            self.pairs |= {texts: request for (texts, *_), request in zip(requests, asked, strict=True)}
         return [(0.0, False)] * len(requests)
+
+    def ask(self, requests: Sequence[tuple[Any, list[int], list[int]]], documents: Iterator[str]) -> list[Request]:
+        """Requests as HFLM has them: texts, tokens of the context, tokens of the continuation."""
+        asked = [(tuple(context), tuple(continuation)) for _, context, continuation in requests]
+        for request in asked:
+            self.first.setdefault(request, next(documents))
+        return asked
 
 
 class Answering(LM):
@@ -128,7 +133,7 @@ class TaskAsks:
             rows.setdefault(entered, []).append((context, continuation))
         self.rows = sorted(rows.items(), key=lambda row: (-len(row[0]), row[0]))
 
-    @property
+    @cached_property
     def batches(self) -> Sequence[np.ndarray]:
         starts = range(0, len(self.rows), self.batch_size)
         return [_padded([ids for ids, _ in self.rows[start : start + self.batch_size]]) for start in starts]
@@ -157,25 +162,25 @@ class TaskReader:
         ids, requests = self.asks.rows[batch * self.asks.batch_size + row]
         longest = max(len(continuation) for _, continuation in requests)
         logits = logits[len(ids) - longest : len(ids)]
-        following = torch.tensor((*ids[len(ids) - longest + 1 :], 0), device=logits.device)
-        last = torch.tensor([continuation[-1] for _, continuation in requests], device=logits.device)
-        true, greedy = [], []
+        # the tokens that follow, which all requests share but for the last one of each
+        tokens = torch.tensor([*ids[len(ids) - longest + 1 :], *(own[-1] for _, own in requests)]).to(logits.device)
+        following, last = tokens[: longest - 1], tokens[longest - 1 :]
+        log_p, chosen = [], []
         for rows in row_chunks(logits):
-            log_p = log_probabilities(logits[rows])
-            true.append(log_p.gather(1, following[rows, None])[:, 0])
-            greedy.append(log_p.argmax(-1))
-        at_last = log_p[-1, last].double().cpu().numpy()  # of each request, that of its last token
-        before = torch.cat(true)[:-1].double().cpu().numpy()  # of the tokens before, which all of them share
-        chosen = torch.cat(greedy)
-        agrees = (chosen[:-1] == following[:-1]).cpu().numpy()
-        agrees_at_last = (chosen[-1] == last).cpu().numpy()
-        for request, value, agreed in zip(requests, at_last, agrees_at_last, strict=True):
-            shared = slice(longest - len(request[1]), None)
-            log_likelihood = float(before[shared].sum() + value)
+            wide = torch.log_softmax(logits[rows], -1, dtype=torch.promote_types(logits.dtype, torch.float32))
+            log_p.append(wide[: len(following[rows])].gather(1, following[rows, None])[:, 0])
+            chosen.append(wide.argmax(-1))
+        most_probable = torch.cat(chosen)
+        agree = torch.cat([most_probable[:-1] == following, most_probable[-1] == last])
+        found = torch.stack([torch.cat([*log_p, wide[-1, last]]), agree]).double().cpu().numpy()  # one transfer
+        (shared, at_last), (agree_before, agrees) = (np.split(line, [longest - 1]) for line in found)
+        for request, value, agreed in zip(requests, at_last, agrees, strict=True):
+            own = slice(longest - len(request[1]), None)
+            log_likelihood = float(shared[own].sum() + value)
             if not np.isfinite(log_likelihood):
                 task, document = self.asks.recording.first[request].split("\n")
                 raise PointError(f"{task}: the model gives NaN or Inf in document {document}")
-            self.found[request] = log_likelihood, bool(agreed and agrees[shared].all())
+            self.found[request] = log_likelihood, bool(agreed and agree_before[own].all())
 
     def scores(self) -> Scores:
         return self.asks.told(Answering(self.asks.recording, self.found), self.original)

@@ -1,6 +1,6 @@
 """What lm-eval's tasks gave for one model: the numbers, and what each document adds to them.
 
-As arrays by name, which is how a baseline is kept, `TASK` being what was asked for and `LEAF` one of its tasks:
+As arrays by name, which is how a reference is kept, `TASK` being what was asked for and `LEAF` one of its tasks:
 `TASK|number|METRIC` `[1]`; `TASK|LEAF|number|METRIC` `[1]`; `TASK|LEAF|documents|METRIC` `[documents]`, the documents'
 own values, or `TASK|LEAF|contributions|METRIC`; for rolling tasks `TASK|LEAF|log_likelihood` and `TASK|LEAF|tokens`
 `[documents]`; `TASK|LEAF|size` and `TASK|truncated_prompts` `[1]`; `TASK|prompts` and `TASK|token ids`, sha256 `[32]`.

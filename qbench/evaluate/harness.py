@@ -1,8 +1,8 @@
-"""Scores a model on lm-eval's tasks: per document, so that every difference to the baseline is paired.
+"""Scores a model on lm-eval's tasks: per document, so that every difference to the original is paired.
 
 lm-eval's HFLM wraps the live model, quantized or not, and lm-eval's own `evaluate` runs it. Its result tables are taken
-as they are; what is added is the perplexity per token of rolling tasks, the difference to the baseline with its
-interval, and the flip rate: the share of documents that the quantized model gets right and the baseline wrong, or the
+as they are; what is added is the perplexity per token of rolling tasks, the difference to the original with its
+interval, and the flip rate: the share of documents that the quantized model gets right and the original wrong, or the
 other way round, which an unchanged accuracy hides (SINQ, arXiv 2509.22944, table 2; Dutta et al., arXiv 2407.09141).
 """
 
@@ -80,7 +80,7 @@ class TaskEvaluation:
         return self._told(wrap(model, self.tokenizer, self.task, self.runtime), baseline)
 
     def _told(self, lm: Any, baseline: Scores | None) -> Scores:
-        """What lm-eval makes of a model's answers; raises PointError where the baseline was asked something else."""
+        """What lm-eval makes of a model's answers; raises PointError where the original was asked something else."""
         scores: Scores = {}
         for task in self.tasks:
             scores |= _score(task, lm, self.task.limit).arrays(task.name)

@@ -26,7 +26,7 @@ def weight_bytes(model: Any) -> WeightBytes:
     """Bytes that the model's parameters and buffers take in memory now, by component; a shared one counts once.
 
     A weight that is laid out for a GPU's kernel counts as laid out. What is stored is `Format.nbytes`.
-    Linear weights that are not quantized (all of them in a baseline, the routers of a mixture) are `linears`.
+    Linear weights that are not quantized (all of the original's, the routers of a mixture) are `linears`.
     """
     quantized: Counter[str] = Counter()
     others: Counter[str] = Counter()

@@ -1,4 +1,4 @@
-"""Scores a model on windows of one text: perplexity, and divergence from the baseline."""
+"""Scores a model on windows of one text: perplexity, and divergence from the original."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class WindowedEvaluation:
         return resident.score(model, self.asks(), "evaluating the original", keep=self.task.divergence)
 
     def score(self, model: Any, baseline: Scores | None) -> Scores:
-        """The quantized model's scores, `[windows, tokens]`; with the baseline's, also the divergence from it."""
+        """The quantized model's scores, `[windows, tokens]`; with the original's, also the divergence from it."""
         return resident.score(model, self.asks(), "evaluating the quantized model", baseline)
 
     def records(

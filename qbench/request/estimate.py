@@ -60,11 +60,11 @@ def coefficients(quantizer: Quantizer) -> np.ndarray:
     width = 64 if group_size == -1 else group_size
     terms, sizes = [], []
     for rows in (64, 128):
-        for columns in (2 * width, 4 * width):
+        for columns in (width, 2 * width):
             weight = torch.randn(rows, columns, generator=generator)
             statistics = None
             if quantizer.needs:
-                x = torch.randn(4 * width, columns, generator=generator)
+                x = torch.randn(2 * width, columns, generator=generator)
                 statistics = InputStatistics(len(x), absmean=x.abs().mean(0), inputs=x, hessian=x.T @ x)
             try:
                 (packed,) = quantizer.quantize([weight], statistics)

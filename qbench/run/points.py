@@ -13,7 +13,7 @@ import torch
 
 from qbench.checkpoint import export as checkpoint
 from qbench.config import Config
-from qbench.errors import RequestError
+from qbench.errors import PointError, RequestError
 from qbench.evaluate import limits
 from qbench.model.blocks import NotAChainError
 from qbench.record.result import Result
@@ -39,8 +39,8 @@ def run_pass(points: Sequence[Prepared], group: str | None = None) -> Iterator[t
     """Runs points that share model, text, precision and device; gives each as soon as it is recorded.
 
     What is in the store already is returned from it. `group` is the name of the sweep that the points belong to, for
-    the tracker. Raises RequestError for a point alone that turns out to be wrong once the model is here; of several
-    points, that is the reason for which one of them fails.
+    the tracker. Raises RequestError for a point alone that turns out to be wrong once the model is here, and for
+    several whatever went wrong and is not known to be one point's.
     """
     with ExitStack() as held:
         if any(point.recorded() is None for point in points):
@@ -68,7 +68,7 @@ def run_pass(points: Sequence[Prepared], group: str | None = None) -> Iterator[t
 
 
 def _measured(todo: list[Prepared], alone: bool) -> Iterator[Measured]:
-    """Each point as soon as it is known. Raises RequestError if the request `alone` is wrong."""
+    """Each point as soon as it is known. Raises RequestError if the request `alone` is wrong, as `run_pass`."""
     waiting = {id(point): point for point in todo}
     try:
         for point in todo:
@@ -83,6 +83,8 @@ def _measured(todo: list[Prepared], alone: bool) -> Iterator[Measured]:
     except Exception as error:
         if isinstance(error, RequestError) and alone:
             raise
+        if len(waiting) > 1 and not isinstance(error, PointError):
+            raise  # whose it is, and whether fewer fit into memory, is found out in halves: sweep/serve.py
         for point in list(waiting.values()):
             yield failed(point, error)
 

@@ -15,7 +15,9 @@ from __future__ import annotations
 
 import os
 import queue
+import shutil
 import signal
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -82,13 +84,14 @@ class Local:
         return self.at_a_time
 
     def words(self, passes: int) -> str:
-        shares, _ = host_shares(self.cards, self.at_a_time, Path())
+        jobs = min(passes, self.at_a_time)
+        shares, _ = host_shares(self.cards, jobs, Path())
         threads = shares[0].environment.get("OMP_NUM_THREADS", os.environ.get("OMP_NUM_THREADS"))
-        each = ", one GPU each" if self.cards else ""
-        return f"{min(passes, self.at_a_time)} at a time, {threads} threads each{each}"
+        return f"{jobs} at a time, {threads} threads each{', one GPU each' if self.cards else ''}"
 
     def launch(self, passes: Sequence[Pass]) -> Iterator[Outcome]:
-        shares, slots = host_shares(self.cards, self.at_a_time, Path(passes[0].folder))
+        jobs = min(len(passes), self.at_a_time)
+        shares, slots = host_shares(self.cards, jobs, Path(passes[0].folder))
         todo: queue.SimpleQueue[Pass] = queue.SimpleQueue()
         for each in passes:
             todo.put(replace(each, shares=shares, slots=slots))
@@ -105,7 +108,7 @@ class Local:
             except BaseException as error:
                 told.put(error)
 
-        workers = [threading.Thread(target=work, daemon=True) for _ in range(min(self.at_a_time, len(passes)))]
+        workers = [threading.Thread(target=work, daemon=True) for _ in range(jobs)]
         try:
             for worker in workers:
                 worker.start()
@@ -137,6 +140,10 @@ class Slurm:
 
     def jobs(self, cuda: bool) -> int:
         _require("submitit", "slurm")
+        if shutil.which("sbatch") is None:
+            raise RequestError(
+                "hydra/launcher=slurm: there is no sbatch here; give the command on a machine of the cluster"
+            )
         return self.n_jobs
 
     def words(self, passes: int) -> str:
@@ -185,7 +192,15 @@ class Ray:
     def jobs(self, cuda: bool) -> int:
         ray = _require("ray", "ray")
         ours = signal.getsignal(signal.SIGTERM)
-        ray.init(self.address, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
+        address = self.address or os.environ.get("RAY_ADDRESS")
+        try:
+            host, _, port = (address or "").removeprefix("ray://").rpartition(":")
+            if port.isdigit():  # Ray itself would try for minutes
+                socket.create_connection((host, int(port)), timeout=10).close()
+            ray.init(address, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
+        except (OSError, ValueError, RuntimeError) as error:  # ConnectionError is an OSError
+            reason = " ".join(str(error).split())
+            raise RequestError(f"hydra.launcher.address={address}: no Ray answers there: {reason}") from None
         signal.signal(signal.SIGTERM, ours)  # Ray's ends this process at once, and leaves the tasks
         has = ray.cluster_resources()
         num_gpus = float(cuda) if self.num_gpus is None else self.num_gpus
@@ -215,7 +230,7 @@ class Ray:
         except BaseException:
             for reference in tasks:
                 ray.cancel(reference, recursive=False)  # an interrupt of the task, which ends its process
-            wait(jobs, SECONDS_TO_END)
+            wait(jobs, SECONDS_TO_END + 10)
             raise
         finally:
             ray.shutdown()

@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -97,14 +98,14 @@ class Outcome:
     log: str = ""
 
     def __str__(self) -> str:
-        return f"{self.point.place} {self.point.label}: {describe(self.result)}, {self.seconds:.1f} s"
+        return f"{self.point.place} {self.point.label}: {in_words(self.result)}, {self.seconds:.1f} s"
 
 
 @dataclass
 class Running:
     """The processes of passes that run now, so that an interrupt ends all of them."""
 
-    processes: set[subprocess.Popen[str]] = field(default_factory=set)
+    processes: set[subprocess.Popen[bytes]] = field(default_factory=set)
     stopped: bool = False
 
     def stop(self) -> None:
@@ -195,7 +196,6 @@ def _lines(
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=log,
-            text=True,
             env=inherited | environment,
             pass_fds=descriptors,
             process_group=0,
@@ -204,7 +204,7 @@ def _lines(
     if running.stopped:  # an interrupt that came in between
         process.terminate()
     try:
-        for line in process.stdout or ():
+        for line in _read(process.stdout.fileno()):
             with contextlib.suppress(ValueError, KeyError, TypeError):  # half a line of a process that died
                 yield {"run_id": (told := json.loads(line))["run_id"], **told}
         yield process.wait()
@@ -213,8 +213,19 @@ def _lines(
         raise
     finally:
         running.processes.discard(process)
-        if process.stdout is not None:
-            process.stdout.close()
+        process.stdout.close()
+
+
+def _read(pipe: int) -> Iterator[bytes]:
+    """The lines of a pipe. It wakes once a second: an interrupt that is no signal, as Ray's, waits for that."""
+    rest = b""
+    while True:
+        if not select.select([pipe], [], [], 1.0)[0]:
+            continue
+        if not (read := os.read(pipe, 1 << 16)):
+            return
+        *lines, rest = (rest + read).split(b"\n")
+        yield from lines
 
 
 def _result(point: Point, line: dict[str, Any]) -> Result:
@@ -283,7 +294,7 @@ def explain_exit(status: int, said: str) -> str:
     return f"{reason}; last lines: {tail}" if tail else reason
 
 
-def describe(result: Result) -> str:
+def in_words(result: Result) -> str:
     """The result in a few words."""
     if result.status != "ok":
         return f"FAILED: {result.error}"

@@ -16,7 +16,8 @@
         nonsense = ({"window": 0},)                # settings that no text could satisfy
 
 Every method below tests one contract and says in its failure which one is broken. The model is a random one of two
-decoder layers and 258 bytes of vocabulary, in fp32 on the CPU, and its variant the same with noise on its weights.
+decoder layers and 258 bytes of vocabulary, in fp32 on the CPU, and its variant the same with noise on its weights, the
+output head's aside, which no method quantizes.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ import torch
 
 from qbench.config import RuntimeConfig
 from qbench.errors import RequestError
+from qbench.evaluate.asks import Asks
 from qbench.evaluate.protocol import Evaluation, Protocol, Scores
 from qbench.record.quality import EvaluationRecord, MetricRecord, TaskRecord, read_mean
 from qbench.record.store import Store
@@ -179,16 +181,46 @@ class ProtocolConformance:
             carried = protocol in str(evaluation.identity["protocol"])
             assert carried, f"{number.name}: recorded under {protocol}, which identity['protocol'] does not hold"
 
+    def test_a_pass_finds_what_the_model_as_a_whole_gives(self, tmp_path: Path) -> None:
+        """Answers `asks()` row by row, in fp64; an evaluation without it, or for which it is None, needs the model."""
+        evaluation, protocol = self.evaluation(tmp_path), self.make(tmp_path)
+        asks = getattr(evaluation, "asks", lambda: None)()
+        if asks is None:
+            return
+        for ids in asks.batches:
+            assert ids.ndim == 2, "a batch must be [rows, tokens]"
+            assert ids.dtype == np.int64, "ids must be int64"
+            assert ids.size, "a batch must hold tokens"
+            assert ids.shape[1] <= protocol.window, "no sequence may be longer than window"
+        original, variant = _model().double(), _variant().double()
+        known = _walk(asks, original, None, original)
+        walked = evaluation.records(_walk(asks, variant, known, original), known, False)
+        whole = _run(evaluation, original, variant)
+        for (name, ours), (_, theirs) in zip(_numbers(walked), _numbers(whole), strict=True):
+            for what in ("value", "baseline", "delta_low", "flip_rate"):
+                told, expected = (getattr(number, what) for number in (ours, theirs))
+                near = expected if expected is None else pytest.approx(expected, rel=1e-7, abs=1e-9)
+                assert told == near, f"{ours.name}, {name}: {what} of a pass"
+        for ours, theirs in zip(walked[0], whole[0], strict=True):
+            if theirs.divergence is not None:
+                assert ours.divergence is not None, f"{ours.protocol}: a pass must find the divergence as well"
+                assert ours.divergence.kl.value == pytest.approx(theirs.divergence.kl.value, rel=1e-7), ours.protocol
+        for ours, theirs in zip(walked[2].values(), whole[2].values(), strict=True):
+            assert ours.keys() == theirs.keys(), "a pass must keep what the whole model's scores leave beside a result"
+            for name, values in theirs.items():
+                assert np.allclose(ours[name], values, rtol=1e-7, atol=1e-9), f"{name}, kept beside a result"
+
 
 def _model() -> Any:
     return tiny.build("dense", 0)[0].eval()
 
 
 def _variant() -> Any:
-    """The model with noise on its weights, seeded."""
+    """The model with noise on its weights but the head's, seeded."""
     model, generator = _model(), torch.Generator().manual_seed(0)
+    head = model.get_output_embeddings().weight
     with torch.no_grad():
-        for weight in model.parameters():
+        for weight in (weight for weight in model.parameters() if weight is not head):
             weight.add_(torch.randn(weight.shape, generator=generator) * 0.1 * weight.std(correction=0))
     return model
 
@@ -197,6 +229,18 @@ def _run(evaluation: Evaluation, original: Any, variant: Any) -> Records:
     with torch.inference_mode():
         baseline = evaluation.score_baseline(original)
         return evaluation.records(evaluation.score(variant, baseline), baseline, False)
+
+
+@torch.inference_mode()
+def _walk(asks: Asks, model: Any, known: Scores | None, original: Any) -> Scores:
+    """As a pass hands logits to a reader; `known` are the original's scores, None while it is the original's turn."""
+    reader = asks.reader(known)
+    for b, rows in enumerate(asks.batches):
+        ids = torch.from_numpy(rows)
+        own, beside = model(ids).logits, original(ids).logits if known is not None and asks.compares else None
+        for row in range(len(rows)):
+            reader.see(b, row, own[row], None if beside is None else beside[row])
+    return reader.scores()
 
 
 def _numbers(records: Records) -> Iterator[tuple[str, MetricRecord]]:

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from itertools import repeat
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import torch
 from qbench.errors import PointError
 from qbench.evaluate.hflm import wrap
 from qbench.evaluate.protocols.lmeval import LmEval
+from qbench.evaluate.score import WindowAsks
 from qbench.sources.tiny import build, byte_tokenizer
 from tests.evaluate.own_tasks import WORDS, asked, prepare, write
 
@@ -143,6 +145,21 @@ def test_answers_equal_hflms_with_the_softmax_in_fp32(folder, dtype):
     assert [greedy for _, greedy in ours] == [greedy for _, greedy in theirs]
 
 
+def test_windows_are_what_lm_evals_model_layer_would_be_asked(two_models):
+    """A window with its first token as context, as a request: the same rows for a pass, the same log-likelihoods."""
+    from qbench.evaluate.answers import Recording, TaskAsks
+
+    model, _, tokenizer = two_models
+    windows = np.random.default_rng(0).integers(0, 256, (5, 30))
+    recording = Recording(tokenizer, LmEval(names=["any"], window=29))
+    recording.ask([((str(n), ""), ids[:1], ids[1:]) for n, ids in enumerate(windows.tolist())], repeat("windows\n0"))
+    asks, ours = TaskAsks(recording, 2, lambda lm, _: lm.found), WindowAsks(windows, 2, False)
+    assert sorted(np.concatenate(asks.batches).tolist()) == sorted(np.concatenate(ours.batches).tolist())
+    nll, found = walk(ours, model)["token_nll"], walk(asks, model)
+    for ids, of_window in zip(windows.tolist(), nll, strict=True):
+        assert found[(ids[0],), tuple(ids[1:])][0] == pytest.approx(-of_window.sum(), rel=1e-12)
+
+
 def test_a_task_that_generates_needs_the_model(folder, two_models):
     exact = [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}]
     write(folder, "says", output_type="generate_until", doc_to_choice=None, doc_to_target="yes", metric_list=exact)
@@ -184,7 +201,7 @@ def test_a_kept_original_of_other_documents_is_refused(folder, two_models):
     evaluation = prepare(asked(folder, "choice"), two_models[2])
     original = walk(evaluation.asks(), two_models[0])
     kept = original | {"choice|prompts": np.zeros(32, np.uint8)}
-    with pytest.raises(PointError, match="choice: the kept baseline is of other documents"):
+    with pytest.raises(PointError, match="choice: the kept reference is of other documents"):
         walk(evaluation.asks(), two_models[1], kept)
 
 
@@ -193,3 +210,41 @@ def test_a_limit_holds(folder, two_models):
     evaluation = prepare(replace(asked(folder, "choice"), limit=2), two_models[2])
     assert {about.split("\n")[1] for about in evaluation.asks().recording.first.values()} == {"0", "1"}
     assert json.dumps(evaluation.identity)
+
+
+@pytest.mark.slow
+def test_points_of_lm_evals_tasks_share_a_pass(folder, tmp_path, monkeypatch):
+    """Three points in a pass are each alone, to the bit, and what HFLM gives for the model as a whole."""
+    from hydra import compose, initialize_config_module
+    from omegaconf import OmegaConf
+
+    from qbench.config import register
+    from qbench.request.prepare import prepare as point
+    from qbench.run import run_pass
+    from qbench.run.whole import whole
+
+    write(folder, "choice", documents=7, train=4, metric_list=ACC, num_fewshot=1)
+    write(folder, "letters", documents=5, doc_to_choice=["a", "b", "c"], metric_list=ACC)
+    register()
+
+    def asked_for(outputs, *words):
+        words = ["model=tiny-moe", "task=lmeval", "task.names=[choice,letters]", "runtime.batch_size=3", *words]
+        words.append(f"task.include_path={folder}")
+        with initialize_config_module("qbench.conf", version_base="1.3"):
+            config = OmegaConf.to_object(compose("config", words))
+        return point(replace(config, outputs=str(tmp_path / outputs)), words)
+
+    def numbers(result):
+        assert result.status == "ok", result.error
+        return [(record.protocol, metric) for record in result.tasks for metric in record.metrics]
+
+    methods = (["quantizer=none"], ["quantizer=rtn", "quantizer.nbits=2"], ["quantizer=hqq", "quantizer.nbits=3"])
+    together = [result for _, result in run_pass([asked_for("together", *words) for words in methods])]
+    for n, (words, result) in enumerate(zip(methods, together, strict=True)):
+        [(_, alone)] = run_pass([asked_for(f"alone{n}", *words)])
+        assert numbers(alone) == numbers(result)
+        assert alone.files() == result.files()  # named by their content
+        resident = whole(asked_for(f"whole{n}", *words)).result
+        for (_, ours), (_, theirs) in zip(numbers(result), numbers(resident), strict=True):
+            assert (ours.value, ours.baseline) == (theirs.value, theirs.baseline)
+    assert {metric.delta for _, metric in numbers(together[0])} == {0}

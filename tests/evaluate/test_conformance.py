@@ -151,6 +151,19 @@ class Drifting(TextWindows):
         return Unsettled(self.cut(source, tokenizer), source, self, runtime)
 
 
+@dataclass(frozen=True)
+class Shifting(WindowedEvaluation):
+    def score(self, model, baseline):
+        scores = super().score(model, baseline)
+        return scores | {"token_nll": scores["token_nll"] + 0.01}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mixed(TextWindows):
+    def prepare(self, source, tokenizer, runtime):
+        return Shifting(self.cut(source, tokenizer), source, self, runtime)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Foreign(TextWindows):
     def cut(self, source, tokenizer):
@@ -168,6 +181,7 @@ class Foreign(TextWindows):
         (Shifted, "test_what_is_kept_gives_the_number_again"),
         (Drifting, "test_it_is_deterministic"),
         (Drifting, "test_a_model_beside_itself_differs_by_nothing"),
+        (Mixed, "test_a_pass_finds_what_the_model_as_a_whole_gives"),
         (Foreign, "test_ids_are_of_the_vocabulary"),
     ],
 )

@@ -88,7 +88,7 @@ def test_from_certain_to_uniform():
     np.testing.assert_allclose(read(sure, unsure)["kl"], np.log(50), rtol=1e-9)
 
 
-def test_what_is_found_of_the_original_is_found_once_for_all_variants():
+def test_the_originals_argmax_is_found_once_for_all_variants():
     row = torch.randn(9, 20, generator=torch.Generator().manual_seed(0))
     asks = WindowAsks(np.arange(10)[None], 1, True)
     assert asks.most_probable(row) is asks.most_probable(row)

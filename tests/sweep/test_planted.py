@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from qbench.record.result import Result
+from qbench.sources.tiny import build
 from tests.conftest import ROOT
 from tests.kill_sweep import Attack, passes_of
 
@@ -98,6 +99,22 @@ def test_five_results_and_one_failed_point(tmp_path, planted, word, error, proce
     again = sweep("a,b,c,d,e", tmp_path, planted)
     stdout, stderr = again.communicate()
     assert json.loads(stdout.splitlines()[-1])["skipped"] == 5
+
+
+@pytest.mark.slow
+def test_a_request_that_is_wrong_once_the_model_is_here_costs_its_own_point(tmp_path):
+    """The model's configuration says how long a calibration sequence may be; all of it happens in one process."""
+    model, tokenizer = build("dense", 0)
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    swept = ("model=local", "model.path=model", "quantizer=rtn,gptq", "calibration.window=512,4096")
+    command = [sys.executable, "-m", "qbench", "-m", *swept, "task.max_windows=2"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    summary = json.loads(done.stdout.splitlines()[-1])
+    assert (done.returncode, summary["ok"], summary["failed"]) == (1, 2, 1), done.stderr
+    (failed,) = (result for result in summary["results"] if result["status"] == "failed")
+    assert failed["error"].startswith("calibration.window=4096, but this model takes 2048 positions")
+    assert done.stderr.count(": started, log in ") == 1
 
 
 @pytest.mark.slow
