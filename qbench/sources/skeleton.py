@@ -49,7 +49,7 @@ def initialize(
     for before in (0, 1):  # what is not written differs
         for key, tensor in absent.items():
             _put(module, key, torch.full_like(tensor, before, device="cpu"))
-        with torch.no_grad(), torch.random.fork_rng(devices=[]), initialization.guard_torch_init_functions():
+        with torch.no_grad(), initialization.guard_torch_init_functions():
             owner._init_weights(module)
         made.append({key: getattr(module, key).detach() for key in absent})
     for key, tensor in made[0].items():
