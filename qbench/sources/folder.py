@@ -172,6 +172,15 @@ class Folder:
             "error_msgs": [_not_made(info)] if info.conversion_errors else [],
         }
         require_complete(self._skeleton, report, self.name)
+        self._try_buffers([None, *members])
+
+    def _try_buffers(self, numbers: list[int | None]) -> None:
+        """Raises NotAChainError for a buffer of these blocks, or outside of them, that only the whole model makes."""
+        for name, module in self._skeleton.named_modules():
+            stored_nowhere = module._non_persistent_buffers_set
+            if stored_nowhere and block_of(f"{name}.", self.prefix) in numbers:
+                alone = skeleton.copy_of(module, self._skeleton)
+                skeleton.initialize(self._skeleton, name, alone, torch.device("cpu"), stored_nowhere)
 
     def _stored(self, i: int) -> frozenset:
         """What the headers tell of block `i`, its number taken out of the names."""

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Collection
 from typing import Any
 
 import torch
 from torch import nn
+
+from qbench.model.blocks import NotAChainError
 
 
 def make(config: Any, dtype: torch.dtype, **options: Any) -> Any:
@@ -23,27 +26,39 @@ def copy_of(module: nn.Module, skeleton: Any) -> Any:
     return copy.deepcopy(module, configs)
 
 
-def initialize(skeleton: Any, name: str, module: nn.Module, device: torch.device) -> None:
+def initialize(
+    skeleton: Any, name: str, module: nn.Module, device: torch.device, only: Collection[str] | None = None
+) -> None:
     """Brings what is left on the meta device of one module to `device`, with the values that the model itself gives it.
 
     Those are rotary frequencies, causal masks and the like, which from_pretrained makes in the same way. They are made
     on the CPU, since another device rounds its powers otherwise. Submodules are left alone, as are tensors that carry
-    transformers' mark of having been loaded. `name` is the module's in the model, whose innermost part that is a
-    transformers model knows the values.
+    transformers' mark of having been loaded, and what is not in `only`. `name` is the module's in the model, whose
+    innermost part that is a transformers model knows the values. Raises NotAChainError for a tensor that it leaves as
+    it was, because that is made with the whole model (Falcon-H1's multipliers).
     """
     from transformers import PreTrainedModel, initialization
 
     tensors = [*module.named_buffers(recurse=False), *module.named_parameters(recurse=False)]
-    absent = [key for key, tensor in tensors if tensor.is_meta]
+    absent = {key: tensor for key, tensor in tensors if tensor.is_meta and (only is None or key in only)}
     if not absent:
         return
-    for key in absent:
-        empty = torch.empty_like(getattr(module, key), device="cpu")
-        setattr(module, key, nn.Parameter(empty, requires_grad=False) if key in module._parameters else empty)
     models = [(n, m) for n, m in skeleton.named_modules() if isinstance(m, PreTrainedModel)]
     owner = [m for n, m in models if f"{name}.".startswith(f"{n}." if n else "")][-1]
-    with torch.no_grad(), initialization.guard_torch_init_functions():
-        owner._init_weights(module)
-    for key in absent:
-        made = getattr(module, key).to(device)
-        setattr(module, key, nn.Parameter(made, requires_grad=False) if key in module._parameters else made)
+    made: list[dict[str, torch.Tensor]] = []
+    for before in (0, 1):  # what is not written differs
+        for key, tensor in absent.items():
+            _put(module, key, torch.full_like(tensor, before, device="cpu"))
+        with torch.no_grad(), initialization.guard_torch_init_functions():
+            owner._init_weights(module)
+        made.append({key: getattr(module, key).detach() for key in absent})
+    for key, tensor in made[0].items():
+        if not torch.equal(tensor, made[1][key]):
+            raise NotAChainError(
+                f"{type(skeleton).__name__} makes {name}.{key} with the whole model, not with its block"
+            )
+        _put(module, key, tensor.to(device))
+
+
+def _put(module: nn.Module, key: str, tensor: torch.Tensor) -> None:
+    setattr(module, key, nn.Parameter(tensor, requires_grad=False) if key in module._parameters else tensor)

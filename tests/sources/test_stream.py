@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from transformers import FalconH1Config, FalconH1ForCausalLM
 
 from qbench.errors import RequestError
 from qbench.model.blocks import NotAChainError
@@ -58,6 +59,23 @@ def test_what_is_only_to_be_had_whole(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr("qbench.sources.folder.find_blocks", lambda model: {}["no such architecture"])
     assert opened(folder) is None
     assert "is read whole and not block by block: KeyError: 'no such architecture'" in caplog.text
+
+
+def test_a_model_whose_blocks_hold_what_only_the_whole_model_makes(tmp_path):
+    """Falcon-H1's multipliers are in no file, and no block's own initialization writes them."""
+    shape = dict(vocab_size=258, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4)
+    mamba = dict(
+        mamba_d_ssm=64, mamba_n_heads=4, mamba_d_head=16, mamba_d_state=8, ssm_multipliers=[2.0, 3.0, 4.0, 5.0, 6.0]
+    )
+    config = FalconH1Config(**shape, **mamba, num_key_value_heads=2)
+    model = FalconH1ForCausalLM(config).eval().requires_grad_(False)
+    model.save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(NotAChainError, match=r"makes model\.layers\.0\.mamba\.mup_vector with the whole model"):
+        Folder(tmp_path, torch.float32, CPU)
+    assert opened(tmp_path) is None
+    loaded = Local(path=str(tmp_path)).load(torch.float32, CPU, tmp_path).model
+    assert_same(tensors(loaded), tensors(model))
 
 
 @pytest.mark.parametrize(
