@@ -101,6 +101,7 @@ def test_what_cannot_change_a_number_does_not_change_the_point(qbench, tmp_path)
     assert qbench(*TINY, "runtime.dtype=bfloat16").summary["run_id"] != first
 
 
+@pytest.mark.slow
 def test_wandb_tracks_the_point(qbench):
     pytest.importorskip("wandb", reason="pip install 'qbench-llm[wandb]'")
     outcome = qbench(*TINY, "tracker=wandb", "tracker.mode=offline")
@@ -111,6 +112,7 @@ def test_wandb_tracks_the_point(qbench):
 
 
 # The arguments, the key (or group) that the refusal names, and what else it names: legal values, or what to do instead.
+LONG = "é" * 150  # 300 bytes, and a file name takes 255
 BAD = [
     (["quantizer=sink"], "quantizer", ["'sink'", "sinq", "rtn"]),
     (["model=qwen3-8c"], "model", ["'qwen3-8c'", "qwen3-8b"]),
@@ -173,10 +175,13 @@ BAD = [
     (["+hydra.launcher.jobs=1"], "hydra.launcher.jobs", []),
     (["++hydra.sweeps.dir=x"], "hydra.sweeps.dir", []),
     (["hydra.swep.dir=x"], "hydra.swep.dir", []),
+    ([f'calibration="{LONG}"'], "calibration", ["wikitext2"]),
+    ([f'calibration=choice(mini,"{LONG}")'], "calibration", ["wikitext2"]),
+    ([f'hydra/launcher="{LONG}"'], "hydra/launcher", []),
 ]
 
 
-@pytest.mark.parametrize(("arguments", "key", "named"), BAD, ids=[arguments[0] for arguments, *_ in BAD])
+@pytest.mark.parametrize(("arguments", "key", "named"), BAD, ids=[arguments[0][:80] for arguments, *_ in BAD])
 def test_wrong_requests_get_one_sentence_and_exit_2(qbench, arguments, key, named):
     Path("file").write_text("in the way")
     model = [] if any(a.startswith("model=") for a in arguments) else ["model=tiny-dense"]

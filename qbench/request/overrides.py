@@ -18,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from qbench.errors import RequestError, unknown
 from qbench.request.options import GROUPS, options
 
-LONGEST_OPTION = 200  # letters: a longer one is no file's name
+LONGEST_OPTION = 200  # bytes: a longer one is no file's name
 MOST_VALUES = 10_000  # of one range(...): more is a slip of the pen
 
 
@@ -65,7 +65,7 @@ def check(overrides: Iterable[str]) -> None:
             continue
         group = override.package is not None or "/" in override.key_or_group  # one of Hydra's own
         group |= not override.key_or_group
-        if group and not (override.key_or_group and isinstance(override.value(), str)):
+        if group and not (override.key_or_group and _is_name(override.value())):
             raise RequestError(f"'{text}' chooses no option: a group takes a name, GROUP=OPTION")
 
 
@@ -140,9 +140,14 @@ def _check_option(text: str, override: Override) -> None:
     for option in _elements(override):
         if isinstance(option, QuotedString):
             option = option.text
-        if not isinstance(option, str) or not 0 < len(option) <= LONGEST_OPTION:
+        if not _is_name(option):
             swept = override.is_sweep_override()
             raise _no_option(group, (str(option) if swept else override.get_value_element_as_str())[:LONGEST_OPTION])
+
+
+def _is_name(option: Any) -> bool:
+    """Whether it could be the name of a file, which is looked for: a system refuses longer ones with an error."""
+    return isinstance(option, str) and 0 < len(option.encode("utf-8", "surrogatepass")) <= LONGEST_OPTION
 
 
 def _no_option(group: str, given: str) -> RequestError:

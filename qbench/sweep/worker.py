@@ -98,7 +98,7 @@ class Outcome:
     log: str = ""
 
     def __str__(self) -> str:
-        return f"{self.point.place} {self.point.label}: {describe(self.result)}, {self.seconds:.1f} s"
+        return f"{self.point.place} {self.point.label}: {in_words(self.result)}, {self.seconds:.1f} s"
 
 
 @dataclass
@@ -313,7 +313,7 @@ def explain_exit(status: int, said: str) -> str:
     return f"{reason}; last lines: {tail}" if tail else reason
 
 
-def describe(result: Result) -> str:
+def in_words(result: Result) -> str:
     """The result in a few words."""
     if result.status != "ok":
         return f"FAILED: {result.error}"

@@ -308,7 +308,7 @@ def as_rtn_in_disguise(self, weights, stats=None):
             group_size=self.columns(weight),
             input_scale=torch.ones(weight.shape[1]),
             method="sinq",
-            diagnostics={"imbalance_after": mean_imbalance(weight, self.group_size)},
+            diagnostics={"imbalance_after": float(mean_imbalance(weight, self.group_size))},
         )
         for weight in weights
     ]
@@ -374,9 +374,10 @@ class TestPlantedRegressions:
         assert "1 of 14 layers" in found["weight error"]
 
     def test_one_more_byte_per_group(self, tiny_gate_file, qbench, gate, monkeypatch):
-        honest = QuantizedWeight.nbytes
-        more = property(lambda self: honest.fget(self) + self.scale.stored.numel())
-        monkeypatch.setattr(QuantizedWeight, "nbytes", more)
+        honest = QuantizedWeight.stored_bytes
+        counted = lambda self: honest(self) | {"more": self.scale.stored.numel()}  # noqa: E731
+        monkeypatch.setattr(QuantizedWeight, "stored_bytes", counted)
+        monkeypatch.setattr(QuantizedWeight, "nbytes", property(lambda self: sum(counted(self).values())))
         status, found = self.gate_again(qbench, gate)
         assert status == 1
         assert set(found) == {"bytes", "bits per weight"}

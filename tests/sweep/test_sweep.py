@@ -163,9 +163,9 @@ def test_a_pass_ends_with_its_process_whatever_that_has_started(tmp_path, monkey
 
 
 def test_what_is_said_of_a_result():
-    assert child.describe(examples.point(windows=examples.nll(0.2, 1))[0]).startswith("ok, perplexity 3")
-    assert child.describe(examples.tasked("rtn", np.ones(4))[0]) == "ok, acc 1.0000 (+0.2500), f1 0.5000"
-    assert child.describe(examples.failed([], "why")[0]) == "FAILED: why"
+    assert child.in_words(examples.point(windows=examples.nll(0.2, 1))[0]).startswith("ok, perplexity 3")
+    assert child.in_words(examples.tasked("rtn", np.ones(4))[0]) == "ok, acc 1.0000 (+0.2500), f1 0.5000"
+    assert child.in_words(examples.failed([], "why")[0]) == "FAILED: why"
 
 
 def test_invalid_points_are_refused_all_at_once_before_the_first_starts(qbench, monkeypatch):
