@@ -135,7 +135,7 @@ def run(work: Pass, running: Running | None = None) -> Iterator[Outcome]:
     """
     running = Running() if running is None else running
     stores = {point.run_id: Store(point.config["outputs"]) for point in work.points}
-    before = {run_id: store.load(run_id) for run_id, store in stores.items()}
+    before = {run_id: _written(store, run_id) for run_id, store in stores.items()}
     left = {point.run_id: point for point in work.points}
     alone = len(work.points) == 1
     with one_of(work.slots, work.shares) as (descriptors, environment):
@@ -159,9 +159,7 @@ def run(work: Pass, running: Running | None = None) -> Iterator[Outcome]:
         raise KeyboardInterrupt
     for run_id, point in list(left.items()):  # it died between recording a point and saying so
         after = stores[run_id].load(run_id)
-        if after is None or point.exports or after == before[run_id]:
-            continue
-        if before[run_id] is None or after.to_json() != before[run_id].to_json():  # as JSON: NaN != NaN
+        if after is not None and not point.exports and after.to_json() != before[run_id]:
             yield said(Outcome(left.pop(run_id), after, seconds, str(work.log)))
     if not left:
         if not alone:
@@ -176,6 +174,12 @@ def run(work: Pass, running: Running | None = None) -> Iterator[Outcome]:
     print(f"{work}: {why}\n{work}: {len(left)} unfinished, tried again in halves", file=sys.stderr, flush=True)
     for half in rest.halves():
         yield from run(half, running)
+
+
+def _written(store: Store, run_id: str) -> str | None:
+    """What is recorded, as a text: NaN is not equal to itself."""
+    result = store.load(run_id)
+    return result and result.to_json()
 
 
 def _lines(
@@ -204,9 +208,10 @@ def _lines(
     if running.stopped:  # an interrupt that came in between
         process.terminate()
     try:
-        for line in _read(process.stdout.fileno()):
-            with contextlib.suppress(ValueError, KeyError, TypeError):  # half a line of a process that died
-                yield {"run_id": (told := json.loads(line))["run_id"], **told}
+        for line in _read(process):
+            told = _told(line)
+            if told is not None:
+                yield told
         yield process.wait()
     except BaseException:
         Running({process}).stop()
@@ -216,11 +221,25 @@ def _lines(
         process.stdout.close()
 
 
-def _read(pipe: int) -> Iterator[bytes]:
-    """The lines of a pipe. It wakes once a second: an interrupt that is no signal, as Ray's, waits for that."""
-    rest = b""
+def _told(line: bytes) -> dict[str, Any] | None:
+    """What a line says of a point; None for what a library writes past Python's own stdout."""
+    try:
+        told = json.loads(line)
+    except ValueError:
+        return None
+    return told if isinstance(told, dict) and "run_id" in told else None
+
+
+def _read(process: subprocess.Popen[bytes]) -> Iterator[bytes]:
+    """The lines of its stdout, until it has ended: what it has started itself may hold the pipe for longer.
+
+    It wakes once a second, for which an interrupt that is no signal, as Ray's, waits as well.
+    """
+    pipe, rest = process.stdout.fileno(), b""
     while True:
         if not select.select([pipe], [], [], 1.0)[0]:
+            if process.poll() is not None:
+                return
             continue
         if not (read := os.read(pipe, 1 << 16)):
             return

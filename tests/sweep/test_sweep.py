@@ -149,6 +149,19 @@ def test_an_earlier_result_with_nan_is_not_what_a_dead_process_wrote(tmp_path, m
     assert outcome.result.status == "failed"
 
 
+def test_a_pass_ends_with_its_process_whatever_that_has_started(tmp_path, monkeypatch):
+    """What a process leaves behind (a tracker's service) may hold its stdout open for as long as it likes."""
+    result, _ = examples.point()
+    config = result.config | {"outputs": str(tmp_path)}
+    point = child.Point(1, 1, "x", (), result.run_id, result.identity, config, config, "cpu", "float32")
+    leaves = "import subprocess; print('not ours'); print(1); subprocess.Popen(['sleep', '60']); raise SystemExit(5)"
+    monkeypatch.setattr(child, "COMMAND", (sys.executable, "-c", leaves))
+    started = time.perf_counter()
+    (outcome,) = child.run(child.Pass("1", (point,), str(tmp_path), "s"))
+    assert "exit status 5" in outcome.result.error
+    assert time.perf_counter() - started < 30
+
+
 def test_what_is_said_of_a_result():
     assert child.in_words(examples.point(windows=examples.nll(0.2, 1))[0]).startswith("ok, perplexity 3")
     assert child.in_words(examples.tasked("rtn", np.ones(4))[0]) == "ok, acc 1.0000 (+0.2500), f1 0.5000"
