@@ -27,7 +27,7 @@ from torch import Tensor
 from qbench.errors import PointError
 from qbench.evaluate import hflm
 from qbench.evaluate.asks import Scores
-from qbench.evaluate.score import log_probabilities, row_chunks
+from qbench.evaluate.score import row_chunks
 
 if TYPE_CHECKING:
     from qbench.evaluate.lmeval import LoadedTask
@@ -167,7 +167,7 @@ class TaskReader:
         following, last = tokens[: longest - 1], tokens[longest - 1 :]
         log_p, chosen = [], []
         for rows in row_chunks(logits):
-            wide = log_probabilities(logits[rows])
+            wide = torch.log_softmax(logits[rows], -1, dtype=torch.promote_types(logits.dtype, torch.float32))
             log_p.append(wide[: len(following[rows])].gather(1, following[rows, None])[:, 0])
             chosen.append(wide.argmax(-1))
         most_probable = torch.cat(chosen)

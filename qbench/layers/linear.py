@@ -245,9 +245,9 @@ def _told(weight: Format) -> str:
     return f"format={weight.name}, bits_per_weight={weight.bits_per_weight:.3f}, method={weight.method}"
 
 
-def relative_error(weight: Tensor, quantized: Format) -> float:
-    """||W - dequantized W|| / ||W|| in the Frobenius norm; 0 for an all-zero weight reproduced exactly."""
+def relative_error(weight: Tensor, quantized: Format) -> Tensor:
+    """||W - dequantized W|| / ||W|| in the Frobenius norm; 0 for an all-zero weight reproduced exactly; one element."""
     reference = weight.float()
     error = torch.linalg.vector_norm(reference - quantized.dequantize())
     norm = torch.linalg.vector_norm(reference)
-    return float(error / norm) if norm > 0 else float(error)
+    return torch.where(norm > 0, error / norm, error)

@@ -6,9 +6,7 @@ An expert's matrices are named as if they were linears: `model.layers.0.mlp.expe
 from __future__ import annotations
 
 import logging
-import math
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -22,12 +20,12 @@ from qbench.errors import PointError
 from qbench.format.format import Format
 from qbench.layers.expert_form import Activation, expert_weights, form, stacked_parameters
 from qbench.layers.experts import QuantExperts
-from qbench.layers.linear import QuantLinear, backend, relative_error
+from qbench.layers.linear import QuantLinear
 from qbench.model.linears import Linears, find_linears, matrix, replace_module
 from qbench.passes.calibrate import Calibration, Group, quantize_blocks
 from qbench.passes.collect import MIN_EXPERT_TOKENS, ExpertInputs
+from qbench.passes.rows import Pending, pending, settle, stopwatch
 from qbench.passes.stream import Fetch, fetching
-from qbench.quant.diagnostics import kurtosis, mean_imbalance
 from qbench.quant.quantizer import InputStatistics, Quantizer
 from qbench.record.quantization import LayerRow, SkippedRow
 
@@ -166,18 +164,18 @@ def quantize_experts(
     The stacks are put together at the end, projection by projection, so one projection's codes exist twice then.
     """
     packed: list[list[Format]] = [[] for _ in form(module).projections]
-    rows: list[LayerRow] = []
+    rows: list[Pending] = []
     activation = Activation(module)
     experts = fetch(expert_weights(module, index) for index in range(module.num_experts))
     for index, weights in enumerate(experts):
         names = _expert_names(name, module, index)
         stats = inputs.of_first(index) if inputs else None
-        quantized, new = quantize_group(names[:-1], weights[:-1], quantizer, stats)
+        quantized, new = _quantize_group(names[:-1], weights[:-1], quantizer, stats)
         if inputs:
             before = weights[:-1] if inputs.original else [weight.dequantize(inputs.x.dtype) for weight in quantized]
             stats = inputs.of_down(index, partial(_before_down, activation, before, index))
             del before
-        down, of_down = quantize_group(names[-1:], weights[-1:], quantizer, stats)
+        down, of_down = _quantize_group(names[-1:], weights[-1:], quantizer, stats)
         quantized, new = [*quantized, *down], [*new, *of_down]
         if inputs:
             quantized, new = _say_what_calibrated(quantized, new, inputs, index)
@@ -192,7 +190,7 @@ def quantize_experts(
             raise PointError(f"layer {name}: {error}") from error
         projection.clear()
     # biases of an offloaded model have waited in host memory
-    return QuantExperts(stacks, module).to(stacks[0].device), rows
+    return QuantExperts(stacks, module).to(stacks[0].device), settle(rows)
 
 
 def _before_down(activation: Activation, weights: list[Tensor], index: int, x: Tensor) -> Tensor:
@@ -201,13 +199,15 @@ def _before_down(activation: Activation, weights: list[Tensor], index: int, x: T
 
 
 def _say_what_calibrated(
-    weights: list[Format], rows: list[LayerRow], inputs: ExpertInputs, index: int
-) -> tuple[list[Format], list[LayerRow]]:
+    weights: list[Format], rows: list[Pending], inputs: ExpertInputs, index: int
+) -> tuple[list[Format], list[Pending]]:
     """Adds the number of tokens routed to the expert, and names the fallback to all tokens where it was taken."""
     routed = len(inputs.routed(index))
-    rows = [replace(row, diagnostics={**row.diagnostics, "routed_tokens": float(routed)}) for row in rows]
+    for one in rows:
+        one.row = replace(one.row, diagnostics={**one.row.diagnostics, "routed_tokens": float(routed)})
     if inputs.starved(index):
-        rows = [replace(row, method=f"{row.method} ({ALL_TOKENS}: {routed} routed)") for row in rows]
+        for one in rows:
+            one.row = replace(one.row, method=f"{one.row.method} ({ALL_TOKENS}: {routed} routed)")
         weights = [replace(weight, method=f"{weight.method} ({ALL_TOKENS})") for weight in weights]
     return weights, rows
 
@@ -219,55 +219,31 @@ def quantize_group(
     stats: InputStatistics | None = None,
 ) -> tuple[list[Format], list[LayerRow]]:
     """Quantizes the weights `[out, in]` of one linear group and describes each result; the seconds are shared out."""
-    started = _now(weights[0])
+    results, rows = _quantize_group(names, weights, quantizer, stats)
+    return results, settle(rows)
+
+
+def _quantize_group(
+    names: list[str], weights: list[Tensor], quantizer: Quantizer, stats: InputStatistics | None
+) -> tuple[list[Format], list[Pending]]:
+    stop = stopwatch(weights[0].device)
     try:
         results = quantizer.quantize(weights, stats)
     except ValueError as error:
         raise PointError(f"layer {', '.join(names)}: {error}") from error
-    seconds = _now(weights[0]) - started
-    method = type(quantizer).__name__
+    seconds, method = stop(), type(quantizer).__name__
     if len(results) != len(weights) or not all(isinstance(result, Format) for result in results):
         raise PointError(f"layer {', '.join(names)}: {method}.quantize must return one Format per weight")
     total = sum(weight.numel() for weight in weights)
-    rows = []
-    for name, weight, quantized in zip(names, weights, results, strict=True):
-        _hold_to_contract(name, weight, quantized, method)
-        row = _row(name, weight, quantized, method, seconds * weight.numel() / total)
-        if not math.isfinite(row.relative_error):  # finite scales can be too large for their codes
-            raise PointError(f"layer {name}: {method} produced NaN or Inf in the dequantized weight")
-        rows.append(row)
+    rows = [
+        pending(name, weight, quantized, method, partial(_part, seconds, weight.numel() / total))
+        for name, weight, quantized in zip(names, weights, results, strict=True)
+    ]
     return results, rows
 
 
-def _row(name: str, weight: Tensor, quantized: Format, method: str, seconds: float) -> LayerRow:
-    tails = kurtosis(weight)
-    t = quantized.tensors().get("input_scale")
-    return LayerRow(
-        name=name,
-        shape=quantized.shape,
-        method=quantized.method or method.lower(),
-        backend=backend(quantized, weight.dtype),
-        seconds=seconds,
-        bits_per_weight=quantized.bits_per_weight,
-        packed_bytes=quantized.nbytes,
-        relative_error=relative_error(weight, quantized),
-        imbalance_before=mean_imbalance(weight, quantized.group_size),
-        imbalance_after=quantized.diagnostics.get("imbalance_after"),
-        kurtosis_before=tails,
-        kurtosis_after=tails if t is None else kurtosis(weight.float() / t.float()),
-        diagnostics={k: float(v) for k, v in quantized.diagnostics.items() if k != "imbalance_after"},
-        stored_bytes=quantized.stored_bytes(),
-    )
-
-
-def _hold_to_contract(name: str, weight: Tensor, quantized: Format, method: str) -> None:
-    if quantized.shape != tuple(weight.shape):
-        raise PointError(
-            f"layer {name}: {method} returned the shape {list(quantized.shape)} for a weight {list(weight.shape)}"
-        )
-    for key, tensor in quantized.tensors().items():
-        if tensor.is_floating_point() and not torch.isfinite(tensor.float()).all():  # of 8 bits too
-            raise PointError(f"layer {name}: {method} produced NaN or Inf in {key}")
+def _part(seconds: Callable[[], float], share: float) -> float:
+    return seconds() * share
 
 
 def _each_weight(found: Linears) -> Iterator[tuple[str, Tensor]]:
@@ -280,9 +256,3 @@ def _each_weight(found: Linears) -> Iterator[tuple[str, Tensor]]:
 
 def _expert_names(name: str, module: nn.Module, index: int) -> list[str]:
     return [f"{name}.{index}.{projection}" for projection in form(module).projections]
-
-
-def _now(weight: Tensor) -> float:
-    if weight.is_cuda:
-        torch.cuda.current_stream(weight.device).synchronize()  # not the device: the next weights may be on their way
-    return time.perf_counter()

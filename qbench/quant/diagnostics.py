@@ -33,13 +33,14 @@ def column_tiles(weight: Tensor, width: int) -> list[Tensor]:
     return blocks
 
 
-def mean_imbalance(weight: Tensor, width: int) -> float:
-    """Geometric mean of the imbalance over the weight's tiles of `width` columns."""
-    return float(torch.cat([imbalance(t) for t in column_tiles(weight.float(), width)]).log().mean().exp())
+def mean_imbalance(weight: Tensor, width: int) -> Tensor:
+    """Geometric mean of the imbalance over the weight's tiles of `width` columns; one element."""
+    return torch.cat([imbalance(t) for t in column_tiles(weight.float(), width)]).log().mean().exp()
 
 
-def kurtosis(weight: Tensor) -> float:
-    """Pearson kurtosis over all values (3 for a Gaussian); 0 for a constant weight."""
-    centred = weight.float() - weight.float().mean()
-    variance = centred.square().mean()
-    return float(centred.pow(4).mean() / variance.square()) if variance > 0 else 0.0
+def kurtosis(weight: Tensor) -> Tensor:
+    """Pearson kurtosis over all values (3 for a Gaussian); 0 for a constant weight; one element."""
+    wide = weight.float()
+    squares = (wide - wide.mean()).square()
+    variance = squares.mean()
+    return torch.where(variance > 0, squares.square().mean() / variance.square(), 0.0)

@@ -210,3 +210,41 @@ def test_a_limit_holds(folder, two_models):
     evaluation = prepare(replace(asked(folder, "choice"), limit=2), two_models[2])
     assert {about.split("\n")[1] for about in evaluation.asks().recording.first.values()} == {"0", "1"}
     assert json.dumps(evaluation.identity)
+
+
+@pytest.mark.slow
+def test_points_of_lm_evals_tasks_share_a_pass(folder, tmp_path, monkeypatch):
+    """Three points in a pass are each alone, to the bit, and what HFLM gives for the model as a whole."""
+    from hydra import compose, initialize_config_module
+    from omegaconf import OmegaConf
+
+    from qbench.config import register
+    from qbench.request.prepare import prepare as point
+    from qbench.run import run_pass
+    from qbench.run.whole import whole
+
+    write(folder, "choice", documents=7, train=4, metric_list=ACC, num_fewshot=1)
+    write(folder, "letters", documents=5, doc_to_choice=["a", "b", "c"], metric_list=ACC)
+    register()
+
+    def asked_for(outputs, *words):
+        words = ["model=tiny-moe", "task=lmeval", "task.names=[choice,letters]", "runtime.batch_size=3", *words]
+        words.append(f"task.include_path={folder}")
+        with initialize_config_module("qbench.conf", version_base="1.3"):
+            config = OmegaConf.to_object(compose("config", words))
+        return point(replace(config, outputs=str(tmp_path / outputs)), words)
+
+    def numbers(result):
+        assert result.status == "ok", result.error
+        return [(record.protocol, metric) for record in result.tasks for metric in record.metrics]
+
+    methods = (["quantizer=none"], ["quantizer=rtn", "quantizer.nbits=2"], ["quantizer=hqq", "quantizer.nbits=3"])
+    together = [result for _, result in run_pass([asked_for("together", *words) for words in methods])]
+    for n, (words, result) in enumerate(zip(methods, together, strict=True)):
+        [(_, alone)] = run_pass([asked_for(f"alone{n}", *words)])
+        assert numbers(alone) == numbers(result)
+        assert alone.files() == result.files()  # named by their content
+        resident = whole(asked_for(f"whole{n}", *words)).result
+        for (_, ours), (_, theirs) in zip(numbers(result), numbers(resident), strict=True):
+            assert (ours.value, ours.baseline) == (theirs.value, theirs.baseline)
+    assert {metric.delta for _, metric in numbers(together[0])} == {0}

@@ -82,6 +82,17 @@ def test_softmax_is_fp32_for_16_bit_models(windows):
     assert abs(narrow - wide) > 1e-5  # what it would have been
 
 
+def test_a_large_vocabulary_costs_no_digits():
+    """One token far above 49,151 others, as when a model is sure: torch's log_softmax is off by 2e-5, on a CPU."""
+    logits = torch.randn(40, 49_152, generator=torch.Generator().manual_seed(0))
+    logits[:, 1000] = 17
+    ids = np.random.default_rng(0).integers(0, 49_152, (1, 41))
+    reader = WindowAsks(ids, 1, False).reader(None)
+    reader.see(0, 0, logits, None)
+    exact = -logits.double().log_softmax(-1).gather(1, torch.from_numpy(ids[0, 1:, None]))[:, 0].numpy()
+    assert abs(reader.scores()["token_nll"][0].mean(dtype=float) - exact.mean()) < 1e-6
+
+
 class LargestWide(TorchDispatchMode):
     """Sees every tensor that torch makes, and keeps the size of the largest one in fp32 or wider."""
 

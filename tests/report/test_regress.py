@@ -308,7 +308,7 @@ def as_rtn_in_disguise(self, weights, stats=None):
             group_size=self.columns(weight),
             input_scale=torch.ones(weight.shape[1]),
             method="sinq",
-            diagnostics={"imbalance_after": mean_imbalance(weight, self.group_size)},
+            diagnostics={"imbalance_after": float(mean_imbalance(weight, self.group_size))},
         )
         for weight in weights
     ]
