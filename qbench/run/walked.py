@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
+
 from qbench.checkpoint import export as checkpoint
 from qbench.errors import PointError
 from qbench.evaluate import limits, measure, speed
@@ -67,10 +69,11 @@ def walked(points: list[Prepared]) -> Iterator[Measured]:
         walk = Walk(stream, first.device)
     identity = first.identity.weights
     about = account.model_record(first.model.name, identity, note, walk.skeleton, weight_bytes(walk.skeleton))
+    ids = evaluation.ids if asks is None else np.concatenate([batch.ravel() for batch in asks.batches])
     for one in list(asked):
         one.result = replace(one.result, model=about, seconds=dict(clock.seconds))
         try:
-            _check(one, walk, evaluation)
+            _check(one, walk, ids)
         except Exception as error:
             asked.remove(one)
             yield failed(one.point, error, one.result)
@@ -80,6 +83,8 @@ def walked(points: list[Prepared]) -> Iterator[Measured]:
     if asks is not None:
         reference = Reference(first.store, identity, evaluation.identity, asked[0].result.environment, asks.compares)
         scores, kept = reference.load(first.device)
+        if kept is None and any(isinstance(one.point.quantizer, Original) for one in asked):
+            scores = None  # the original as a row is read off its states, and those were not kept
     cached = scores is not None
     if asks is None:
         with clock.phase("baseline"):
@@ -157,10 +162,10 @@ def _stream(point: Prepared, whole: bool) -> tuple[Stream, str]:
     return Whole(loaded.model, loaded.note), loaded.note
 
 
-def _check(one: Asked, walk: Walk, evaluation: Evaluation) -> None:
+def _check(one: Asked, walk: Walk, scored: np.ndarray | None) -> None:
     """What can be known of a point before the first block. Raises RequestError or PointError."""
     point, ids = one.point, one.calibration and one.calibration.ids
-    limits.check_model(walk.model, point.config, point.protocol, evaluation.ids, ids)
+    limits.check_model(walk.model, point.config, point.protocol, scored, ids)
     if not isinstance(point.quantizer, Original):
         if reason := coverage.too_few(walk.found, point.config.runtime.min_coverage):
             raise PointError(reason)

@@ -15,7 +15,9 @@ from __future__ import annotations
 
 import os
 import queue
+import shutil
 import signal
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -138,6 +140,10 @@ class Slurm:
 
     def jobs(self, cuda: bool) -> int:
         _require("submitit", "slurm")
+        if shutil.which("sbatch") is None:
+            raise RequestError(
+                "hydra/launcher=slurm: there is no sbatch here; give the command on a machine of the cluster"
+            )
         return self.n_jobs
 
     def words(self, passes: int) -> str:
@@ -186,7 +192,15 @@ class Ray:
     def jobs(self, cuda: bool) -> int:
         ray = _require("ray", "ray")
         ours = signal.getsignal(signal.SIGTERM)
-        ray.init(self.address, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
+        address = self.address or os.environ.get("RAY_ADDRESS")
+        try:
+            host, _, port = (address or "").removeprefix("ray://").rpartition(":")
+            if port.isdigit():  # Ray itself would try for minutes
+                socket.create_connection((host, int(port)), timeout=10).close()
+            ray.init(address, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
+        except (OSError, ValueError, RuntimeError) as error:  # ConnectionError is an OSError
+            reason = " ".join(str(error).split())
+            raise RequestError(f"hydra.launcher.address={address}: no Ray answers there: {reason}") from None
         signal.signal(signal.SIGTERM, ours)  # Ray's ends this process at once, and leaves the tasks
         has = ray.cluster_resources()
         num_gpus = float(cuda) if self.num_gpus is None else self.num_gpus

@@ -89,6 +89,7 @@ def test_published_shapes_are_those_of_their_names():
     assert plain.sizes({"model_type": "llama", **shape}).parameters == 8_030_261_248
 
 
+@pytest.mark.slow
 def test_a_plan_of_a_plain_model_imports_no_models_code(tmp_path):
     """Which takes longer than all the rest of it."""
     arguments = ["-m", "model=tiny-dense,smollm2-135m", "quantizer=rtn,sinq", "--dry-run"]

@@ -109,6 +109,14 @@ def test_the_reference_model_in_a_pass_alone_and_whole(prepared, nbits, smollm2_
         assert other.evaluation[0].ppl == pytest.approx(alone.evaluation[0].ppl, rel=1e-6)
 
 
+def test_the_original_as_a_row_is_measured_where_its_states_were_not_kept(prepared):
+    settings = ("model=tiny-dense", *SHORT, "task.divergence=false")
+    together([prepared(*settings, "quantizer=rtn")])
+    [result] = together([prepared(*settings, "quantizer=none")]).values()
+    assert result.status == "ok", result.error
+    assert result.evaluation[0].ppl_delta == 0
+
+
 def test_a_variant_that_fails_drops_out_alone(prepared, monkeypatch):
     points = [
         prepared("model=tiny-dense", *SHORT, method) for method in ("quantizer=rtn", "quantizer=hqq", "quantizer=nf4")

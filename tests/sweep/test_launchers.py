@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 import time
+from importlib.util import find_spec
 
 import pytest
 
@@ -22,6 +23,12 @@ def test_launchers_are_checked_before_anything_runs(qbench, monkeypatch):
     assert "hydra_plugins.none.None cannot be imported" in refused(missing, "hydra/launcher")
     other = qbench(*sweep, "hydra.launcher._target_=hydra.plugins.launcher.Launcher")
     refused(other, "hydra/launcher", ["local", "slurm", "ray"])
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    if find_spec("submitit"):
+        assert "there is no sbatch here" in refused(qbench(*sweep, "hydra/launcher=slurm"), "hydra/launcher")
+    if find_spec("ray"):
+        away = qbench(*sweep, "hydra/launcher=ray", "hydra.launcher.address=localhost:1")
+        assert "no Ray answers there" in refused(away, "hydra.launcher.address=localhost:1")
     for extra, module in (("slurm", "submitit"), ("ray", "ray")):
         monkeypatch.setitem(sys.modules, module, None)
         refused(qbench(*sweep, f"hydra/launcher={extra}"), names=[f"pip install 'qbench-llm[{extra}]'"])
