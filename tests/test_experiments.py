@@ -40,7 +40,9 @@ def points(experiment):
     return found
 
 
-@pytest.mark.parametrize("experiment", EXPERIMENTS)
+@pytest.mark.parametrize(
+    "experiment", [pytest.param(e, marks=[pytest.mark.slow] * e.startswith("sinq_table")) for e in EXPERIMENTS]
+)
 def test_every_point_is_valid(experiment):
     found = points(experiment)
     assert sum(len(models) for models, _ in found) > 1
@@ -53,6 +55,7 @@ def test_every_point_is_valid(experiment):
         assert not quantizer.needs or config.calibration.name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("experiment", "tables", "size"),
     [("sinq_table1", ["Table 1"], 36), ("sinq_table3", ["Table 3", "Table 18"], 24), ("sinq_table4", ["Table 4"], 30)],
