@@ -66,7 +66,7 @@ def fitting(passes: Sequence[Group], state_bytes: Callable[[Prepared], int | Non
     found: list[Group] = []
     for each in passes:
         one = state_bytes(each[0].point) if len(each) > 1 else None
-        most = max(1, int(free_bytes / 2 / one) - 1) if one else len(each)
+        most = max(1, int(min(free_bytes / 2 / one, len(each) + 1)) - 1) if one else len(each)
         parts = math.ceil(len(each) / most)
         size = math.ceil(len(each) / parts)  # as equal as can be
         found += [each[start : start + size] for start in range(0, len(each), size)]

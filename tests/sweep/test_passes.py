@@ -104,6 +104,7 @@ def named(text: str) -> list[P]:
         ("abcdefg", 10, 120, "abcd efg"),  # as equal as can be
         ("abc", 10, 1, "a b c"),  # none fits, and each may still be tried
         ("abc de", None, 1, "abc de"),
+        ("abc de", 10, float("inf"), "abc de"),  # on machines whose memory is not known
     ],
 )
 def test_variants_whose_states_do_not_fit_together_are_divided(passes, state_bytes, free_bytes, parts):
