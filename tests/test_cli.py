@@ -178,10 +178,11 @@ BAD = [
     ([f'calibration="{LONG}"'], "calibration", ["wikitext2"]),
     ([f'calibration=choice(mini,"{LONG}")'], "calibration", ["wikitext2"]),
     ([f'hydra/launcher="{LONG}"'], "hydra/launcher", []),
+    (['calibration.revision="\udc80x"'], "calibration.revision", ["UTF-8"]),
 ]
 
 
-@pytest.mark.parametrize(("arguments", "key", "named"), BAD, ids=[arguments[0][:80] for arguments, *_ in BAD])
+@pytest.mark.parametrize(("arguments", "key", "named"), BAD, ids=[ascii(arguments[0][:80]) for arguments, *_ in BAD])
 def test_wrong_requests_get_one_sentence_and_exit_2(qbench, arguments, key, named):
     Path("file").write_text("in the way")
     model = [] if any(a.startswith("model=") for a in arguments) else ["model=tiny-dense"]

@@ -48,6 +48,9 @@ def check(overrides: Iterable[str]) -> None:
     """Raises RequestError for an override that cannot be read, takes something out, or names a group's option by a
     number, a list or nothing."""
     for text in overrides:
+        readable = text.encode("utf-8", "backslashreplace").decode()
+        if readable != text:
+            raise RequestError(f"'{readable}' is not UTF-8 text, which is what a result can record")
         override = parse(text)
         if override.is_delete():
             key = override.key_or_group
