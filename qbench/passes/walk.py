@@ -81,6 +81,8 @@ class Walk:
         original's states, each shared by the variants that name it as theirs. Raises PointError where the original
         itself gives no numbers.
         """
+        if not variants and original is None:
+            return
         total = len(self.stream) * (len(variants) + (original is not None))
         with tqdm(total=total, desc="pass", unit="block") as bar, closing(self._blocks(bar)) as blocks:
             for i, block in blocks:

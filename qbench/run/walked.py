@@ -23,7 +23,7 @@ from qbench.model import coverage
 from qbench.passes import account
 from qbench.passes.calibrate import Calibration, cut_sequences
 from qbench.passes.quantize import warn
-from qbench.passes.reference import Reference
+from qbench.passes.reference import Kept, Reference
 from qbench.passes.shown import Shown
 from qbench.passes.states import States, wait_on_host
 from qbench.passes.variant import Variant
@@ -46,6 +46,7 @@ class Asked:
     calibration: Calibration | None
     variant: Variant | None = None  # None: the original as a row
     reading: Reading | None = None
+    original_speed: Any = None
 
     @property
     def timed(self) -> bool:
@@ -58,91 +59,173 @@ def walked(points: list[Prepared]) -> Iterator[Measured]:
     Raises NotAChainError, before anything is measured, for a model that has to be run whole, and RequestError or
     PointError for what none of them could do without.
     """
-    first, clock = points[0], Clock()
-    tokenizer = first.model.tokenizer(first.store.models)
-    evaluation: Evaluation = first.protocol.prepare(first.source, tokenizer, first.config.runtime)
-    asks = getattr(evaluation, "asks", lambda: None)()
-    asked = [Asked(point, started(point), _calibration(point, tokenizer)) for point in points]
-    whole = asks is None or any(one.timed and not one.point.config.runtime.offload for one in asked)
-    with clock.phase("load"):
-        stream, note = _stream(first, whole)
-        walk = Walk(stream, first.device)
-    identity = first.identity.weights
-    about = account.model_record(first.model.name, identity, note, walk.skeleton, weight_bytes(walk.skeleton))
-    ids = evaluation.ids if asks is None else np.concatenate([batch.ravel() for batch in asks.batches])
-    for one in list(asked):
-        one.result = replace(one.result, model=about, seconds=dict(clock.seconds))
-        try:
-            _check(one, walk, ids)
-        except Exception as error:
-            asked.remove(one)
-            yield failed(one.point, error, one.result)
-    if not asked:
-        return
-    reference, scores, kept = None, None, None
-    if asks is not None:
-        reference = Reference(first.store, identity, evaluation.identity, asked[0].result.environment, asks.compares)
-        scores, kept = reference.load(first.device)
-        if kept is None and any(isinstance(one.point.quantizer, Original) for one in asked):
-            scores = None  # the original as a row is read off its states, and those were not kept
-    cached = scores is not None
-    if asks is None:
-        with clock.phase("baseline"):
-            scores, cached = measure.baseline(
-                evaluation, walk.model, identity, asked[0].result.environment, first.store
-            )
-    speeds = {id(one): _speed_of_original(one, walk.model, clock) for one in asked if one.timed}
+    together = Together(points)
+    yield from together.check()
+    if together.asked:
+        together.find_reference()
+        yield from together.walk_blocks()
+        yield from together.read_logits()
+        yield from together.conclude()
 
-    begun = None
-    variants = [one for one in asked if not isinstance(one.point.quantizer, Original)]
-    if asks is not None:
-        begun = walk.begin(asks.batches, _wait_on_host(walk, asks.batches, len(variants) + (not cached), first))
-    shown = _share_calibrations(walk, variants)
-    for one in variants:
-        one.variant = Variant(
-            _label(one.point),
-            one.point.quantizer,
-            None if begun is None else States.like(begun),
-            keep=asks is None or one.timed or one.point.export is not None,
-            **shown(one),
+
+class Together:
+    """The points of a pass, and what they share; those that fail leave `asked`."""
+
+    def __init__(self, points: list[Prepared]) -> None:
+        """Prepares texts and the stream of weights, without a block being read."""
+        self.first, self.clock = points[0], Clock()
+        self.tokenizer = self.first.model.tokenizer(self.first.store.models)
+        self.evaluation: Evaluation = self.first.protocol.prepare(
+            self.first.source, self.tokenizer, self.first.config.runtime
         )
-    original = None if begun is None or cached else States.like(begun)
-    del begun
-    by_variant = {id(one.variant): one for one in variants}
-    shared = {id(one.variant.shares): one.variant.shares for one in variants if one.variant.shares is not None}
-    with clock.phase("baseline"):
-        for dropped in walk.run([one.variant for one in variants], original, [*shared.values()]):
-            one = by_variant[id(dropped)]
-            asked.remove(one)
-            yield failed(one.point, dropped.error, _so_far(one, clock))
-    about = replace(about, weight_bytes=walk.tally.record())
-    spent = sum(sum(one.variant.seconds.values()) for one in variants)
-    clock.seconds["baseline"] = round(max(0.0, clock.seconds["baseline"] - spent), 3)
+        self.asks = getattr(self.evaluation, "asks", lambda: None)()
+        self.asked = [Asked(point, started(point), _calibration(point, self.tokenizer)) for point in points]
+        whole = self.asks is None or any(one.timed and not one.point.config.runtime.offload for one in self.asked)
+        with self.clock.phase("load"):
+            stream, note = _stream(self.first, whole)
+            self.walk = Walk(stream, self.first.device)
+        self.fingerprint, skeleton = self.first.identity.weights, self.walk.skeleton
+        self.about = account.model_record(
+            self.first.model.name, self.fingerprint, note, skeleton, weight_bytes(skeleton)
+        )
+        self.environment = self.asked[0].result.environment
+        self.reference: Reference | None = None
+        self.scores: Scores | None = None  # the original's
+        self.cached = False
+        self.last: States | Kept | None = None  # the original's states after the last block
 
-    if asks is not None:
-        own = None if cached else Reading(asks.reader(None), None, compares=False)
-        scores = {} if scores is None else scores  # filled in below, before a variant's reader is asked for its scores
-        for one in asked:
-            one.reading = Reading(asks.reader(scores), one.variant and one.variant.states, asks.compares)
-        readings = [own, *(one.reading for one in asked)] if own else [one.reading for one in asked]
-        last = original if original is not None else kept
-        for broken in walk.read(readings, last):
+    def check(self) -> Iterator[Measured]:
+        """What can be known of each point before the first block."""
+        ids = self.evaluation.ids
+        if self.asks is not None:
+            ids = np.concatenate([batch.ravel() for batch in self.asks.batches])
+        for one in list(self.asked):
+            one.result = replace(one.result, model=self.about, seconds=dict(self.clock.seconds))
+            try:
+                _check(one, self.walk, ids)
+            except Exception as error:
+                yield self._drop(one, error)
+
+    def find_reference(self) -> None:
+        """The original's numbers if they are kept; measured at once where the whole model answers, and its speed."""
+        if self.asks is not None:
+            self.reference = Reference(
+                self.first.store, self.fingerprint, self.evaluation.identity, self.environment, self.asks.compares
+            )
+            self.scores, self.last = self.reference.load(self.first.device)
+            if self.last is None and any(isinstance(one.point.quantizer, Original) for one in self.asked):
+                self.scores = None  # the original as a row is read off its states, and those were not kept
+            self.cached = self.scores is not None
+        else:
+            with self.clock.phase("baseline"):
+                self.scores, self.cached = measure.baseline(
+                    self.evaluation, self.walk.model, self.fingerprint, self.environment, self.first.store
+                )
+        for one in self.asked:
+            if one.timed:
+                one.original_speed = _speed_of_original(one, self.walk.model, self.clock)
+
+    def walk_blocks(self) -> Iterator[Measured]:
+        """Quantizes every block for every variant, and sends the states of all through it."""
+        variants = [one for one in self.asked if not isinstance(one.point.quantizer, Original)]
+        begun, original = None, None
+        if self.asks is not None:
+            copies = len(variants) + (not self.cached)
+            begun = self.walk.begin(self.asks.batches, _wait_on_host(self.walk, self.asks.batches, copies, self.first))
+            original = None if self.cached else States.like(begun)
+        shown = _share_calibrations(self.walk, variants)
+        for one in variants:
+            one.variant = Variant(
+                _label(one.point),
+                one.point.quantizer,
+                None if begun is None else States.like(begun),
+                keep=self.asks is None or one.timed or one.point.export is not None,
+                **shown(one),
+            )
+        del begun  # the states exist once a variant
+        made = {id(one.variant): one for one in variants}
+        shared = {id(one.variant.shares): one.variant.shares for one in variants if one.variant.shares is not None}
+        with self.clock.phase("baseline"):
+            for dropped in self.walk.run([one.variant for one in variants], original, [*shared.values()]):
+                yield self._drop(made[id(dropped)], dropped.error)
+        if variants or original is not None:  # all blocks have come by
+            self.about = replace(self.about, weight_bytes=self.walk.tally.record())
+        spent = sum(sum(one.variant.seconds.values()) for one in variants)
+        self.clock.seconds["baseline"] = round(max(0.0, self.clock.seconds["baseline"] - spent), 3)
+        if original is not None:
+            self.last = original
+
+    def read_logits(self) -> Iterator[Measured]:
+        """Reads the scores of the original, if they are not kept, and of every variant off their logits."""
+        if self.asks is None:
+            return
+        own = None if self.cached else Reading(self.asks.reader(None), None, compares=False)
+        self.scores = self.scores or {}  # filled in below, before a variant's reader is asked for its scores
+        for one in self.asked:
+            one.reading = Reading(self.asks.reader(self.scores), one.variant and one.variant.states, self.asks.compares)
+        by_reading = {id(one.reading): one for one in self.asked}
+        readings = [one.reading for one in self.asked]
+        for broken in self.walk.read([own, *readings] if own else readings, self.last):
             if broken is own:
                 raise broken.error
-            [one] = [one for one in asked if one.reading is broken]
-            asked.remove(one)
-            yield failed(one.point, broken.error, _so_far(one, clock))
+            yield self._drop(by_reading[id(broken)], broken.error)
         if own is not None:
-            scores.update(own.reader.scores())
-            clock.seconds["baseline"] = round(clock.seconds["baseline"] + own.seconds, 3)
-            reference.save(scores, original)
-        original = last = None
-    for one in asked:
-        one.result = replace(one.result, model=about)
-        try:
-            yield _conclude(one, walk, evaluation, scores, cached, clock, speeds.get(id(one)), tokenizer)
-        except Exception as error:
-            yield failed(one.point, error, _so_far(one, clock))
+            self.scores.update(own.reader.scores())
+            self.clock.seconds["baseline"] = round(self.clock.seconds["baseline"] + own.seconds, 3)
+            self.reference.save(self.scores, self.last)
+        self.last = None
+
+    def conclude(self) -> Iterator[Measured]:
+        for one in list(self.asked):
+            one.result = replace(one.result, model=self.about)
+            try:
+                yield self._conclude(one)
+            except Exception as error:
+                yield self._drop(one, error)
+
+    def _conclude(self, one: Asked) -> Measured:
+        """The result of a point whose variant has gone through all blocks."""
+        point, result, walk = one.point, one.result, self.walk
+        if one.variant is None:
+            quantization = account.of_original(self.about, walk.found)
+        else:
+            warn(one.variant.rows)
+            name = point.config.quantizer["name"]
+            quantization = account.of_variant(one.variant, name, self.about, walk.found, one.calibration)
+            least = point.config.runtime.min_coverage
+            if reason := coverage.shortfall(quantization.coverage, least, quantization.skipped, "were"):
+                raise PointError(reason)  # settled before but for linears that no calibration token reached
+        model = walk.model if one.variant is None else walk.assembled(one.variant) if one.variant.keep else None
+        if model is not None and one.variant is not None and (one.timed or one.reading is None):
+            use_kernels(model)
+            quantization = replace(quantization, weight_bytes=weight_bytes(model))  # in the layout that is measured
+        result = replace(result, quantization=quantization)
+        own = Clock(_rounded(one))
+        if one.timed:
+            with own.phase("speed"):
+                measured = speed.measure(model, point.config.speed)
+            result = replace(result, speed=speed.record(point.config.speed, measured, one.original_speed))
+        with own.phase("evaluate"):
+            answered = one.reading is not None
+            scores = one.reading.reader.scores() if answered else self.evaluation.score(model, self.scores)
+        if answered:
+            own.seconds["evaluate"] = round(own.seconds["evaluate"] + one.reading.seconds, 3)
+        records, tasks, files = self.evaluation.records(scores, self.scores, self.cached)
+        seconds = self.clock.seconds | own.seconds
+        result = replace(result, status="ok", error=None, evaluation=records, tasks=tasks, seconds=seconds)
+        exported = model if point.export is not None and one.variant is not None else None
+        return Measured(point, result, files, exported, self.tokenizer)
+
+    def _drop(self, one: Asked, error: Exception) -> Measured:
+        """The point, failed, with what is known of it."""
+        self.asked.remove(one)
+        dropped = failed(one.point, error, replace(one.result, seconds=self.clock.seconds | _rounded(one)))
+        error.__traceback__ = None  # shown by now; its frames hold what is to be let go
+        return dropped
+
+
+def _rounded(one: Asked) -> dict[str, float]:
+    return {} if one.variant is None else {phase: round(spent, 3) for phase, spent in one.variant.seconds.items()}
 
 
 def _calibration(point: Prepared, tokenizer: Any) -> Calibration | None:
@@ -212,55 +295,3 @@ def _speed_of_original(one: Asked, model: Any, clock: Clock) -> Any:
         return None
     with clock.phase("baseline_speed"):
         return speed.measure(model, one.point.config.speed)
-
-
-def _so_far(one: Asked, clock: Clock) -> Result:
-    spent = {} if one.variant is None else {key: round(value, 3) for key, value in one.variant.seconds.items()}
-    return replace(one.result, seconds=clock.seconds | spent)
-
-
-def _conclude(
-    one: Asked,
-    walk: Walk,
-    evaluation: Evaluation,
-    original: Scores | None,
-    cached: bool,
-    clock: Clock,
-    original_speed: Any,
-    tokenizer: Any,
-) -> Measured:
-    """The result of a point whose variant has gone through all blocks."""
-    point, result, about = one.point, one.result, one.result.model
-    assert about is not None
-    if one.variant is None:
-        quantization = account.of_original(about, walk.found)
-    else:
-        quantization = account.of_variant(
-            one.variant, point.config.quantizer["name"], about, walk.found, one.calibration
-        )
-        warn(one.variant.rows)
-        if reason := coverage.shortfall(
-            quantization.coverage, point.config.runtime.min_coverage, quantization.skipped, "were"
-        ):
-            raise PointError(reason)  # settled before but for linears that no calibration token reached
-    model = walk.model if one.variant is None else walk.assembled(one.variant) if one.variant.keep else None
-    measures_whole = one.timed or one.reading is None
-    if model is not None and one.variant is not None and measures_whole:
-        use_kernels(model)
-        quantization = replace(quantization, weight_bytes=weight_bytes(model))  # in the layout that is measured
-    result = replace(result, quantization=quantization)
-    own = Clock({key: round(value, 3) for key, value in (one.variant.seconds if one.variant else {}).items()})
-    if one.timed:
-        with own.phase("speed"):
-            measured = speed.measure(model, point.config.speed)
-        result = replace(result, speed=speed.record(point.config.speed, measured, original_speed))
-    with own.phase("evaluate"):
-        scores = evaluation.score(model, original) if one.reading is None else one.reading.reader.scores()
-    if one.reading is not None:
-        own.seconds["evaluate"] = round(own.seconds["evaluate"] + one.reading.seconds, 3)
-    records, tasks, files = evaluation.records(scores, original, cached)
-    result = replace(
-        *(result,), status="ok", error=None, evaluation=records, tasks=tasks, seconds=clock.seconds | own.seconds
-    )
-    exported = model if point.export is not None and one.variant is not None else None
-    return Measured(point, result, files, exported, tokenizer)

@@ -117,6 +117,15 @@ def test_the_original_as_a_row_is_measured_where_its_states_were_not_kept(prepar
     assert result.evaluation[0].ppl_delta == 0
 
 
+def test_the_original_as_a_row_is_the_same_where_its_states_were_kept(prepared):
+    settings = ("model=tiny-dense", *SHORT)
+    [first] = together([prepared(*settings, "quantizer=none")]).values()
+    together([prepared(*settings, "quantizer=rtn", outputs="other")])
+    [again] = together([prepared(*settings, "quantizer=none", outputs="other")]).values()
+    assert again.evaluation[0].baseline_cached
+    assert measured(again) == measured(first)
+
+
 def test_a_variant_that_fails_drops_out_alone(prepared, monkeypatch):
     points = [
         prepared("model=tiny-dense", *SHORT, method) for method in ("quantizer=rtn", "quantizer=hqq", "quantizer=nf4")
