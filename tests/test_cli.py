@@ -235,7 +235,7 @@ entry.leave(main)
 
 @pytest.mark.slow
 def test_a_full_disk_costs_what_has_no_room(tmp_path):
-    """The kept baseline takes 0.7 MB, the result 15 KB."""
+    """The kept states of the original take 0.1 MB, the result 15 KB."""
     for room, status in ((100_000, 0), (8_000, 1)):
         arguments = [str(room), *TINY, "quantizer=rtn", f"outputs={room}"]
         done = subprocess.run([sys.executable, "-c", FULL, *arguments], cwd=tmp_path, capture_output=True, text=True)

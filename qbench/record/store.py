@@ -18,6 +18,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import tempfile
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
@@ -111,8 +112,10 @@ class Store:
             os.replace(partial, path)
         except (OSError, SafetensorError) as error:
             partial.unlink(missing_ok=True)
+            said = re.search(r"I/O error: (.*) \(os error", str(error))  # by safetensors, without errno
+            reason = said[1] if said else getattr(error, "strerror", None) or error
             log.warning(
-                "the original's states are not kept in %s (%s): the next point measures it again", self.baselines, error
+                "the reference is not kept in %s (%s): the next point measures it again", self.baselines, reason
             )
             return False
         return True
