@@ -106,7 +106,7 @@ def test_parquet_gives_the_hubs_rows(tmp_path):
 
 def damaged_by_a_bit() -> bytes:
     """A gzip file with a flipped bit that zlib itself notices."""
-    packed = gzip.compress(json_lines([f"{i} {i * i}" for i in range(200)]))
+    packed = gzip.compress(json_lines([f"{i} {i * i}" for i in range(200)]), mtime=0)
     for at in range(80, len(packed) * 8 - 80):
         broken = bytearray(packed)
         broken[at // 8] ^= 1 << at % 8
