@@ -16,6 +16,7 @@ if __name__ == "__main__":
     entry.start()
 
 import contextlib
+import errno
 import json
 import logging.config
 import os
@@ -66,6 +67,8 @@ def main() -> int:
     except BrokenPipeError:
         raise
     except Exception as error:
+        if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:  # a path of the request
+            return _refuse(f"{str(error.filename)[:40]}... is no path: a file's name has at most 255 bytes")
         if isinstance(error, OSError) and error.errno in FULL:
             sentence = f"there is no room to write {error.filename or 'a file'}: {error.strerror}"
         else:

@@ -179,6 +179,13 @@ BAD = [
     ([f'calibration=choice(mini,"{LONG}")'], "calibration", ["wikitext2"]),
     ([f'hydra/launcher="{LONG}"'], "hydra/launcher", []),
     (['calibration.revision="\udc80x"'], "calibration.revision", ["UTF-8"]),
+    ([f"task.name={'x' * 300}"], "task", ["task.path"]),
+    (["task.name=../texts/mini"], "task", ["task.path"]),
+    (["task=text", f"task.path={'x' * 300}"], None, ["255 bytes"]),
+    (["model=local", f"model.path={'x' * 300}"], None, ["255 bytes"]),
+    (["quantizer=gptq", f"calibration.path={'x' * 300}"], None, ["255 bytes"]),
+    ([f"export.dir={'x' * 300}"], None, ["255 bytes"]),
+    (["task=lmeval", "task.names=[wikitext]", f"task.include_path={'x' * 300}"], None, ["255 bytes"]),
 ]
 
 

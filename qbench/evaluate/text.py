@@ -68,8 +68,8 @@ def read_text(source: TextSource, name: str, separator: str | None = None, group
     if source.dataset is not None:
         rows, origin = _rows(source, group)
         return Text(join_rows(rows, _between_rows(separator)), origin, source.revision)
-    file = resources.files("qbench.texts") / f"{name}.txt"
-    if not file.is_file():
+    file = {each.name: each for each in resources.files("qbench.texts").iterdir()}.get(f"{name}.txt")
+    if file is None:
         raise RequestError(f"{group}={name} names no text: set {group}.path=FILE or {group}.dataset=HUB_ID")
     return Text(file.read_bytes().decode("utf-8"), f"qbench.texts/{name}.txt")
 
