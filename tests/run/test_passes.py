@@ -8,6 +8,7 @@ from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
 
 from qbench.config import register
+from qbench.errors import RequestError
 from qbench.passes.variant import Variant
 from qbench.request.prepare import prepare
 from qbench.run import run_pass
@@ -177,5 +178,5 @@ def test_states_that_fit_nowhere_are_refused_with_what_helps(prepared, monkeypat
 
     free = psutil.virtual_memory()
     monkeypatch.setattr(psutil, "virtual_memory", lambda: free._replace(available=1000))
-    with pytest.raises(Exception, match=r"task\.max_windows"):
+    with pytest.raises(RequestError, match=r"task\.max_windows"):
         list(run_pass([prepared("model=tiny-dense", *SHORT)]))
