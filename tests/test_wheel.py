@@ -63,9 +63,10 @@ def test_it_installs_and_runs_in_an_empty_environment(wheel, tmp_path):
     venv.create(tmp_path / "venv", with_pip=True)
     python = tmp_path / "venv" / "bin" / "python"
     constraints = ["-c", str(ROOT / "constraints.txt")]
-    # from a folder of its own: run in the checkout, pip takes the *.egg-info of an editable install for the wheel's
-    subprocess.run([python, "-m", "pip", "install", "-q", *constraints, "torch"], cwd=tmp_path, check=True)
-    subprocess.run([python, "-m", "pip", "install", "-q", *constraints, wheel], cwd=tmp_path, check=True)
+    for package in ("torch", wheel):
+        # run() hides PYTHONPATH: on it, pip takes the *.egg-info of an editable install for the wheel's
+        done = run(python, "-m", "pip", "install", "-q", *constraints, package, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
     (site,) = (tmp_path / "venv" / "lib").glob("python3*/site-packages")
     assert not (site / "conf").exists()
     assert not (site / "plugins").exists()
