@@ -6,7 +6,8 @@
 `g(i) = i // group_size`; the last group of a row may be ragged. Without a stored zero point the grid is
 centred: zero = 2**(nbits - 1). `t` is the input scale (SINQ's second axis, AWQ's channel scale). With a
 permutation the columns were quantized in another order (GPTQ's act-order): column `i` of the stored codes is
-column `permutation[i]` of the weight. A stack of experts has one more leading dimension everywhere.
+column `permutation[i]` of the weight. With a rotation R (rotation.py) all this is W R, and `dequantize` goes back
+to W. A stack of experts has one more leading dimension everywhere, but for what `ONCE` names.
 """
 
 from __future__ import annotations
@@ -19,11 +20,12 @@ import torch
 from torch import Tensor
 
 from qbench.format import stack
-from qbench.format.aux import Aux
+from qbench.format.aux import Aux, dense_input_scale
 from qbench.format.format import Format
 from qbench.format.packing import PLANES, pack, unpack
+from qbench.format.rotation import Rotation
 
-ONCE = ("codebook",)  # which all matrices of a stack share
+ONCE = ("codebook", "signs")  # which all matrices of a stack share
 
 
 @dataclass(frozen=True)
@@ -38,11 +40,12 @@ class QuantizedWeight(Format):
     planes: tuple[Tensor, ...]  # uint8 [..., out, bytes], see packing.py
     scale: Aux  # [..., out, groups]
     zero: Aux | None = None  # [..., out, groups]
-    input_scale: Tensor | None = None  # t, fp16 [..., in]
+    input_scale: Tensor | None = None  # t [..., in], stored as aux.INPUT_SCALE_DTYPES says
     codebook: Tensor | None = None  # fp32 [2**nbits]
     permutation: Tensor | None = None  # int32 [..., in]
     method: str = ""  # the method in effect, which for one layer may differ from the one asked for
     diagnostics: Mapping[str, float] = field(default_factory=dict)  # for its row in the result
+    rotation: Rotation | None = None  # of the input channels
 
     @staticmethod
     def build(
@@ -92,7 +95,7 @@ class QuantizedWeight(Format):
         return unpack(self.planes, self.nbits, self.shape[-1])
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The weights `[..., out, in]`, computed in fp32 by the formula above, then cast to `dtype`."""
+        """The weights `[..., out, in]` in their own basis, computed in fp32 as said above, then cast to `dtype`."""
         codes = self.codes()
         if self.codebook is None:
             values = codes.float()
@@ -108,7 +111,9 @@ class QuantizedWeight(Format):
             order = self.permutation.long().unsqueeze(-2).expand(self.shape)
             values = torch.empty_like(values).scatter_(-1, order, values)
         if self.input_scale is not None:
-            values *= self.input_scale.float().unsqueeze(-2)
+            values *= dense_input_scale(self.input_scale).unsqueeze(-2)
+        if self.rotation is not None:
+            values = self.rotation.undo(values)
         return values.to(dtype)
 
     def tensors(self) -> dict[str, Tensor]:
@@ -122,6 +127,8 @@ class QuantizedWeight(Format):
         for name in ("input_scale", "codebook", "permutation"):
             if (tensor := getattr(self, name)) is not None:
                 named[name] = tensor
+        if self.rotation is not None and self.rotation.signs is not None:
+            named["signs"] = self.rotation.signs
         return named
 
     def with_tensors(self, named: Mapping[str, Tensor]) -> QuantizedWeight:
@@ -135,6 +142,7 @@ class QuantizedWeight(Format):
             planes=tuple(named[f"codes_{i}"] for i in range(len(self.planes))),
             scale=aux("scale"),
             zero=aux("zero") if "zero" in named else None,
+            rotation=None if self.rotation is None else replace(self.rotation, signs=named.get("signs")),
             **{name: named.get(name) for name in ("input_scale", "codebook", "permutation")},
         )
 
@@ -145,6 +153,7 @@ class QuantizedWeight(Format):
             "group_size": self.group_size,
             "method": self.method,
             "diagnostics": {key: float(value) for key, value in self.diagnostics.items()},
+            **({} if self.rotation is None else {"rotation_block": self.rotation.block}),
         }
 
     @classmethod
@@ -158,6 +167,7 @@ class QuantizedWeight(Format):
             Aux(nothing),
             method=description["method"],
             diagnostics=description["diagnostics"],
+            rotation=Rotation(description["rotation_block"]) if "rotation_block" in description else None,
         )
         return empty.with_tensors(tensors)
 
@@ -169,7 +179,7 @@ class QuantizedWeight(Format):
         return stack.select(self, index, ONCE)
 
     def stored_bytes(self) -> dict[str, int]:
-        """Bytes by component: codes, scale, zero, input_scale, codebook, permutation, those that are stored."""
+        """Bytes by component: codes, scale, zero, input_scale, codebook, permutation, signs: those that are stored."""
         counted: dict[str, int] = {}
         for name, tensor in self.tensors().items():
             part = "codes" if name.startswith("codes_") else name.removesuffix("_step").removesuffix("_offset")

@@ -7,6 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 
+from qbench.format.aux import store_input_scale
+from qbench.format.rotation import Rotation, largest_block
 from qbench.format.weight import QuantizedWeight
 from qbench.testing import FormatConformance
 from tests.kernels.cases import random_weight
@@ -38,6 +40,25 @@ class TestCodebook(FormatConformance):
     def make(self, generator, shape):
         weight = random_weight(shape, 4, 64, generator, codebook=True)
         return replace(weight, codebook=self.codebook.clone(), method="random")
+
+
+class TestRotated(FormatConformance):
+    def make(self, generator, shape):
+        weight = random_weight(shape, 3, 64, generator, permuted=True)
+        rotation = Rotation.seeded(shape[1], largest_block(shape[1], 32), 1)
+        return replace(weight, rotation=rotation, method="random")
+
+
+class TestInputScaleInFp8(FormatConformance):
+    def make(self, generator, shape):
+        weight = random_weight(shape, 4, 64, generator)
+        return replace(weight, input_scale=store_input_scale(weight.input_scale.float(), "fp8"), method="random")
+
+
+class TestInputScaleInInt8(FormatConformance):
+    def make(self, generator, shape):
+        weight = random_weight(shape, 4, 64, generator, permuted=True)
+        return replace(weight, input_scale=store_input_scale(weight.input_scale.float(), "int8"), method="random")
 
 
 class Forgetful(QuantizedWeight):
