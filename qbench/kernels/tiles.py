@@ -95,6 +95,8 @@ def unsupported(weight: QuantizedWeight) -> str | None:
     """Why the kernels cannot hold this weight; None if they can."""
     if _kernel_group(weight) is None:
         return f"groups of {weight.group_size} are neither 32, 64 nor a multiple of 128"
+    if weight.codebook is not None and weight.codebook.ndim > 1:
+        return "a codebook of vectors"
     if weight.codebook is not None and weight.nbits != 4:
         return f"a codebook of {weight.nbits} bits"
     if weight.codebook is not None and weight.zero is not None:
