@@ -95,6 +95,7 @@ def format_refusal(weight: Format) -> str | None:
         return f"it is stored as {weight.name}, which AutoGPTQ's format has no place for; {INSTEAD}"
     for part, what in (
         (weight.input_scale, "it stores an input scale t beside the group scales"),
+        (weight.rotation, "it is quantized in a rotated basis"),
         (weight.codebook, "its codes index a codebook instead of being evenly spaced"),
     ):
         if part is not None:

@@ -27,6 +27,11 @@ SETTINGS = [
     ("sinq", {"codebook": "nf4", "aux_dtype": "int8"}),
     *(("sinq", {"inner": "hqq", "nbits": nbits}) for nbits in (2, 3, 4)),
     ("sinq", {"inner": "hqq", "aux_dtype": "int8"}),
+    *(("higgs", {"nbits": nbits, "grid_dim": 1}) for nbits in (2, 4)),
+    ("higgs", {"group_size": 1024, "aux_dtype": "int8"}),
+    ("sinq", {"shared_t": True, "t_dtype": "fp8"}),
+    ("sinq", {"t_dtype": "int8", "rotation": "hadamard"}),
+    *((name, {"rotation": "hadamard", "rotation_block": 32}) for name in ("rtn", "hqq", "gptq", "nf4")),
 ]
 
 
