@@ -27,7 +27,11 @@ SETTINGS = [
     ("sinq", {"codebook": "nf4", "aux_dtype": "int8"}),
     *(("sinq", {"inner": "hqq", "nbits": nbits}) for nbits in (2, 3, 4)),
     ("sinq", {"inner": "hqq", "aux_dtype": "int8"}),
+    *(("fp8", {"scale": scale}) for scale in ("tensor", "block")),
+    *((name, {"exponent": rule}) for name in ("mxfp4", "mxfp8") for rule in ("even", "ceil")),
 ]
+# a float of 3 bits of mantissa is 2.6 % off wherever it lies, 8 bits or not
+FLOATS = {"max_error": {4: 0.2, 8: 0.04}}
 
 
 def bit_widths(name: str) -> list[int]:
@@ -47,7 +51,8 @@ def conformance(name: str, settings: dict[str, Any]) -> type[QuantizerConformanc
         return quantizer_class(name)(**settings)
 
     title = "".join(f"{value}bit" if key == "nbits" else f"_{value}" for key, value in settings.items())
-    return type(f"Test{name.upper()}{title}", (QuantizerConformance,), {"make": make})
+    bounds = FLOATS if name in ("fp8", "mxfp8") else {}
+    return type(f"Test{name.upper()}{title}", (QuantizerConformance,), {"make": make, **bounds})
 
 
 for _name in BUILT_IN:
