@@ -54,7 +54,7 @@ $(READY): pyproject.toml constraints.txt
 	touch $@
 
 # The metadata of these would replace torch or pull in more than a test needs, hence --no-deps. The official sinq
-# wheel ships a sitecustomize.py that patches transformers at every interpreter start. auto-gptq and autoawq are frozen:
+# wheel ships a sitecustomize.py that patches transformers at every interpreter start. auto-gptq and autoawq are frozen, and
 # they stay in a folder of their own, off sys.path, from which the tests import the one module that they need.
 $(VENV)/.oracle: $(READY)
 	$(PIP) -c constraints.txt -e '.[dev,wandb,oracle]'
@@ -62,7 +62,7 @@ $(VENV)/.oracle: $(READY)
 	rm -f $(VENV)/lib/python3*/site-packages/sitecustomize.py
 	$(PIP) 'setuptools>=77' wheel
 	rm -rf $(VENV)/oracle
-	BUILD_CUDA_EXT=0 $(PIP) --no-deps --no-build-isolation --target $(VENV)/oracle auto-gptq==0.7.1 autoawq==0.2.9
+	BUILD_CUDA_EXT=0 $(PIP) --no-deps --no-build-isolation --target $(VENV)/oracle auto-gptq==0.7.1 autoawq==0.2.9 torchao==0.18.0
 	touch $@
 
 clean:

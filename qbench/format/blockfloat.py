@@ -105,7 +105,7 @@ class FP8Weight(BlockFloat):
 
 @dataclass(frozen=True, kw_only=True)
 class MXFP4Weight(BlockFloat):
-    """e2m1 codes, uint8 `[..., out, ceil(in / 2)]`, the first in the low bits; e8m0 scales, uint8 `[..., out, blocks]`."""
+    """e2m1 codes, uint8 `[..., out, ceil(in / 2)]`, low bits first; e8m0 scales, uint8 `[..., out, blocks]`."""
 
     name: ClassVar[str] = "mxfp4"
     group_size: ClassVar[int] = MX_BLOCK
