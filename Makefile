@@ -54,8 +54,9 @@ $(READY): pyproject.toml constraints.txt
 	touch $@
 
 # The metadata of these would replace torch or pull in more than a test needs, hence --no-deps. The official sinq
-# wheel ships a sitecustomize.py that patches transformers at every interpreter start. auto-gptq and autoawq are frozen, and
-# they stay in a folder of their own, off sys.path, from which the tests import the one module that they need.
+# wheel ships a sitecustomize.py that patches transformers at every interpreter start. auto-gptq and autoawq are frozen,
+# and transformers imports a torchao that it finds: these stay in a folder of their own, off sys.path, from which the
+# tests import the one module that they need.
 $(VENV)/.oracle: $(READY)
 	$(PIP) -c constraints.txt -e '.[dev,wandb,oracle]'
 	$(PIP) --no-deps sinq==0.2.0 hqq==0.2.8.post1 bitsandbytes==0.50.2
