@@ -22,11 +22,11 @@ WORD = 32  # bits
 INSTEAD = "export.format=packed keeps everything"
 
 
-def example(quantizer: Quantizer, rows: int = 8) -> Format | None:
-    """What the quantizer makes of a small weight of whole groups; None where it refuses that one."""
+def example(quantizer: Quantizer, columns: int | None = None) -> Format | None:
+    """What the quantizer makes of a small weight, of whole groups without `columns`; None where it refuses that one."""
     group_size: int = getattr(quantizer, "group_size", -1)
     generator = torch.Generator().manual_seed(0)
-    weight = torch.randn(rows, 64 if group_size == -1 else group_size, generator=generator)
+    weight = torch.randn(8, columns or (64 if group_size == -1 else group_size), generator=generator)
     inputs = torch.randn(64, weight.shape[1], generator=generator)
     stats = InputStatistics(len(inputs), inputs.abs().mean(0), inputs, inputs.T @ inputs)
     try:
@@ -82,7 +82,7 @@ def quantized_linears(model: nn.Module, whose: str) -> dict[str, Format]:
 
 
 def pack_words(values: Tensor, nbits: int) -> Tensor:
-    """Packs integers of `nbits` bits `[n, m]` along `n`, as a little-endian stream, into int32 `[ceil(n * nbits / 32), m]`."""
+    """Integers of `nbits` bits `[n, m]` as little-endian streams along `n`: int32 `[ceil(n * nbits / 32), m]`."""
     length = -(-len(values) * nbits // WORD)
     values = torch.nn.functional.pad(values, (0, 0, 0, -len(values) % WORD)).unflatten(0, (-1, WORD))
     words = torch.zeros(len(values), nbits, values.shape[2], dtype=torch.int64, device=values.device)
