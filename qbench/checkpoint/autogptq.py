@@ -36,12 +36,12 @@ from qbench.errors import RequestError
 from qbench.format.aux import FP16_MAX
 from qbench.format.format import Format
 from qbench.format.weight import QuantizedWeight
+from qbench.format.words import WORD, pack_words
 from qbench.layers.linear import PackedWeight, QuantLinear, in_packed_format
 from qbench.model.linears import find_linears, matrix
 from qbench.quant.quantizer import InputStatistics, Quantizer
 
 QUANTIZE_CONFIG = "quantize_config.json"
-WORD = 32  # bits; readers want both sizes of a layer in multiples of it
 INSTEAD = "export.format=packed keeps everything"
 DIFFERENT = f"the layers differ in bits or group size, and AutoGPTQ's format has one of each; {INSTEAD}"
 
@@ -107,7 +107,10 @@ def format_refusal(weight: Format) -> str | None:
 
 
 def shape_refusal(rows: int, columns: int, group_size: int) -> str | None:
-    """Why a weight `[rows, columns]` in groups of `group_size` columns cannot be expressed; None if it can."""
+    """Why a weight `[rows, columns]` in groups of `group_size` columns cannot be expressed; None if it can.
+
+    Readers want both sizes of a layer in multiples of a word.
+    """
     if rows % WORD or columns % WORD:
         return f"its shape [{rows}, {columns}] is not a multiple of {WORD} both ways, as AutoGPTQ's format needs"
     if columns % group_size:
@@ -216,20 +219,6 @@ def layer_tensors(weight: QuantizedWeight, v1: bool) -> dict[str, Tensor]:
         "scales": weight.scale.stored.T.contiguous(),
         "g_idx": group,
     }
-
-
-def pack_words(values: Tensor, nbits: int) -> Tensor:
-    """Packs integers of `nbits` bits `[n, m]` along `n`, a multiple of 32, into int32 `[n * nbits / 32, m]`."""
-    values = values.unflatten(0, (-1, WORD))
-    words = torch.zeros(len(values), nbits, values.shape[2], dtype=torch.int64, device=values.device)
-    for i in range(WORD):
-        word, shift = divmod(i * nbits, WORD)
-        value = values[:, i].long() << shift
-        words[:, word] |= value
-        if shift + nbits > WORD:
-            words[:, word + 1] |= value >> WORD
-    words = words & 0xFFFFFFFF
-    return torch.where(words < 2**31, words, words - 2**32).int().flatten(0, 1)
 
 
 def _tensors(
