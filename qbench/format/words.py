@@ -27,7 +27,7 @@ def pack_words(values: Tensor, nbits: int) -> Tensor:
 
 
 def unpack_words(words: Tensor, nbits: int, count: int) -> Tensor:
-    """The first `count` integers of int32 `[ceil(count * nbits / 32), m]`, along the first dimension: uint8 `[count, m]`."""
+    """Undoes `pack_words`: uint8 `[count, m]` out of int32 `[ceil(count * nbits / 32), m]`."""
     words = torch.nn.functional.pad(words, (0, 0, 0, -len(words) % nbits)).unflatten(0, (-1, nbits))
     values = torch.empty(len(words), WORD, words.shape[2], dtype=torch.uint8, device=words.device)
     for i in range(WORD):
