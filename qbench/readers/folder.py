@@ -81,7 +81,7 @@ class HeldFolder:
         self.made_by, self._layout, self._path = made_by, layout, path
         check_architecture(path, model)
         try:
-            self._shards = Shards(path, weight_files(path))
+            self._shards = Shards(path, shards_of(path))
         except RequestError as error:
             raise ReadError(str(error)) from error
         self.file_bytes = sum(file.stat().st_size for file in {s.file for s in self._shards.tensors.values()})
@@ -108,7 +108,7 @@ class HeldFolder:
         key, fused = self._plain[name]
         tensor = self._tensor(key)
         if fused is None:
-            return tensor
+            return tensor.T.contiguous() if name in self._names.transposed else tensor
         index, projection, _ = name.removeprefix(f"{fused.module}.").split(".")
         how = form(self._names.experts[fused.module])
         return matrix_of(how, projection, fused.parameter, tensor[int(index)])
@@ -169,7 +169,8 @@ class HeldFolder:
             self.ignored[key] = "a buffer, which the original has of its own"
         else:
             self._check_plain(key, stored, self._names.shapes[place])
-            self._enter(place, Entry(stored.shape, dtype_name(stored.dtype), stored.nbytes, quantized=False))
+            shape = self._names.matrix_shape(place)
+            self._enter(place, Entry(shape, dtype_name(stored.dtype), stored.nbytes, quantized=False))
             self._plain[place] = key, None
 
     def _check_plain(self, key: str, stored: Stored, shape: tuple[int, ...]) -> None:
@@ -235,7 +236,7 @@ def check_architecture(path: Path, model: Any) -> None:
         raise ReadError(f"{path} holds a model of the architecture {theirs[:50]}, and the original is a {ours}")
 
 
-def weight_files(path: Path) -> list[Path] | None:
+def shards_of(path: Path) -> list[Path] | None:
     """The shards of a folder, or of one file; None for the names that transformers gives them.
 
     Raises ReadError where weights are pickled: they are never opened, since they can run code.
