@@ -37,6 +37,7 @@ from qbench.errors import RequestError
 from qbench.format.aux import FP16_MAX
 from qbench.format.format import Format
 from qbench.format.weight import QuantizedWeight
+from qbench.format.words import WORD, pack_words
 from qbench.layers.linear import in_packed_format
 from qbench.model.linears import find_linears, matrix
 from qbench.quant.quantizer import Quantizer
