@@ -87,9 +87,7 @@ def power_of_mcnemar(difference: float, changed: float, documents: int, level: f
     return float((chances * np.where(edges < 0, 0.0, found)).sum())
 
 
-def detectable_share(
-    changed: float, documents: int, level: float = LEVEL, power: float = POWER
-) -> float | None:
+def detectable_share(changed: float, documents: int, level: float = LEVEL, power: float = POWER) -> float | None:
     """The smallest true difference of two accuracies that exact McNemar finds with this power, of 1.
 
     `changed` is the share of documents that changed. Where so few change that even all in one direction would not be
@@ -116,12 +114,12 @@ def more_needed(difference: float, smallest: float, count: int) -> int | None:
 def _last_rejected(changed: np.ndarray, level: float) -> np.ndarray:
     """Of so many changes, the largest count of the rarer direction that exact McNemar still finds; -1 for none."""
     special = _special()
-    at = np.floor(special.bdtrik(np.full(changed.shape, level / 2), np.maximum(changed, 1), 0.5))
-    at = np.where(np.isfinite(at), at, -1)
-    for step in (1, 0, -1):  # the inverse is of a continuous extension, and may be one off
+    at = np.nan_to_num(np.floor(special.bdtrik(np.full(changed.shape, level / 2), np.maximum(changed, 1), 0.5)))
+    found = np.full(changed.shape, -1.0)
+    for step in (-1, 0, 1):  # the inverse is of a continuous extension, and may be one off
         tried = np.clip(at + step, 0, None)
-        fits = 2 * special.bdtr(tried, np.maximum(changed, 1), 0.5) < level
-        found = np.where(fits, tried, -1.0) if step == 1 else np.maximum(found, np.where(fits, tried, -1.0))
+        rejected = 2 * special.bdtr(tried, np.maximum(changed, 1), 0.5) < level
+        found = np.where(rejected, np.maximum(tried, found), found)
     return np.where(changed == 0, -1, found)
 
 
