@@ -31,6 +31,8 @@ from typing import Any, Literal
 
 import numpy as np
 
+from qbench import significance
+
 Verdict = Literal["better", "worse", "not distinguishable"]
 
 
@@ -212,9 +214,24 @@ def pooled_contributions(parts: Sequence[np.ndarray], weights: Sequence[float]) 
     return np.concatenate([value + c * (part - part.mean()) for c, part in zip(scales, parts, strict=True)])
 
 
-def verdict(delta: Estimate, higher_is_better: bool) -> Verdict:
-    """What a difference to the original says. Without an interval, or with zero inside of it: nothing."""
-    if delta.low is None or delta.high is None or delta.low <= 0 <= delta.high:
+def p_value(delta: Estimate) -> float | None:
+    """Of a difference whose interval is Student's: below 0.05 where the 95 % interval excludes zero."""
+    return None if delta.error is None else float(significance.student(delta.value, delta.error, delta.dof))
+
+
+def smallest(delta: Estimate) -> float | None:
+    """The smallest true difference that would have been told, where the interval is Student's."""
+    return None if delta.error is None or delta.dof is None else significance.detectable(delta.error, delta.dof)
+
+
+def verdict(delta: Estimate, higher_is_better: bool, p: float | None = None) -> Verdict:
+    """What a difference to the original says. Without an interval, or with zero inside of it: nothing.
+
+    `p` decides in place of the interval where the test is one of its own (McNemar's).
+    """
+    if delta.low is None or delta.high is None:
+        return "not distinguishable"
+    if delta.low <= 0 <= delta.high if p is None else p >= significance.LEVEL:
         return "not distinguishable"
     return "better" if (delta.value > 0) == higher_is_better else "worse"
 

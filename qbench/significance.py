@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -99,6 +100,21 @@ def detectable_share(changed: float, documents: int, level: float = LEVEL, power
     if power_of_mcnemar(1.0, 1.0, documents, level) < power:
         return None
     return _root(lambda d: power_of_mcnemar(d, d, documents, level) - power, max(changed, 1e-12), 1.0, 1.0)
+
+
+@dataclass(frozen=True)
+class SharesTest:
+    """Of two models' answers to the same documents, right or wrong."""
+
+    p_value: float  # exact McNemar
+    detectable: float | None
+
+
+def paired_shares_test(correct: np.ndarray, baseline_correct: np.ndarray) -> SharesTest:
+    """Both 0 or 1, `[documents]`."""
+    gained, lost = (int(((correct == a) & (baseline_correct == 1 - a)).sum()) for a in (1, 0))
+    smallest = detectable_share((gained + lost) / len(correct), len(correct))
+    return SharesTest(float(mcnemar(gained, lost)), smallest)
 
 
 def more_needed(difference: float, smallest: float, count: int) -> int | None:

@@ -23,6 +23,7 @@ from qbench.model.offload import runs_offloaded
 from qbench.passes import account
 from qbench.passes.calibrate import Calibration, cut_sequences
 from qbench.passes.quantize import quantize_model, require_finite, skipped_rows
+from qbench.quant.noise import Noise
 from qbench.quant.original import Original
 from qbench.quant.quantizer import Quantizer
 from qbench.record.quantization import LayerRow, SkippedRow
@@ -38,6 +39,8 @@ def whole(point: Prepared) -> Measured:
     config, quantizer, runtime = point.config, point.quantizer, point.config.runtime
     clock, result = Clock(), started(point)
     try:
+        if reason := _needs_blocks(point):
+            raise PointError(f"{reason} needs a model that is a plain chain of blocks, and {point.model.name} is none")
         tokenizer = point.model.tokenizer(point.store.models)
         evaluation = point.protocol.prepare(point.source, tokenizer, runtime)
         calibration = None
@@ -91,6 +94,13 @@ def whole(point: Prepared) -> Measured:
         return Measured(point, done, kept, loaded.model, loaded.tokenizer)
     except Exception as error:
         return failed(point, error, replace(result, seconds=clock.seconds))
+
+
+def _needs_blocks(point: Prepared) -> str | None:
+    """The setting that a pass serves and a model as a whole does not."""
+    if point.draws > 1:
+        return f"calibration.draws={point.draws}"
+    return "quantizer=noise" if isinstance(point.quantizer, Noise) else None
 
 
 def _load(point: Prepared, scored: np.ndarray | None, calibration: Calibration | None) -> LoadedModel:
