@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from qbench import __version__
 from qbench.checkpoint import packed as checkpoint
 from qbench.checkpoint import served
-from qbench.checkpoint.served import INSTEAD, WORD, example, integer_refusal, pack_words
+from qbench.checkpoint.served import INSTEAD, example, integer_refusal
 from qbench.errors import RequestError
 from qbench.format.aux import FP16_MAX
 from qbench.format.format import Format

@@ -86,6 +86,7 @@ class CalibrationRecord(Strict):
     sequences: int
     tokens: int
     inputs: str = "quantized"  # or original: what each block was shown of the blocks before it
+    draws_sha256: list[str] = field(default_factory=list)  # token ids of the draws after the first
 
 
 @dataclass(frozen=True)
