@@ -109,8 +109,8 @@ def skeleton(source: Source) -> Skeleton | None:
 
 def covered(point: Prepared, known: Skeleton | None) -> tuple[float | None, str | None, list[str]]:
     """The share of the linear weights that will be quantized, why the point will be refused, and what to say of it."""
-    if not known or not point.quantizer or isinstance(point.quantizer, Original):
-        return None, None, []
+    if not known or not point.quantizer or isinstance(point.quantizer, Original) or point.quantizer.files():
+        return None, None, []  # of a file it is known when it is opened for the model
     share, refused = coverage.planned(known.found, point.config.runtime.min_coverage)
     return share, refused, coverage.sentences(point.model.name, known.found, refused)
 
@@ -119,7 +119,7 @@ def quantized(
     point: Prepared, known: Skeleton | None, solve: Callable[[Quantizer], np.ndarray]
 ) -> tuple[float, int] | None:
     """`model_bytes` of the point; None where they are not known."""
-    if not known or not known.shapes or not point.quantizer:
+    if not known or not known.shapes or not point.quantizer or point.quantizer.files():
         return None
     return model_bytes(point.quantizer, known.parameters, known.shapes, solve)
 
