@@ -53,7 +53,12 @@ class RotatingQuantizer(Quantizer):
         if stats is not None and stats.hessian is not None and len(stats.hessian) == columns:
             stats = replace(stats, hessian=rotation(rotation(stats.hessian.to(weights[0].device)).T))
         found = self.quantize_basis([rotation(weight) for weight in weights], stats)
-        return [replace(one, rotation=rotation, method=f"{one.method}-hadamard{block}") for one in found]
+        # signs of its own for each weight: what a layer holds is its own, and counted there
+        rotations = [replace(rotation, signs=rotation.signs.clone()) for _ in found]
+        return [
+            replace(one, rotation=own, method=f"{one.method}-hadamard{block}")
+            for one, own in zip(found, rotations, strict=True)
+        ]
 
     def quantize_one(self, weight: Tensor, stats: InputStatistics | None = None) -> QuantizedWeight:
         return self.quantize([weight], stats)[0]
