@@ -64,7 +64,7 @@ class HIGGS(Quantizer):
             columns=columns,
             nbits=self.nbits,
             group_size=width,
-            codebook=points.squeeze(-1),
+            codebook=points.squeeze(-1).clone(),  # of its own: the grid is kept for the next weight
             method="higgs",
             rotation=Rotation(block) if block > 1 else None,
         )

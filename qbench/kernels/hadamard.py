@@ -36,7 +36,7 @@ def _rotate(x, signs, y, columns, norm, SIGNED: tl.constexpr, BLOCK: tl.constexp
         minus = (tl.load(signs + channel // 8).to(tl.int32) >> (channel % 8)) & 1
         values = tl.where(minus == 1, -values, values)
     for i in tl.static_range(ROUNDS):
-        values = _round(values, BLOCK, 2**i)
+        values = _round(values, BLOCK, 1 << i)
     tl.store(y + at, (values * norm).to(y.dtype.element_ty))
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from qbench.format.rotation import Rotation, largest_block
 from qbench.format.weight import QuantizedWeight
+from qbench.quant import gpu
 from qbench.quant.quantizer import InputStatistics, Quantizer
 
 ROTATIONS = ("hadamard",)
@@ -52,8 +53,22 @@ class RotatingQuantizer(Quantizer):
         rotation = Rotation.seeded(columns, block, self.rotation_seed, weights[0].device)
         if stats is not None and stats.hessian is not None and len(stats.hessian) == columns:
             stats = replace(stats, hessian=rotation(rotation(stats.hessian.to(weights[0].device)).T))
-        found = self.quantize_basis([rotation(weight) for weight in weights], stats)
-        return [replace(one, rotation=rotation, method=f"{one.method}-hadamard{block}") for one in found]
+        found = self.quantize_basis([rotated(weight, rotation) for weight in weights], stats)
+        # signs of its own for each weight: what a layer holds is its own, and counted there
+        rotations = [replace(rotation, signs=rotation.signs.clone()) for _ in found]
+        return [
+            replace(one, rotation=own, method=f"{one.method}-hadamard{block}")
+            for one, own in zip(found, rotations, strict=True)
+        ]
 
     def quantize_one(self, weight: Tensor, stats: InputStatistics | None = None) -> QuantizedWeight:
         return self.quantize([weight], stats)[0]
+
+
+def rotated(weight: Tensor, rotation: Rotation) -> Tensor:
+    """W R, fp32 `[out, in]`: to the bit the same by the kernel, which reads and writes a weight once."""
+    if not gpu.enabled(weight):
+        return rotation(weight)
+    from qbench.kernels import hadamard
+
+    return hadamard.rotate(weight.float(), rotation) if rotation.block <= hadamard.LARGEST_BLOCK else rotation(weight)

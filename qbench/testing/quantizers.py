@@ -246,6 +246,11 @@ class QuantizerConformance:
             largest = float(self.one(weight, case).dequantize()[dead].abs().max())
             assert largest < SPREAD / 50, f"{case} must come back as zero, got values up to {largest:.2g}"
 
+    def test_a_rotated_weight_comes_back_in_its_own_basis(self) -> None:
+        if hasattr(quantizer := self.make(), "rotation"):
+            weight, quantizer = gaussian(64, 128), replace(quantizer, rotation="hadamard")
+            self.check_error(weight, self.one(weight, "rotated", quantizer=quantizer), "rotated and brought back")
+
     def test_buffers_round_trip(self) -> None:
         result = self.one(gaussian(48, 160), "weight of shape [48, 160]")
         try:

@@ -9,6 +9,8 @@ from tests.kernels.interpreted import kernels  # noqa: F401  first: it sets Trit
 
 from qbench.format.rotation import Rotation  # isort: skip
 from qbench.kernels import hadamard
+from qbench.quant.rotating import rotated
+from qbench.testing import gaussian
 
 
 @pytest.mark.parametrize(("columns", "block"), [(64, 64), (48, 16), (6, 2), (5, 1)])
@@ -19,6 +21,13 @@ def test_the_same_sums_in_the_same_order(columns, block, signed, generator):
     assert torch.equal(hadamard.rotate(x, rotation), rotation(x))
     strided = torch.randn(columns, 4, generator=generator).T
     assert torch.equal(hadamard.rotate(strided, rotation), rotation(strided))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_weight_is_rotated_to_the_same_bits(kernels, dtype):  # noqa: F811
+    weight = gaussian(6, 48).to(dtype)
+    plain, fast = kernels(lambda: rotated(weight, Rotation.seeded(48, 16, 0)))
+    assert torch.equal(plain, fast)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
