@@ -43,6 +43,11 @@ def student(value: Any, error: Any, dof: Any) -> Any:
     return np.where(np.equal(value, 0), 1.0, p)[()]
 
 
+def quantile(dof: Any, level: float = 0.95) -> Any:
+    """Half the width of an interval of Student's t, in standard errors."""
+    return _special().stdtrit(dof, (1 + level) / 2)
+
+
 def holm(p_values: np.ndarray) -> np.ndarray:
     """Adjusted p-values of a family `[tests]`: one that is below the level holds at that level for all together.
 
