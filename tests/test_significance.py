@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from scipy import stats
+from scipy import integrate, stats
 
 from qbench import significance
 from qbench.intervals import Drawn, Estimate, exp_adds, jackknife, paired_delta, with_draws
@@ -43,8 +43,25 @@ def test_agrees_with_statsmodels(seed):
     effect = draw.uniform(0.1, 5) / np.sqrt(windows)
     theirs = power.TTestPower().power(effect, windows, level)
     assert significance.power_of_t(effect * np.sqrt(windows), windows - 1, level) == pytest.approx(theirs, abs=1e-9)
-    smallest = significance.detectable(1 / np.sqrt(windows), windows - 1, level)
-    assert power.TTestPower().power(smallest, windows, level) == pytest.approx(0.8, abs=1e-9)
+
+
+@pytest.mark.parametrize(("dof", "level"), [(3, 0.05), (11, 0.05 / 6), (47, 0.05), (7.4, 0.01)])
+def test_what_a_t_test_could_have_found(dof, level):
+    """The mean power over all errors that may have been estimated is 0.8, by scipy's own distributions."""
+    smallest = significance.detectable(2.0, dof, level) / 2.0
+    edge = stats.t.ppf(1 - level / 2, dof)
+
+    def found(ratio):  # estimated error over the true one
+        chance = stats.nct.sf(edge, dof, smallest * ratio) + np.nan_to_num(stats.nct.cdf(-edge, dof, smallest * ratio))
+        return chance * stats.chi.pdf(ratio * np.sqrt(dof), dof) * np.sqrt(dof)
+
+    total = integrate.quad(found, 0, 8, points=[1], epsabs=1e-12, limit=200)[0]
+    assert total == pytest.approx(0.8, abs=1e-8)
+
+
+def test_with_many_windows_it_is_the_usual_formula():
+    usual = stats.norm.ppf(0.975) + stats.norm.ppf(0.8)
+    assert significance.detectable(0.5, 20_000) == pytest.approx(0.5 * usual, rel=1e-3)
 
 
 def test_holm_by_hand_and_with_tests_that_are_none():
