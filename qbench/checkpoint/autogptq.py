@@ -56,7 +56,7 @@ class AutoGPTQ:
         generator = torch.Generator().manual_seed(0)
         weight = torch.randn(8, 64 if group_size == -1 else group_size, generator=generator)
         inputs = torch.randn(64, weight.shape[1], generator=generator)
-        stats = InputStatistics(len(inputs), inputs.abs().mean(0), inputs, inputs.T @ inputs)
+        stats = InputStatistics(len(inputs), inputs.abs().mean(0), inputs, inputs.T @ inputs, inputs.square().mean(0))
         try:
             [quantized] = quantizer.quantize([weight], stats if quantizer.needs else None)
         except ValueError:  # said better where it meets the model
