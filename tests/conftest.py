@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Iterable
 from contextlib import redirect_stderr, redirect_stdout
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -77,6 +77,27 @@ def qbench(tmp_path, monkeypatch):
         return Outcome(status, out.getvalue(), err.getvalue())
 
     return call
+
+
+@pytest.fixture
+def prepared(tmp_path, monkeypatch):
+    """The point that settings, each a word or several, ask for; its results lie in the folder `outputs`."""
+    from hydra import compose, initialize_config_module
+    from omegaconf import OmegaConf
+
+    from qbench.config import register
+    from qbench.request.prepare import prepare
+
+    monkeypatch.chdir(tmp_path)
+    register()
+
+    def point(*settings, outputs="together"):
+        words = [word for setting in settings for word in setting.split()]
+        with initialize_config_module("qbench.conf", version_base="1.3"):
+            config = OmegaConf.to_object(compose("config", words))
+        return prepare(replace(config, outputs=str(tmp_path / outputs)), words)
+
+    return point
 
 
 @pytest.fixture(scope="session")

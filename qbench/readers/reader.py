@@ -42,7 +42,9 @@ class Held(Protocol):
     """A file or folder that is open: its weights by the model's names, none of them read yet."""
 
     entries: Mapping[str, Entry]
-    made_by: str  # format and what is known of how it was made, for people: "GGUF Q4_K_M", "GPTQ, 4 bits, groups of 128"
+    made_by: (
+        str  # format and what is known of how it was made, for people: "GGUF Q4_K_M", "GPTQ, 4 bits, groups of 128"
+    )
     file_bytes: int  # of all files that hold weights
     ignored: Mapping[str, str]  # tensors in the file that this model has no place for, with the reason
 

@@ -7,7 +7,7 @@ import sys
 from rich.console import Console
 from rich.table import Table
 
-from qbench.record.quality import MetricRecord
+from qbench.record.quality import MetricRecord, detected
 from qbench.record.result import Result
 from qbench.record.speed import PhaseRecord, SpeedRecord
 
@@ -31,7 +31,8 @@ def show(result: Result) -> None:
         if (divergence := record.divergence) is not None:
             kl, same = divergence.kl, divergence.top1_agreement
             table.add_row(
-                "KL(16 bit || quantized), nats", "0", f"{kl.value:.4f}", f"99 % below {divergence.kl_p99:.3f}"
+                *("KL(16 bit || quantized), nats", "0", f"{kl.value:.4f}"),
+                f"median {divergence.kl_p50:.4f}, 99 % below {divergence.kl_p99:.3f}, 99.9 % {divergence.kl_p999:.3f}",
             )
             table.add_row("same most probable token", "100%", f"{same.value:.1%}", "")
     for task in result.tasks:
@@ -61,6 +62,10 @@ def _add_metric(table: Table, metric: MetricRecord, protocol: str = "") -> None:
     change = "no original" if metric.delta is None else f"{metric.delta:+.{digits}f}"
     if metric.delta_low is not None:
         change += f"  (95 %: {metric.delta_low:+.{digits}f} to {metric.delta_high:+.{digits}f})"
+    if metric.spread is not None:
+        change += f"; {len(metric.draws or ())} draws, spread {metric.spread:.{digits}f}"
+    if told := detected(metric.verdict, metric.detectable, digits):
+        change += f"; {told}"
     if metric.flip_rate is not None:
         change += f"; {metric.flip_rate:.1%} flipped"
     baseline = "" if metric.baseline is None else f"{metric.baseline:.{digits}f}"
