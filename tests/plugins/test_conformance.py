@@ -19,8 +19,8 @@ from qbench.testing import QuantizerConformance, gaussian
 
 # a third party's quantizer may be installed beside ours; it has tests of its own
 SHIPPED = [n for n in quantizer_names() if quantizer_class(n).__module__.startswith("qbench.plugins.")]
-# official packages are optional, and accept less than the suite asks for: see test_upstream_oracle.py
-BUILT_IN = [n for n in SHIPPED if not n.startswith("upstream/")]
+# official packages are optional, and accept less than the suite asks for: see test_upstream_oracle.py and test_gguf.py
+BUILT_IN = [n for n in SHIPPED if not n.startswith(("upstream/", "gguf/"))]
 # what the bit-widths of a method with its other settings at their defaults leave out
 SETTINGS = [
     ("sinq", {"codebook": "nf4"}),
