@@ -1,6 +1,6 @@
 """Weights as bitsandbytes stores them: 4 bits in blocks (QLoRA, arXiv 2305.14314), 8 in rows (LLM.int8(), 2208.07339).
 
-    4 bits    w[n] = levels[codes[n]] * absmax[n // block_size]        n = o * in + i, blocks run on into the next row
+    4 bits    w[n] = levels[codes[n]] * absmax[n // block_size]      n = o * in + i: blocks run on into the next row
               absmax[b] = nested_levels[nested[b]] * nested_absmax[b // 256] + offset      with double quantization
     8 bits    W[o, i] = codes[o, i] * absmax[o] / 127
 

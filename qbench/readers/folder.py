@@ -63,7 +63,7 @@ class Layout(Protocol):
 
     parts: tuple[str, ...]  # of a quantized matrix, after its module's name and a dot
     marks: tuple[str, ...]  # those of `parts` that no matrix in 16 bits has
-    unused: Mapping[str, str]  # other names in such a module, that only an engine reads, with the reason
+    unused: Mapping[str, str]  # names of what only an engine reads, with the reason; "" for what changes no number
 
     def kind(self, linear: Linear) -> str:
         """How it is stored, in words, from headers alone; raises ReadError unless they fit its shape."""
@@ -132,7 +132,8 @@ class HeldFolder:
         plain = []
         for key in self._shards.tensors:
             if (last := key.rpartition(".")[2]) in layout.unused:
-                self.ignored[key] = layout.unused[last]
+                if reason := layout.unused[last]:
+                    self.ignored[key] = reason
             elif key not in taken:
                 plain.append(key)
         return quantized, plain
@@ -219,6 +220,16 @@ def quantization_of(path: Path) -> dict[str, Any]:
 def method_of(path: Path) -> str:
     """quant_method, in lower case; "" where nothing is quantized."""
     return str(quantization_of(path).get("quant_method", "")).lower()
+
+
+def holds_part(path: Path, part: str) -> bool:
+    """Whether a folder without settings holds tensors of this last name, by its headers."""
+    if not path.is_dir() or method_of(path) or not config_of(path):
+        return False
+    try:
+        return any(key.endswith(f".{part}") for key in Shards(path, shards_of(path)).tensors)
+    except (RequestError, ReadError, OSError):
+        return False
 
 
 def integer(settings: Mapping[str, Any], name: str, default: int | None) -> int:
