@@ -32,11 +32,12 @@ from torch import Tensor, nn
 from qbench import __version__
 from qbench.checkpoint import packed as checkpoint
 from qbench.checkpoint import served
-from qbench.checkpoint.served import INSTEAD, WORD, example, integer_refusal, pack_words
+from qbench.checkpoint.served import INSTEAD, example, integer_refusal
 from qbench.errors import RequestError
 from qbench.format.aux import FP16_MAX
 from qbench.format.format import Format
 from qbench.format.weight import QuantizedWeight
+from qbench.format.words import WORD, pack_words
 from qbench.layers.linear import in_packed_format
 from qbench.model.linears import find_linears, matrix
 from qbench.quant.quantizer import Quantizer

@@ -18,7 +18,6 @@ from qbench.format.weight import QuantizedWeight
 from qbench.layers.linear import PackedWeight, QuantLinear
 from qbench.quant.quantizer import InputStatistics, Quantizer
 
-WORD = 32  # bits
 INSTEAD = "export.format=packed keeps everything"
 
 
@@ -79,21 +78,6 @@ def quantized_linears(model: nn.Module, whose: str) -> dict[str, Format]:
     if not weights:
         raise RequestError("the model has no quantized layer; save_pretrained is the way to save it")
     return weights
-
-
-def pack_words(values: Tensor, nbits: int) -> Tensor:
-    """Integers of `nbits` bits `[n, m]` as little-endian streams along `n`: int32 `[ceil(n * nbits / 32), m]`."""
-    length = -(-len(values) * nbits // WORD)
-    values = torch.nn.functional.pad(values, (0, 0, 0, -len(values) % WORD)).unflatten(0, (-1, WORD))
-    words = torch.zeros(len(values), nbits, values.shape[2], dtype=torch.int64, device=values.device)
-    for i in range(WORD):
-        word, shift = divmod(i * nbits, WORD)
-        value = values[:, i].long() << shift
-        words[:, word] |= value
-        if shift + nbits > WORD:
-            words[:, word + 1] |= value >> WORD
-    words = words & 0xFFFFFFFF
-    return torch.where(words < 2**31, words, words - 2**32).int().flatten(0, 1)[:length]
 
 
 def tensors(

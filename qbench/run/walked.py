@@ -7,7 +7,7 @@ whole variant (an export, a measurement of speed, a task that generates) has it 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -29,8 +29,10 @@ from qbench.passes.states import States, wait_on_host
 from qbench.passes.variant import Variant
 from qbench.passes.walk import Reading, Walk
 from qbench.quant.original import Original
+from qbench.quant.quantizer import Quantizer
 from qbench.record.result import Result
 from qbench.request.prepare import Prepared
+from qbench.run.held import file_record, for_model
 from qbench.run.outcome import Clock, Measured, failed, started
 from qbench.sources.stream import Stream, Whole
 
@@ -44,6 +46,7 @@ class Asked:
     point: Prepared
     result: Result
     calibration: Calibration | None
+    quantizer: Quantizer  # of the point, for this model
     variant: Variant | None = None  # None: the original as a row
     reading: Reading | None = None
     original_speed: Any = None
@@ -79,7 +82,9 @@ class Together:
             self.first.source, self.tokenizer, self.first.config.runtime
         )
         self.asks = getattr(self.evaluation, "asks", lambda: None)()
-        self.asked = [Asked(point, started(point), _calibration(point, self.tokenizer)) for point in points]
+        self.asked = [
+            Asked(point, started(point), _calibration(point, self.tokenizer), point.quantizer) for point in points
+        ]
         whole = self.asks is None or any(one.timed and not one.point.config.runtime.offload for one in self.asked)
         with self.clock.phase("load"):
             stream, note = _stream(self.first, whole)
@@ -133,15 +138,17 @@ class Together:
             copies = len(variants) + (not self.cached)
             begun = self.walk.begin(self.asks.batches, _wait_on_host(self.walk, self.asks.batches, copies, self.first))
             original = None if self.cached else States.like(begun)
-        shown = _share_calibrations(self.walk, variants)
+        shown = _share_calibrations(self.walk)
         for one in variants:
-            one.variant = Variant(
-                _label(one.point),
-                one.point.quantizer,
-                None if begun is None else States.like(begun),
-                keep=self.asks is None or one.timed or one.point.export is not None,
-                **shown(one),
-            )
+            keep = self.asks is None or one.timed or one.point.export is not None
+            one.variant = Variant(_label(one.point), one.quantizer, None, keep=keep)
+        for one in list(variants):
+            try:
+                self.walk.begin_own(one.variant, begun)
+                shown(one)
+            except Exception as error:
+                variants.remove(one)
+                yield self._drop(one, error)
         del begun  # the states exist once a variant
         made = {id(one.variant): one for one in variants}
         shared = {id(one.variant.shares): one.variant.shares for one in variants if one.variant.shares is not None}
@@ -162,7 +169,8 @@ class Together:
         own = None if self.cached else Reading(self.asks.reader(None), None, compares=False)
         self.scores = self.scores or {}  # filled in below, before a variant's reader is asked for its scores
         for one in self.asked:
-            one.reading = Reading(self.asks.reader(self.scores), one.variant and one.variant.states, self.asks.compares)
+            states, chain = (one.variant.states, one.variant.chain) if one.variant else (None, None)
+            one.reading = Reading(self.asks.reader(self.scores), states, self.asks.compares, chain)
         by_reading = {id(one.reading): one for one in self.asked}
         readings = [one.reading for one in self.asked]
         for broken in self.walk.read([own, *readings] if own else readings, self.last):
@@ -192,6 +200,7 @@ class Together:
             warn(one.variant.rows)
             name = point.config.quantizer["name"]
             quantization = account.of_variant(one.variant, name, self.about, walk.found, one.calibration)
+            quantization = replace(quantization, file=file_record(one.quantizer, point))
             least = point.config.runtime.min_coverage
             if reason := coverage.shortfall(quantization.coverage, least, quantization.skipped, "were"):
                 raise PointError(reason)  # settled before but for linears that no calibration token reached
@@ -252,6 +261,7 @@ def _check(one: Asked, walk: Walk, scored: np.ndarray | None) -> None:
     if not isinstance(point.quantizer, Original):
         if reason := coverage.too_few(walk.found, point.config.runtime.min_coverage):
             raise PointError(reason)
+        one.quantizer = for_model(point, walk.skeleton)
         if point.export is not None:
             checkpoint.check_model(point.exporter, walk.skeleton, point.quantizer, point.config.export["format"])
 
@@ -263,21 +273,22 @@ def _wait_on_host(walk: Walk, batches: Any, copies: int, point: Prepared) -> boo
     return wait_on_host(tokens, hidden, point.dtype.itemsize, copies, largest, point.device)
 
 
-def _share_calibrations(walk: Walk, variants: list[Asked]) -> Any:
-    """Gives each variant its calibration: its own, or that which all with one text and `inputs=original` share."""
+def _share_calibrations(walk: Walk) -> Callable[[Asked], None]:
+    """Gives a variant its calibration: its own, or that which all with one text and `inputs=original` share."""
     shared: dict[str, Shown] = {}
 
-    def shown(one: Asked) -> dict[str, Shown]:
-        calibration, needs = one.calibration, one.point.quantizer.needs
+    def shown(one: Asked) -> None:
+        calibration, needs, variant = one.calibration, one.quantizer.needs, one.variant
         if calibration is None:
-            return {}
+            return
         if calibration.inputs != "original":
-            return {"shown": Shown(walk.chain, calibration.ids, needs, original=False)}
+            variant.shown = Shown(variant.chain or walk.chain, calibration.ids, needs, original=False)
+            return
         key = calibration.token_ids_sha256
         if key not in shared:
             shared[key] = Shown(walk.chain, calibration.ids, needs, original=True)
         shared[key].needs |= needs
-        return {"shares": shared[key]}
+        variant.shares = shared[key]
 
     return shown
 
