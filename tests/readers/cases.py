@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -22,23 +23,25 @@ def skeleton(architecture: str = "dense"):
 
 
 @cache
-def plain(architecture: str, folder: Path) -> tuple[dict, dict[str, Tensor]]:
+def plain(architecture: str) -> tuple[dict, dict[str, Tensor]]:
     """config.json and the tensors that transformers saves of a tiny model: every expert's matrix by itself."""
-    build(architecture, 0)[0].half().save_pretrained(folder)
-    return json.loads((folder / "config.json").read_text()), load_file(folder / "model.safetensors")
+    with tempfile.TemporaryDirectory() as name:
+        build(architecture, 0)[0].half().save_pretrained(folder := Path(name))
+        config, tensors = json.loads((folder / "config.json").read_text()), load_file(folder / "model.safetensors")
+        return config, {key: tensor.clone() for key, tensor in tensors.items()}
 
 
-def write(folder: Path, pack: Pack, quantization: dict, architecture: str = "dense", tmp: Path | None = None) -> Path:
+def write(folder: Path, pack: Pack, quantization: dict, architecture: str = "dense") -> Path:
     """Writes a tiny model to `folder`, every linear of its blocks as the parts `.NAME` that `pack` makes of it.
 
     `pack` is given the module's name and weight `[out, in]` in fp16, and returns {} for what stays as it is.
     """
-    config, tensors = plain(architecture, tmp or folder.parent / f"plain-{architecture}")
+    config, tensors = plain(architecture)
     written = {}
     for key, tensor in tensors.items():
         module, _, last = key.rpartition(".")
         parts = pack(module, tensor) if last == "weight" and module.endswith(ENDS) else {}
-        written |= {f"{module}.{part}": value.contiguous() for part, value in parts.items()} or {key: tensor}
+        written |= {f"{module}.{part}": value.contiguous().clone() for part, value in parts.items()} or {key: tensor}
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config | {"quantization_config": quantization}))
     save_file(written, folder / "model.safetensors", {"format": "pt"})

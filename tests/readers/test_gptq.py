@@ -52,7 +52,7 @@ def test_gptq(tmp_path, nbits, v1, order):
     def pack(module, weight):
         if module.endswith("o_proj"):
             return {}  # a mixture of types is the rule
-        rows, columns = weight.shape
+        _rows, columns = weight.shape
         groups = columns // GROUP
         codes, zero, scale = random_parts(module, weight, nbits, groups)
         if v1 and nbits == 4:
