@@ -142,14 +142,16 @@ def test_read_back_it_is_the_packed_model_to_the_bit(tmp_path, settings, scale_d
 @pytest.mark.slow
 @pytest.mark.parametrize("settings", [{"name": "gptq", "group_size": 64}, {"name": "nvfp4"}], ids=called)
 def test_read_back_it_measures_the_same(qbench, tmp_path, settings):
-    point = ["model=tiny-dense", "task.windows=2", f"quantizer={settings['name']}"]
+    point = ["model=tiny-dense", "task.max_windows=2", f"quantizer={settings['name']}"]
     point += [f"quantizer.{key}={value}" for key, value in settings.items() if key != "name"]
     ours = qbench(*point, f"export.dir={tmp_path / 'a'}", "export.format=compressed-tensors")
     assert ours.status == 0, ours.stderr
     file = qbench(*point[:2], "quantizer=file", f"quantizer.path={tmp_path / 'a'}")
     assert file.status == 0, file.stderr
-    one, other = (outcome.summary["quality"] for outcome in (ours, file))
+    measures = ("ppl", "kl", "kl_reverse", "kl_p99", "top1_agreement", "true_token_rms_change")
+    one, other = ([outcome.summary[key] for key in measures] for outcome in (ours, file))
     assert one == other
+    assert ours.summary["quantizer"] != file.summary["quantizer"]
 
 
 def test_layers_that_differ_have_config_groups_of_their_own(tmp_path):
