@@ -14,6 +14,7 @@ from qbench.errors import RequestError
 from qbench.format.blockfloat import NVFP4Weight
 from qbench.layers.linear import QuantLinear
 from qbench.passes.quantize import quantize_model
+from qbench.readers.file import reader_of
 from qbench.registry import EXPORTER, make, make_quantizer
 from qbench.sources.tiny import build
 from qbench.testing import gaussian, statistics_of
@@ -111,6 +112,46 @@ def test_what_transformers_computes_in_16_bit_is_ours_rounded_to_them(tmp_path, 
     for name, module in model.named_modules():
         if isinstance(module, QuantLinear):
             assert torch.equal(found.get_submodule(name).weight, module.quantized.dequantize(precision).float()), name
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"name": "rtn", "nbits": 4, "group_size": 32},
+        {"name": "rtn", "nbits": 8, "group_size": -1},
+        {"name": "rtn", "nbits": 4, "group_size": 64, "symmetric": True},
+        *FLOATS,
+    ],
+    ids=called,
+)
+@pytest.mark.parametrize("scale_dtype", ["fp16", "fp32"])
+def test_read_back_it_is_the_packed_model_to_the_bit(tmp_path, settings, scale_dtype):
+    model, tokenizer = model_of(settings)
+    compressed.save(model, tokenizer, tmp_path / "a", scale_dtype=scale_dtype)
+    kind, reader = reader_of(tmp_path / "a")
+    assert kind == "compressed-tensors"
+    held = reader.open(tmp_path / "a", build("dense", 0)[0].to("meta"))
+    assert not held.ignored
+    for name, module in model.named_modules():
+        if isinstance(module, QuantLinear):
+            assert torch.equal(held.read(f"{name}.weight").dequantize(), module.quantized.dequantize()), name
+    for name, parameter in model.named_parameters():
+        assert torch.equal(held.read(name), parameter), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("settings", [{"name": "gptq", "group_size": 64}, {"name": "nvfp4"}], ids=called)
+def test_read_back_it_measures_the_same(qbench, tmp_path, settings):
+    point = ["model=tiny-dense", "task.max_windows=2", f"quantizer={settings['name']}"]
+    point += [f"quantizer.{key}={value}" for key, value in settings.items() if key != "name"]
+    ours = qbench(*point, f"export.dir={tmp_path / 'a'}", "export.format=compressed-tensors")
+    assert ours.status == 0, ours.stderr
+    file = qbench(*point[:2], "quantizer=file", f"quantizer.path={tmp_path / 'a'}")
+    assert file.status == 0, file.stderr
+    measures = ("ppl", "kl", "kl_reverse", "kl_p99", "top1_agreement", "true_token_rms_change")
+    one, other = ([outcome.summary[key] for key in measures] for outcome in (ours, file))
+    assert one == other
+    assert ours.summary["quantizer"] != file.summary["quantizer"]
 
 
 def test_layers_that_differ_have_config_groups_of_their_own(tmp_path):
