@@ -57,6 +57,7 @@ class Quantizer:
     """
 
     needs: ClassVar[frozenset[Statistic]] = frozenset()  # empty: calibration-free
+    partial: ClassVar[bool] = False  # True: it is asked to leave linears alone, and runtime.min_coverage asks nothing
 
     def __post_init__(self) -> None:
         nbits = getattr(self, "nbits", 4)
@@ -96,6 +97,10 @@ class Quantizer:
 
         Raises ValueError for a model with which it cannot be used.
         """
+        return self
+
+    def for_layer(self, name: str) -> Quantizer | None:
+        """What quantizes the linear of that name; None leaves it alone, as the original has it."""
         return self
 
     def quantize_layers(
