@@ -10,6 +10,7 @@ from qbench.config import register
 from qbench.evaluate import speed
 from qbench.registry import PROTOCOL, make, make_quantizer
 from qbench.request.options import options
+from qbench.request.parts import spelled_out
 from qbench.sweep.plan import combinations
 from tests.conftest import ROOT, composed
 
@@ -32,7 +33,7 @@ def points(experiment):
         if models != [""]:
             product["model"] = models[0]
         parsed = OverridesParser.create().parse_overrides([f"{key}={value}" for key, value in product.items()])
-        for overrides in combinations(parsed):
+        for overrides in spelled_out(list(combinations(parsed)), lambda o: composed([f"experiment={experiment}", *o])):
             config = composed([f"experiment={experiment}", *overrides])
             found.append((models if models != [""] else [config.model["name"]], config))
     return found

@@ -64,7 +64,8 @@ def test_every_published_row_is_a_point_or_has_a_reason(table):
     where = (f"Table {table}", TABLE_18) if table == 3 else (f"Table {table}",)
     numbers = [n for n in published.read("sinq_v4") if n.where in where and n.quantizer != "none"]
     assert numbers
-    missing = {(n.where, n.settings.get("transform")): n for n in numbers if not any(measures(p, n) for p in points(table))}
+    unmeasured = [n for n in numbers if not any(measures(point, n) for point in points(table))]
+    missing = {(n.where, n.settings.get("transform")): n for n in unmeasured}
     assert missing.keys() == {key for key in MISSING if key[0] in where}, list(missing.values())
 
 

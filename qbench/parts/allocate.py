@@ -54,8 +54,8 @@ class Anatomy:
 def resolved(mixed: Mixed, results: Path, weights: str, text_sha256: str, protocol: Mapping[str, Any]) -> Mixed:
     """The quantizer with the assignment that its budget buys, by the anatomies below `results`.
 
-    `weights` is the model's fingerprint, `protocol` the request's settings of it. Raises RequestError when no anatomy of
-    the model and the text at two numbers of bits is recorded, or when the budget is below the fewest of them.
+    `weights` is the model's fingerprint, `protocol` the request's settings of it. Raises RequestError when no anatomy
+    of the model and the text at two numbers of bits is recorded, or when the budget is below the fewest of them.
     """
     found = _chosen(mixed, results, weights, text_sha256, protocol)
     cells = {nbits: anatomy.cells() for nbits, anatomy in sorted(found.items())}
@@ -63,8 +63,8 @@ def resolved(mixed: Mixed, results: Path, weights: str, text_sha256: str, protoc
     if len(usable) < 2:
         which = f"that of {' and '.join(map(str, usable))} bits alone" if usable else "none"
         raise RequestError(
-            f"quantizer=mixed chooses by anatomies of the method, the model and the text at two or more numbers of bits, "
-            f"and {which} is recorded in {results.parent}; measure them: python -m qbench -m experiment=anatomy "
+            f"quantizer=mixed chooses by anatomies of the method, the model and the text at two or more numbers of "
+            f"bits, and {which} is recorded in {results.parent}; measure them: python -m qbench -m experiment=anatomy "
             f"quantizer.method={mixed.method} quantizer.nbits=2,3,4 with the same model and task, or say "
             "quantizer.assignment"
         )
@@ -80,8 +80,8 @@ def resolved(mixed: Mixed, results: Path, weights: str, text_sha256: str, protoc
     except ValueError:
         least = 8 * sum(min(each) for each in costs) / total
         raise RequestError(
-            f"quantizer.budget_bits={mixed.budget_bits:g} is less than the {least:.3g} bits per weight that all linears "
-            f"at {widths[0]} bits take, scales included; ask for more"
+            f"quantizer.budget_bits={mixed.budget_bits:g} is less than the {least:.3g} bits per weight that all "
+            f"linears at {widths[0]} bits take, scales included; ask for more"
         ) from None
     bits = {part: widths[j] for part, j in zip(parts, chosen, strict=True)}
     return replace(mixed, assignment=written(bits))

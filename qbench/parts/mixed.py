@@ -3,8 +3,8 @@
     -m experiment=anatomy quantizer.method=rtn quantizer.nbits=2,3,4        what each part costs at each number of bits
     quantizer=mixed quantizer.method=rtn quantizer.budget_bits=3.5          the best that fits (allocate.py)
 
-What is chosen is the point: `assignment` holds it, `budget_bits` led to it. An assignment says, for each kind of linear,
-the bits in block 0, 1, 2, ..., one digit a block and `-` where a block has none of the kind:
+What is chosen is the point: `assignment` holds it, `budget_bits` led to it. An assignment says, for each kind of
+linear, the bits in block 0, 1, 2, ..., one digit a block and `-` where a block has none of the kind:
 
     quantizer.assignment='self_attn.q_proj=3343 mlp.down_proj=4344'
 

@@ -140,7 +140,7 @@ class Walk:
     def _take(
         self, i: int, block: nn.Module, variant: Variant, collected: dict[int, Collected], same: list[States]
     ) -> None:
-        """Block `i` of a variant; one that is the original so far shares its states, or those of another such variant."""
+        """Block `i` of a variant; one that is the original so far has its states, or those of another such variant."""
         after = getattr(variant.quantizer, "after_block", None)  # of one that changes states and no weights
         with _seconds(variant, "quantize", self.device):
             shared = collected.get(id(variant.shares))

@@ -33,7 +33,6 @@ from qbench.errors import RequestError, unknown
 from qbench.registry import conf_packages
 from qbench.report.board import Row, Section
 
-
 QUANTIZING = "quantizing"
 
 

@@ -1,4 +1,4 @@
-"""`quantizer.only=kinds`, `blocks` or `linears` in a sweep: a point for every part of the model that the point names."""
+"""`quantizer.only=kinds`, `blocks` or `linears` in a sweep: a point for each such part of the model."""
 
 from __future__ import annotations
 
