@@ -39,6 +39,7 @@ METHODS = {
     "sinq+hqq": ("quantizer=sinq", "quantizer.inner=hqq"),
     "gptq-hadamard": ("quantizer=gptq", "quantizer.rotation=hadamard"),
     "higgs": ("quantizer=higgs",),
+    "nvfp4": ("quantizer=nvfp4",),
 }
 SHORT = ("task.window=64", "task.max_windows=2")
 SHORT_CALIBRATION = ("calibration.window=64", "calibration.sequences=4")
