@@ -114,6 +114,7 @@ def _point(composed: DictConfig) -> int:
         config: Config = OmegaConf.to_object(composed)  # type: ignore[assignment]
         from qbench.run import run_point
 
+        entry.begin_work()
         return run_point(config, list(HydraConfig.get().overrides.task))
 
     return _answer(measure)
@@ -130,6 +131,7 @@ def _prepared_pass(arguments: list[str]) -> int:
         from qbench.run import run_pass
         from qbench.sweep.serve import serve
 
+        entry.begin_work()
         for line in serve(Path(arguments[0]), run_pass):
             _print_json(line, out)
             if line["status"] != "ok":
