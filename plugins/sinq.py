@@ -23,6 +23,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from qbench.errors import none_of
 from qbench.format.weight import QuantizedWeight
 from qbench.quant.codebook import NF4_LEVELS, round_to_levels
 from qbench.quant.half_quadratic import Schedule, round_half_quadratic
@@ -51,7 +52,7 @@ class SINQ(Quantizer):
         super().__post_init__()
         check_steps(self.iterations, self.step_min, self.step_max)
         if self.inner not in INNER:
-            raise ValueError(f"inner must be one of {', '.join(INNER)}, got {self.inner!r}")
+            raise none_of("inner", self.inner, INNER)
         if self.codebook not in (None, "nf4"):
             raise ValueError(f"codebook must be null or nf4, got {self.codebook!r}")
         if self.codebook and self.nbits != 4:
