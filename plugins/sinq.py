@@ -31,6 +31,7 @@ from itertools import compress
 import torch
 from torch import Tensor
 
+from qbench.errors import none_of
 from qbench.format.aux import INPUT_SCALE_DTYPES, dense_input_scale, store_input_scale
 from qbench.format.weight import QuantizedWeight
 from qbench.quant.codebook import NF4_LEVELS, round_to_levels
@@ -65,11 +66,11 @@ class SINQ(RotatingQuantizer):
         super().__post_init__()
         check_steps(self.iterations, self.step_min, self.step_max)
         if self.t_dtype not in INPUT_SCALE_DTYPES:
-            raise ValueError(f"t_dtype must be one of {', '.join(INPUT_SCALE_DTYPES)}, got {self.t_dtype!r}")
+            raise none_of("t_dtype", self.t_dtype, INPUT_SCALE_DTYPES)
         if self.kurtosis_gate is not None and not self.kurtosis_gate > 0:
             raise ValueError(f"kurtosis_gate must be null or a positive number, got {self.kurtosis_gate}")
         if self.inner not in INNER:
-            raise ValueError(f"inner must be one of {', '.join(INNER)}, got {self.inner!r}")
+            raise none_of("inner", self.inner, INNER)
         if self.codebook not in (None, "nf4"):
             raise ValueError(f"codebook must be null or nf4, got {self.codebook!r}")
         if self.codebook and self.nbits != 4:

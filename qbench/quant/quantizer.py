@@ -24,6 +24,7 @@ from typing import Any, ClassVar, Self
 
 from torch import Tensor
 
+from qbench.errors import none_of
 from qbench.format.aux import AUX_DTYPES
 from qbench.format.format import Format
 from qbench.format.packing import PLANES
@@ -61,13 +62,13 @@ class Quantizer:
     def __post_init__(self) -> None:
         nbits = getattr(self, "nbits", 4)
         if type(nbits) is not int or nbits not in PLANES:
-            raise ValueError(f"nbits must be one of {', '.join(map(str, PLANES))}, got {nbits!r}")
+            raise none_of("nbits", nbits, PLANES)
         group_size = getattr(self, "group_size", 64)
         if type(group_size) is not int or (group_size < 1 and group_size != -1):
             raise ValueError(f"group_size must be a positive number of input channels, or -1, got {group_size!r}")
         aux_dtype = getattr(self, "aux_dtype", "fp16")
         if aux_dtype not in AUX_DTYPES:
-            raise ValueError(f"aux_dtype must be one of {', '.join(AUX_DTYPES)}, got {aux_dtype!r}")
+            raise none_of("aux_dtype", aux_dtype, AUX_DTYPES)
 
     def quantize(self, weights: Sequence[Tensor], stats: InputStatistics | None) -> list[Format]:
         """Quantizes the weights `[out, in]` of one linear group, in order."""
