@@ -57,6 +57,9 @@ class Quantizer:
     """
 
     needs: ClassVar[frozenset[Statistic]] = frozenset()  # empty: calibration-free
+    joint: ClassVar[bool] = (
+        False  # whether it must be handed a linear group as a whole; else linears may come one by one
+    )
 
     def __post_init__(self) -> None:
         nbits = getattr(self, "nbits", 4)
