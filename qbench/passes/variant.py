@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,7 +27,7 @@ from qbench.layers.linear import PackedWeight
 from qbench.passes.chain import Calls, Chain
 from qbench.passes.own import take_own
 from qbench.passes.quantize import UNREACHED, quantize_experts, quantize_linears
-from qbench.passes.shown import Collected, Shown
+from qbench.passes.shown import Collected, Group, Shown
 from qbench.passes.states import States
 from qbench.quant.quantizer import Quantizer
 from qbench.record.quantization import LayerRow, OtherRow, SkippedRow
@@ -83,8 +83,13 @@ class Variant:
     peak_rss_bytes: int | None = None
     error: Exception | None = None  # it has dropped out
 
-    def quantize(self, i: int, block: nn.Module, names: Names, shared: Collected | None) -> nn.Module:
-        """Block `i` as this variant has it, to be run; `shared` are statistics that other variants use as well."""
+    def quantize(
+        self, i: int, block: nn.Module, names: Names, shared: Collected | None, groups: Sequence[Group] | None = None
+    ) -> nn.Module:
+        """Block `i` as this variant has it, to be run; `shared` are statistics that other variants use as well.
+
+        `groups` are the block's linear groups, for a method that is shown no text and quantizes a group as one.
+        """
         peak = Peak(next(block.parameters()).device, tidy=False)
         new = sharing(block)
         layers, experts = names.inside(new)
@@ -110,8 +115,9 @@ class Variant:
         if self.shown is not None:
             found = self.shown.collect(i, new, layers, experts)
         if found is None:
-            for name, layer in layers.items():
-                for made, (module, row) in quantize_linears({name: layer}, self.quantizer).items():
+            together = groups if groups is not None and self.quantizer.joint else [[name] for name in layers]
+            for group in together:
+                for made, (module, row) in quantize_linears({n: layers[n] for n in group}, self.quantizer).items():
                     take(made, module, [row])
             for name, module in experts.items():
                 take(name, *quantize_experts(name, module, self.quantizer))

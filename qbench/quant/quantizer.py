@@ -3,7 +3,8 @@
 A quantizer is a frozen dataclass whose fields are its configuration. It is pure: weights `[out, in]` in,
 weights of some Format out, on the device of the input; it sees no model and keeps no state. The unit of work is
 the linear group, the linears that read the same tensor (q/k/v; gate/up): a method that shares something across
-them overrides `quantize`; one that treats matrices one by one writes `quantize_one`.
+them overrides `quantize`, and says `joint = True` if it is shown no text: else the linears may come one by one; one
+that treats matrices one by one writes `quantize_one`.
 
     @dataclass(frozen=True)
     class Mine(Quantizer):
@@ -58,6 +59,9 @@ class Quantizer:
     """
 
     needs: ClassVar[frozenset[Statistic]] = frozenset()  # empty: calibration-free
+    joint: ClassVar[bool] = (
+        False  # whether it must be handed a linear group as a whole; else linears may come one by one
+    )
 
     def __post_init__(self) -> None:
         nbits = getattr(self, "nbits", 4)
