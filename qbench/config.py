@@ -67,6 +67,7 @@ class Config:
     speed: SpeedConfig = field(default_factory=SpeedConfig)
     tracker: dict[str, Any] = field(default_factory=dict)
     export: dict[str, Any] = field(default_factory=dict)
+    files: str | None = None  # what quantizer=file reads, unless quantizer.path or quantizer.id says it
     outputs: str = "outputs"
 
 

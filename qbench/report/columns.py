@@ -97,6 +97,12 @@ def _decode_times(row: Row) -> Value:
     return speed.quantized.decode.tokens_per_second.median / before if before else None
 
 
+def _head_bits(row: Row) -> str:
+    """Empty where it is 16 bit, as it is for every method that quantizes the linears alone."""
+    bits = row.entry.result.quantization.head_bits  # type: ignore[union-attr]
+    return "" if bits == 16 else f"{bits:.2f}"
+
+
 def _draws(row: Row) -> Value:
     return row.draws if row.draws > 1 else None
 
@@ -105,6 +111,18 @@ def _rank(row: Row) -> str:
     if row.floor:
         return "floor"
     return "" if row.rank is None else f"{row.rank}{'=' if row.tied else ''}"
+
+
+def _source(row: Row) -> str:
+    """Empty for what qbench made itself, so that the column is there only beside others'."""
+    return "" if row.entry.source == "ours" else row.entry.source
+
+
+def _file(name: str) -> Callable[[Row], Value]:
+    def read(row: Row) -> Value:
+        return getattr(row.entry.file, name, None)
+
+    return read
 
 
 MARKS = {FRONT: "●", NEAR_FRONT: "○"}
@@ -119,6 +137,7 @@ _SETTING: list[Column] = [
     Column("tied", "tied", lambda row: row.tied, people=False),
     Column("front", "best", lambda row: row.front, show=lambda row: MARKS.get(row.front, "")),
     Column("quantizer", "method", lambda row: row.entry.quantizer),
+    Column("source", "made by", lambda row: row.entry.source, show=_source),
     Column("bits", "bits", lambda row: row.entry.bits, digits=0),
     Column("group_size", "group", lambda row: row.entry.identity.quantizer.get("group_size"), digits=0),
     Column("options", "differs in", _options),
@@ -142,8 +161,11 @@ _SPREAD: list[Column] = [  # of the KL, over positions
 ]
 _SIZE: list[Column] = [
     Column("bits_per_weight", "bits/weight", _quantization("bits_per_weight"), digits=3),
+    Column("embedding_bits", "embedding bits", _quantization("embedding_bits"), digits=2, people=False),
+    Column("head_bits", "head bits", _quantization("head_bits"), digits=2, show=_head_bits),
     Column("model_bytes", "model, bytes", _quantization("model_bytes"), digits=0, people=False),
     Column("model_megabytes", "model, MB", _quantization("model_bytes", 1e-6), digits=1, programs=False),
+    Column("file_bytes", "file, bytes", _file("file_bytes"), digits=0, people=False),
 ]
 _COST: list[Column] = [
     Column("weight_error", "weight error", lambda row: row.entry.weight_error, digits=4),

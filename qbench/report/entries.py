@@ -23,6 +23,7 @@ from safetensors.numpy import load as load_tensors
 from qbench.errors import RequestError, unknown
 from qbench.record.identity import Identity
 from qbench.record.quality import DivergenceRecord, MetricRecord
+from qbench.record.quantization import FileRecord
 from qbench.record.result import Result, ResultError
 from qbench.report import naming
 
@@ -87,7 +88,20 @@ class Entry:
 
     @property
     def quantizer(self) -> str:
-        return str(self.identity.quantizer.get("name"))
+        """The method; of a file, its format as the reader tells it: `GGUF Q4_K_M`."""
+        file = self.file
+        return str(self.identity.quantizer.get("name")) if file is None else file.made_by
+
+    @property
+    def file(self) -> FileRecord | None:
+        return self.result.quantization.file if self.result.quantization else None
+
+    @property
+    def source(self) -> str:
+        """Who made the variant: we, somebody whose file it is, or a method's own package."""
+        if self.file is not None:
+            return "file"
+        return "upstream" if self.quantizer.startswith("upstream/") else "ours"
 
     @property
     def bits(self) -> Any:

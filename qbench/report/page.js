@@ -36,7 +36,7 @@
     });
     const filter = () => { table.search(find("text").value).draw(); };
     for (const name of ["text", "method", "bits", "best"]) find(name).addEventListener("input", filter);
-    find("log").addEventListener("input", () => { drawQuality(); });
+    for (const name of ["log", "size"]) find(name).addEventListener("input", () => { drawQuality(); });
     table.on("draw", () => {
       rows.forEach((row) => { row.shown = false; });
       table.rows({ search: "applied" }).nodes().each((node) => { rows[Number(node.dataset.row)].shown = true; });
@@ -58,12 +58,13 @@
     const color = { domain: [...new Set(rows.map((row) => row.method))], scheme: "observable10" };
     function drawQuality() {
       const y = { label: `↑ ${metric}`, type: find("log").checked ? "log" : "linear", grid: true, ticks: 6, tickFormat: number3 };
-      quality("size", "bpw", { label: "bits per weight →", grid: true, nice: true }, y, true);
+      const size = find("size").value;
+      quality("size", size, { label: size === "bpw" ? "bits per weight →" : "model, MB →", grid: true, nice: true }, y, true);
       quality("seconds", "seconds", { label: "seconds quantizing →", type: "log", grid: true, ticks: 5, tickFormat: number3 }, y, false);
     }
     function quality(name, x, xScale, y, frontier) {
       const drawable = rows.filter((row) => row.quality !== null && (xScale.type !== "log" || row[x] > 0));
-      const best = drawable.filter((row) => row.front === "front").sort((a, b) => a[x] - b[x]);
+      const best = x === "bpw" ? drawable.filter((row) => row.front === "front").sort((a, b) => a[x] - b[x]) : unbeaten(drawable, x);
       const bars = drawable.filter((row) => row.low !== null && row.high !== null && (y.type !== "log" || row.low > 0));
       const opacity = (row) => (row.shown ? 1 : 0.12);
       const svg = Plot.plot({
@@ -87,9 +88,13 @@
       const without = rows.length - drawable.length;
       place.parentNode.querySelector(".without").textContent = without ? ` Not drawn, for want of a number: ${without}.` : "";
     }
+    function unbeaten(drawable, x) { // of the rows by size, those that are better than all smaller ones
+      let least = Infinity;
+      return [...drawable].sort((a, b) => a[x] - b[x] || a.loss - b.loss).filter((row) => row.loss < least && ((least = row.loss), true));
+    }
     function describe(row) {
       const rank = row.rank === null ? "" : `, rank ${row.rank}`;
-      return `${row.label}${rank}\n${metric} ${number3(row.quality)}\n${row.bpw.toFixed(3)} bits per weight\n${number3(row.seconds)} s quantizing`;
+      return `${row.label}${rank}\n${metric} ${number3(row.quality)}\n${row.bpw.toFixed(3)} bits per weight, ${number3(row.megabytes)} MB\n${number3(row.seconds)} s quantizing`;
     }
     function drawLayers() {
       const chosen = rows.filter((row) => picked.has(row.index) && row.layout !== null);

@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from qbench.record.quality import MetricRecord, detected
+from qbench.record.quantization import FileRecord, QuantizationRecord
 from qbench.record.result import Result
 from qbench.record.speed import PhaseRecord, SpeedRecord
 
@@ -19,7 +20,7 @@ def show(result: Result) -> None:
         console.print(f"run {result.run_id}", markup=False)
         return
     quantization, model, settings = result.quantization, result.model, result.config["quantizer"]
-    options = " ".join(f"{k}={v}" for k, v in settings.items() if k != "name")
+    options = " ".join(f"{k}={v}" for k, v in settings.items() if k != "name" and not (quantization.file and v is None))
     title = f"{model.name}, {settings['name']}" + (f" ({options})" if options else "")
     table = Table(title_justify="left", title=None, box=None, pad_edge=False, show_header=True)
     for name, justify in (("", "left"), ("16 bit", "right"), (settings["name"], "right"), ("difference", "left")):
@@ -43,7 +44,7 @@ def show(result: Result) -> None:
         "model, MB",
         f"{model.baseline_bytes / 1e6:.1f}",
         f"{quantization.model_bytes / 1e6:.1f}",
-        f"{model.baseline_bytes / quantization.model_bytes:.2f} times smaller; head and embeddings stay at 16 bit",
+        f"{model.baseline_bytes / quantization.model_bytes:.2f} times smaller; {_outside(quantization)}",
     )
     if (error := quantization.weight_error) is not None:
         table.add_row("relative weight error, mean", "0", f"{error:.4f}", f"{len(quantization.layers)} linears")
@@ -53,8 +54,25 @@ def show(result: Result) -> None:
     console.print(title, style="bold", markup=False)
     if model.note:
         console.print(f"model: {model.note}", markup=False)
+    if quantization.file is not None:
+        console.print(_told_of_file(quantization.file), markup=False)
     console.print(table)
     console.print(f"run {result.run_id}, recorded in {result.config['outputs']}/results/", markup=False)
+
+
+def _outside(quantization: QuantizationRecord) -> str:
+    bits = (quantization.embedding_bits, quantization.head_bits)
+    return (
+        "head and embeddings stay at 16 bit"
+        if bits == (16, 16)
+        else "embeddings {:.2f} bits, head {:.2f}".format(*bits)
+    )
+
+
+def _told_of_file(file: FileRecord) -> str:
+    return f"file: {file.name}, {file.made_by}, {file.file_bytes / 1e6:.1f} MB" + (
+        f"; {len(file.ignored)} of its tensors have no place in the model" if file.ignored else ""
+    )
 
 
 def _add_metric(table: Table, metric: MetricRecord, protocol: str = "") -> None:

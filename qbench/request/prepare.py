@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -106,7 +107,7 @@ def prepare(
     model: Source = make(SOURCE, config.model)
     exporter, folder = checkpoint.make_exporter(config.export)
     if model.original:
-        quantizer = make_quantizer(config.quantizer)
+        quantizer = make_quantizer(config.quantizer).pinned()
     else:
         _check_quantized(config, command)
         config, quantizer = replace(config, quantizer=model.made_by()), None
@@ -132,6 +133,7 @@ def prepare(
     config = replace(config, model={"name": model.name, "source": config.model["source"]} | asdict(model))
     with hashes.remembered_in(store.root):
         weights = fingerprint(model)
+        contents = [] if quantizer is None else hashes.sha256_of(quantizer.files())
     calibration_text = read_calibration(config.calibration) if quantizer is not None and quantizer.needs else None
     if calibration_text is not None:
         calibrate.check_text(calibration_text, config.calibration)
@@ -139,7 +141,7 @@ def prepare(
         raise RequestError(f"calibration.draws must be at least 1, got {config.calibration.draws}")
     point = identify(
         config,
-        _every_field(config.quantizer, quantizer),
+        _every_field(config.quantizer, quantizer, contents),
         {PROTOCOL.key: config.task[PROTOCOL.key], **protocol.settings()},
         weights=weights,
         text_sha256=source.sha256,
@@ -195,6 +197,12 @@ def _changed(before: Source, after: Source, given: Collection[str]) -> dict[str,
     return {"name": after.name, **changed} if changed and "name" not in given else changed
 
 
-def _every_field(asked: dict[str, Any], quantizer: Quantizer | None) -> dict[str, Any]:
-    """The settings of a method, those included that nobody named; of a packed checkpoint, what made it."""
-    return asked if quantizer is None else {"name": asked["name"], **asdict(quantizer)}
+def _every_field(asked: dict[str, Any], quantizer: Quantizer | None, contents: list[str]) -> dict[str, Any]:
+    """The settings of a method, those included that nobody named, and the sha256 over its files, if it has any.
+
+    Of a packed checkpoint, what made it.
+    """
+    if quantizer is None:
+        return asked
+    content = {"sha256": hashlib.sha256("".join(contents).encode()).hexdigest()} if contents else {}
+    return {"name": asked["name"], **quantizer.settings(), **content}

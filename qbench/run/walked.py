@@ -7,7 +7,7 @@ whole variant (an export, a measurement of speed, a task that generates) has it 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -32,6 +32,7 @@ from qbench.quant.noise import Noise
 from qbench.quant.original import Original
 from qbench.request.prepare import Prepared
 from qbench.run.asked import Asked, drawn
+from qbench.run.held import file_record, for_model
 from qbench.run.outcome import Clock, Measured, failed
 from qbench.sources.stream import Stream, Whole
 
@@ -118,15 +119,18 @@ class Together:
             copies = len(variants) + (not self.cached)
             begun = self.walk.begin(self.asks.batches, _wait_on_host(self.walk, self.asks.batches, copies, self.first))
             original = None if self.cached else States.like(begun)
-        shown = _share_calibrations(self.walk, variants)
+        shown = _share_calibrations(self.walk)
         for one in variants:
-            one.variant = Variant(
-                one.label,
-                one.quantizer,
-                None if begun is None else States.like(begun),
-                keep=self.asks is None or one.timed or (one.point.export is not None and one.draw == 0),
-                **shown(one),
-            )
+            keep = self.asks is None or one.timed or (one.point.export is not None and one.draw == 0)
+            one.variant = Variant(one.label, one.quantizer, None, keep=keep)
+        for one in variants:
+            try:
+                if one in self.asked:
+                    self.walk.begin_own(one.variant, begun)
+                    shown(one)
+            except Exception as error:
+                yield self._drop(one, error)
+        variants = [one for one in variants if one in self.asked]
         del begun  # the states exist once a variant
         made = {id(one.variant): one for one in variants}
         shared = {id(one.variant.shares): one.variant.shares for one in variants if one.variant.shares is not None}
@@ -147,7 +151,8 @@ class Together:
         own = None if self.cached else Reading(self.asks.reader(None), None, compares=False)
         self.scores = self.scores or {}  # filled in below, before a variant's reader is asked for its scores
         for one in self.asked:
-            one.reading = Reading(self.asks.reader(self.scores), one.variant and one.variant.states, self.asks.compares)
+            states, chain = (one.variant.states, one.variant.chain) if one.variant else (None, None)
+            one.reading = Reading(self.asks.reader(self.scores), states, self.asks.compares, chain)
         by_reading = {id(one.reading): one for one in self.asked}
         readings = [one.reading for one in self.asked]
         for broken in self.walk.read([own, *readings] if own else readings, self.last):
@@ -183,7 +188,7 @@ class Together:
             quantization = account.of_variant(one.variant, name, self.about, walk.found, one.calibration)
             others = [draw.calibration.token_ids_sha256 for draw in draws[1:] if draw.calibration is not None]
             shown = account.calibration_record(one.calibration, others)
-            quantization = replace(quantization, calibration=shown)
+            quantization = replace(quantization, calibration=shown, file=file_record(one.quantizer, point))
             least = point.config.runtime.min_coverage
             if reason := coverage.shortfall(quantization.coverage, least, quantization.skipped, "were"):
                 raise PointError(reason)  # settled before but for linears that no calibration token reached
@@ -247,6 +252,7 @@ def _check(one: Asked, walk: Walk, scored: np.ndarray | None, generates: bool) -
     if not isinstance(point.quantizer, Original):
         if reason := coverage.too_few(walk.found, point.config.runtime.min_coverage):
             raise PointError(reason)
+        one.quantizer = for_model(one.quantizer, point, walk.skeleton)
         if point.export is not None:
             checkpoint.check_model(point.exporter, walk.skeleton, point.quantizer, point.config.export["format"])
 
@@ -258,21 +264,22 @@ def _wait_on_host(walk: Walk, batches: Any, copies: int, point: Prepared) -> boo
     return wait_on_host(tokens, hidden, point.dtype.itemsize, copies, largest, point.device)
 
 
-def _share_calibrations(walk: Walk, variants: list[Asked]) -> Any:
-    """Gives each variant its calibration: its own, or that which all with one text and `inputs=original` share."""
+def _share_calibrations(walk: Walk) -> Callable[[Asked], None]:
+    """Gives a variant its calibration: its own, or that which all with one text and `inputs=original` share."""
     shared: dict[str, Shown] = {}
 
-    def shown(one: Asked) -> dict[str, Shown]:
-        calibration, needs = one.calibration, one.quantizer.needs
+    def shown(one: Asked) -> None:
+        calibration, needs, variant = one.calibration, one.quantizer.needs, one.variant
         if calibration is None:
-            return {}
+            return
         if calibration.inputs != "original":
-            return {"shown": Shown(walk.chain, calibration.ids, needs, original=False)}
+            variant.shown = Shown(variant.chain or walk.chain, calibration.ids, needs, original=False)
+            return
         key = calibration.token_ids_sha256
         if key not in shared:
             shared[key] = Shown(walk.chain, calibration.ids, needs, original=True)
         shared[key].needs |= needs
-        return {"shares": shared[key]}
+        variant.shares = shared[key]
 
     return shown
 

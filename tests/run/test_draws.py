@@ -17,7 +17,7 @@ from qbench.quant.noise import Noise
 from qbench.run import run_pass
 from qbench.run.whole import whole
 from tests.conftest import refused
-from tests.run.test_passes import SHORT, prepared, together  # noqa: F401
+from tests.run.test_passes import SHORT, together
 
 TINY = ("model=tiny-dense", *SHORT, "calibration.sequences=3")
 
@@ -28,7 +28,7 @@ def scores(point):
     return record, load_file(folder / record.window_nll_file)
 
 
-def test_a_row_is_of_the_mean_of_its_draws(prepared):  # noqa: F811
+def test_a_row_is_of_the_mean_of_its_draws(prepared):
     one, three = (prepared(*TINY, "quantizer=gptq", f"calibration.draws={n}") for n in (1, 3))
     results = together([one, three])
     record, kept = scores(three)
@@ -55,7 +55,7 @@ def test_a_row_is_of_the_mean_of_its_draws(prepared):  # noqa: F811
     assert len({shown.token_ids_sha256, *shown.draws_sha256}) == 3
 
 
-def test_a_draw_is_one_choice_for_every_method_and_another_of_the_same_text(prepared):  # noqa: F811
+def test_a_draw_is_one_choice_for_every_method_and_another_of_the_same_text(prepared):
     point = prepared(*TINY, "quantizer=gptq")
     tokenizer = point.model.tokenizer(point.store.models)
     settings = point.config.calibration
@@ -69,7 +69,7 @@ def test_a_draw_is_one_choice_for_every_method_and_another_of_the_same_text(prep
     assert not np.array_equal(second, third)
 
 
-def test_draws_are_part_of_the_identity_of_what_they_change_alone(prepared):  # noqa: F811
+def test_draws_are_part_of_the_identity_of_what_they_change_alone(prepared):
     def identity(method, draws):
         return prepared(*TINY, f"quantizer={method}", f"calibration.draws={draws}").identity
 
@@ -79,7 +79,7 @@ def test_draws_are_part_of_the_identity_of_what_they_change_alone(prepared):  # 
     assert (identity("noise", 1).calibration, identity("noise", 2).calibration) == (None, {"draws": 2})
 
 
-def test_the_draws_of_noise_are_its_seeds(prepared):  # noqa: F811
+def test_the_draws_of_noise_are_its_seeds(prepared):
     seeds = [prepared(*TINY, f"quantizer=noise quantizer.seed={seed}") for seed in (4, 5)]
     both = prepared(*TINY, "quantizer=noise quantizer.seed=4 calibration.draws=2")
     together([*seeds, both])
@@ -88,7 +88,7 @@ def test_the_draws_of_noise_are_its_seeds(prepared):  # noqa: F811
         np.testing.assert_array_equal(table[:, draw], scores(seed)[1]["quantized"])
 
 
-def test_a_draw_that_fails_takes_its_point_along_and_no_other(prepared, monkeypatch):  # noqa: F811
+def test_a_draw_that_fails_takes_its_point_along_and_no_other(prepared, monkeypatch):
     points = [prepared(*TINY, f"quantizer={method}", "calibration.draws=3") for method in ("gptq", "awq", "rtn")]
     quantize = Variant.quantize
 
@@ -102,7 +102,7 @@ def test_a_draw_that_fails_takes_its_point_along_and_no_other(prepared, monkeypa
     assert seen == [(points[0], "failed"), (points[1], "ok"), (points[2], "ok")]
 
 
-def test_what_cannot_be_drawn_is_refused(prepared):  # noqa: F811
+def test_what_cannot_be_drawn_is_refused(prepared):
     with pytest.raises(RequestError) as refusal:
         prepared(*TINY, "quantizer=gptq", "calibration.draws=0")
     refused(refusal.value, names=["calibration.draws"])
@@ -119,7 +119,7 @@ def test_what_cannot_be_drawn_is_refused(prepared):  # noqa: F811
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_the_floor_is_above_nothing_and_below_eight_bits(prepared, dtype):  # noqa: F811
+def test_the_floor_is_above_nothing_and_below_eight_bits(prepared, dtype):
     methods = ["none", "noise", *(f"{name} quantizer.nbits=8" for name in ("rtn", "hqq", "sinq"))]
     points = [prepared(*TINY, f"runtime.dtype={dtype}", f"quantizer={method}") for method in methods]
     results = together(points)
