@@ -82,6 +82,11 @@ class Quantizer:
         """Quantizes one weight `[out, in]`."""
         raise TypeError(f"{type(self).__name__} must define quantize or quantize_one")
 
+    @property
+    def seed_field(self) -> str | None:
+        """The field that a random choice of the method starts from: draws differ in it. None where it makes none."""
+        return "seed" if hasattr(self, "seed") else None
+
     # What follows matters to a method that holds what others made (readers/file.py). The rest see weights alone.
 
     def pinned(self) -> Self:

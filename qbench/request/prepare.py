@@ -84,7 +84,7 @@ class Prepared:
 
 def draws(quantizer: Quantizer | None, calibration: CalibrationConfig) -> int:
     """A method that is shown no text and has no seed is the same in every draw."""
-    return calibration.draws if quantizer is not None and (quantizer.needs or hasattr(quantizer, "seed")) else 1
+    return calibration.draws if quantizer is not None and (quantizer.needs or quantizer.seed_field) else 1
 
 
 def fingerprint(source: Source) -> str:

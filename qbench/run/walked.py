@@ -89,6 +89,8 @@ class Together:
             one.result = replace(one.result, model=self.about, seconds=dict(self.clock.seconds))
             try:
                 _check(one, self.walk, ids, self.asks is None)
+                for other in self._draws(one)[1:]:
+                    other.quantizer = for_model(other.quantizer, one.point, self.walk.skeleton)
             except Exception as error:
                 yield self._drop(one, error)
 

@@ -303,7 +303,7 @@ def test_the_demo_leaves_out_what_does_not_exist():
     with initialize_config_module("qbench.conf", version_base="1.3"):
         config = compose("config", overrides=["experiment=demo"], return_hydra_config=True)
     points = {" ".join(p) for p in expand(["experiment=demo", "model=tiny-dense"], config.hydra, None)}
-    assert len(points) == 14
+    assert len(points) == 15
     assert "quantizer=nf4 experiment=demo model=tiny-dense" in points
     assert "quantizer=asinq quantizer.nbits=3 experiment=demo model=tiny-dense" in points
 
