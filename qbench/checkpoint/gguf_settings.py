@@ -28,6 +28,9 @@ def refusal(model: Any) -> str | None:
         return f"a {config.model_type} model is not written as GGUF here; known are {', '.join(WRITTEN)}"
     if (kind := _rotation(config).get("rope_type", "default")) not in ROTATIONS:
         return f"its rotary positions are of the kind {kind}; written are {', '.join(ROTATIONS)}"
+    layers = getattr(config, "layer_types", None)
+    if "sliding_attention" in layers if layers else getattr(config, "sliding_window", None):
+        return "its attention sees a sliding window, which llama.cpp's models of that architecture do not"
     if getattr(config, "mlp_bias", False):
         return "its MLP has biases, which llama.cpp's models of that architecture do not"
     return None
