@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import json
 import os
+import pickle
 import sys
 from collections.abc import Iterable
 from contextlib import redirect_stderr, redirect_stdout
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -23,6 +26,62 @@ os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # tests never reach for the Hub, and fail at once where one would
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton: kernels run on the CPU then
+
+
+def pytest_collection_finish():
+    _freeze()
+    gc.set_threshold(10_000, 20, 20)
+
+
+def pytest_runtest_logfinish():
+    if len(sys.modules) > _frozen + 200:
+        _freeze()
+
+
+def _freeze():
+    """What is imported stays: half a million objects of torch, transformers and lm-eval that no collection looks at."""
+    global _frozen
+    gc.collect()
+    gc.freeze()
+    _frozen = len(sys.modules)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _yaml_once():
+    """Hydra reads each YAML of its own and of conf/ once a process, not whenever it composes: they do not change."""
+    from hydra._internal.core_plugins.importlib_resources_config_source import ImportlibResourcesConfigSource
+
+    load, known = ImportlibResourcesConfigSource.load_config, {}
+
+    def load_once(self, config_path):
+        if self.path not in ("hydra.conf", "qbench.conf"):
+            return load(self, config_path)
+        if (key := (self.path, self.provider, config_path)) not in known:
+            known[key] = pickle.dumps(load(self, config_path))  # what is composed of it is written into
+        return pickle.loads(known[key])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ImportlibResourcesConfigSource, "load_config", load_once)
+        yield
+
+
+@cache
+def _composer():
+    from hydra import compose, initialize_config_module
+    from hydra.core.global_hydra import GlobalHydra
+
+    from qbench.config import register
+    from qbench.sweep.plan import _Composer
+
+    register()
+    with initialize_config_module("qbench.conf", version_base="1.3"):
+        composed = compose("config", return_hydra_config=True)
+        return _Composer(composed, GlobalHydra.instance().config_loader())
+
+
+def composed(words: Iterable[str]):
+    """The configuration of a point that these overrides ask for, as a sweep composes it (qbench/sweep/plan.py)."""
+    return _composer()(tuple(words))
 
 
 @dataclass(frozen=True)
@@ -61,10 +120,16 @@ def refused(outcome: Outcome | BaseException, key: str | None = None, names: Ite
 
 @pytest.fixture
 def qbench(tmp_path, monkeypatch):
-    """Runs `python -m qbench ARGS` in this process, with its own outputs folder; returns the Outcome."""
+    """Runs `python -m qbench ARGS` in this process, with its own outputs folder; returns the Outcome.
+
+    Hydra composes once, and not a first time to see whether some YAML sets `hydra.mode`, which none does.
+    """
+    from hydra._internal.hydra import Hydra
+
     from qbench.__main__ import main
 
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Hydra, "get_mode", lambda *_, **__: None)
 
     def call(*args: str) -> Outcome:
         out, err = io.StringIO(), io.StringIO()
@@ -77,6 +142,20 @@ def qbench(tmp_path, monkeypatch):
         return Outcome(status, out.getvalue(), err.getvalue())
 
     return call
+
+
+@pytest.fixture
+def prepared(tmp_path, monkeypatch):
+    """The point that settings, each a word or several, ask for; its results lie in the folder `outputs`."""
+    from qbench.request.prepare import prepare
+
+    monkeypatch.chdir(tmp_path)
+
+    def point(*settings, outputs="together"):
+        words = [word for setting in settings for word in setting.split()]
+        return prepare(replace(composed(words), outputs=str(tmp_path / outputs)), words)
+
+    return point
 
 
 @pytest.fixture(scope="session")

@@ -22,6 +22,7 @@ GROUND = (  # modules in the root that know no folder
     "registry",
     "values",
     "intervals",
+    "significance",
     "entry",
     "checkout",
 )

@@ -5,7 +5,6 @@ from functools import cache
 import pytest
 from hydra import compose, initialize_config_module
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from omegaconf import OmegaConf
 
 from qbench.config import register
 from qbench.evaluate import speed
@@ -13,7 +12,7 @@ from qbench.registry import PROTOCOL, make, make_quantizer
 from qbench.report import published
 from qbench.request.options import options
 from qbench.sweep.plan import combinations
-from tests.conftest import ROOT
+from tests.conftest import ROOT, composed
 
 EXPERIMENTS = sorted(path.stem for path in (ROOT / "conf" / "experiment").glob("*.yaml"))
 
@@ -28,15 +27,15 @@ def points(experiment):
     found = []
     with initialize_config_module("qbench.conf", version_base="1.3"):
         sweeper = compose("config", [f"experiment={experiment}"], return_hydra_config=True).hydra.sweeper
-        for product in ([sweeper.params] if sweeper.params else []) + list(sweeper.also):
-            product = dict(product)
-            models = product.get("model", "").split(",")
-            if models != [""]:
-                product["model"] = models[0]
-            parsed = OverridesParser.create().parse_overrides([f"{key}={value}" for key, value in product.items()])
-            for overrides in combinations(parsed):
-                config = OmegaConf.to_object(compose("config", [f"experiment={experiment}", *overrides]))
-                found.append((models if models != [""] else [config.model["name"]], config))
+    for product in ([sweeper.params] if sweeper.params else []) + list(sweeper.also):
+        product = dict(product)
+        models = product.get("model", "").split(",")
+        if models != [""]:
+            product["model"] = models[0]
+        parsed = OverridesParser.create().parse_overrides([f"{key}={value}" for key, value in product.items()])
+        for overrides in combinations(parsed):
+            config = composed([f"experiment={experiment}", *overrides])
+            found.append((models if models != [""] else [config.model["name"]], config))
     return found
 
 
@@ -58,7 +57,7 @@ def test_every_point_is_valid(experiment):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("experiment", "tables", "size"),
-    [("sinq_table1", ["Table 1"], 36), ("sinq_table3", ["Table 3", "Table 18"], 24), ("sinq_table4", ["Table 4"], 30)],
+    [("sinq_table1", ["Table 1"], 48), ("sinq_table3", ["Table 3", "Table 18"], 30), ("sinq_table4", ["Table 4"], 42)],
 )
 def test_the_papers_sweeps_measure_every_number_that_is_published(experiment, tables, size):
     """Every published perplexity of the table belongs to a point of the sweep, under the same protocol."""

@@ -14,16 +14,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hydra import compose, initialize_config_module
-from omegaconf import OmegaConf
 from safetensors.torch import load_file
 from torch import Tensor
 
 from qbench import leaderboard
-from qbench.config import register
 from qbench.plugins.rtn import RTN
 from qbench.record.result import Result
 from qbench.run import run_point
+from tests.conftest import composed
 from tests.report import examples
 
 MODELS = ("tiny-dense", "tiny-moe")
@@ -39,6 +37,8 @@ METHODS = {
     "asinq": ("quantizer=asinq",),
     "sinq-nf4": ("quantizer=sinq", "quantizer.codebook=nf4"),
     "sinq+hqq": ("quantizer=sinq", "quantizer.inner=hqq"),
+    "gptq-hadamard": ("quantizer=gptq", "quantizer.rotation=hadamard"),
+    "higgs": ("quantizer=higgs",),
 }
 SHORT = ("task.window=64", "task.max_windows=2")
 SHORT_CALIBRATION = ("calibration.window=64", "calibration.sequences=4")
@@ -57,7 +57,6 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def run(folder):
     """The result of the point that the settings ask for; a point that was asked for before is not run again."""
-    register()
 
     @cache
     def point(*settings: str, outputs: str = "outputs") -> Result:
@@ -65,9 +64,7 @@ def run(folder):
         short = SHORT[:1] if "task=wikitext_lmeval" in settings else SHORT
         short += () if "model=packed" in settings else SHORT_CALIBRATION
         asked = [*settings, *(s for s in short if s.partition("=")[0] not in given)]
-        with initialize_config_module("qbench.conf", version_base="1.3"):
-            config = OmegaConf.to_object(compose("config", asked))
-        return run_point(replace(config, outputs=str(folder / outputs)), asked)
+        return run_point(replace(composed(asked), outputs=str(folder / outputs)), asked)
 
     return point
 

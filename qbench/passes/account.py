@@ -27,7 +27,7 @@ from qbench.record.quantization import (
 )
 
 
-def calibration_record(calibration: Calibration | None) -> CalibrationRecord | None:
+def calibration_record(calibration: Calibration | None, others: Sequence[str] = ()) -> CalibrationRecord | None:
     return calibration and CalibrationRecord(
         text_source=calibration.source,
         text_sha256=calibration.text_sha256,
@@ -35,6 +35,7 @@ def calibration_record(calibration: Calibration | None) -> CalibrationRecord | N
         sequences=calibration.ids.shape[0],
         tokens=calibration.ids.size,
         inputs=calibration.inputs,
+        draws_sha256=list(others),
     )
 
 
@@ -96,9 +97,9 @@ def of_variant(
     )
 
 
-def of_original(model: ModelRecord, found: Linears) -> QuantizationRecord:
-    """Of `quantizer=none`, the original as a row."""
-    return _record("none", model.parameters, 0, 0, 0.0, [], skipped_rows(found), weight_bytes=model.weight_bytes)
+def of_original(model: ModelRecord, found: Linears, quantizer: str = "none") -> QuantizationRecord:
+    """Of `quantizer=none`, the original as a row, and of what changes no weight either."""
+    return _record(quantizer, model.parameters, 0, 0, 0.0, [], skipped_rows(found), weight_bytes=model.weight_bytes)
 
 
 def _record(

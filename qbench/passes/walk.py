@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -38,6 +38,8 @@ from qbench.passes.states import States
 from qbench.passes.variant import Names, Variant, sharing
 from qbench.sources.ahead import ahead
 from qbench.sources.stream import Stream
+
+After = Callable[[Tensor, int, int], None]  # changes, in place, what block `i` gave out for batch `b`: (states, i, b)
 
 
 class Walk:
@@ -119,7 +121,9 @@ class Walk:
                     bar.set_postfix_str("original")
                     self._through(i, block, original, "the original", self.calls)
                     bar.update()
-                for variant in [v for v in variants if v.alive]:
+                for variant in variants:
+                    if not variant.alive:  # it may have been let go together with the one before
+                        continue
                     bar.set_postfix_str(variant.label)
                     try:
                         self._take(i, block, variant, collected)
@@ -132,15 +136,25 @@ class Walk:
                     return
 
     def _take(self, i: int, block: nn.Module, variant: Variant, collected: dict[int, Collected]) -> None:
+        after = getattr(variant.quantizer, "after_block", None)  # of one that changes states and no weights
         with _seconds(variant, "quantize", self.device):
-            new = variant.quantize(i, block, self.names[i], collected.get(id(variant.shares)))
+            shared = collected.get(id(variant.shares))
+            new = block if after else variant.quantize(i, block, self.names[i], shared)
         if variant.states is not None:
             with _seconds(variant, "evaluate", self.device):
-                self._through(i, new, variant.states, "the quantized model", variant.calls or self.calls)
+                self._through(i, new, variant.states, "the quantized model", variant.calls or self.calls, after)
 
-    def _through(self, i: int, block: nn.Module, states: States, whose: str, calls: Sequence[Calls]) -> None:
-        # variants begin with the same tensors, and a block may write into what it is handed
-        broken = states.through(lambda b, x: calls[b][i].run(block, x.clone() if i == 0 else x))
+    def _through(
+        self, i: int, block: nn.Module, states: States, whose: str, calls: Sequence[Calls], after: After | None = None
+    ) -> None:
+        def run(b: int, x: Tensor) -> Tensor:
+            # variants begin with the same tensors, and a block may write into what it is handed
+            y = calls[b][i].run(block, x.clone() if i == 0 else x)
+            if after is not None:
+                after(y, i, b)
+            return y
+
+        broken = states.through(run)
         if broken is not None:
             row = int((~torch.isfinite(states[broken]).flatten(1).all(1)).nonzero()[0])
             first = sum(len(ids) for ids in self.ids[:broken]) + row
@@ -171,7 +185,9 @@ class Walk:
                 states = {id(r): r.states[b] for r in readings if r.states is not None and r.error is None}
                 for row in range(len(ids)):
                     logits = None if first is None else self._logits(first, ids, row)
-                    for reading in [r for r in readings if r.error is None]:
+                    for reading in readings:
+                        if reading.error is not None:
+                            continue
                         started = time.perf_counter()
                         try:
                             own = logits

@@ -33,6 +33,7 @@ class Statistic(Enum):
     """What a calibrated method may ask to be told about the tensor that a linear group reads."""
 
     INPUT_ABSMEAN = "mean |x| per input channel, [in]"
+    INPUT_SQUARES = "mean x^2 per input channel, [in]"
     INPUTS = "a sample of input rows, [tokens, in]"
     HESSIAN = "X^T X over all calibration tokens, [in, in]"
 
@@ -45,6 +46,7 @@ class InputStatistics:
     absmean: Tensor | None = None  # [in]
     inputs: Tensor | None = None  # [tokens, in]
     hessian: Tensor | None = None  # [in, in]
+    squares: Tensor | None = None  # [in]
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,10 @@
-"""compressed-tensors: the integer formats that llm-compressor writes and vLLM reads, packed or one byte a code.
+"""compressed-tensors, which llm-compressor writes and vLLM reads: integers, packed or one byte a code; and floats.
 
     pack-quantized   weight_packed int32 [out, ceil(in * bits / 32)], weight_shape; codes shifted by 2**(bits - 1),
                      weight_zero_point int32 [ceil(out * bits / 32), groups] likewise
     int-quantized    weight int8 [out, in], weight_zero_point int8 [out, groups]
     both             weight_scale [out, groups], [out, 1] or [1]; weight_g_idx [in] with act-order, -1 without
+    floats           blockfloat.py
 
 quantization_config has groups of settings, each for some targets: names, patterns after "re:" or classes of modules.
 Activations that an engine would quantize stay in 16 bits here; a result is that of the weights.
@@ -24,6 +25,7 @@ from torch import Tensor
 from qbench.format.format import Format
 from qbench.format.weight import QuantizedWeight
 from qbench.format.words import unpack_words
+from qbench.readers.blockfloat import float_kind, float_weight
 from qbench.readers.folder import HeldFolder, Linear, integer, method_of, quantization_of
 from qbench.readers.gptq import BITS, SCALES, group_width, integers, order_of
 from qbench.readers.reader import ReadError
@@ -140,11 +142,13 @@ class Schemes:
 
 def codec(linear: Linear, scheme: Scheme) -> tuple[Callable[..., str], Callable[..., Format]]:
     """What reads a scheme's headers and what reads its tensors; raises ReadError for one that nothing reads."""
+    if scheme.weights.get("type") == "float":
+        return float_kind, float_weight
     if scheme.weights.get("type", "int") == "int" and scheme.format in (PACKED, *NAIVE):
         return integer_kind, integer_weight
     raise linear.error(
         f"it is stored as {scheme.format[:50]} ({str(scheme.weights.get('type'))[:20]}), and of compressed-tensors' "
-        f"formats {', '.join((PACKED, *NAIVE))} of integers are read"
+        f"formats {', '.join((PACKED, *NAIVE))} of integers are read, and those of floats"
     )
 
 

@@ -2,6 +2,7 @@
 
     quantizer=file quantizer.path=model-Q4_K_M.gguf          a file or a folder
     quantizer=file quantizer.id=ORG/NAME                     a repository of the Hub, quantizer.file= for one file of it
+    -m experiment=files 'files=DIR/*,hub:ORG/NAME/FILE'      many of them beside qbench's own methods
 
 The format is told from the file (reader.py). Each linear becomes a format object that decodes as the format's reference
 decoder does. What else the file holds (norms, biases, routers, embeddings, head) takes the place of the original's and
@@ -29,6 +30,7 @@ from qbench.readers.reader import Entry, Held, Reader, ReadError
 from qbench.record.quantization import FileRecord
 from qbench.registry import READER, find, names
 
+HUB = "hub:"
 LEAST_COSINE = 0.2  # between a weight and what a file holds of it; that of unrelated matrices is below 0.01
 SETTINGS = ("config.json", "quantization_config.json", "quantize_config.json", "hf_quant_config.json")
 
@@ -39,7 +41,8 @@ def reader_of(path: Path) -> tuple[str, Reader]:
         reader = find(READER, name)()
         if reader.recognizes(path):
             return name, reader
-    raise ReadError(f"{path} is in no format that is known here; readers: {', '.join(known)}")
+    instead = f"; for every file in it, say 'files={path}/*' in a sweep" if path.is_dir() else ""
+    raise ReadError(f"{path} is in no format that is known here (readers: {', '.join(known)}){instead}")
 
 
 def open_file(path: Path, model: Any) -> Held:
@@ -65,13 +68,26 @@ class File(Quantizer):
     revision: str | None = None
 
     def __post_init__(self) -> None:
-        if (self.path is None) == (self.id is None):
-            raise ValueError("say quantizer.path=FILE_OR_DIR, or quantizer.id=ORG/NAME for a repository of the Hub")
+        if self.id is not None and self.path is not None:
+            raise ValueError("quantizer.path and quantizer.id name two files; say one of them")
+        if self.path is not None and self.path.startswith(HUB):
+            repository, _, revision = self.path.removeprefix(HUB).partition("@")
+            owner, _, rest = repository.partition("/")
+            name, _, file = rest.partition("/")
+            if not (owner and name):
+                raise ValueError(f"{self.path} is no file of the Hub: it is hub:ORG/NAME or hub:ORG/NAME/FILE@REVISION")
+            for field, value in (("path", None), ("id", f"{owner}/{name}"), ("file", file), ("revision", revision)):
+                object.__setattr__(self, field, value or None)
         if self.path is not None and (self.file or self.revision):
             raise ValueError("quantizer.file and quantizer.revision are those of a repository: they need quantizer.id")
 
     def pinned(self) -> File:
         """The same file at a commit; raises RequestError for one that is not there or that no reader recognizes."""
+        if self.path is None and self.id is None:
+            raise RequestError(
+                "quantizer=file: say quantizer.path=FILE_OR_DIR, or quantizer.id=ORG/NAME for a repository of the Hub",
+                key="quantizer.path",
+            )
         pinned = self
         if self.id is not None:
             pinned = File(id=self.id, file=self.file, revision=hub.commit(self.id, self.revision))

@@ -106,16 +106,16 @@ class HeldFolder:
             linear = self._linears[name]
             return self._layout.decode(linear, {p: self._tensor(f"{linear.module}.{p}") for p in linear.stored})
         key, fused = self._plain[name]
-        tensor = self._tensor(key)
         if fused is None:
+            tensor = self._tensor(key)
             return tensor.T.contiguous() if name in self._names.transposed else tensor
         index, projection, _ = name.removeprefix(f"{fused.module}.").split(".")
         how = form(self._names.experts[fused.module])
-        return matrix_of(how, projection, fused.parameter, tensor[int(index)])
+        return matrix_of(how, projection, fused.parameter, self._tensor(key, int(index)))
 
-    def _tensor(self, key: str) -> Tensor:
+    def _tensor(self, key: str, index: int | None = None) -> Tensor:
         try:
-            return self._shards.read(key, CPU)
+            return self._shards.read(key, CPU, index)
         except PointError as error:
             raise ReadError(str(error)) from error
 

@@ -61,6 +61,11 @@ class Stored:
     start: int
     nbytes: int
 
+    def select(self, index: int) -> Stored:
+        """Element `index` of the first dimension."""
+        nbytes = self.nbytes // self.shape[0]
+        return Stored(self.file, self.dtype, self.shape[1:], self.start + index * nbytes, nbytes)
+
 
 class Shards:
     """The tensors of a folder by name; `bytes_read` counts what has come off the disk so far.
@@ -81,12 +86,12 @@ class Shards:
                     raise RequestError(f"{folder}: {name} is both in {self.tensors[name].file.name} and in {file.name}")
                 self.tensors[name] = stored
 
-    def read(self, name: str, device: torch.device) -> Tensor:
-        """The tensor on `device`, filled by its current stream. May be called from several threads.
+    def read(self, name: str, device: torch.device, index: int | None = None) -> Tensor:
+        """The tensor, or element `index` of it, on `device`, filled by its current stream; from any thread.
 
         Raises PointError when the file cannot be read any more, and when the device has no room.
         """
-        stored = self.tensors[name]
+        stored = self.tensors[name] if index is None else self.tensors[name].select(index)
         try:
             target = _empty(stored.nbytes, device)
         except (RuntimeError, OSError) as error:

@@ -22,10 +22,10 @@ class LayerRow(Strict):
     imbalance_before: float  # geometric mean over tiles of all rows x one group
     imbalance_after: float | None  # None for methods that do not balance
     kurtosis_before: float
-    kurtosis_after: float  # of W / t; as before without an input scale
+    kurtosis_after: float  # of what is rounded, W R / t; as before without a rotation R and an input scale t
     diagnostics: dict[str, float] = field(default_factory=dict)  # what else the method reports, such as a chosen ratio
-    # by component, as the weight's format names them: codes, scale, zero, input_scale, codebook, permutation; an input
-    # scale that is listed here is stored with the codes, as every method's is: none is folded into the layer before
+    # by component, as the weight's format names them: codes, scale, zero, input_scale, codebook, permutation, signs; an
+    # input scale that is listed here is stored with the codes, as every method's is: none is folded into another layer
     stored_bytes: dict[str, int] = field(default_factory=dict)
 
 
@@ -86,6 +86,7 @@ class CalibrationRecord(Strict):
     sequences: int
     tokens: int
     inputs: str = "quantized"  # or original: what each block was shown of the blocks before it
+    draws_sha256: list[str] = field(default_factory=list)  # token ids of the draws after the first
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from qbench.evaluate.protocol import Corpus, Protocol
 from qbench.evaluate.text import Text, read_calibration
 from qbench.model import coverage
 from qbench.passes import calibrate
+from qbench.quant.noise import Noise
 from qbench.quant.original import Original
 from qbench.quant.quantizer import Quantizer
 from qbench.record.identity import Identity, identify
@@ -54,6 +55,11 @@ class Prepared:
     exporter: Exporter
     tracker: Tracker
 
+    @property
+    def draws(self) -> int:
+        """How many variants the point is: one for each draw of calibration text, or of the method's seed."""
+        return draws(self.quantizer, self.config.calibration)
+
     def recorded(self) -> Result | None:
         """The finished point if there is nothing left to do, else None.
 
@@ -74,6 +80,11 @@ class Prepared:
                 f"this point is recorded with {covered:.1%} of the linear weights quantized, runtime.min_coverage "
                 f"asks for {least:.0%}; ask for less, or leave the point out"
             )
+
+
+def draws(quantizer: Quantizer | None, calibration: CalibrationConfig) -> int:
+    """A method that is shown no text and has no seed is the same in every draw."""
+    return calibration.draws if quantizer is not None and (quantizer.needs or hasattr(quantizer, "seed")) else 1
 
 
 def fingerprint(source: Source) -> str:
@@ -112,6 +123,8 @@ def prepare(
     speed.check(config.speed)
     if isinstance(quantizer, Original) and config.runtime.offload and config.speed.name != "none":
         raise RequestError("quantizer=none with runtime.offload=true would time the copying of weights; use speed=none")
+    if isinstance(quantizer, Noise) and config.speed.name != "none":
+        raise RequestError("quantizer=noise is the original with noise in its states, and as fast; use speed=none")
     tracker = make(TRACKER, config.tracker)
     tracker.check()
     store = Store(config.outputs)
@@ -124,6 +137,8 @@ def prepare(
     calibration_text = read_calibration(config.calibration) if quantizer is not None and quantizer.needs else None
     if calibration_text is not None:
         calibrate.check_text(calibration_text, config.calibration)
+    if config.calibration.draws < 1:
+        raise RequestError(f"calibration.draws must be at least 1, got {config.calibration.draws}")
     point = identify(
         config,
         _every_field(config.quantizer, quantizer, contents),
@@ -133,6 +148,7 @@ def prepare(
         calibration_sha256=calibration_text and calibration_text.sha256,
         device=device.type,
         dtype=str(dtype).removeprefix("torch."),
+        draws=draws(quantizer, config.calibration),
     )
     run_id = identity(point.key, __version__)
     if folder is not None and quantizer is not None:

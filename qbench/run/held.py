@@ -13,13 +13,13 @@ from qbench.record.quantization import FileRecord
 from qbench.request.prepare import Prepared
 
 
-def for_model(point: Prepared, skeleton: Any) -> Quantizer:
-    """The point's quantizer for this model, before a weight is read.
+def for_model(quantizer: Quantizer, point: Prepared, skeleton: Any) -> Quantizer:
+    """The quantizer, which is the point's, for this model, before a weight is read.
 
     Raises PointError for a file that cannot be used with it, or that holds too much of it in 16 bit.
     """
     try:
-        quantizer = point.quantizer.for_model(skeleton)
+        quantizer = quantizer.for_model(skeleton)
     except ValueError as error:
         raise PointError(str(error)) from error
     if isinstance(quantizer, Opened):

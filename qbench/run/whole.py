@@ -24,6 +24,7 @@ from qbench.passes import account
 from qbench.passes.calibrate import Calibration, cut_sequences
 from qbench.passes.own import take_own
 from qbench.passes.quantize import quantize_model, require_finite, skipped_rows
+from qbench.quant.noise import Noise
 from qbench.quant.original import Original
 from qbench.quant.quantizer import Quantizer
 from qbench.record.quantization import FileRecord, LayerRow, OtherRow, SkippedRow
@@ -40,6 +41,8 @@ def whole(point: Prepared) -> Measured:
     config, quantizer, runtime = point.config, point.quantizer, point.config.runtime
     clock, result = Clock(), started(point)
     try:
+        if reason := _needs_blocks(point):
+            raise PointError(f"{reason} needs a model that is a plain chain of blocks, and {point.model.name} is none")
         tokenizer = point.model.tokenizer(point.store.models)
         evaluation = point.protocol.prepare(point.source, tokenizer, runtime)
         calibration = None
@@ -96,6 +99,13 @@ def whole(point: Prepared) -> Measured:
         return failed(point, error, replace(result, seconds=clock.seconds))
 
 
+def _needs_blocks(point: Prepared) -> str | None:
+    """The setting that a pass serves and a model as a whole does not."""
+    if point.draws > 1:
+        return f"calibration.draws={point.draws}"
+    return "quantizer=noise" if isinstance(point.quantizer, Noise) else None
+
+
 def _load(point: Prepared, scored: np.ndarray | None, calibration: Calibration | None) -> LoadedModel:
     """The original, or what a packed checkpoint holds, once all is checked that can be before the first forward pass.
 
@@ -134,7 +144,7 @@ def _quantize(model: Any, quantizer: Quantizer | None, calibration: Calibration 
         torch.cuda.reset_peak_memory_stats(model.device)
     resident = Peak(torch.device("cpu"))  # this process's own: the maximum that the system keeps is inherited
     started = time.perf_counter()
-    quantizer, found = for_model(point, model), find_linears(model)
+    quantizer, found = for_model(quantizer, point, model), find_linears(model)
     packed = linear_names(model) - {s.name for s in found.skipped} - {f"{s.name}.weight" for s in found.skipped}
     others = take_own(model, quantizer, without=packed, places=model)
     layers, skipped = quantize_model(model, quantizer, calibration, runtime.offload)

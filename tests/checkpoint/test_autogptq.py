@@ -178,6 +178,7 @@ def test_saving_again_replaces_only_our_own(tmp_path, model):
         (lambda: quantized("sinq"), "input scale t"),
         (lambda: quantized("awq"), "input scale t"),
         (lambda: quantized("nf4"), "codebook"),
+        (lambda: quantized("rtn", rotation="hadamard"), "rotated basis"),
         (lambda: quantized("hqq"), "not integers"),
         (lambda: quantized(aux_dtype="int8"), "use quantizer.aux_dtype=fp16"),
         (lambda: quantized(columns=160), "no multiple of quantizer.group_size=64"),

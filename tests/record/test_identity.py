@@ -5,10 +5,8 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import pytest
-from hydra import compose, initialize_config_module
-from omegaconf import OmegaConf
 
-from qbench.config import Config, RuntimeConfig, register
+from qbench.config import Config, RuntimeConfig
 from qbench.errors import RequestError
 from qbench.record.identity import PERMISSIONS, RUNTIME_OUTSIDE, SOURCE_OF_TEXT, Identity, identify
 from qbench.report import board, entries, history
@@ -16,7 +14,7 @@ from qbench.report.columns import order
 from qbench.report.gate.compare import compare
 from qbench.report.gate.file import GateFile, Limits
 from qbench.request.prepare import Prepared, prepare
-from tests.conftest import refused
+from tests.conftest import composed, refused
 from tests.report import examples
 from tests.track import wandb_stub
 
@@ -101,16 +99,13 @@ def folder(tmp_path_factory):
 @pytest.fixture
 def ask(folder, monkeypatch, tmp_path):
     """What a command line asks for, without loading anything."""
-    register()
     monkeypatch.chdir(folder)
 
     def call(words: str, **functions) -> Prepared:
         overrides = [f"outputs={tmp_path}", *words.split()]
         if "tracker=wandb" in overrides:
             wandb_stub.install(monkeypatch)
-        with initialize_config_module("qbench.conf", version_base="1.3"):
-            config = OmegaConf.to_object(compose("config", overrides=overrides))
-        return prepare(config, overrides, **functions)
+        return prepare(composed(overrides), overrides, **functions)
 
     return call
 

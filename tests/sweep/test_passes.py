@@ -75,6 +75,7 @@ class P:
     name: str
     needs: bool = False
     config: Config = field(default_factory=Config)
+    draws: int = 1
 
     @property
     def point(self):
