@@ -208,6 +208,16 @@ def test_values_that_mean_nothing_are_refused_by_name(edited):
         held.read(f"{Q}.weight")
 
 
+def test_a_bias_that_the_original_lacks_must_be_zero(edited):
+    """AutoGPTQ writes one for every layer."""
+    held = GPTQ().open(edited(lambda t: t | {f"{Q}.bias": torch.zeros(64)}), skeleton())
+    assert isinstance(held.read(f"{Q}.weight"), QuantizedWeight)
+    assert f"{Q}.bias" in held.ignored
+    held = GPTQ().open(edited(lambda t: t | {f"{Q}.bias": torch.ones(64)}), skeleton())
+    with pytest.raises(ReadError, match="has a bias, and the original's layer has none"):
+        held.read(f"{Q}.weight")
+
+
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
