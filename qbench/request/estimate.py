@@ -146,6 +146,9 @@ def tokens(point: Prepared, vocabulary: int | None = None) -> int | None:
 
     None where documents are made as they are scored, as lm-eval's are.
     """
+    of_parts = getattr(point.protocol, "scored_tokens", lambda _: None)(point.source)
+    if of_parts is not None:
+        return of_parts
     if (windows := getattr(point.protocol, "max_windows", None)) is not None:
         return windows * point.protocol.window
     content = getattr(point.source, "content", None)
