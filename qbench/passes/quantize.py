@@ -55,11 +55,15 @@ def quantize_model(
         rows.extend(new)
 
     def place_group(group: Group, stats: InputStatistics | None) -> None:
+        group = {name: layer for name, layer in group.items() if takes(quantizer, name)}
+        if not group:
+            return
         for name, (module, row) in quantize_linears(group, quantizer, stats).items():
             place(name, module, [row])
 
     def place_experts(name: str, module: nn.Module, inputs: ExpertInputs | None, fetch: Fetch = iter) -> None:
-        place(name, *quantize_experts(name, module, quantizer, inputs, fetch))
+        if takes_experts(quantizer, name, module):
+            place(name, *quantize_experts(name, module, quantizer, inputs, fetch))
 
     found = find_linears(model)
     skipped = skipped_rows(found)
@@ -88,6 +92,16 @@ def quantize_model(
                 place_experts(unit[0], found.experts.pop(unit[0]), None, fetch)
     warn(rows)
     return rows, skipped
+
+
+def takes(quantizer: Quantizer, name: str) -> bool:
+    """Whether the quantizer does anything with the linear of that name."""
+    return quantizer.for_layer(name) is not None
+
+
+def takes_experts(quantizer: Quantizer, name: str, module: nn.Module) -> bool:
+    """As `takes`, for any of a module's fused experts."""
+    return any(takes(quantizer, one) for i in range(module.num_experts) for one in _expert_names(name, module, i))
 
 
 def skipped_rows(found: Linears) -> list[SkippedRow]:

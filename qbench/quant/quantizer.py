@@ -59,9 +59,8 @@ class Quantizer:
     """
 
     needs: ClassVar[frozenset[Statistic]] = frozenset()  # empty: calibration-free
-    joint: ClassVar[bool] = (
-        False  # whether it must be handed a linear group as a whole; else linears may come one by one
-    )
+    joint: ClassVar[bool] = False  # True: it is handed a linear group as a whole; else linears may come one by one
+    partial: ClassVar[bool] = False  # True: it is asked to leave linears alone, and runtime.min_coverage asks nothing
 
     def __post_init__(self) -> None:
         nbits = getattr(self, "nbits", 4)
@@ -106,6 +105,10 @@ class Quantizer:
 
         Raises ValueError for a model with which it cannot be used.
         """
+        return self
+
+    def for_layer(self, name: str) -> Quantizer | None:
+        """What quantizes the linear of that name; None leaves it alone, as the original has it."""
         return self
 
     def quantize_layers(
