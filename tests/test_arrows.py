@@ -22,6 +22,7 @@ GROUND = (  # modules in the root that know no folder
     "registry",
     "values",
     "intervals",
+    "significance",
     "entry",
     "checkout",
 )
@@ -31,20 +32,22 @@ COMMANDS = ("__main__", "leaderboard", "regress", "catalog")
 MAY: dict[str, tuple[str, ...]] = {
     "commands": ("run", "sweep", "request", "report", "track", "record"),
     "testing": (
-        *("run", "request", "passes", "evaluate", "sources", "checkpoint", "model", "layers", "quant", "format"),
-        *("track", "record"),
+        *("run", "request", "passes", "evaluate", "sources", "readers", "checkpoint", "model", "layers", "quant"),
+        *("format", "track", "record"),
     ),
     "run": (
-        *("sweep", "request", "passes", "evaluate", "sources", "checkpoint", "model", "layers", "quant", "format"),
-        *("report", "track", "record"),
+        *("sweep", "request", "passes", "evaluate", "sources", "readers", "checkpoint", "model", "layers", "quant"),
+        *("format", "report", "track", "record"),
     ),
     "sweep": ("request", "passes", "evaluate", "sources", "checkpoint", "report", "track", "record"),
     "request": (
-        *("passes", "evaluate", "sources", "checkpoint", "model", "layers", "quant", "format", "track", "record"),
+        *("passes", "evaluate", "sources", "readers", "checkpoint", "model", "layers", "quant", "format"),
+        *("track", "record"),
     ),
     "passes": ("evaluate", "sources", "checkpoint", "model", "layers", "quant", "kernels", "format", "record"),
     "evaluate": ("texts", "sources", "checkpoint", "model", "layers", "quant", "kernels", "format", "record"),
-    "sources": ("checkpoint", "model", "layers", "quant", "format", "record"),
+    "sources": ("readers", "checkpoint", "model", "layers", "quant", "format", "record"),
+    "readers": ("checkpoint", "model", "layers", "quant", "format", "record"),
     "checkpoint": ("model", "layers", "quant", "format", "record"),
     "model": ("layers", "quant", "format"),
     "plugins": ("quant", "kernels", "format"),

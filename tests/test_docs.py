@@ -56,7 +56,7 @@ def squeezed(text: str) -> str:
 
 
 def test_every_block_of_the_recipes_is_cut_from_the_example():
-    """And every file that a recipe names is there, for each of the six kinds."""
+    """And every file that a recipe names is there, for each of the kinds."""
     page = (ROOT / "docs" / "extend.md").read_text(encoding="utf-8")
     kept = [p for p in EXAMPLE.rglob("*") if p.suffix in (".py", ".yaml", ".toml", ".md")]
     files = {path: squeezed(path.read_text(encoding="utf-8")) for path in kept}

@@ -37,6 +37,8 @@ METHODS = {
     "asinq": ("quantizer=asinq",),
     "sinq-nf4": ("quantizer=sinq", "quantizer.codebook=nf4"),
     "sinq+hqq": ("quantizer=sinq", "quantizer.inner=hqq"),
+    "gptq-hadamard": ("quantizer=gptq", "quantizer.rotation=hadamard"),
+    "higgs": ("quantizer=higgs",),
 }
 SHORT = ("task.window=64", "task.max_windows=2")
 SHORT_CALIBRATION = ("calibration.window=64", "calibration.sequences=4")

@@ -21,7 +21,7 @@ That includes an asymmetric group whose weights all lie on one side of zero, sin
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,18 +31,18 @@ from torch import Tensor, nn
 
 from qbench import __version__
 from qbench.checkpoint import packed as checkpoint
-from qbench.checkpoint import settings
+from qbench.checkpoint import served
+from qbench.checkpoint.served import INSTEAD, example, integer_refusal
 from qbench.errors import RequestError
 from qbench.format.aux import FP16_MAX
 from qbench.format.format import Format
 from qbench.format.weight import QuantizedWeight
-from qbench.layers.linear import PackedWeight, QuantLinear, in_packed_format
+from qbench.format.words import WORD, pack_words
+from qbench.layers.linear import in_packed_format
 from qbench.model.linears import find_linears, matrix
-from qbench.quant.quantizer import InputStatistics, Quantizer
+from qbench.quant.quantizer import Quantizer
 
 QUANTIZE_CONFIG = "quantize_config.json"
-WORD = 32  # bits; readers want both sizes of a layer in multiples of it
-INSTEAD = "export.format=packed keeps everything"
 DIFFERENT = f"the layers differ in bits or group size, and AutoGPTQ's format has one of each; {INSTEAD}"
 
 
@@ -52,16 +52,8 @@ class AutoGPTQ:
 
     def refuse(self, quantizer: Quantizer) -> str | None:
         """Seen from a small weight that it quantizes here."""
-        group_size: int = getattr(quantizer, "group_size", -1)
-        generator = torch.Generator().manual_seed(0)
-        weight = torch.randn(8, 64 if group_size == -1 else group_size, generator=generator)
-        inputs = torch.randn(64, weight.shape[1], generator=generator)
-        stats = InputStatistics(len(inputs), inputs.abs().mean(0), inputs, inputs.T @ inputs)
-        try:
-            [quantized] = quantizer.quantize([weight], stats if quantizer.needs else None)
-        except ValueError:  # said better where it meets the model
-            return None
-        return format_refusal(quantized)
+        quantized = example(quantizer)
+        return None if quantized is None else format_refusal(quantized)
 
     def refuse_model(self, model: Any, quantizer: Quantizer) -> str | None:
         found = find_linears(model)
@@ -93,21 +85,14 @@ def format_refusal(weight: Format) -> str | None:
     """Why no weight that is stored like this one can be expressed; None if it can."""
     if not isinstance(weight, QuantizedWeight):
         return f"it is stored as {weight.name}, which AutoGPTQ's format has no place for; {INSTEAD}"
-    for part, what in (
-        (weight.input_scale, "it stores an input scale t beside the group scales"),
-        (weight.codebook, "its codes index a codebook instead of being evenly spaced"),
-    ):
-        if part is not None:
-            return f"{what}, which AutoGPTQ's format has no place for; {INSTEAD}"
-    if any(aux is not None and aux.step is not None for aux in (weight.scale, weight.zero)):
-        return "its scales are stored in int8 and AutoGPTQ's in fp16; use quantizer.aux_dtype=fp16"
-    if weight.zero is not None and not torch.equal(weight.zero.stored, weight.zero.stored.round()):
-        return f"its zero points are not integers, which AutoGPTQ's must be; {INSTEAD}"
-    return None
+    return integer_refusal(weight, "AutoGPTQ")
 
 
 def shape_refusal(rows: int, columns: int, group_size: int) -> str | None:
-    """Why a weight `[rows, columns]` in groups of `group_size` columns cannot be expressed; None if it can."""
+    """Why a weight `[rows, columns]` in groups of `group_size` columns cannot be expressed; None if it can.
+
+    Readers want both sizes of a layer in multiples of a word.
+    """
     if rows % WORD or columns % WORD:
         return f"its shape [{rows}, {columns}] is not a multiple of {WORD} both ways, as AutoGPTQ's format needs"
     if columns % group_size:
@@ -136,50 +121,21 @@ def save(
         weights = expressible(model)
         quantization = quantize_config(weights, origin or {})
         v1 = quantization["checkpoint_format"] == "gptq"
-        settings.write(model, tokenizer, partial)
-        path = partial / "config.json"
-        config = json.loads(path.read_text(encoding="utf-8"))
-        config |= {"dtype": str(dtype).removeprefix("torch."), "quantization_config": quantization}
-        config["architectures"] = config.get("architectures") or [type(model).__name__]
-        _write_json(path, config)
-        _write_json(partial / QUANTIZE_CONFIG, quantization)
-        shards = checkpoint.write_shards(_tensors(model, weights, v1, dtype), partial, max_shard_bytes)
-        if len(shards) == 1:
-            (partial / next(iter(shards))).rename(partial / "model.safetensors")
-        else:
-            files = {name: file for file, sizes in shards.items() for name in sizes}
-            total = sum(sum(sizes.values()) for sizes in shards.values())
-            index = {"metadata": {"total_size": total}, "weight_map": files}
-            _write_json(partial / "model.safetensors.index.json", index)
+        served.write_json(partial / QUANTIZE_CONFIG, quantization)
+        content = served.tensors(
+            model, weights, lambda weight: layer_tensors(weight, v1), lambda n, t: _sixteen_bit(n, t, dtype)
+        )
+        config = {"dtype": str(dtype).removeprefix("torch."), "quantization_config": quantization}
+        served.write(model, tokenizer, partial, content, config, max_shard_bytes)
 
 
 def expressible(model: nn.Module) -> dict[str, QuantizedWeight]:
     """The model's quantized linears by name; raises RequestError unless the format can hold every one of them."""
-    weights: dict[str, QuantizedWeight] = {}
-    outside: dict[str, int] = {}
-    groups = 0
-    for name, module in model.named_modules():
-        if not isinstance(module, PackedWeight):
-            continue
-        if not isinstance(module, QuantLinear):
-            raise RequestError(f"{name}: AutoGPTQ's format has no place for stacks of experts; {INSTEAD}")
-        weights[name] = weight = module.quantized
-        rows, columns = weight.shape
-        if reason := format_refusal(weight) or shape_refusal(rows, columns, weight.group_size):
+    weights = served.quantized_linears(model, "AutoGPTQ")
+    for name, weight in weights.items():
+        if reason := format_refusal(weight) or shape_refusal(*weight.shape, weight.group_size):
             raise RequestError(f"layer {name}: {reason}")
-        if weight.zero is not None:
-            zero = weight.zero.dense()
-            groups += zero.numel()
-            if count := int(((zero < 0) | (zero > 2**weight.nbits - 1)).sum()):
-                outside[name] = count
-    if not weights:
-        raise RequestError("the model has no quantized layer; save_pretrained is the way to save it")
-    if outside:
-        raise RequestError(
-            f"{sum(outside.values())} of {groups} groups, the first in layer {next(iter(outside))}, have a zero point "
-            f"outside of the codes, since their weights all lie on one side of zero; AutoGPTQ's format has no room "
-            f"for that: use quantizer.symmetric=true or export.format=packed"
-        )
+    served.check_zeros(weights, "AutoGPTQ")
     if len({weight.nbits for weight in weights.values()}) > 1 or common_group(_sizes(weights)) is None:
         raise RequestError(DIFFERENT)
     return weights
@@ -218,38 +174,6 @@ def layer_tensors(weight: QuantizedWeight, v1: bool) -> dict[str, Tensor]:
     }
 
 
-def pack_words(values: Tensor, nbits: int) -> Tensor:
-    """Packs integers of `nbits` bits `[n, m]` along `n`, a multiple of 32, into int32 `[n * nbits / 32, m]`."""
-    values = values.unflatten(0, (-1, WORD))
-    words = torch.zeros(len(values), nbits, values.shape[2], dtype=torch.int64, device=values.device)
-    for i in range(WORD):
-        word, shift = divmod(i * nbits, WORD)
-        value = values[:, i].long() << shift
-        words[:, word] |= value
-        if shift + nbits > WORD:
-            words[:, word + 1] |= value >> WORD
-    words = words & 0xFFFFFFFF
-    return torch.where(words < 2**31, words, words - 2**32).int().flatten(0, 1)
-
-
-def _tensors(
-    model: nn.Module, weights: Mapping[str, QuantizedWeight], v1: bool, dtype: torch.dtype
-) -> Iterator[tuple[str, Tensor]]:
-    """What is written, one tensor at a time, so that only one shard exists twice; tied tensors come once."""
-    seen: set[int] = set()
-    done: set[str] = set()
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        owner, _, key = name.rpartition(".")
-        if owner in weights and key != "bias":
-            if owner not in done:
-                done.add(owner)
-                for part, packed in layer_tensors(weights[owner], v1).items():
-                    yield f"{owner}.{part}", packed
-        elif id(tensor) not in seen:
-            seen.add(id(tensor))
-            yield name, _sixteen_bit(name, tensor.detach(), dtype)
-
-
 def _sixteen_bit(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
     if not tensor.is_floating_point():
         return tensor
@@ -282,7 +206,3 @@ def _origin(folder: Path) -> Mapping[str, Any]:
     if not isinstance(origin, dict):
         raise RequestError(f"{folder} holds no AutoGPTQ checkpoint of ours")
     return origin
-
-
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -9,6 +9,7 @@ from typing import Any
 
 from qbench.checkpoint.exporter import Exporter
 from qbench.errors import RequestError, WriteError
+from qbench.quant.noise import Noise
 from qbench.quant.original import Original
 from qbench.quant.quantizer import Quantizer
 from qbench.record.result import Result
@@ -31,7 +32,8 @@ def make_exporter(config: Mapping[str, Any]) -> tuple[Exporter, Path | None]:
 def check_target(exporter: Exporter, folder: Path, run_id: str, quantizer: Quantizer, name: str) -> None:
     """Raises RequestError now when the checkpoint of this point could not be written in the format `name`."""
     if isinstance(quantizer, Original):
-        raise RequestError("quantizer=none changes no weight, so there is nothing to export; leave out export.dir")
+        name = "noise" if isinstance(quantizer, Noise) else "none"
+        raise RequestError(f"quantizer={name} changes no weight, so there is nothing to export; leave out export.dir")
     exporter.check_target(folder, run_id)
     if reason := exporter.refuse(quantizer):
         raise RequestError(f"export.format={name} cannot express {type(quantizer).__name__}: {reason}")

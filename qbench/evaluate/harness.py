@@ -27,8 +27,19 @@ from qbench.evaluate.limits import batch_size
 from qbench.evaluate.lmeval import LoadedTask, seed_everything
 from qbench.evaluate.protocol import Scores
 from qbench.evaluate.windowed import name_of
-from qbench.intervals import Estimate, jackknife, paired_delta, paired_shares, perplexity, share, verdict
+from qbench.intervals import (
+    Estimate,
+    jackknife,
+    p_value,
+    paired_delta,
+    paired_shares,
+    perplexity,
+    share,
+    smallest,
+    verdict,
+)
 from qbench.record.quality import EvaluationRecord, MetricRecord, TaskRecord
+from qbench.significance import SharesTest, paired_shares_test
 
 if TYPE_CHECKING:
     from qbench.evaluate.answers import TaskAsks
@@ -147,6 +158,8 @@ class TaskEvaluation:
             ppl_delta_high=delta and delta.high,
             window_nll_file=file,
             verdict=delta and verdict(delta, higher_is_better=False),
+            p_value=delta and p_value(delta),
+            detectable=delta and smallest(delta),
             text_revision=task.revision,
             bos_policy=hflm.bos_policy(self.tokenizer, self.task),
             metrics=metrics,
@@ -278,14 +291,16 @@ def _metrics(task: LoadedTask, scores: TaskScores, baseline: TaskScores | None) 
             continue
         record = MetricRecord(name=name, higher_is_better=better is not False, value=value)
         if baseline is not None and math.isfinite(baseline.numbers.get(metric, math.nan)):
-            delta, flips = _compare(task, metric, scores, baseline)
+            delta, flips, test = _compare(task, metric, scores, baseline)
             record = replace(
                 record,
                 baseline=baseline.numbers[metric],
                 delta=delta.value,
                 delta_low=delta.low,
                 delta_high=delta.high,
-                verdict=None if better is None else verdict(delta, better),
+                verdict=None if better is None else verdict(delta, better, test and test.p_value),
+                p_value=test.p_value if test else p_value(delta),
+                detectable=test.detectable if test else smallest(delta),
                 flip_rate=flips and flips.value,
                 flip_rate_low=flips and flips.low,
                 flip_rate_high=flips and flips.high,
@@ -296,19 +311,20 @@ def _metrics(task: LoadedTask, scores: TaskScores, baseline: TaskScores | None) 
 
 def _compare(
     task: LoadedTask, metric: str, scores: TaskScores, baseline: TaskScores
-) -> tuple[Estimate, Estimate | None]:
-    """The difference of the two numbers, with its interval where what documents add is known, and the flip rate."""
+) -> tuple[Estimate, Estimate | None, SharesTest | None]:
+    """The difference with its interval where what documents add is known, the flip rate, and McNemar's test."""
     difference = scores.numbers[metric] - baseline.numbers[metric]
     right, baseline_right = scores.outcomes(metric), baseline.outcomes(metric)
     flips = None
     if right is not None and baseline_right is not None:
         flips = share(int((right != baseline_right).sum()), len(right))
         if task.group is None or task.by_size(metric):  # the share of all documents that are right
-            return replace(paired_shares(right, baseline_right), value=difference), flips
+            test = paired_shares_test(right, baseline_right)
+            return replace(paired_shares(right, baseline_right), value=difference), flips, test
     ours, theirs = (s.adds(metric, task.name, task.by_size(metric)) for s in (scores, baseline))
     if ours is None or theirs is None or ours.shape != theirs.shape:
-        return Estimate(difference, None, None), flips
-    return replace(jackknife(lambda mean: mean, ours - theirs), value=difference), flips
+        return Estimate(difference, None, None), flips, None
+    return replace(jackknife(lambda mean: mean, ours - theirs), value=difference), flips, None
 
 
 def _is_metric(name: str, own: dict[str, Any]) -> bool:

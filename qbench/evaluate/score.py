@@ -23,9 +23,8 @@ from qbench.evaluate.divergence import divergences, log_probabilities, masked_di
 from qbench.quant import gpu
 
 CHUNK_BYTES = 32 * 2**20
-CONFIDENT = 0.5  # the original is, of a position, where its most probable token is at least as probable
 
-COMPARED = ("kl", "kl_reverse", "agrees", "squared_change", "confident")  # what a reader adds beside the original
+COMPARED = ("kl", "kl_reverse", "agrees", "squared_change", "confidence")  # what a reader adds beside the original
 
 
 def row_chunks(logits: Tensor) -> Iterator[slice]:
@@ -72,9 +71,9 @@ class WindowAsks:
 class WindowReader:
     """Scores `[windows, tokens - 1]`: `token_nll` in nats, fp32 (fp64 for a model in fp64), and those of COMPARED.
 
-    `kl` and `kl_reverse` are KL(original || variant) and KL(variant || original) in nats; `agrees` and `confident` are
-    bools: whether both find the same token most probable, and how sure the original is of its; `squared_change` is of
-    the probability of the token that follows.
+    `kl` and `kl_reverse` are KL(original || variant) and KL(variant || original) in nats; `agrees` is a bool, whether
+    both find the same token most probable; `confidence` is the probability that the original gives to its own;
+    `squared_change` is of the probability of the token that follows.
     """
 
     def __init__(self, asks: WindowAsks) -> None:
@@ -125,5 +124,5 @@ class WindowReader:
         if not compared:
             return {"token_nll": nll}
         kl, reverse, agrees, change, sure = compared
-        found = dict(zip(COMPARED, (kl, reverse, agrees > 0, change, sure >= CONFIDENT), strict=True))
+        found = dict(zip(COMPARED, (kl, reverse, agrees > 0, change, sure), strict=True))
         return {"token_nll": nll} | found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,11 +15,20 @@ from qbench.evaluate.protocol import Scores
 from qbench.evaluate.score import WindowAsks
 from qbench.evaluate.text import Pages, Text
 from qbench.evaluate.windows import Windows, WindowSettings
-from qbench.intervals import Estimate, paired_delta, perplexity, positive_mean, verdict
-from qbench.record.quality import DivergenceRecord, EvaluationRecord, IntervalRecord, TaskRecord
+from qbench.intervals import Estimate, p_value, paired_delta, perplexity, positive_mean, smallest, verdict
+from qbench.record.quality import (
+    DivergenceRecord,
+    EvaluationRecord,
+    IntervalRecord,
+    PartRecord,
+    TaskRecord,
+    histogram_edges,
+)
 from qbench.record.store import identity
 
-APART = ("confident", resident.HEAD_INPUTS)  # of the scores, what has no mean per window to be kept beside the result
+CONFIDENT = 0.5  # the original is, of a position, where its most probable token is at least as probable
+BUCKETS, PARTS = 5, 8  # of the original's confidence; of the window
+APART = ("confidence", resident.HEAD_INPUTS)  # of the scores, what has no mean per window to be kept beside the result
 
 
 @dataclass(frozen=True)
@@ -85,6 +95,8 @@ class WindowedEvaluation:
             ppl_delta_high=delta and delta.high,
             window_nll_file=file,
             verdict=delta and verdict(delta, higher_is_better=False),
+            p_value=delta and p_value(delta),
+            detectable=delta and smallest(delta),
             text_revision=self.source.revision,
             bos_policy=self.windows.bos_policy,
             divergence=_divergence(scores, per_window) if "kl" in scores else None,
@@ -98,12 +110,10 @@ def name_of(kept: Scores) -> str:
 
 
 def _divergence(scores: Scores, per_window: Scores) -> DivergenceRecord:
-    kl, confident = scores["kl"].astype(float), scores["confident"]
+    kl, confident = scores["kl"].astype(float), scores["confidence"] >= CONFIDENT
     p50, p90, p99, p999 = np.quantile(kl, (0.5, 0.9, 0.99, 0.999)).tolist()
     return DivergenceRecord(
         tokens=kl.size,
-        kl=_interval(positive_mean(per_window["kl"])),
-        kl_reverse=_interval(positive_mean(per_window["kl_reverse"])),
         kl_p50=p50,
         kl_p90=p90,
         kl_p99=p99,
@@ -112,8 +122,51 @@ def _divergence(scores: Scores, per_window: Scores) -> DivergenceRecord:
         confident_share=float(confident.mean()),
         kl_confident=float(kl[confident].mean()) if confident.any() else None,
         kl_unconfident=float(kl[~confident].mean()) if not confident.all() else None,
-        top1_agreement=_share(positive_mean(1 - per_window["agrees"])),
-        true_token_rms_change=_interval(positive_mean(per_window["squared_change"], power=0.5)),
+        by_confidence=_by_confidence(kl, scores["agrees"], scores["confidence"]),
+        by_position=_by_position(kl, scores["agrees"]),
+        kl_histogram=np.histogram(kl, histogram_edges())[0].tolist(),
+        **divergence_intervals(per_window),
+    )
+
+
+def divergence_intervals(per_window: Scores, draws: Scores | None = None) -> dict[str, IntervalRecord]:
+    """What a DivergenceRecord holds an interval of, from means per window `[windows]`.
+
+    `draws` holds them per draw, `[windows, draws]`, where the means are over several.
+    """
+
+    def of(name: str, turn: Callable[[np.ndarray], np.ndarray] = lambda x: x, power: float = 1.0) -> Estimate:
+        return positive_mean(turn(per_window[name]), power, draws=None if draws is None else turn(draws[name]))
+
+    return {
+        "kl": _interval(of("kl")),
+        "kl_reverse": _interval(of("kl_reverse")),
+        "top1_agreement": _share(of("agrees", lambda x: 1 - x)),
+        "true_token_rms_change": _interval(of("squared_change", power=0.5)),
+    }
+
+
+def _by_confidence(kl: np.ndarray, agrees: np.ndarray, confidence: np.ndarray) -> list[PartRecord]:
+    bucket = np.minimum((confidence * BUCKETS).astype(int), BUCKETS - 1)
+    edges = [i / BUCKETS for i in range(BUCKETS + 1)]
+    return [_part(edges[i], edges[i + 1], bucket == i, kl, agrees) for i in range(BUCKETS)]
+
+
+def _by_position(kl: np.ndarray, agrees: np.ndarray) -> list[PartRecord]:
+    """Of the scored tokens of all windows, by their place; the first of a window is not scored, and has place 0."""
+    place = np.broadcast_to(np.arange(1, kl.shape[1] + 1), kl.shape)
+    parts = [part for part in np.array_split(place[0], PARTS) if part.size]
+    return [_part(p[0], p[-1], (place >= p[0]) & (place <= p[-1]), kl, agrees) for p in parts]
+
+
+def _part(low: float, high: float, where: np.ndarray, kl: np.ndarray, agrees: np.ndarray) -> PartRecord:
+    some = bool(where.any())
+    return PartRecord(
+        low=float(low),
+        high=float(high),
+        share=float(where.mean()),
+        kl=float(kl[where].mean()) if some else None,
+        top1_changed=float(1 - agrees[where].mean()) if some else None,
     )
 
 

@@ -1,8 +1,11 @@
-"""Scales and zero points as stored: 16-bit floats, or 8-bit integers with a small table of their own.
+"""Aux as stored. Scales and zero points: 16-bit floats, or 8-bit integers with a small table of their own.
 
 With `int8`, consecutive values (row-major over `[..., out, groups]`) form blocks of 64 that share a step and
 an offset in fp16, as in the double quantization of QLoRA (arXiv 2305.14314): 8.5 bits per value instead
 of 16. Integer zero points keep a step of one, so they survive exactly as long as a block spans at most 255.
+
+An input scale t is one number a channel, in fp16, or in 8 bits without any table: e4m3, held as the bytes that it is
+(uint8), or integers in units of 1/128, held less 128 (int8).
 """
 
 from __future__ import annotations
@@ -14,6 +17,8 @@ from torch import Tensor
 
 BLOCK = 64
 AUX_DTYPES = ("fp16", "int8")
+INPUT_SCALE_DTYPES = {"fp16": torch.float16, "fp8": torch.uint8, "int8": torch.int8}
+UNITS = 128  # in one, of t in int8
 FP16_MAX = 65504.0
 FP16_TINY = 2.0**-24  # the smallest positive fp16; a scale below it would be stored as zero
 
@@ -55,3 +60,27 @@ class Aux:
             part.float().repeat_interleave(BLOCK, -1)[..., : values.shape[-1]] for part in (self.step, self.offset)
         )
         return (values * step + offset).view(self.stored.shape)
+
+
+def store_input_scale(t: Tensor, t_dtype: str) -> Tensor:
+    """t `[..., in]`, positive, as it is stored; `dense_input_scale` gives what it then stands for.
+
+    In 8 bits t is to be used relative to the other channels, since group scales make up for any common factor: fp8
+    holds t over its median, int8 t over half its largest. Raises ValueError for another name.
+    """
+    if t_dtype not in INPUT_SCALE_DTYPES:
+        raise ValueError(f"t_dtype must be one of {', '.join(INPUT_SCALE_DTYPES)}, got {t_dtype!r}")
+    if t_dtype == "fp8":
+        middle = t / t.median(-1, keepdim=True).values
+        # from the least positive number to the largest
+        return middle.clamp(2.0**-9, 448).to(torch.float8_e4m3fn).view(torch.uint8)
+    if t_dtype == "int8":
+        return ((t / t.amax(-1, keepdim=True) * 255).round().clamp(1, 255) - UNITS).to(torch.int8)
+    return t.half()
+
+
+def dense_input_scale(stored: Tensor) -> Tensor:
+    """t in fp32; what is stored in 8 bits is exact in fp16 too."""
+    if stored.dtype == torch.int8:
+        return (stored.float() + UNITS) / UNITS
+    return (stored.view(torch.float8_e4m3fn) if stored.dtype == torch.uint8 else stored).float()

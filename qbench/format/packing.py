@@ -11,7 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-PLANES: dict[int, tuple[int, ...]] = {2: (2,), 3: (2, 1), 4: (4,), 8: (8,)}
+PLANES: dict[int, tuple[int, ...]] = {2: (2,), 3: (2, 1), 4: (4,), 8: (8,)}  # what a weight may be quantized to
+WIDTHS = PLANES | {1: (1,), 6: (4, 2)}  # signs; the codes of two weights at once
 
 
 def pack(codes: Tensor, nbits: int) -> tuple[Tensor, ...]:
@@ -19,14 +20,14 @@ def pack(codes: Tensor, nbits: int) -> tuple[Tensor, ...]:
 
     Raises ValueError for another bit-width, or a code outside `0 .. 2**nbits - 1`.
     """
-    if nbits not in PLANES:
-        raise ValueError(f"nbits must be one of {sorted(PLANES)}, got {nbits}")
+    if nbits not in WIDTHS:
+        raise ValueError(f"nbits must be one of {sorted(WIDTHS)}, got {nbits}")
     if codes.numel() and (int(codes.min()) < 0 or int(codes.max()) >= 2**nbits):
         low, high = int(codes.min()), int(codes.max())
         raise ValueError(f"codes of {nbits} bits lie in 0..{2**nbits - 1}, got {low}..{high}")
     codes = codes.to(torch.uint8)
     planes, shift = [], 0
-    for width in PLANES[nbits]:
+    for width in WIDTHS[nbits]:
         planes.append(_pack_plane((codes >> shift) & (2**width - 1), width))
         shift += width
     return tuple(planes)
@@ -35,7 +36,7 @@ def pack(codes: Tensor, nbits: int) -> tuple[Tensor, ...]:
 def unpack(planes: tuple[Tensor, ...], nbits: int, columns: int) -> Tensor:
     """The inverse of `pack`: uint8 codes `[..., out, columns]`."""
     codes, shift = None, 0
-    for plane, width in zip(planes, PLANES[nbits], strict=True):
+    for plane, width in zip(planes, WIDTHS[nbits], strict=True):
         part = _unpack_plane(plane, width, columns) << shift
         codes = part if codes is None else codes | part
         shift += width

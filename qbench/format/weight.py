@@ -2,11 +2,14 @@
 
     W[o, i] ~= (codes[o, i] - zero[o, g(i)]) * scale[o, g(i)] * t[i]
     W[o, i] ~=  codebook[codes[o, i]]        * scale[o, g(i)] * t[i]      with a codebook
+    W[o, i] ~=  codebook[codes[o, j], i - p j] * scale[o, g(i)] * t[i]    with one of vectors of p, j = i // p
 
-`g(i) = i // group_size`; the last group of a row may be ragged. Without a stored zero point the grid is
-centred: zero = 2**(nbits - 1). `t` is the input scale (SINQ's second axis, AWQ's channel scale). With a
-permutation the columns were quantized in another order (GPTQ's act-order): column `i` of the stored codes is
-column `permutation[i]` of the weight. A stack of experts has one more leading dimension everywhere.
+A code of a vector has p x nbits bits. `g(i) = i // group_size`; the last group of a row may be ragged. Without
+a stored zero point the grid is centred: zero = 2**(nbits - 1). `t` is the input scale (SINQ's second axis,
+AWQ's channel scale). With a permutation the columns were quantized in another order (GPTQ's act-order): column
+`i` of the stored codes is column `permutation[i]` of the weight. With a rotation R (rotation.py) all this is W
+R, and `dequantize` goes back to W. A stack of experts has one more leading dimension everywhere, but for what
+`ONCE` names.
 """
 
 from __future__ import annotations
@@ -19,11 +22,12 @@ import torch
 from torch import Tensor
 
 from qbench.format import stack
-from qbench.format.aux import Aux
+from qbench.format.aux import Aux, dense_input_scale
 from qbench.format.format import Format
-from qbench.format.packing import PLANES, pack, unpack
+from qbench.format.packing import WIDTHS, pack, unpack
+from qbench.format.rotation import Rotation
 
-ONCE = ("codebook",)  # which all matrices of a stack share
+ONCE = ("codebook", "signs")  # which all matrices of a stack share
 
 
 @dataclass(frozen=True)
@@ -38,11 +42,12 @@ class QuantizedWeight(Format):
     planes: tuple[Tensor, ...]  # uint8 [..., out, bytes], see packing.py
     scale: Aux  # [..., out, groups]
     zero: Aux | None = None  # [..., out, groups]
-    input_scale: Tensor | None = None  # t, fp16 [..., in]
-    codebook: Tensor | None = None  # fp32 [2**nbits]
+    input_scale: Tensor | None = None  # t [..., in], stored as aux.INPUT_SCALE_DTYPES says
+    codebook: Tensor | None = None  # fp32 [2**nbits], or fp16 [2**(p nbits), p]
     permutation: Tensor | None = None  # int32 [..., in]
     method: str = ""  # the method in effect, which for one layer may differ from the one asked for
     diagnostics: Mapping[str, float] = field(default_factory=dict)  # for its row in the result
+    rotation: Rotation | None = None  # of the input channels
 
     @staticmethod
     def build(
@@ -57,9 +62,18 @@ class QuantizedWeight(Format):
         permutation: Tensor | None = None,
         method: str = "",
         diagnostics: Mapping[str, float] | None = None,
+        rotation: Rotation | None = None,
+        columns: int | None = None,
     ) -> QuantizedWeight:
-        """Packs `codes` `[..., out, in]`; raises ValueError when a part does not fit the codes' shape."""
-        *lead, _, columns = codes.shape
+        """Packs `codes` `[..., out, in]`; raises ValueError when a part does not fit the codes' shape.
+
+        With a codebook of vectors of p numbers `codes` are `[..., out, ceil(in / p)]` and `columns` says what `in` is.
+        """
+        p = vector_size(codebook)
+        columns = codes.shape[-1] if columns is None else columns
+        if codes.shape[-1] != -(-columns // p):
+            raise ValueError(f"{columns} input channels in vectors of {p} are not {codes.shape[-1]} codes")
+        lead = codes.shape[:-2]
         groups = -(-columns // group_size)
         expected = {"scale": (scale.stored, (*codes.shape[:-1], groups))}
         if zero is not None:
@@ -69,35 +83,38 @@ class QuantizedWeight(Format):
         if permutation is not None:
             expected["permutation"] = (permutation, (*lead, columns))
         if codebook is not None:
-            expected["codebook"] = (codebook, (2**nbits,))
+            expected["codebook"] = (codebook, (2**nbits,) if codebook.ndim == 1 else (2 ** (p * nbits), p))
         for name, (tensor, shape) in expected.items():
             if tuple(tensor.shape) != shape:
                 raise ValueError(f"{name} must have shape {list(shape)}, got {list(tensor.shape)}")
         return QuantizedWeight(
-            tuple(codes.shape),
+            (*codes.shape[:-1], columns),
             nbits,
             group_size,
-            pack(codes, nbits),
+            pack(codes, p * nbits),
             scale,
             zero,
             None if input_scale is None else input_scale.half(),
-            None if codebook is None else codebook.float(),
+            None if codebook is None else codebook.float() if codebook.ndim == 1 else codebook.half(),
             None if permutation is None else permutation.int(),
             method,
             dict(diagnostics or {}),
+            rotation,
         )
 
     def codes(self) -> Tensor:
-        """The unpacked codes, uint8 `[..., out, in]`, in stored column order."""
-        return unpack(self.planes, self.nbits, self.shape[-1])
+        """The unpacked codes, uint8 `[..., out, in]`, in stored column order; of vectors `[..., out, ceil(in / p)]`."""
+        p = vector_size(self.codebook)
+        return unpack(self.planes, p * self.nbits, -(-self.shape[-1] // p))
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The weights `[..., out, in]`, computed in fp32 by the formula above, then cast to `dtype`."""
+        """The weights `[..., out, in]` in their own basis, computed in fp32 as said above, then cast to `dtype`."""
         codes = self.codes()
         if self.codebook is None:
             values = codes.float()
         else:  # by 32-bit indices, which indexing with [] would widen to 64
-            values = self.codebook.index_select(0, codes.flatten().int()).view(codes.shape)
+            found = self.codebook.float().index_select(0, codes.flatten().int())
+            values = found.view(*codes.shape[:-1], -1)[..., : self.shape[-1]]
         if self.codebook is None:
             if self.zero is None:
                 values -= 2.0 ** (self.nbits - 1)
@@ -108,7 +125,9 @@ class QuantizedWeight(Format):
             order = self.permutation.long().unsqueeze(-2).expand(self.shape)
             values = torch.empty_like(values).scatter_(-1, order, values)
         if self.input_scale is not None:
-            values *= self.input_scale.float().unsqueeze(-2)
+            values *= dense_input_scale(self.input_scale).unsqueeze(-2)
+        if self.rotation is not None:
+            values = self.rotation.undo(values)
         return values.to(dtype)
 
     def tensors(self) -> dict[str, Tensor]:
@@ -122,6 +141,8 @@ class QuantizedWeight(Format):
         for name in ("input_scale", "codebook", "permutation"):
             if (tensor := getattr(self, name)) is not None:
                 named[name] = tensor
+        if self.rotation is not None and self.rotation.signs is not None:
+            named["signs"] = self.rotation.signs
         return named
 
     def with_tensors(self, named: Mapping[str, Tensor]) -> QuantizedWeight:
@@ -135,6 +156,7 @@ class QuantizedWeight(Format):
             planes=tuple(named[f"codes_{i}"] for i in range(len(self.planes))),
             scale=aux("scale"),
             zero=aux("zero") if "zero" in named else None,
+            rotation=None if self.rotation is None else replace(self.rotation, signs=named.get("signs")),
             **{name: named.get(name) for name in ("input_scale", "codebook", "permutation")},
         )
 
@@ -145,6 +167,7 @@ class QuantizedWeight(Format):
             "group_size": self.group_size,
             "method": self.method,
             "diagnostics": {key: float(value) for key, value in self.diagnostics.items()},
+            **({} if self.rotation is None else {"rotation_block": self.rotation.block}),
         }
 
     @classmethod
@@ -154,10 +177,11 @@ class QuantizedWeight(Format):
             tuple(description["shape"]),
             nbits,
             description["group_size"],
-            (nothing,) * len(PLANES[nbits]),
+            (nothing,) * len(WIDTHS[nbits * vector_size(tensors.get("codebook"))]),
             Aux(nothing),
             method=description["method"],
             diagnostics=description["diagnostics"],
+            rotation=Rotation(description["rotation_block"]) if "rotation_block" in description else None,
         )
         return empty.with_tensors(tensors)
 
@@ -169,12 +193,17 @@ class QuantizedWeight(Format):
         return stack.select(self, index, ONCE)
 
     def stored_bytes(self) -> dict[str, int]:
-        """Bytes by component: codes, scale, zero, input_scale, codebook, permutation, those that are stored."""
+        """Bytes by component: codes, scale, zero, input_scale, codebook, permutation, signs: those that are stored."""
         counted: dict[str, int] = {}
         for name, tensor in self.tensors().items():
             part = "codes" if name.startswith("codes_") else name.removesuffix("_step").removesuffix("_offset")
             counted[part] = counted.get(part, 0) + tensor.numel() * tensor.element_size()
         return counted
+
+
+def vector_size(codebook: Tensor | None) -> int:
+    """Weights that a code stands for: p of a codebook of vectors `[n, p]`, else 1."""
+    return 1 if codebook is None or codebook.ndim == 1 else codebook.shape[1]
 
 
 def per_group(values: Tensor, group_size: int, factors: Tensor, operation) -> Tensor:

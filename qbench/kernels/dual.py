@@ -19,7 +19,7 @@ AUX_PARTS = ("", "_step", "_offset")
 class DualScaleKernel:
     """A qbench.kernels.kernel.Kernel."""
 
-    buffers: tuple[str, ...] = ("data", "input_scale", "codebook", "permutation")
+    buffers: tuple[str, ...] = ("data", "input_scale", "codebook", "permutation", "signs")
 
     @property
     def pairs(self) -> int:

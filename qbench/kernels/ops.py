@@ -1,6 +1,7 @@
 """The ops behind the kernel of dual-scale, registered with torch.library under `qbench::`.
 
     dual_linear(x [..., in], tiles) -> [..., out]                  y = (x t) (scale (codes - zero))^T + bias
+                                                                   with a rotation R, x R in place of x
     dual_linear_experts(x [tokens, in], index [tokens, k], tiles of a stack) -> [tokens, k, out]
 
 Accumulation is in fp32 and deterministic. On CUDA, fp16 and bf16: up to FUSED_BATCH rows of x a fused kernel, above
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -59,8 +61,8 @@ def dual_linear(x: Tensor, tensors: Sequence[Tensor | None], numbers: Sequence[i
     """The op behind `linear`, over what `Tiles.flat` gives. This is the CPU's implementation."""
     tiles = Tiles.over(tensors, numbers)
     _check(x, tiles)
-    y = F.linear(x.float(), layout.dequantize(tiles), None if bias is None else bias.float())
-    return y.to(x.dtype)
+    x, tiles, dtype = *_rotated(x.float(), tiles), x.dtype
+    return F.linear(x, layout.dequantize(tiles), None if bias is None else bias.float()).to(dtype)
 
 
 @dual_linear.register_fake
@@ -72,6 +74,7 @@ def _(x, tensors, numbers, bias):
 def _(x, tensors, numbers, bias):
     tiles = Tiles.over(tensors, numbers)
     _check(x, tiles)
+    x, tiles = _rotated(x, tiles)
     return _linear_on_gpu(x.reshape(-1, x.shape[-1]), tiles, bias).view(*x.shape[:-1], tiles.shape[-2])
 
 
@@ -94,6 +97,7 @@ def _(x, index, tensors, numbers):
         rows, columns = tiles.shape[-2:]
         plan = blocks.plan(1, rows, columns, tiles, x.device.index)
         if plan is not None:
+            x, tiles = _rotated(x, tiles)
             with torch.cuda.device(x.device):
                 return cuda.experts(_unit_stride(x), index, tiles, plan).view(*index.shape, rows)
     return _expert_by_expert(x, index, tiles)
@@ -111,6 +115,18 @@ def _expert_by_expert(x: Tensor, index: Tensor, tiles: Tiles) -> Tensor:
 def _check(x: Tensor, tiles: Tiles) -> None:
     if x.shape[-1] != tiles.shape[-1]:
         raise ValueError(f"x must be [..., {tiles.shape[-1]}], got {list(x.shape)}")
+
+
+def _rotated(x: Tensor, tiles: Tiles) -> tuple[Tensor, Tiles]:
+    """x in the basis of the tiles, and the tiles as they are multiplied with it."""
+    if tiles.rotation is None:
+        return x, tiles
+    if x.is_cuda and _has_triton():
+        from qbench.kernels import hadamard
+
+        if tiles.rotation.block <= hadamard.LARGEST_BLOCK:
+            return hadamard.rotate(x, tiles.rotation), replace(tiles, rotation=None)
+    return tiles.rotation(x).to(x.dtype), replace(tiles, rotation=None)
 
 
 def _unit_stride(x: Tensor) -> Tensor:

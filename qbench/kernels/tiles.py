@@ -19,8 +19,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from qbench.format.aux import Aux
+from qbench.format.aux import Aux, dense_input_scale
 from qbench.format.packing import pack
+from qbench.format.rotation import Rotation
 from qbench.format.weight import QuantizedWeight
 
 ROWS, COLUMNS = 16, 128
@@ -43,21 +44,24 @@ class Tiles:
     codebook: Tensor | None = None  # fp32 [16]
     permutation: Tensor | None = None  # int32 [..., in]
     exponent: int = 0  # t is used as t * 2**-exponent, at most 1, so that x * t stays finite in fp16
+    rotation: Rotation | None = None  # of the input channels: data, t and permutation are in the rotated basis
 
     def flat(self) -> tuple[tuple[Tensor | None, ...], tuple[int, ...]]:
         """Its tensors and its numbers, which is how a weight passes through the ops; `over` puts them together."""
-        tensors = (self.data, self.input_scale, self.codebook, self.permutation)
-        numbers = (*self.shape[-2:], self.nbits, self.group_size, int(self.has_zero), self.exponent)
+        block, signs = (0, None) if self.rotation is None else (self.rotation.block, self.rotation.signs)
+        tensors = (self.data, self.input_scale, self.codebook, self.permutation, signs)
+        numbers = (*self.shape[-2:], self.nbits, self.group_size, int(self.has_zero), self.exponent, block)
         return tensors, numbers
 
     @staticmethod
     def over(tensors: Sequence[Tensor | None], numbers: Sequence[int]) -> Tiles:
         """What `flat` took apart."""
-        data, input_scale, codebook, permutation = tensors
-        rows, columns, nbits, group_size, has_zero, exponent = numbers
+        data, *parts, signs = tensors
+        rows, columns, nbits, group_size, has_zero, exponent, block = numbers
         assert data is not None
         shape = (*data.shape[:-3], rows, columns)
-        return Tiles(data, shape, nbits, group_size, bool(has_zero), input_scale, codebook, permutation, exponent)
+        rotation = Rotation(block, signs) if block else None
+        return Tiles(data, shape, nbits, group_size, bool(has_zero), *parts, exponent, rotation)
 
     def select(self, index: int) -> Tiles:
         """Matrix `index` of a stack, as views."""
@@ -82,6 +86,8 @@ class Tiles:
         for name in ("input_scale", "codebook", "permutation"):
             if (tensor := getattr(self, name)) is not None:
                 found[name] = tensor.nbytes
+        if self.rotation is not None and self.rotation.signs is not None:
+            found["signs"] = self.rotation.signs.nbytes
         return found
 
 
@@ -89,6 +95,8 @@ def unsupported(weight: QuantizedWeight) -> str | None:
     """Why the kernels cannot hold this weight; None if they can."""
     if _kernel_group(weight) is None:
         return f"groups of {weight.group_size} are neither 32, 64 nor a multiple of 128"
+    if weight.codebook is not None and weight.codebook.ndim > 1:
+        return "a codebook of vectors"
     if weight.codebook is not None and weight.nbits != 4:
         return f"a codebook of {weight.nbits} bits"
     if weight.codebook is not None and weight.zero is not None:
@@ -139,10 +147,10 @@ def to_tiles(weight: QuantizedWeight) -> Tiles:
     group = _kernel_group(weight)
     assert group is not None
     chunks = -(-columns // COLUMNS)
-    t = weight.input_scale
+    t = None if weight.input_scale is None else dense_input_scale(weight.input_scale)
     exponent = 0
     if t is not None:
-        top = float(t.float().abs().max()) if t.numel() else 0.0
+        top = float(t.abs().max()) if t.numel() else 0.0
         while top > 2.0**exponent:
             exponent += 1
         if weight.permutation is not None:
@@ -174,6 +182,7 @@ def to_tiles(weight: QuantizedWeight) -> Tiles:
         None if weight.codebook is None else weight.codebook.float().contiguous(),
         weight.permutation,
         exponent,
+        weight.rotation,
     )
 
 
@@ -242,11 +251,12 @@ def from_tiles(tiles: Tiles, form: QuantizedWeight) -> QuantizedWeight:
         zero=None if zero is None or form.zero is None else form.zero if form.zero.step is not None else Aux(zero),
         codebook=tiles.codebook,
         permutation=tiles.permutation,
+        rotation=tiles.rotation,
     )
 
 
 def dequantize(tiles: Tiles, dtype: torch.dtype = torch.float32) -> Tensor:
-    """The weights `[..., out, in]` as QuantizedWeight.dequantize gives them (permutation undone, t applied)."""
+    """The weights `[..., out, in]` as QuantizedWeight.dequantize gives them (in their own basis and order)."""
     codes, scale, zero = unpack(tiles)
     t = None if tiles.input_scale is None else tiles.input_scale[..., : tiles.shape[-1]]
     if t is not None and tiles.permutation is not None:
@@ -261,5 +271,6 @@ def dequantize(tiles: Tiles, dtype: torch.dtype = torch.float32) -> Tensor:
         t,
         tiles.codebook,
         tiles.permutation,
+        rotation=tiles.rotation,
     )
     return plain.dequantize(dtype)

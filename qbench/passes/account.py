@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import nn
 from qbench.evaluate.memory import linear_names, weight_bytes
 from qbench.model.linears import Linears, coverage, linear_weights, quantized_weights
 from qbench.passes.calibrate import Calibration
+from qbench.passes.own import EMBEDDING, HEAD
 from qbench.passes.quantize import skipped_rows
 from qbench.passes.variant import Variant
 from qbench.quant.original import BITS_PER_WEIGHT
@@ -18,13 +20,14 @@ from qbench.record.quantization import (
     CalibrationRecord,
     LayerRow,
     ModelRecord,
+    OtherRow,
     QuantizationRecord,
     SkippedRow,
     WeightBytes,
 )
 
 
-def calibration_record(calibration: Calibration | None) -> CalibrationRecord | None:
+def calibration_record(calibration: Calibration | None, others: Sequence[str] = ()) -> CalibrationRecord | None:
     return calibration and CalibrationRecord(
         text_source=calibration.source,
         text_sha256=calibration.text_sha256,
@@ -32,6 +35,7 @@ def calibration_record(calibration: Calibration | None) -> CalibrationRecord | N
         sequences=calibration.ids.shape[0],
         tokens=calibration.ids.size,
         inputs=calibration.inputs,
+        draws_sha256=list(others),
     )
 
 
@@ -44,6 +48,7 @@ def of_whole(
     calibration: Calibration | None,
     wall_seconds: float,
     peak_rss_bytes: int | None,
+    others: Sequence[OtherRow] = (),
 ) -> QuantizationRecord:
     """Of a quantized model of so many `parameters` that is here, and what making it took."""
     stored = quantized_weights(model)
@@ -60,6 +65,8 @@ def of_whole(
         peak_alloc_bytes=torch.cuda.max_memory_allocated(model.device) if model.device.type == "cuda" else None,
         peak_rss_bytes=peak_rss_bytes,
         weight_bytes=weight_bytes(model),
+        others=others,
+        tied=weight_bytes(model).head == 0,
     )
 
 
@@ -77,7 +84,7 @@ def of_variant(
         model.parameters,
         packed_bytes=sum(variant.stored.values()),
         weights=variant.weights,
-        coverage=variant.weights / max(1, found.weights),
+        coverage=variant.covered / max(1, found.weights),
         layers=variant.rows,
         skipped=[*skipped_rows(found), *variant.unreached],
         calibration=calibration,
@@ -85,12 +92,14 @@ def of_variant(
         peak_alloc_bytes=variant.peak_alloc_bytes,
         peak_rss_bytes=variant.peak_rss_bytes,
         weight_bytes=held,
+        others=variant.others,
+        tied=before.head == 0,
     )
 
 
-def of_original(model: ModelRecord, found: Linears) -> QuantizationRecord:
-    """Of `quantizer=none`, the original as a row."""
-    return _record("none", model.parameters, 0, 0, 0.0, [], skipped_rows(found), weight_bytes=model.weight_bytes)
+def of_original(model: ModelRecord, found: Linears, quantizer: str = "none") -> QuantizationRecord:
+    """Of `quantizer=none`, the original as a row, and of what changes no weight either."""
+    return _record(quantizer, model.parameters, 0, 0, 0.0, [], skipped_rows(found), weight_bytes=model.weight_bytes)
 
 
 def _record(
@@ -106,7 +115,15 @@ def _record(
     peak_alloc_bytes: int | None = None,
     peak_rss_bytes: int | None = None,
     weight_bytes: WeightBytes | None = None,
+    others: Sequence[OtherRow] = (),
+    tied: bool = False,
 ) -> QuantizationRecord:
+    """`tied`: the original's head is its embedding."""
+    stored = [row for row in others if row.quantized]  # all else is counted at 16 bit, whoever made the variant
+    embedding_bits = _bits([row for row in stored if row.place == EMBEDDING])
+    heads = [row for row in others if row.place == HEAD]
+    if tied:
+        parameters += sum(row.weights for row in heads)
     return QuantizationRecord(
         quantizer=quantizer,
         calibration=calibration_record(calibration),
@@ -114,14 +131,23 @@ def _record(
         wall_seconds=wall_seconds,
         bits_per_weight=8 * packed_bytes / weights if weights else BITS_PER_WEIGHT,  # none, of the original
         packed_bytes=packed_bytes,
-        model_bytes=packed_bytes + 2 * (parameters - weights),
+        model_bytes=packed_bytes
+        + 2 * (parameters - weights - sum(row.weights for row in stored))
+        + sum(row.stored_bytes for row in stored),
         coverage=coverage,
         peak_alloc_bytes=peak_alloc_bytes,
         peak_rss_bytes=peak_rss_bytes,
         layers=layers,
         skipped=skipped,
         weight_bytes=weight_bytes,
+        embedding_bits=embedding_bits,
+        head_bits=_bits([row for row in heads if row.quantized]) if heads or not tied else embedding_bits,
+        others=list(others),
     )
+
+
+def _bits(rows: list[OtherRow]) -> float:
+    return 8 * sum(row.stored_bytes for row in rows) / sum(row.weights for row in rows) if rows else BITS_PER_WEIGHT
 
 
 class Tally:

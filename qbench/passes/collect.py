@@ -33,6 +33,7 @@ class Collector:
         self.tokens = 0
         self.stride = max(1, -(-tokens // INPUT_ROWS))
         self.absmean = torch.zeros(columns, device=device) if Statistic.INPUT_ABSMEAN in needs else None
+        self.squares = torch.zeros(columns, device=device) if Statistic.INPUT_SQUARES in needs else None
         self.hessian = torch.zeros(columns, columns, device=device) if Statistic.HESSIAN in needs else None
         sample = -(-tokens // self.stride)
         self.rows = torch.empty(sample, columns, device=device) if Statistic.INPUTS in needs else None
@@ -41,6 +42,8 @@ class Collector:
         rows = input.reshape(-1, input.shape[-1]).float()
         if self.absmean is not None:
             self.absmean += rows.abs().sum(0)
+        if self.squares is not None:
+            self.squares += rows.square().sum(0)
         if self.hessian is not None:
             self.hessian.addmm_(rows.T, rows)
         if self.rows is not None:
@@ -57,6 +60,7 @@ class Collector:
             absmean=None if self.absmean is None else self.absmean / self.tokens,
             inputs=None if self.rows is None else self.rows[: -(-self.tokens // self.stride)],
             hessian=self.hessian,
+            squares=None if self.squares is None else self.squares / self.tokens,
         )
 
 

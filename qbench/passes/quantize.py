@@ -228,7 +228,7 @@ def _quantize_group(
 ) -> tuple[list[Format], list[Pending]]:
     stop = stopwatch(weights[0].device)
     try:
-        results = quantizer.quantize(weights, stats)
+        results = quantizer.quantize_layers(names, weights, stats)
     except ValueError as error:
         raise PointError(f"layer {', '.join(names)}: {error}") from error
     seconds, method = stop(), type(quantizer).__name__

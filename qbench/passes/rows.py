@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from qbench.errors import PointError
+from qbench.format.aux import dense_input_scale
 from qbench.format.format import Format
 from qbench.layers.linear import backend, relative_error
 from qbench.quant.diagnostics import kurtosis, mean_imbalance
@@ -40,11 +41,14 @@ def pending(name: str, weight: Tensor, quantized: Format, method: str, seconds: 
         )
     tensors = quantized.tensors()
     t, wide = tensors.get("input_scale"), weight.float()
+    rotation = getattr(quantized, "rotation", None)
+    basis = wide if rotation is None else rotation(wide)
+    basis = basis if t is None else basis / dense_input_scale(t)
     numbers = {
         "relative_error": relative_error(wide, quantized),
         "imbalance_before": mean_imbalance(wide, quantized.group_size),
         "kurtosis_before": (tails := kurtosis(wide)),
-        "kurtosis_after": tails if t is None else kurtosis(wide / t.float()),
+        "kurtosis_after": tails if t is None and rotation is None else kurtosis(basis),
     }
     row = LayerRow(
         name=name,

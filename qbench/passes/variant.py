@@ -20,14 +20,17 @@ from torch import nn
 from qbench.errors import PointError
 from qbench.evaluate.memory import Peak
 from qbench.format.format import Format
+from qbench.format.plain import Plain
 from qbench.layers.expert_form import form, put_expert, stacked_parameters
 from qbench.layers.experts import QuantExperts
 from qbench.layers.linear import PackedWeight
+from qbench.passes.chain import Calls, Chain
+from qbench.passes.own import take_own
 from qbench.passes.quantize import UNREACHED, quantize_experts, quantize_linears
 from qbench.passes.shown import Collected, Shown
 from qbench.passes.states import States
 from qbench.quant.quantizer import Quantizer
-from qbench.record.quantization import LayerRow, SkippedRow
+from qbench.record.quantization import LayerRow, OtherRow, SkippedRow
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,12 @@ class Names:
         )
         return layers, experts
 
+    def weights(self, block: nn.Module) -> set[str]:
+        """Full names of the parameters that are quantized."""
+        layers, experts = self.inside(block)
+        stacks = {f"{name}.{key}" for name, module in experts.items() for key in stacked_parameters(module)}
+        return stacks | {f"{name}.weight" for name in layers}
+
 
 @dataclass
 class Variant:
@@ -58,10 +67,15 @@ class Variant:
     )
     shares: Shown | None = None  # of a calibrated method on the original's states
     keep: bool = False
+    model: Any = None  # all but the blocks, where the variant has an embedding, a norm or a head of its own
+    chain: Chain | None = None  # of that model, with what it hands its blocks, a tuple a batch; None: the original's
+    calls: list[Calls] = field(default_factory=list)
     rows: list[LayerRow] = field(default_factory=list)
+    others: list[OtherRow] = field(default_factory=list)
     unreached: list[SkippedRow] = field(default_factory=list)
     stored: Counter[str] = field(default_factory=Counter)  # bytes by component
     weights: int = 0  # that are packed
+    covered: int = 0  # of these, that take fewer bits than the original's
     replaced_bytes: int = 0  # of the linears that were packed, in the run's precision
     kept: list[nn.Module] = field(default_factory=list)  # the packed blocks
     seconds: Counter[str] = field(default_factory=Counter)  # quantize, evaluate
@@ -75,11 +89,13 @@ class Variant:
         new = sharing(block)
         layers, experts = names.inside(new)
         packed: dict[str, nn.Module] = {}
+        self.others += take_own(new, self.quantizer, names.prefix, names.weights(new))
 
         def take(name: str, module: nn.Module, rows: list[LayerRow]) -> None:
             self.rows += rows
             for weight in _formats(module):
                 self.weights += weight.numel
+                self.covered += 0 if isinstance(weight, Plain) else weight.numel
                 self.stored.update(weight.stored_bytes())
             if self.keep:
                 packed[name] = module
@@ -113,7 +129,7 @@ class Variant:
         if self.shown is not None:
             self.shown.go_on(i, new)
         if self.keep:
-            self.kept.append(_with(block, names, packed))
+            self.kept.append(_with(block if not self.others else new, names, packed))
         self.peak_alloc_bytes = _most(self.peak_alloc_bytes, peak.alloc_bytes)
         self.peak_rss_bytes = _most(self.peak_rss_bytes, peak.rss_bytes)
         return new
@@ -121,6 +137,7 @@ class Variant:
     def drop_out(self, error: Exception) -> None:
         """Lets go of all that it holds on the device."""
         self.error, self.states, self.shown, self.shares, self.kept = error, None, None, None, []
+        self.model = self.chain = None
 
     @property
     def alive(self) -> bool:

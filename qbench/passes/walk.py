@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -31,12 +31,15 @@ from qbench.model.linears import find_linears
 from qbench.model.readers import mark_without_storage
 from qbench.passes.account import Tally
 from qbench.passes.chain import Calls, Chain
+from qbench.passes.own import has_own, take_own
 from qbench.passes.quantize import require_finite_weights
 from qbench.passes.shown import Collected, Shown
 from qbench.passes.states import States
 from qbench.passes.variant import Names, Variant, sharing
 from qbench.sources.ahead import ahead
 from qbench.sources.stream import Stream
+
+After = Callable[[Tensor, int, int], None]  # changes, in place, what block `i` gave out for batch `b`: (states, i, b)
 
 
 class Walk:
@@ -71,6 +74,29 @@ class Walk:
 
         return States(embedded(), self.device, on_host)
 
+    def begin_own(self, variant: Variant, begun: States | None) -> None:
+        """Gives a variant its states in front of the first block: those that all `begun` with, or those of its own.
+
+        Its own embedding, norms and head are put in their places. Raises PointError for what does not fit.
+        """
+        variant.states = None if begun is None else States.like(begun)
+        if not has_own(variant.quantizer):
+            return
+        model = sharing(self.model)
+        blocks = {f"{self.stream.prefix}.{i}.{name}" for i in range(len(self.stream)) for name in self._in_block(i)}
+        variant.others += take_own(model, variant.quantizer, without=blocks, places=model)
+        if not variant.others:
+            return
+        variant.model, variant.chain = model, Chain.of(model)
+        if begun is not None:
+            handed = [variant.chain.begin(ids) for ids in self.ids]
+            variant.states = States((states for states, _ in handed), self.device, begun.on_host)
+            variant.calls = [calls for _, calls in handed]
+
+    def _in_block(self, i: int) -> list[str]:
+        block = self.model.get_submodule(f"{self.stream.prefix}.{i}")
+        return [name for name, _ in block.named_parameters(remove_duplicate=False)]
+
     @torch.no_grad()
     def run(
         self, variants: Sequence[Variant], original: States | None, shown: Sequence[Shown] = ()
@@ -93,9 +119,11 @@ class Walk:
                 collected = {id(one): one.collect(i, block, layers, experts) for one in shown}
                 if original is not None:
                     bar.set_postfix_str("original")
-                    self._through(i, block, original, "the original")
+                    self._through(i, block, original, "the original", self.calls)
                     bar.update()
-                for variant in [v for v in variants if v.alive]:
+                for variant in variants:
+                    if not variant.alive:  # it may have been let go together with the one before
+                        continue
                     bar.set_postfix_str(variant.label)
                     try:
                         self._take(i, block, variant, collected)
@@ -108,15 +136,25 @@ class Walk:
                     return
 
     def _take(self, i: int, block: nn.Module, variant: Variant, collected: dict[int, Collected]) -> None:
+        after = getattr(variant.quantizer, "after_block", None)  # of one that changes states and no weights
         with _seconds(variant, "quantize", self.device):
-            new = variant.quantize(i, block, self.names[i], collected.get(id(variant.shares)))
+            shared = collected.get(id(variant.shares))
+            new = block if after else variant.quantize(i, block, self.names[i], shared)
         if variant.states is not None:
             with _seconds(variant, "evaluate", self.device):
-                self._through(i, new, variant.states, "the quantized model")
+                self._through(i, new, variant.states, "the quantized model", variant.calls or self.calls, after)
 
-    def _through(self, i: int, block: nn.Module, states: States, whose: str) -> None:
-        # variants begin with the same tensors, and a block may write into what it is handed
-        broken = states.through(lambda b, x: self.calls[b][i].run(block, x.clone() if i == 0 else x))
+    def _through(
+        self, i: int, block: nn.Module, states: States, whose: str, calls: Sequence[Calls], after: After | None = None
+    ) -> None:
+        def run(b: int, x: Tensor) -> Tensor:
+            # variants begin with the same tensors, and a block may write into what it is handed
+            y = calls[b][i].run(block, x.clone() if i == 0 else x)
+            if after is not None:
+                after(y, i, b)
+            return y
+
+        broken = states.through(run)
         if broken is not None:
             row = int((~torch.isfinite(states[broken]).flatten(1).all(1)).nonzero()[0])
             first = sum(len(ids) for ids in self.ids[:broken]) + row
@@ -147,10 +185,14 @@ class Walk:
                 states = {id(r): r.states[b] for r in readings if r.states is not None and r.error is None}
                 for row in range(len(ids)):
                     logits = None if first is None else self._logits(first, ids, row)
-                    for reading in [r for r in readings if r.error is None]:
+                    for reading in readings:
+                        if reading.error is not None:
+                            continue
                         started = time.perf_counter()
                         try:
-                            own = logits if reading.states is None else self._logits(states[id(reading)], ids, row)
+                            own = logits
+                            if reading.states is not None:
+                                own = self._logits(states[id(reading)], ids, row, reading.chain)
                             reading.reader.see(b, row, own, logits if reading.compares else None)
                             del own
                         except Exception as error:
@@ -159,12 +201,12 @@ class Walk:
                         reading.seconds += time.perf_counter() - started
                     bar.update()
 
-    def _logits(self, states: Tensor, ids: Tensor, row: int) -> Tensor:
-        return self.chain.finish(states[row : row + 1], ids[row : row + 1])[0]
+    def _logits(self, states: Tensor, ids: Tensor, row: int, chain: Chain | None = None) -> Tensor:
+        return (chain or self.chain).finish(states[row : row + 1], ids[row : row + 1])[0]
 
     def assembled(self, variant: Variant) -> Any:
         """The whole model with the variant's packed blocks, which it must have kept."""
-        model = sharing(self.model)
+        model = sharing(variant.model or self.model)
         blocks = model.get_submodule(self.stream.prefix)
         for i, block in enumerate(variant.kept):
             blocks[i] = block
@@ -184,6 +226,7 @@ class Reading:
     reader: Reader
     states: States | None
     compares: bool  # whether it is shown the original's logits beside its own
+    chain: Chain | None = None  # of a variant with a norm or a head of its own
     error: Exception | None = None
     seconds: float = 0.0
 

@@ -17,9 +17,10 @@ them overrides `quantize`; one that treats matrices one by one writes `quantize_
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from enum import Enum
-from typing import ClassVar
+from pathlib import Path
+from typing import Any, ClassVar, Self
 
 from torch import Tensor
 
@@ -33,6 +34,7 @@ class Statistic(Enum):
     """What a calibrated method may ask to be told about the tensor that a linear group reads."""
 
     INPUT_ABSMEAN = "mean |x| per input channel, [in]"
+    INPUT_SQUARES = "mean x^2 per input channel, [in]"
     INPUTS = "a sample of input rows, [tokens, in]"
     HESSIAN = "X^T X over all calibration tokens, [in, in]"
 
@@ -45,6 +47,7 @@ class InputStatistics:
     absmean: Tensor | None = None  # [in]
     inputs: Tensor | None = None  # [tokens, in]
     hessian: Tensor | None = None  # [in, in]
+    squares: Tensor | None = None  # [in]
 
 
 @dataclass(frozen=True)
@@ -74,6 +77,40 @@ class Quantizer:
     def quantize_one(self, weight: Tensor, stats: InputStatistics | None = None) -> Format:
         """Quantizes one weight `[out, in]`."""
         raise TypeError(f"{type(self).__name__} must define quantize or quantize_one")
+
+    # What follows matters to a method that holds what others made (readers/file.py). The rest see weights alone.
+
+    def pinned(self) -> Self:
+        """The same method with what may move (a branch) replaced by what it is now (a commit); its files are here."""
+        return self
+
+    def files(self) -> list[Path]:
+        """Files whose content belongs to the method; their hashes are part of what makes two measurements the same."""
+        return []
+
+    def settings(self) -> dict[str, Any]:
+        """The fields that can change a number: all, but for places where files lie."""
+        return asdict(self)
+
+    def for_model(self, model: Any) -> Quantizer:
+        """The method for one model, given as transformers' model without storage, before one of its weights is read.
+
+        Raises ValueError for a model with which it cannot be used.
+        """
+        return self
+
+    def quantize_layers(
+        self, names: Sequence[str], weights: Sequence[Tensor], stats: InputStatistics | None
+    ) -> list[Format]:
+        """As `quantize`, told what the linears are called: `model.layers.0.mlp.experts.3.gate_proj`, fused or not."""
+        return self.quantize(weights, stats)
+
+    def in_place_of(self, name: str, parameter: Tensor) -> Format | Tensor | None:
+        """What the variant has for a parameter that is no weight to quantize: a norm, a bias, a router, an embedding.
+
+        None: the original's. A tensor or format of the parameter's shape otherwise.
+        """
+        return None
 
     def columns(self, weight: Tensor) -> int:
         """Input channels per group for this weight: `group_size`, or the whole row for -1."""

@@ -43,7 +43,8 @@ class Identity(Strict):
     quantizer: Settings  # `name` and every field
     text_sha256: str
     protocol: Settings  # of the task
-    calibration: Settings | None  # with `text_sha256`; None for methods that need none
+    # with `text_sha256`; None for methods that need none, but for the `draws` of one that starts from a seed
+    calibration: Settings | None
     device: str  # cpu or cuda
     dtype: str
     runtime: Settings  # batch_size, offload
@@ -85,12 +86,14 @@ def identify(
     calibration_sha256: str | None,
     device: str,
     dtype: str,
+    draws: int = 1,
 ) -> Identity:
     """The identity of the point that a configuration asks for.
 
     `quantizer` holds the method's name and its fields, defaults included, `protocol` the protocol's name and what of
     its fields can change a number; `weights` is the model's fingerprint,
     `calibration_sha256` None for a method that is shown no text; `device` is the kind, `dtype` the precision, resolved.
+    `draws` are those that the method is measured in: a single one is no setting, the first is what a single one is.
     """
     speed = None if config.speed.name == "none" else asdict(config.speed)
     if speed is not None:
@@ -104,7 +107,7 @@ def identify(
         quantizer=_as_json(quantizer),
         text_sha256=text_sha256,
         protocol=_as_json(protocol),
-        calibration=None if calibration_sha256 is None else _as_json(_calibration(config, calibration_sha256)),
+        calibration=_as_json(_calibration(config, calibration_sha256, draws)),
         device=device,
         dtype=dtype,
         runtime=_as_json(runtime),
@@ -112,10 +115,13 @@ def identify(
     )
 
 
-def _calibration(config: Config, text_sha256: str) -> Settings:
-    settings = {k: v for k, v in asdict(config.calibration).items() if k not in (*SOURCE_OF_TEXT, *PERMISSIONS)}
-    del settings["name"]
-    return settings | {"text_sha256": text_sha256}
+def _calibration(config: Config, text_sha256: str | None, draws: int) -> Settings | None:
+    drawn = {"draws": draws} if draws > 1 else {}
+    if text_sha256 is None:
+        return drawn or None
+    outside = (*SOURCE_OF_TEXT, *PERMISSIONS, "name", "draws")
+    settings = {k: v for k, v in asdict(config.calibration).items() if k not in outside}
+    return settings | drawn | {"text_sha256": text_sha256}
 
 
 def _as_json(value: Any) -> Any:

@@ -32,6 +32,17 @@ class IntervalRecord(Strict):
 
 
 @dataclass(frozen=True)
+class PartRecord(Strict):
+    """Some of the positions: those of like confidence of the original, or of like place in their window."""
+
+    low: float  # confidence: of the original's most probable token; place: the first token's, counted from 1
+    high: float  # confidence: below which, or 1; place: the last token's
+    share: float  # of all positions
+    kl: float | None  # KL(baseline || quantized), nats per token; None where there is no such position
+    top1_changed: float | None  # share of its positions where another token is the most probable one
+
+
+@dataclass(frozen=True)
 class DivergenceRecord(Strict):
     """How far the quantized model's next-token distributions are from the original's; zero and one for equal models."""
 
@@ -50,6 +61,23 @@ class DivergenceRecord(Strict):
     kl_unconfident: float | None
     top1_agreement: IntervalRecord  # share of the positions where both find the same token most probable
     true_token_rms_change: IntervalRecord  # root mean square change of the probability of the token that follows
+    by_confidence: list[PartRecord] = field(default_factory=list)  # five buckets of the original's
+    by_position: list[PartRecord] = field(default_factory=list)  # eight parts of the window: does damage add up?
+    kl_histogram: list[int] = field(default_factory=list)  # positions, of all draws, by KL between `histogram_edges()`
+
+
+def histogram_edges() -> np.ndarray:
+    """Of `kl_histogram`, nats: five bins a decade from 1e-8 to 100; the outer ones hold what lies beyond, and zero."""
+    return np.concatenate([[-np.inf], np.round(10.0 ** np.arange(-8, 2.1, 0.2), 12), [np.inf]])
+
+
+def detected(verdict: Verdict | None, detectable: float | None, digits: int) -> str:
+    """What stands beside a verdict that nothing could be told: the smallest difference that could have been."""
+    if verdict != "not distinguishable":
+        return ""
+    if not detectable:  # a single window; or two models that are one
+        return "not distinguishable"
+    return f"not distinguishable; a difference of {detectable:.{digits}f} would be, 4 times in 5"
 
 
 @dataclass(frozen=True)
@@ -69,6 +97,9 @@ class MetricRecord(Strict):
     flip_rate_high: float | None = None
     reading: Reading = "mean"
     title: str | None = None  # as people call it; None: by its name
+    p_value: float | None = None  # of the difference: exact McNemar for right and wrong, else Student's t; two-sided
+    detectable: float | None = None  # the smallest true difference that this test finds 4 times in 5, at the 5 % level
+    draws: list[float] | None = None  # the number in each draw of calibration text or seed; `value` is of their mean
 
     @property
     def called(self) -> str:
@@ -83,6 +114,11 @@ class MetricRecord(Strict):
     def digits(self) -> int:
         """After the point, where people read it: a perplexity is a number of some tens, most others are of one."""
         return 3 if self.reading == "exp mean" else 4
+
+    @property
+    def spread(self) -> float | None:
+        """Standard deviation over draws of the number in each."""
+        return None if self.draws is None or len(self.draws) < 2 else float(np.std(self.draws, ddof=1))
 
 
 @dataclass(frozen=True)
@@ -111,6 +147,9 @@ class EvaluationRecord(Strict):
     bos_policy: str = ""
     divergence: DivergenceRecord | None = None  # None without an original, or where the protocol has none
     metrics: list[MetricRecord] = field(default_factory=list)  # word_perplexity, byte_perplexity, bits_per_byte
+    p_value: float | None = None  # these three as a MetricRecord's
+    detectable: float | None = None
+    draws: list[float] | None = None
 
     @property
     def perplexity(self) -> MetricRecord:
@@ -126,6 +165,9 @@ class EvaluationRecord(Strict):
             verdict=self.verdict,
             reading="exp mean",
             title="perplexity",
+            p_value=self.p_value,
+            detectable=self.detectable,
+            draws=self.draws,
         )
 
 

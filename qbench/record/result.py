@@ -104,8 +104,11 @@ class Result(Strict):
                     if getattr(metric, key) is not None:
                         flat[f"{record.protocol}/{metric.name}_{key}"] = getattr(metric, key)
         if (q := self.quantization) is not None:
-            for key in ("bits_per_weight", "packed_bytes", "model_bytes", "coverage", "quant_seconds"):
+            for key in ("bits_per_weight", "embedding_bits", "head_bits", "packed_bytes", "model_bytes", "coverage"):
                 flat[key] = getattr(q, key)
+            flat["quant_seconds"] = q.quant_seconds
+            if q.file is not None:
+                flat |= {"file": q.file.name, "made_by": q.file.made_by, "file_bytes": q.file.file_bytes}
             flat["aux_bytes"] = q.weight_bytes.aux if q.weight_bytes else None
             flat["baseline_bytes"] = self.model.baseline_bytes if self.model else None
         for whose in ("quantized", "baseline"):

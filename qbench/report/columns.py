@@ -31,7 +31,11 @@ class Column:
 def _interval(row: Row) -> str:
     if row.score.number.delta_low is None or row.score.number.delta_high is None:
         return ""
-    return f"{row.score.number.delta_low:+.3f} to {row.score.number.delta_high:+.3f}"
+    number = row.score.number
+    interval = f"{number.delta_low:+.3f} to {number.delta_high:+.3f}"
+    if number.verdict == "not distinguishable" and number.detectable:
+        return f"{interval}, {number.detectable:.3f} would show"
+    return interval
 
 
 def _options(row: Row) -> str:
@@ -61,6 +65,24 @@ def _divergence(name: str) -> Callable[[Row], Value]:
     return read
 
 
+def _part(parts: str, index: int, name: str) -> Callable[[Row], Value]:
+    """The KL, or the share of changed top tokens, of the positions in one of five buckets or eight parts."""
+
+    def read(row: Row) -> Value:
+        found = [] if row.score.divergence is None else getattr(row.score.divergence, parts)
+        return getattr(found[index], name) if index < len(found) else None
+
+    return read
+
+
+def _kl(row: Row) -> str:
+    if row.score.divergence is None:
+        return ""
+    kl = row.score.divergence.kl.value
+    digits = ".4f" if kl >= 1e-3 or not kl else ".1e"
+    return f"{kl:{digits}}{' (silent)' if row.silent else ''}"
+
+
 def _decode(row: Row) -> Value:
     speed = row.entry.result.speed
     return None if speed is None else speed.quantized.decode.tokens_per_second.median
@@ -75,14 +97,39 @@ def _decode_times(row: Row) -> Value:
     return speed.quantized.decode.tokens_per_second.median / before if before else None
 
 
+def _head_bits(row: Row) -> str:
+    """Empty where it is 16 bit, as it is for every method that quantizes the linears alone."""
+    bits = row.entry.result.quantization.head_bits  # type: ignore[union-attr]
+    return "" if bits == 16 else f"{bits:.2f}"
+
+
+def _draws(row: Row) -> Value:
+    return row.draws if row.draws > 1 else None
+
+
 def _rank(row: Row) -> str:
+    if row.floor:
+        return "floor"
     return "" if row.rank is None else f"{row.rank}{'=' if row.tied else ''}"
+
+
+def _source(row: Row) -> str:
+    """Empty for what qbench made itself, so that the column is there only beside others'."""
+    return "" if row.entry.source == "ours" else row.entry.source
+
+
+def _file(name: str) -> Callable[[Row], Value]:
+    def read(row: Row) -> Value:
+        return getattr(row.entry.file, name, None)
+
+    return read
 
 
 MARKS = {FRONT: "●", NEAR_FRONT: "○"}
 LEGEND = (
     "●: no other row is as good in quality and in bits per weight. ○: beaten, but inside the noise. "
-    "Rows with equal rank (=) cannot be told apart: the paired 95 % interval contains zero."
+    "Rows with equal rank (=) cannot be told apart: paired tests at the 5 % level, corrected by Holm for all pairs of "
+    "rows. Detectable: the smallest difference to the first of them that would be found 4 times in 5."
 )
 
 _SETTING: list[Column] = [
@@ -90,19 +137,35 @@ _SETTING: list[Column] = [
     Column("tied", "tied", lambda row: row.tied, people=False),
     Column("front", "best", lambda row: row.front, show=lambda row: MARKS.get(row.front, "")),
     Column("quantizer", "method", lambda row: row.entry.quantizer),
+    Column("source", "made by", lambda row: row.entry.source, show=_source),
     Column("bits", "bits", lambda row: row.entry.bits, digits=0),
     Column("group_size", "group", lambda row: row.entry.identity.quantizer.get("group_size"), digits=0),
     Column("options", "differs in", _options),
 ]
 _DIVERGENCE: list[Column] = [
-    Column("kl", "KL, nats", _divergence("kl"), digits=4),
-    Column("kl_p99", "KL, 99 % below", _divergence("kl_p99"), digits=4, people=False),
+    Column("kl", "KL, nats", _divergence("kl"), digits=4, show=_kl),
     Column("top1_agreement", "same top token", _divergence("top1_agreement"), digits=4, descending=True),
+]
+_SPREAD: list[Column] = [  # of the KL, over positions
+    Column("kl_p50", "KL, median", _divergence("kl_p50"), digits=4),
+    Column("kl_p90", "KL, 90 % below", _divergence("kl_p90"), digits=4, people=False),
+    Column("kl_p99", "KL, 99 % below", _divergence("kl_p99"), digits=3),
+    Column("kl_p999", "KL, 99.9 % below", _divergence("kl_p999"), digits=3),
+    Column("silent", "silent zone", lambda row: row.silent, people=False),
+    *(
+        Column(f"{name}_{parts}_{i}", "", _part(f"by_{parts}", i, name), people=False)
+        for parts, count in (("confidence", 5), ("position", 8))
+        for name in ("kl", "top1_changed")
+        for i in range(count)
+    ),
 ]
 _SIZE: list[Column] = [
     Column("bits_per_weight", "bits/weight", _quantization("bits_per_weight"), digits=3),
+    Column("embedding_bits", "embedding bits", _quantization("embedding_bits"), digits=2, people=False),
+    Column("head_bits", "head bits", _quantization("head_bits"), digits=2, show=_head_bits),
     Column("model_bytes", "model, bytes", _quantization("model_bytes"), digits=0, people=False),
     Column("model_megabytes", "model, MB", _quantization("model_bytes", 1e-6), digits=1, programs=False),
+    Column("file_bytes", "file, bytes", _file("file_bytes"), digits=0, people=False),
 ]
 _COST: list[Column] = [
     Column("weight_error", "weight error", lambda row: row.entry.weight_error, digits=4),
@@ -112,6 +175,7 @@ _COST: list[Column] = [
     Column("decode_times", "times 16 bit", _decode_times, digits=2, descending=True),
     Column("coverage", "coverage", _quantization("coverage"), digits=3, descending=True, people=False),
 ]
+_NUMBERS = [*_DIVERGENCE, *_SPREAD[:4], *_SIZE, *_COST]
 _ORIGIN: list[Column] = [
     Column("qbench_version", "qbench", lambda row: row.entry.result.qbench_version, people=False),
     Column("created_utc", "measured, UTC", lambda row: row.entry.result.created_utc, people=False),
@@ -129,11 +193,16 @@ def columns(section: Section, published: Sequence[Published] = ()) -> list[Colum
     quality = [
         Column(number.name, number.called, lambda row: row.score.value, digits=number.digits),
         Column(f"{section.metric}_delta", "to 16 bit", lambda row: row.score.number.delta, digits=3),
+        Column("draws", "draws", _draws, digits=0),
+        Column("draws_spread", "spread over draws", lambda row: row.score.number.spread, digits=3),
+        Column("detectable", "detectable", lambda row: row.detectable, digits=3),
     ]
     interval = [
         Column("interval", "95 %", _interval, programs=False),
         Column(f"{section.metric}_delta_low", "low", lambda row: row.score.number.delta_low, digits=3, people=False),
         Column(f"{section.metric}_delta_high", "high", lambda row: row.score.number.delta_high, digits=3, people=False),
+        Column(f"{section.metric}_p_value", "p", lambda row: row.score.number.p_value, people=False),
+        Column(f"{section.metric}_detectable", "d", lambda row: row.score.number.detectable, people=False),
     ]
     if any(beside(published, section, row) for row in section.rows):
 
@@ -149,7 +218,7 @@ def columns(section: Section, published: Sequence[Published] = ()) -> list[Colum
             Column("published_difference", "ours minus it", difference, digits=3),
             Column("published_in", "where", lambda row: _join(of(row, "source"), of(row, "where"))),
         ]
-    return [*_SETTING, *quality, *_SIZE, *interval, *_DIVERGENCE, *_COST, *_ORIGIN]
+    return [*_SETTING, *quality, *_SIZE, *interval, *_DIVERGENCE, *_COST, *_SPREAD, *_ORIGIN]
 
 
 def _join(*parts: Value) -> str:
@@ -163,7 +232,7 @@ def table(section: Section, published: Sequence[Published] = ()) -> Table:
     shown = [column for column in every if any(cells.get(column.key, ()))]
     kept = [column for column in every if column.programs]
     baseline = f"16 bit: {section.baseline:.3f}. " if section.baseline is not None else ""
-    notes = [baseline + LEGEND]
+    notes = [*section.sentences, baseline + LEGEND]
     for number in published:
         if (number.quantizer, number.model, number.protocol, number.metric) == (
             "none",
@@ -184,6 +253,8 @@ def table(section: Section, published: Sequence[Published] = ()) -> Table:
             "protocol": section.protocol,
             "text": section.text,
             f"baseline_{section.metric}": section.baseline,
+            "floor": section.floor,
+            "floor_kl": section.floor_kl,
         },
         notes=notes,
         keys=[column.key for column in kept],
@@ -194,7 +265,7 @@ def table(section: Section, published: Sequence[Published] = ()) -> Table:
     )
 
 
-SORTABLE = ("quality", "delta", *(column.key for column in [*_DIVERGENCE, *_SIZE, *_COST] if column.programs))
+SORTABLE = ("quality", "delta", *(column.key for column in _NUMBERS if column.programs))
 
 
 def order(metric: str) -> tuple[Callable[[Row], float | None], bool]:
@@ -203,7 +274,7 @@ def order(metric: str) -> tuple[Callable[[Row], float | None], bool]:
         return (lambda row: row.score.loss), False
     if metric == "delta":
         return _change_for_the_worse, False
-    column = next(column for column in [*_DIVERGENCE, *_SIZE, *_COST] if column.key == metric)
+    column = next(column for column in _NUMBERS if column.key == metric)
     return column.value, column.descending  # type: ignore[return-value]
 
 

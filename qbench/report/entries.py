@@ -23,10 +23,12 @@ from safetensors.numpy import load as load_tensors
 from qbench.errors import RequestError, unknown
 from qbench.record.identity import Identity
 from qbench.record.quality import DivergenceRecord, MetricRecord
+from qbench.record.quantization import FileRecord
 from qbench.record.result import Result, ResultError
 from qbench.report import naming
 
-Windows = tuple[np.ndarray | None, np.ndarray | None]  # values per window, and the weight of each if they differ
+# values per window, the weight of each if they differ, and the values in each of several draws, [windows, draws]
+Windows = tuple[np.ndarray | None, np.ndarray | None, np.ndarray | None]
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,7 @@ class Score:
     windows: np.ndarray | None = field(compare=False)  # float64 [windows]; None when their file cannot be read
     weights: np.ndarray | None = field(default=None, compare=False)  # tokens of each window, where they differ
     divergence: DivergenceRecord | None = None  # from the 16-bit model's distributions
+    draws: np.ndarray | None = field(default=None, compare=False)  # [windows, draws], whose mean `windows` is
 
     @property
     def metric(self) -> str:
@@ -85,7 +88,20 @@ class Entry:
 
     @property
     def quantizer(self) -> str:
-        return str(self.identity.quantizer.get("name"))
+        """The method; of a file, its format as the reader tells it: `GGUF Q4_K_M`."""
+        file = self.file
+        return str(self.identity.quantizer.get("name")) if file is None else file.made_by
+
+    @property
+    def file(self) -> FileRecord | None:
+        return self.result.quantization.file if self.result.quantization else None
+
+    @property
+    def source(self) -> str:
+        """Who made the variant: we, somebody whose file it is, or a method's own package."""
+        if self.file is not None:
+            return "file"
+        return "upstream" if self.quantizer.startswith("upstream/") else "ours"
 
     @property
     def bits(self) -> Any:
@@ -204,10 +220,10 @@ def _scores(result: Result, folder: Path, problems: list[str]) -> Iterator[Score
             return read(_tensors(folder, file))
         except (OSError, ValueError, SafetensorError, KeyError) as error:
             problems.append(f"no intervals for {folder.name}, {protocol}: {error}")
-            return None, None
+            return None, None, None
 
     for record in result.evaluation:
-        windows, weights = values(record.window_nll_file, record.protocol, partial(_nll, count=record.windows))
+        windows, weights, draws = values(record.window_nll_file, record.protocol, partial(_nll, count=record.windows))
         yield Score(
             protocol=record.protocol,
             number=record.perplexity,
@@ -215,17 +231,19 @@ def _scores(result: Result, folder: Path, problems: list[str]) -> Iterator[Score
             windows=windows,
             weights=weights,
             divergence=record.divergence,
+            draws=draws,
         )
     for record in result.tasks:
         for metric in record.metrics:
             read = partial(_documents, task=record.task, metric=metric.name)
-            windows, weights = values(record.scores_file, record.protocol, read)
+            windows, weights, draws = values(record.scores_file, record.protocol, read)
             yield Score(
                 protocol=record.protocol,
                 number=metric,
                 text=record.documents_sha256,
                 windows=windows,
                 weights=weights,
+                draws=draws,
             )
 
 
@@ -245,12 +263,27 @@ def _nll(tensors: Mapping[str, np.ndarray], count: int) -> Windows:
         or (tokens is not None and tokens.shape != nll.shape)
     ):
         raise ValueError(f"its file does not hold {count} finite window NLLs")
-    return nll, tokens
+    return nll, tokens, _table(tensors, "quantized", nll)
 
 
 def _documents(tensors: Mapping[str, np.ndarray], task: str, metric: str) -> Windows:
     """What each document adds to the metric of a task or group; lm-eval's name of the absent filter is `none`."""
-    found = tensors.get(f"quantized/{task}/{metric if ',' in metric else f'{metric},none'}")
-    if found is None:  # a metric of which that is not known
-        return None, None
-    return found.astype(np.float64), None
+    name = f"quantized/{task}/{metric if ',' in metric else f'{metric},none'}"
+    if (found := tensors.get(name)) is None:  # a metric of which that is not known
+        return None, None, None
+    values = found.astype(np.float64)
+    return values, None, _table(tensors, name, values)
+
+
+def _table(tensors: Mapping[str, np.ndarray], name: str, values: np.ndarray) -> np.ndarray | None:
+    """The values in each draw, `[windows, draws]`; None for a point of a single one. Raises ValueError for others."""
+    if (table := tensors.get(f"draws/{name}")) is None:
+        return None
+    table = table.astype(np.float64)
+    if (
+        table.ndim != 2
+        or len(table) != len(values)
+        or not np.allclose(table.mean(1), values, rtol=1e-6, equal_nan=True)
+    ):
+        raise ValueError("its draws are not those of its scores")
+    return table

@@ -24,6 +24,7 @@ import numpy as np
 from markupsafe import Markup
 
 from qbench import __version__
+from qbench.record.quality import histogram_edges
 from qbench.record.quantization import LayerRow
 from qbench.record.result import Result
 from qbench.report.board import Row, Section
@@ -64,7 +65,15 @@ def page(
         style=Markup(files.joinpath("page.css").read_text(encoding="utf-8")),
         scripts=scripts,
         hashes=[base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts],
-        data=_json({"sections": data, "layouts": layouts.listed, "smallest": SMALLEST, "steps": STEPS}),
+        data=_json(
+            {
+                "sections": data,
+                "layouts": layouts.listed,
+                "smallest": SMALLEST,
+                "steps": STEPS,
+                "edges": np.log10(histogram_edges()[1:-1]).round(6).tolist(),
+            }
+        ),
     )
 
 
@@ -88,6 +97,7 @@ def _table(section: Section, published: Sequence[Published]) -> dict[str, Any]:
         "title": section.title,
         "note": section.note,
         "baseline": section.baseline,
+        "sentences": section.sentences,
         "columns": [{"key": c.key, "title": c.title, "numeric": c.digits is not None} for c in shown],
         "rows": [
             {"cells": [_cell(column, row) for column in shown], "command": command(row), "front": row.front}
@@ -124,15 +134,26 @@ def _data(section: Section, layouts: Layouts) -> dict[str, Any]:
                 "front": row.front,
                 "rank": row.rank,
                 "quality": row.score.value,
+                "loss": row.score.loss,
                 "low": _beside_baseline(row.score.number.baseline, row.score.number.delta_low),
                 "high": _beside_baseline(row.score.number.baseline, row.score.number.delta_high),
                 "bpw": quantization.bits_per_weight,
+                "megabytes": quantization.model_bytes / 1e6,
                 "seconds": quantization.quant_seconds,
                 "layout": layout,
                 "errors": errors,
+                "floor": row.floor,
+                "kl": _histogram(row),
             }
         )
-    return {"metric": plain(section.number.called), "baseline": section.baseline, "rows": rows}
+    metric = plain(section.number.called)
+    return {"metric": metric, "baseline": section.baseline, "floor": section.floor, "rows": rows}
+
+
+def _histogram(row: Row) -> list[float] | None:
+    """Shares of the positions by KL, in the bins of `histogram_edges`; None where there is none, or only zeros."""
+    counts = [] if row.score.divergence is None else row.score.divergence.kl_histogram
+    return [round(count / sum(counts), 6) for count in counts] if sum(counts[1:]) else None
 
 
 def _beside_baseline(baseline: float | None, bound: float | None) -> float | None:

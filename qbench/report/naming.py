@@ -28,11 +28,13 @@ def words(result: Result) -> dict[str, Any]:
 
 
 def described(result: Result) -> dict[str, Any]:
-    """The identity, flat, with texts called by the name of their file and the start of their hash.
+    """The identity, flat, with texts and files of weights called by their name and the start of their hash.
 
     Also `speed`, since a row that was not timed has no setting in which another that was could differ.
     """
     flat = result.identity.flat() | {"speed": "timed" if result.identity.speed is not None else None}
+    if (file := result.quantization and result.quantization.file) is not None:
+        flat["quantizer.file"] = f"{file.name}@{str(flat.pop('quantizer.sha256', ''))[:SHORT]}"
     calibration = result.quantization.calibration if result.quantization is not None else None
     sources = {"task": {record.text_source for record in (*result.evaluation, *result.tasks)}}
     sources["calibration"] = {calibration.text_source} if calibration is not None else set()

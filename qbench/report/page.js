@@ -9,7 +9,7 @@
 
   function start(section) {
     const number = Number(section.dataset.section);
-    const { rows, metric, baseline } = data.sections[number];
+    const { rows, metric, baseline, floor } = data.sections[number];
     rows.forEach((row, index) => { row.index = index; row.shown = true; });
     const find = (name) => section.querySelector(`[data-filter=${name}]`);
     const picked = new Set(rows.filter((row) => row.front === "front" && row.layout !== null).slice(0, PICKED).map((row) => row.index));
@@ -36,7 +36,7 @@
     });
     const filter = () => { table.search(find("text").value).draw(); };
     for (const name of ["text", "method", "bits", "best"]) find(name).addEventListener("input", filter);
-    find("log").addEventListener("input", () => { drawQuality(); });
+    for (const name of ["log", "size"]) find(name).addEventListener("input", () => { drawQuality(); });
     table.on("draw", () => {
       rows.forEach((row) => { row.shown = false; });
       table.rows({ search: "applied" }).nodes().each((node) => { rows[Number(node.dataset.row)].shown = true; });
@@ -52,22 +52,25 @@
       const box = table.row((_i, _d, node) => Number(node.dataset.row) === index).node().querySelector("td.pick input");
       box.checked = on;
       drawLayers();
+      drawSpread();
     }
 
     const color = { domain: [...new Set(rows.map((row) => row.method))], scheme: "observable10" };
     function drawQuality() {
       const y = { label: `↑ ${metric}`, type: find("log").checked ? "log" : "linear", grid: true, ticks: 6, tickFormat: number3 };
-      quality("size", "bpw", { label: "bits per weight →", grid: true, nice: true }, y, true);
+      const size = find("size").value;
+      quality("size", size, { label: size === "bpw" ? "bits per weight →" : "model, MB →", grid: true, nice: true }, y, true);
       quality("seconds", "seconds", { label: "seconds quantizing →", type: "log", grid: true, ticks: 5, tickFormat: number3 }, y, false);
     }
     function quality(name, x, xScale, y, frontier) {
       const drawable = rows.filter((row) => row.quality !== null && (xScale.type !== "log" || row[x] > 0));
-      const best = drawable.filter((row) => row.front === "front").sort((a, b) => a[x] - b[x]);
+      const best = x === "bpw" ? drawable.filter((row) => row.front === "front").sort((a, b) => a[x] - b[x]) : unbeaten(drawable, x);
       const bars = drawable.filter((row) => row.low !== null && row.high !== null && (y.type !== "log" || row.low > 0));
       const opacity = (row) => (row.shown ? 1 : 0.12);
       const svg = Plot.plot({
         width: 680, height: 400, marginLeft: 55, marginBottom: 42, inset: 10, x: xScale, y, color: { ...color, legend: true },
         marks: [
+          baseline === null || floor === null ? null : Plot.rect([0], { y1: baseline - floor, y2: baseline + floor, fill: "currentColor", fillOpacity: 0.12, ariaLabel: "floor" }),
           baseline === null ? null : Plot.ruleY([baseline], { strokeDasharray: "4 3", strokeOpacity: 0.6 }),
           baseline === null ? null : Plot.text([baseline], { y: (d) => d, frameAnchor: "right", text: () => "16 bit", dy: -7, fillOpacity: 0.6 }),
           frontier ? Plot.line(best, { x, y: "quality", curve: "step-after", strokeOpacity: 0.45 }) : null,
@@ -85,9 +88,13 @@
       const without = rows.length - drawable.length;
       place.parentNode.querySelector(".without").textContent = without ? ` Not drawn, for want of a number: ${without}.` : "";
     }
+    function unbeaten(drawable, x) { // of the rows by size, those that are better than all smaller ones
+      let least = Infinity;
+      return [...drawable].sort((a, b) => a[x] - b[x] || a.loss - b.loss).filter((row) => row.loss < least && ((least = row.loss), true));
+    }
     function describe(row) {
       const rank = row.rank === null ? "" : `, rank ${row.rank}`;
-      return `${row.label}${rank}\n${metric} ${number3(row.quality)}\n${row.bpw.toFixed(3)} bits per weight\n${number3(row.seconds)} s quantizing`;
+      return `${row.label}${rank}\n${metric} ${number3(row.quality)}\n${row.bpw.toFixed(3)} bits per weight, ${number3(row.megabytes)} MB\n${number3(row.seconds)} s quantizing`;
     }
     function drawLayers() {
       const chosen = rows.filter((row) => picked.has(row.index) && row.layout !== null);
@@ -110,9 +117,26 @@
       section.querySelector("[data-plot=layers]").replaceChildren(svg);
     }
 
+    function drawSpread() {
+      const chosen = rows.filter((row) => row.kl !== null && (picked.has(row.index) || row.floor));
+      section.querySelector(".spread").hidden = !chosen.some((row) => !row.floor);
+      const bins = chosen.flatMap((row) => row.kl.map((share, i) => ({ label: row.label, floor: row.floor, share,
+        x1: 10 ** (i ? data.edges[i - 1] : data.edges[0] - 0.2), x2: 10 ** (data.edges[i] ?? data.edges.at(-1) + 0.2) })));
+      const svg = Plot.plot({
+        width: Math.min(section.clientWidth - 40, 900), height: 260, marginLeft: 50, marginBottom: 40,
+        x: { label: "KL, nats →", type: "log", tickFormat: (d) => d.toExponential(0) }, y: { label: "↑ share of positions", grid: true, percent: true },
+        color: { legend: true, domain: chosen.map((row) => row.label), scheme: "observable10" },
+        marks: [false, true].map((floor) => Plot.lineY(bins.filter((bin) => bin.floor === floor), {
+          x: (bin) => Math.sqrt(bin.x1 * bin.x2), y: "share", stroke: "label", z: "label", curve: "step", strokeDasharray: floor ? "4 3" : null,
+        })),
+      });
+      section.querySelector("[data-plot=kl]").replaceChildren(svg);
+    }
+
     for (const index of picked) table.row((_i, _d, node) => Number(node.dataset.row) === index).node().querySelector("td.pick input").checked = true;
     table.draw();
     drawLayers();
+    drawSpread();
     return table;
   }
 

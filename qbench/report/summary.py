@@ -7,7 +7,8 @@ import sys
 from rich.console import Console
 from rich.table import Table
 
-from qbench.record.quality import MetricRecord
+from qbench.record.quality import MetricRecord, detected
+from qbench.record.quantization import FileRecord, QuantizationRecord
 from qbench.record.result import Result
 from qbench.record.speed import PhaseRecord, SpeedRecord
 
@@ -19,7 +20,7 @@ def show(result: Result) -> None:
         console.print(f"run {result.run_id}", markup=False)
         return
     quantization, model, settings = result.quantization, result.model, result.config["quantizer"]
-    options = " ".join(f"{k}={v}" for k, v in settings.items() if k != "name")
+    options = " ".join(f"{k}={v}" for k, v in settings.items() if k != "name" and not (quantization.file and v is None))
     title = f"{model.name}, {settings['name']}" + (f" ({options})" if options else "")
     table = Table(title_justify="left", title=None, box=None, pad_edge=False, show_header=True)
     for name, justify in (("", "left"), ("16 bit", "right"), (settings["name"], "right"), ("difference", "left")):
@@ -31,7 +32,8 @@ def show(result: Result) -> None:
         if (divergence := record.divergence) is not None:
             kl, same = divergence.kl, divergence.top1_agreement
             table.add_row(
-                "KL(16 bit || quantized), nats", "0", f"{kl.value:.4f}", f"99 % below {divergence.kl_p99:.3f}"
+                *("KL(16 bit || quantized), nats", "0", f"{kl.value:.4f}"),
+                f"median {divergence.kl_p50:.4f}, 99 % below {divergence.kl_p99:.3f}, 99.9 % {divergence.kl_p999:.3f}",
             )
             table.add_row("same most probable token", "100%", f"{same.value:.1%}", "")
     for task in result.tasks:
@@ -42,7 +44,7 @@ def show(result: Result) -> None:
         "model, MB",
         f"{model.baseline_bytes / 1e6:.1f}",
         f"{quantization.model_bytes / 1e6:.1f}",
-        f"{model.baseline_bytes / quantization.model_bytes:.2f} times smaller; head and embeddings stay at 16 bit",
+        f"{model.baseline_bytes / quantization.model_bytes:.2f} times smaller; {_outside(quantization)}",
     )
     if (error := quantization.weight_error) is not None:
         table.add_row("relative weight error, mean", "0", f"{error:.4f}", f"{len(quantization.layers)} linears")
@@ -52,8 +54,25 @@ def show(result: Result) -> None:
     console.print(title, style="bold", markup=False)
     if model.note:
         console.print(f"model: {model.note}", markup=False)
+    if quantization.file is not None:
+        console.print(_told_of_file(quantization.file), markup=False)
     console.print(table)
     console.print(f"run {result.run_id}, recorded in {result.config['outputs']}/results/", markup=False)
+
+
+def _outside(quantization: QuantizationRecord) -> str:
+    bits = (quantization.embedding_bits, quantization.head_bits)
+    return (
+        "head and embeddings stay at 16 bit"
+        if bits == (16, 16)
+        else "embeddings {:.2f} bits, head {:.2f}".format(*bits)
+    )
+
+
+def _told_of_file(file: FileRecord) -> str:
+    return f"file: {file.name}, {file.made_by}, {file.file_bytes / 1e6:.1f} MB" + (
+        f"; {len(file.ignored)} of its tensors have no place in the model" if file.ignored else ""
+    )
 
 
 def _add_metric(table: Table, metric: MetricRecord, protocol: str = "") -> None:
@@ -61,6 +80,10 @@ def _add_metric(table: Table, metric: MetricRecord, protocol: str = "") -> None:
     change = "no original" if metric.delta is None else f"{metric.delta:+.{digits}f}"
     if metric.delta_low is not None:
         change += f"  (95 %: {metric.delta_low:+.{digits}f} to {metric.delta_high:+.{digits}f})"
+    if metric.spread is not None:
+        change += f"; {len(metric.draws or ())} draws, spread {metric.spread:.{digits}f}"
+    if told := detected(metric.verdict, metric.detectable, digits):
+        change += f"; {told}"
     if metric.flip_rate is not None:
         change += f"; {metric.flip_rate:.1%} flipped"
     baseline = "" if metric.baseline is None else f"{metric.baseline:.{digits}f}"

@@ -1,11 +1,11 @@
 """How large things will be, without loading or quantizing a model: what a plan shows and divides passes by.
 
 The model is built from its configuration without storage (torch's meta device), which gives every shape; those of the
-commonest architectures are known without that (plain.py). What a
-quantizer stores for a weight `[out, in]` is a * out * in + b * in + c * out + d bytes (codes and group scales, input
-scales, row scales, codebook); the four are solved from four small random matrices that it really quantizes. That
-knows nothing of any method, so it serves third parties' too. One that refuses those matrices may still suit the
-model's, so its points stay in the plan, without a size.
+commonest architectures are known without that (plain.py). What a quantizer stores for a weight `[out, in]` is
+a * out * in + b * in + c * out + d bytes (codes and group scales, input scales, row scales, codebook); the four are
+solved from four small random matrices that it really quantizes. That knows nothing of any method, so it serves third
+parties' too; one whose sizes are not of that form says them itself, with a method `stored_bytes(out, in)`. One that
+refuses those matrices may still suit the model's, so its points stay in the plan, without a size.
 """
 
 from __future__ import annotations
@@ -47,9 +47,12 @@ def model_bytes(
     """
     if isinstance(quantizer, Original):
         return BITS_PER_WEIGHT, 2 * parameters
-    a, b, c, d = (solve or coefficients)(quantizer)
     weights = sum(rows * columns * count for (rows, columns), count in shapes.items())
-    packed = sum((a * o * i + b * i + c * o + d) * count for (o, i), count in shapes.items())
+    if (said := getattr(quantizer, "stored_bytes", None)) is not None:
+        packed = sum(said(o, i) * count for (o, i), count in shapes.items())
+    else:
+        a, b, c, d = (solve or coefficients)(quantizer)
+        packed = sum((a * o * i + b * i + c * o + d) * count for (o, i), count in shapes.items())
     return 8 * packed / weights, round(packed + 2 * (parameters - weights))
 
 
@@ -77,7 +80,9 @@ def coefficients(quantizer: Quantizer) -> np.ndarray:
             statistics = None
             if quantizer.needs:
                 x = torch.randn(2 * width, columns, generator=generator)
-                statistics = InputStatistics(len(x), absmean=x.abs().mean(0), inputs=x, hessian=x.T @ x)
+                statistics = InputStatistics(
+                    len(x), absmean=x.abs().mean(0), inputs=x, hessian=x.T @ x, squares=x.square().mean(0)
+                )
             try:
                 (packed,) = quantizer.quantize([weight], statistics)
                 sizes.append(packed.nbytes)
@@ -121,8 +126,8 @@ def skeleton(source: Source) -> Skeleton | None:
 
 def covered(point: Prepared, known: Skeleton | None) -> tuple[float | None, str | None, list[str]]:
     """The share of the linear weights that will be quantized, why the point will be refused, and what to say of it."""
-    if not known or not point.quantizer or isinstance(point.quantizer, Original):
-        return None, None, []
+    if not known or not point.quantizer or isinstance(point.quantizer, Original) or point.quantizer.files():
+        return None, None, []  # of a file it is known when it is opened for the model
     share, refused = coverage.planned(known.found, point.config.runtime.min_coverage)
     return share, refused, coverage.sentences(point.model.name, known.found, refused)
 
@@ -131,7 +136,7 @@ def quantized(
     point: Prepared, known: Skeleton | None, solve: Callable[[Quantizer], np.ndarray]
 ) -> tuple[float, int] | None:
     """`model_bytes` of the point; None where they are not known."""
-    if not known or not known.shapes or not point.quantizer:
+    if not known or not known.shapes or not point.quantizer or point.quantizer.files():
         return None
     return model_bytes(point.quantizer, known.parameters, known.shapes, solve)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -20,6 +21,7 @@ from qbench.evaluate.protocol import Corpus, Protocol
 from qbench.evaluate.text import Text, read_calibration
 from qbench.model import coverage
 from qbench.passes import calibrate
+from qbench.quant.noise import Noise
 from qbench.quant.original import Original
 from qbench.quant.quantizer import Quantizer
 from qbench.record.identity import Identity, identify
@@ -53,6 +55,11 @@ class Prepared:
     exporter: Exporter
     tracker: Tracker
 
+    @property
+    def draws(self) -> int:
+        """How many variants the point is: one for each draw of calibration text, or of the method's seed."""
+        return draws(self.quantizer, self.config.calibration)
+
     def recorded(self) -> Result | None:
         """The finished point if there is nothing left to do, else None.
 
@@ -75,6 +82,11 @@ class Prepared:
             )
 
 
+def draws(quantizer: Quantizer | None, calibration: CalibrationConfig) -> int:
+    """A method that is shown no text and has no seed is the same in every draw."""
+    return calibration.draws if quantizer is not None and (quantizer.needs or hasattr(quantizer, "seed")) else 1
+
+
 def fingerprint(source: Source) -> str:
     return source.fingerprint()
 
@@ -95,7 +107,7 @@ def prepare(
     model: Source = make(SOURCE, config.model)
     exporter, folder = checkpoint.make_exporter(config.export)
     if model.original:
-        quantizer = make_quantizer(config.quantizer)
+        quantizer = make_quantizer(config.quantizer).pinned()
     else:
         _check_quantized(config, command)
         config, quantizer = replace(config, quantizer=model.made_by()), None
@@ -111,6 +123,8 @@ def prepare(
     speed.check(config.speed)
     if isinstance(quantizer, Original) and config.runtime.offload and config.speed.name != "none":
         raise RequestError("quantizer=none with runtime.offload=true would time the copying of weights; use speed=none")
+    if isinstance(quantizer, Noise) and config.speed.name != "none":
+        raise RequestError("quantizer=noise is the original with noise in its states, and as fast; use speed=none")
     tracker = make(TRACKER, config.tracker)
     tracker.check()
     store = Store(config.outputs)
@@ -119,18 +133,22 @@ def prepare(
     config = replace(config, model={"name": model.name, "source": config.model["source"]} | asdict(model))
     with hashes.remembered_in(store.root):
         weights = fingerprint(model)
+        contents = [] if quantizer is None else hashes.sha256_of(quantizer.files())
     calibration_text = read_calibration(config.calibration) if quantizer is not None and quantizer.needs else None
     if calibration_text is not None:
         calibrate.check_text(calibration_text, config.calibration)
+    if config.calibration.draws < 1:
+        raise RequestError(f"calibration.draws must be at least 1, got {config.calibration.draws}")
     point = identify(
         config,
-        _every_field(config.quantizer, quantizer),
+        _every_field(config.quantizer, quantizer, contents),
         {PROTOCOL.key: config.task[PROTOCOL.key], **protocol.settings()},
         weights=weights,
         text_sha256=source.sha256,
         calibration_sha256=calibration_text and calibration_text.sha256,
         device=device.type,
         dtype=str(dtype).removeprefix("torch."),
+        draws=draws(quantizer, config.calibration),
     )
     run_id = identity(point.key, __version__)
     if folder is not None and quantizer is not None:
@@ -179,6 +197,12 @@ def _changed(before: Source, after: Source, given: Collection[str]) -> dict[str,
     return {"name": after.name, **changed} if changed and "name" not in given else changed
 
 
-def _every_field(asked: dict[str, Any], quantizer: Quantizer | None) -> dict[str, Any]:
-    """The settings of a method, those included that nobody named; of a packed checkpoint, what made it."""
-    return asked if quantizer is None else {"name": asked["name"], **asdict(quantizer)}
+def _every_field(asked: dict[str, Any], quantizer: Quantizer | None, contents: list[str]) -> dict[str, Any]:
+    """The settings of a method, those included that nobody named, and the sha256 over its files, if it has any.
+
+    Of a packed checkpoint, what made it.
+    """
+    if quantizer is None:
+        return asked
+    content = {"sha256": hashlib.sha256("".join(contents).encode()).hexdigest()} if contents else {}
+    return {"name": asked["name"], **quantizer.settings(), **content}

@@ -7,8 +7,8 @@ whole variant (an export, a measurement of speed, a task that generates) has it 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -16,41 +16,27 @@ import numpy as np
 from qbench.checkpoint import export as checkpoint
 from qbench.errors import PointError
 from qbench.evaluate import limits, measure, speed
+from qbench.evaluate.draws import Records, merged
 from qbench.evaluate.memory import weight_bytes
 from qbench.evaluate.protocol import Evaluation, Scores
 from qbench.layers.linear import use_kernels
 from qbench.model import coverage
 from qbench.passes import account
-from qbench.passes.calibrate import Calibration, cut_sequences
 from qbench.passes.quantize import warn
 from qbench.passes.reference import Kept, Reference
 from qbench.passes.shown import Shown
 from qbench.passes.states import States, wait_on_host
 from qbench.passes.variant import Variant
 from qbench.passes.walk import Reading, Walk
+from qbench.quant.noise import Noise
 from qbench.quant.original import Original
-from qbench.record.result import Result
 from qbench.request.prepare import Prepared
-from qbench.run.outcome import Clock, Measured, failed, started
+from qbench.run.asked import Asked, drawn
+from qbench.run.held import file_record, for_model
+from qbench.run.outcome import Clock, Measured, failed
 from qbench.sources.stream import Stream, Whole
 
 log = logging.getLogger(__name__)
-
-
-@dataclass
-class Asked:
-    """One point of the pass on its way."""
-
-    point: Prepared
-    result: Result
-    calibration: Calibration | None
-    variant: Variant | None = None  # None: the original as a row
-    reading: Reading | None = None
-    original_speed: Any = None
-
-    @property
-    def timed(self) -> bool:
-        return self.point.config.speed.name != "none"
 
 
 def walked(points: list[Prepared]) -> Iterator[Measured]:
@@ -79,7 +65,7 @@ class Together:
             self.first.source, self.tokenizer, self.first.config.runtime
         )
         self.asks = getattr(self.evaluation, "asks", lambda: None)()
-        self.asked = [Asked(point, started(point), _calibration(point, self.tokenizer)) for point in points]
+        self.asked = [one for point in points for one in drawn(point, self.tokenizer)]
         whole = self.asks is None or any(one.timed and not one.point.config.runtime.offload for one in self.asked)
         with self.clock.phase("load"):
             stream, note = _stream(self.first, whole)
@@ -99,10 +85,10 @@ class Together:
         ids = self.evaluation.ids
         if self.asks is not None:
             ids = np.concatenate([batch.ravel() for batch in self.asks.batches])
-        for one in list(self.asked):
+        for one in [one for one in self.asked if one.draw == 0]:
             one.result = replace(one.result, model=self.about, seconds=dict(self.clock.seconds))
             try:
-                _check(one, self.walk, ids)
+                _check(one, self.walk, ids, self.asks is None)
             except Exception as error:
                 yield self._drop(one, error)
 
@@ -113,7 +99,7 @@ class Together:
                 self.first.store, self.fingerprint, self.evaluation.identity, self.environment, self.asks.compares
             )
             self.scores, self.last = self.reference.load(self.first.device)
-            if self.last is None and any(isinstance(one.point.quantizer, Original) for one in self.asked):
+            if self.last is None and any(one.original for one in self.asked):
                 self.scores = None  # the original as a row is read off its states, and those were not kept
             self.cached = self.scores is not None
         else:
@@ -127,21 +113,24 @@ class Together:
 
     def walk_blocks(self) -> Iterator[Measured]:
         """Quantizes every block for every variant, and sends the states of all through it."""
-        variants = [one for one in self.asked if not isinstance(one.point.quantizer, Original)]
+        variants = [one for one in self.asked if not one.original]
         begun, original = None, None
         if self.asks is not None:
             copies = len(variants) + (not self.cached)
             begun = self.walk.begin(self.asks.batches, _wait_on_host(self.walk, self.asks.batches, copies, self.first))
             original = None if self.cached else States.like(begun)
-        shown = _share_calibrations(self.walk, variants)
+        shown = _share_calibrations(self.walk)
         for one in variants:
-            one.variant = Variant(
-                _label(one.point),
-                one.point.quantizer,
-                None if begun is None else States.like(begun),
-                keep=self.asks is None or one.timed or one.point.export is not None,
-                **shown(one),
-            )
+            keep = self.asks is None or one.timed or (one.point.export is not None and one.draw == 0)
+            one.variant = Variant(one.label, one.quantizer, None, keep=keep)
+        for one in variants:
+            try:
+                if one in self.asked:
+                    self.walk.begin_own(one.variant, begun)
+                    shown(one)
+            except Exception as error:
+                yield self._drop(one, error)
+        variants = [one for one in variants if one in self.asked]
         del begun  # the states exist once a variant
         made = {id(one.variant): one for one in variants}
         shared = {id(one.variant.shares): one.variant.shares for one in variants if one.variant.shares is not None}
@@ -162,7 +151,8 @@ class Together:
         own = None if self.cached else Reading(self.asks.reader(None), None, compares=False)
         self.scores = self.scores or {}  # filled in below, before a variant's reader is asked for its scores
         for one in self.asked:
-            one.reading = Reading(self.asks.reader(self.scores), one.variant and one.variant.states, self.asks.compares)
+            states, chain = (one.variant.states, one.variant.chain) if one.variant else (None, None)
+            one.reading = Reading(self.asks.reader(self.scores), states, self.asks.compares, chain)
         by_reading = {id(one.reading): one for one in self.asked}
         readings = [one.reading for one in self.asked]
         for broken in self.walk.read([own, *readings] if own else readings, self.last):
@@ -176,22 +166,29 @@ class Together:
         self.last = None
 
     def conclude(self) -> Iterator[Measured]:
-        for one in list(self.asked):
+        for one in [one for one in self.asked if one.draw == 0]:
             one.result = replace(one.result, model=self.about)
             try:
-                yield self._conclude(one)
+                yield self._conclude(one, self._draws(one))
             except Exception as error:
                 yield self._drop(one, error)
 
-    def _conclude(self, one: Asked) -> Measured:
-        """The result of a point whose variant has gone through all blocks."""
+    def _draws(self, one: Asked) -> list[Asked]:
+        """The draws of its point, in order."""
+        return [other for other in self.asked if other.point is one.point]
+
+    def _conclude(self, one: Asked, draws: list[Asked]) -> Measured:
+        """The result of a point whose variants have gone through all blocks; of the first but for the scores."""
         point, result, walk = one.point, one.result, self.walk
-        if one.variant is None:
-            quantization = account.of_original(self.about, walk.found)
+        name = point.config.quantizer["name"]
+        if one.variant is None or isinstance(one.quantizer, Original):
+            quantization = account.of_original(self.about, walk.found, name)
         else:
             warn(one.variant.rows)
-            name = point.config.quantizer["name"]
             quantization = account.of_variant(one.variant, name, self.about, walk.found, one.calibration)
+            others = [draw.calibration.token_ids_sha256 for draw in draws[1:] if draw.calibration is not None]
+            shown = account.calibration_record(one.calibration, others)
+            quantization = replace(quantization, calibration=shown, file=file_record(one.quantizer, point))
             least = point.config.runtime.min_coverage
             if reason := coverage.shortfall(quantization.coverage, least, quantization.skipped, "were"):
                 raise PointError(reason)  # settled before but for linears that no calibration token reached
@@ -202,38 +199,39 @@ class Together:
             use_kernels(model)
             quantization = replace(quantization, weight_bytes=weight_bytes(model))  # in the layout that is measured
         result = replace(result, quantization=quantization)
-        own = Clock(_rounded(one))
+        own = Clock(one.seconds)
         if one.timed:
             with own.phase("speed"):
                 measured = speed.measure(model, point.config.speed)
             result = replace(result, speed=speed.record(point.config.speed, measured, one.original_speed))
-        with own.phase("evaluate"):
-            answered = one.reading is not None
-            scores = one.reading.reader.scores() if answered else self.evaluation.score(model, self.scores)
-        if answered:
-            own.seconds["evaluate"] = round(own.seconds["evaluate"] + one.reading.seconds, 3)
-        records, tasks, files = self.evaluation.records(scores, self.scores, self.cached)
+        records, tasks, files = merged([self._scored(draw, model if draw is one else None, own) for draw in draws])
         seconds = self.clock.seconds | own.seconds
         result = replace(result, status="ok", error=None, evaluation=records, tasks=tasks, seconds=seconds)
         exported = model if point.export is not None and one.variant is not None else None
         return Measured(point, result, files, exported, self.tokenizer)
 
+    def _scored(self, one: Asked, model: Any, clock: Clock) -> Records:
+        """What the protocol records of one draw; `model` is the whole of it, where that has been assembled."""
+        with clock.phase("evaluate"):
+            if one.reading is not None:
+                scores = one.reading.reader.scores()
+            else:
+                scores = self.evaluation.score(model or self.walk.assembled(one.variant), self.scores)
+        if one.reading is not None:
+            clock.seconds["evaluate"] = round(clock.seconds["evaluate"] + one.reading.seconds, 3)
+        return self.evaluation.records(scores, self.scores, self.cached)
+
     def _drop(self, one: Asked, error: Exception) -> Measured:
-        """The point, failed, with what is known of it."""
-        self.asked.remove(one)
-        dropped = failed(one.point, error, replace(one.result, seconds=self.clock.seconds | _rounded(one)))
+        """The point, failed, with what is known of it; its other draws go with it."""
+        for draw in self._draws(one):
+            self.asked.remove(draw)
+            if draw.variant is not None and draw.variant.alive:
+                draw.variant.drop_out(error)
+            if draw.reading is not None:
+                draw.reading.error = error
+        dropped = failed(one.point, error, replace(one.result, seconds=self.clock.seconds | one.seconds))
         error.__traceback__ = None  # shown by now; its frames hold what is to be let go
         return dropped
-
-
-def _rounded(one: Asked) -> dict[str, float]:
-    return {} if one.variant is None else {phase: round(spent, 3) for phase, spent in one.variant.seconds.items()}
-
-
-def _calibration(point: Prepared, tokenizer: Any) -> Calibration | None:
-    if point.calibration_text is None:
-        return None
-    return cut_sequences(point.calibration_text, tokenizer, point.config.calibration)
 
 
 def _stream(point: Prepared, whole: bool) -> tuple[Stream, str]:
@@ -247,13 +245,16 @@ def _stream(point: Prepared, whole: bool) -> tuple[Stream, str]:
     return Whole(loaded.model, loaded.note), loaded.note
 
 
-def _check(one: Asked, walk: Walk, scored: np.ndarray | None) -> None:
+def _check(one: Asked, walk: Walk, scored: np.ndarray | None, generates: bool) -> None:
     """What can be known of a point before the first block. Raises RequestError or PointError."""
     point, ids = one.point, one.calibration and one.calibration.ids
     limits.check_model(walk.model, point.config, point.protocol, scored, ids)
+    if generates and isinstance(point.quantizer, Noise):
+        raise PointError("quantizer=noise changes the states of a pass, and this task runs the model as a whole")
     if not isinstance(point.quantizer, Original):
         if reason := coverage.too_few(walk.found, point.config.runtime.min_coverage):
             raise PointError(reason)
+        one.quantizer = for_model(one.quantizer, point, walk.skeleton)
         if point.export is not None:
             checkpoint.check_model(point.exporter, walk.skeleton, point.quantizer, point.config.export["format"])
 
@@ -265,28 +266,24 @@ def _wait_on_host(walk: Walk, batches: Any, copies: int, point: Prepared) -> boo
     return wait_on_host(tokens, hidden, point.dtype.itemsize, copies, largest, point.device)
 
 
-def _share_calibrations(walk: Walk, variants: list[Asked]) -> Any:
-    """Gives each variant its calibration: its own, or that which all with one text and `inputs=original` share."""
+def _share_calibrations(walk: Walk) -> Callable[[Asked], None]:
+    """Gives a variant its calibration: its own, or that which all with one text and `inputs=original` share."""
     shared: dict[str, Shown] = {}
 
-    def shown(one: Asked) -> dict[str, Shown]:
-        calibration, needs = one.calibration, one.point.quantizer.needs
+    def shown(one: Asked) -> None:
+        calibration, needs, variant = one.calibration, one.quantizer.needs, one.variant
         if calibration is None:
-            return {}
+            return
         if calibration.inputs != "original":
-            return {"shown": Shown(walk.chain, calibration.ids, needs, original=False)}
+            variant.shown = Shown(variant.chain or walk.chain, calibration.ids, needs, original=False)
+            return
         key = calibration.token_ids_sha256
         if key not in shared:
             shared[key] = Shown(walk.chain, calibration.ids, needs, original=True)
         shared[key].needs |= needs
-        return {"shares": shared[key]}
+        variant.shares = shared[key]
 
     return shown
-
-
-def _label(point: Prepared) -> str:
-    settings = point.config.quantizer
-    return " ".join(str(settings[key]) for key in ("name", "nbits") if settings.get(key) is not None)
 
 
 def _speed_of_original(one: Asked, model: Any, clock: Clock) -> Any:

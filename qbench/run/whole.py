@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -12,21 +13,23 @@ import numpy as np
 import torch
 
 from qbench.checkpoint import export as checkpoint
-from qbench.config import RuntimeConfig
 from qbench.errors import PointError
 from qbench.evaluate import limits, measure, speed
-from qbench.evaluate.memory import Peak, weight_bytes
+from qbench.evaluate.memory import Peak, linear_names, weight_bytes
 from qbench.layers.linear import use_kernels
 from qbench.model.coverage import settle_layers, shortfall
 from qbench.model.linears import coverage, find_linears
 from qbench.model.offload import runs_offloaded
 from qbench.passes import account
 from qbench.passes.calibrate import Calibration, cut_sequences
+from qbench.passes.own import take_own
 from qbench.passes.quantize import quantize_model, require_finite, skipped_rows
+from qbench.quant.noise import Noise
 from qbench.quant.original import Original
 from qbench.quant.quantizer import Quantizer
-from qbench.record.quantization import LayerRow, SkippedRow
+from qbench.record.quantization import FileRecord, LayerRow, OtherRow, SkippedRow
 from qbench.request.prepare import Prepared
+from qbench.run.held import file_record, for_model
 from qbench.run.outcome import Clock, Measured, failed, started
 from qbench.sources.source import LoadedModel
 
@@ -38,6 +41,8 @@ def whole(point: Prepared) -> Measured:
     config, quantizer, runtime = point.config, point.quantizer, point.config.runtime
     clock, result = Clock(), started(point)
     try:
+        if reason := _needs_blocks(point):
+            raise PointError(f"{reason} needs a model that is a plain chain of blocks, and {point.model.name} is none")
         tokenizer = point.model.tokenizer(point.store.models)
         evaluation = point.protocol.prepare(point.source, tokenizer, runtime)
         calibration = None
@@ -63,7 +68,7 @@ def whole(point: Prepared) -> Measured:
                 )
 
         with clock.phase("quantize") if quantizer is not None else nullcontext():
-            made = _quantize(model, quantizer, calibration, runtime)
+            made = _quantize(model, quantizer, calibration, point)
         use_kernels(model)
         quantization = account.of_whole(  # its bytes are those of the layout that is measured
             model,
@@ -74,8 +79,9 @@ def whole(point: Prepared) -> Measured:
             made.calibration,
             made.wall_seconds,
             made.peak_rss_bytes,
+            made.others,
         )
-        result = replace(result, quantization=quantization)
+        result = replace(result, quantization=replace(quantization, file=made.file))
 
         if timed:
             with clock.phase("speed"):
@@ -91,6 +97,13 @@ def whole(point: Prepared) -> Measured:
         return Measured(point, done, kept, loaded.model, loaded.tokenizer)
     except Exception as error:
         return failed(point, error, replace(result, seconds=clock.seconds))
+
+
+def _needs_blocks(point: Prepared) -> str | None:
+    """The setting that a pass serves and a model as a whole does not."""
+    if point.draws > 1:
+        return f"calibration.draws={point.draws}"
+    return "quantizer=noise" if isinstance(point.quantizer, Noise) else None
 
 
 def _load(point: Prepared, scored: np.ndarray | None, calibration: Calibration | None) -> LoadedModel:
@@ -118,18 +131,25 @@ class Made:
     calibration: Calibration | None = None
     wall_seconds: float = 0
     peak_rss_bytes: int | None = None
+    others: Sequence[OtherRow] = ()
+    file: FileRecord | None = None
 
 
-def _quantize(model: Any, quantizer: Quantizer | None, calibration: Calibration | None, runtime: RuntimeConfig) -> Made:
+def _quantize(model: Any, quantizer: Quantizer | None, calibration: Calibration | None, point: Prepared) -> Made:
     """Quantizes in place; what is the original, or was quantized before it was loaded, stays as it is."""
+    runtime = point.config.runtime
     if quantizer is None or isinstance(quantizer, Original):
         return Made([], skipped_rows(find_linears(model)))
     if model.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(model.device)
     resident = Peak(torch.device("cpu"))  # this process's own: the maximum that the system keeps is inherited
     started = time.perf_counter()
+    quantizer, found = for_model(quantizer, point, model), find_linears(model)
+    packed = linear_names(model) - {s.name for s in found.skipped} - {f"{s.name}.weight" for s in found.skipped}
+    others = take_own(model, quantizer, without=packed, places=model)
     layers, skipped = quantize_model(model, quantizer, calibration, runtime.offload)
     wall_seconds = time.perf_counter() - started
     if reason := shortfall(coverage(model), runtime.min_coverage, skipped, "were"):
         raise PointError(reason)  # settled before but for linears that no calibration token reached
-    return Made(layers, skipped, calibration, wall_seconds, resident.rss_bytes)
+    about = file_record(quantizer, point)
+    return Made(layers, skipped, calibration, wall_seconds, resident.rss_bytes, others, about)

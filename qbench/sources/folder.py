@@ -24,9 +24,9 @@ from torch import nn
 
 from qbench.errors import PointError, RequestError
 from qbench.model.blocks import block_of, find_blocks
+from qbench.readers.shards import Lazy, Shards
 from qbench.sources import files, skeleton
 from qbench.sources.complete import require_complete, require_floats
-from qbench.sources.shards import Lazy, Shards
 from qbench.sources.stream import assembled
 
 

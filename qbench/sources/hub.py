@@ -8,22 +8,19 @@ whether the model can be measured, then come tokenizer and settings, then the *.
 from __future__ import annotations
 
 import json
-import logging
-import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 
 from qbench.errors import RequestError
+from qbench.readers.hub import commit
+from qbench.readers.hub import fetch as fetch_files
 from qbench.sources import files, pretrained
 from qbench.sources.source import LoadedModel
 from qbench.sources.stream import Stream
-
-COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 @dataclass(frozen=True)
@@ -115,38 +112,7 @@ class Hub:
         return self.id
 
 
-@cache  # one process asks once: all points of a sweep are of one commit
-def commit(repository: str, revision: str | None) -> str:
-    """The commit, 40 hex digits, that `revision` (a branch, tag or commit; None: the main branch) is at.
-
-    Asks the Hub, or where that cannot be reached the cache of earlier downloads; raises RequestError if neither knows.
-    """
-    if revision and COMMIT.fullmatch(revision):
-        return revision
-    return _fetch(repository, revision, ["config.json"]).name
-
-
 def _fetch(repository: str, revision: str | None, patterns: Sequence[str]) -> Path:
-    """The snapshot's folder, whose name is the commit, once it holds the files of the repository that match."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
-
-    logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)  # what fails is said once, below
     # `*` also stands for slashes: original/params.json is not meant, additional_chat_templates/x.jinja is
     below = [f"*/{pattern}" for pattern in files.SETTINGS if pattern != "*.jinja"]
-    ignored = [*below, *files.BESIDE]
-    try:
-        found = snapshot_download(repository, revision=revision, allow_patterns=[*patterns], ignore_patterns=ignored)
-    except GatedRepoError:
-        reason = "it is gated: accept its licence on its page there, then log in with: hf auth login"
-    except RepositoryNotFoundError:
-        reason = "there is no such repository, or it is private and no token of yours opens it (hf auth login)"
-    except RevisionNotFoundError:
-        reason = f"it has no revision {revision}"
-    except Exception as error:  # whatever the network brings
-        first_line = (str(error).strip().splitlines() or [type(error).__name__])[0][:200].rstrip(".")
-        without = "without network use model=smollm2-135m (embedded) or model=local model.path=DIR"
-        reason = f"{first_line}; {without}"
-    else:
-        return Path(found)
-    raise RequestError(f"cannot get {repository} from the Hugging Face Hub: {reason}")
+    return fetch_files(repository, revision, patterns, [*below, *files.BESIDE])

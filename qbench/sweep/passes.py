@@ -79,7 +79,8 @@ def fitting(passes: Sequence[Group], held_bytes: Callable[[Prepared], int | None
         if not each:
             continue
         one = None if len(each) == 1 or None in (sizes := [held[id(p)] for p in each]) else max(sizes)
-        most = max(1, int(min(free_bytes / 2 / one, len(each) + 1)) - 1) if one else len(each)
+        widest = max(planned.point.draws for planned in each)  # variants of one point
+        most = max(1, (int(min(free_bytes / 2 / one, widest * len(each) + 1)) - 1) // widest) if one else len(each)
         parts = math.ceil(len(each) / most)
         size = math.ceil(len(each) / parts)  # as equal as can be
         found += [each[start : start + size] for start in range(0, len(each), size)]
@@ -112,7 +113,7 @@ def cost(point: Prepared, weights: Callable[[Prepared], int | None]) -> float:
     """What a variant takes, in no unit: the model's weights, times CALIBRATED_COST for a method that `needs` a text.
 
     A rough measure: on one H200 such methods take ten times as long to quantize as others, and evaluating, which is the
-    same for all, lies between the two.
+    same for all, lies between the two. A point is as many variants as it has draws.
     """
     calibrated = point.quantizer is not None and bool(point.quantizer.needs)
-    return (weights(point) or 1) * (CALIBRATED_COST if calibrated else 1.0)
+    return (weights(point) or 1) * point.draws * (CALIBRATED_COST if calibrated else 1.0)

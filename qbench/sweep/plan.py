@@ -19,7 +19,7 @@ from yaml import YAMLError
 
 from qbench.config import Config
 from qbench.errors import PlanError, RequestError
-from qbench.request import experiment
+from qbench.request import experiment, wildcards
 from qbench.request import explain as requests
 from qbench.request.hubnames import spelled_out
 from qbench.request.overrides import check, check_keys, parse
@@ -56,7 +56,8 @@ def expand(arguments: list[str], hydra: DictConfig, loader: ConfigLoader) -> lis
     if params or not products:
         products = [params, *products]
     for product in products:
-        overrides = parser.parse_overrides([*(experiment.assignment(k, v) for k, v in product.items()), *arguments])
+        said = [*(experiment.assignment(k, v) for k, v in product.items()), *arguments]
+        overrides = parser.parse_overrides([wildcards.spelled_out(argument) for argument in said])
         check([o.input_line or "" for o in overrides])
         for override in overrides:
             if override.is_sweep_override() and override.get_key_element() == "experiment":

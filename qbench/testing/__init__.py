@@ -7,6 +7,7 @@ from qbench.testing.exporters import ExporterConformance
 from qbench.testing.formats import FormatConformance
 from qbench.testing.protocols import ProtocolConformance
 from qbench.testing.quantizers import QuantizerConformance, correlated_inputs, gaussian, same, statistics_of
+from qbench.testing.readers import ReaderConformance
 from qbench.testing.sources import SourceConformance
 from qbench.testing.trackers import TrackerConformance
 
@@ -15,6 +16,7 @@ __all__ = [
     "FormatConformance",
     "ProtocolConformance",
     "QuantizerConformance",
+    "ReaderConformance",
     "SourceConformance",
     "TrackerConformance",
     "correlated_inputs",

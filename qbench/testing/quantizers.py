@@ -56,6 +56,7 @@ def statistics_of(inputs: Tensor, needs: frozenset[Statistic]) -> InputStatistic
         absmean=inputs.abs().mean(0) if Statistic.INPUT_ABSMEAN in needs else None,
         inputs=inputs.clone() if Statistic.INPUTS in needs else None,
         hessian=inputs.T @ inputs if Statistic.HESSIAN in needs else None,
+        squares=inputs.square().mean(0) if Statistic.INPUT_SQUARES in needs else None,
     )
 
 
@@ -245,6 +246,11 @@ class QuantizerConformance:
         for case, weight, dead in (("zero rows", rows, slice(4, 7)), ("an all-zero weight", everything, slice(None))):
             largest = float(self.one(weight, case).dequantize()[dead].abs().max())
             assert largest < SPREAD / 50, f"{case} must come back as zero, got values up to {largest:.2g}"
+
+    def test_a_rotated_weight_comes_back_in_its_own_basis(self) -> None:
+        if hasattr(quantizer := self.make(), "rotation"):
+            weight, quantizer = gaussian(64, 128), replace(quantizer, rotation="hadamard")
+            self.check_error(weight, self.one(weight, "rotated", quantizer=quantizer), "rotated and brought back")
 
     def test_buffers_round_trip(self) -> None:
         result = self.one(gaussian(48, 160), "weight of shape [48, 160]")

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from qbench.checkpoint import autogptq
 from qbench.checkpoint import packed as checkpoint
 from qbench.errors import RequestError
+from qbench.format.words import pack_words
 from qbench.layers.linear import QuantLinear
 from qbench.model.linears import find_linears, replace_module
 from qbench.registry import make_quantizer
@@ -81,7 +82,7 @@ def test_three_bits_straddle_words_as_published():
     """32 codes in 3 words: ten whole ones, then the two low bits of the eleventh, and so on."""
     values = torch.zeros(32, 1, dtype=torch.int32)
     values[10], values[21], values[31] = 0b110, 0b101, 0b111
-    low, middle, high = (word & 0xFFFFFFFF for word in autogptq.pack_words(values, 3).flatten().tolist())
+    low, middle, high = (word & 0xFFFFFFFF for word in pack_words(values, 3).flatten().tolist())
     assert low == 0b10 << 30
     assert middle == 1 | 1 << 31
     assert high == 0b10 | 0b111 << 29
@@ -177,6 +178,7 @@ def test_saving_again_replaces_only_our_own(tmp_path, model):
         (lambda: quantized("sinq"), "input scale t"),
         (lambda: quantized("awq"), "input scale t"),
         (lambda: quantized("nf4"), "codebook"),
+        (lambda: quantized("rtn", rotation="hadamard"), "rotated basis"),
         (lambda: quantized("hqq"), "not integers"),
         (lambda: quantized(aux_dtype="int8"), "use quantizer.aux_dtype=fp16"),
         (lambda: quantized(columns=160), "no multiple of quantizer.group_size=64"),

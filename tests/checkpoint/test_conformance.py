@@ -6,9 +6,11 @@ import json
 from dataclasses import dataclass
 
 import pytest
+import torch
 
 from qbench.checkpoint import packed
 from qbench.checkpoint.autogptq import AutoGPTQ
+from qbench.checkpoint.compressed import CompressedTensors
 from qbench.checkpoint.packed import Packed
 from qbench.registry import EXPORTER, find, make_quantizer, names
 from qbench.testing import ExporterConformance
@@ -36,9 +38,23 @@ class TestAutoGPTQ(ExporterConformance):
         return [make_quantizer(one) for one in settings]
 
 
+class TestCompressedTensors(TestAutoGPTQ):
+    def make(self):
+        return CompressedTensors()
+
+    def read(self, folder):
+        try:
+            import compressed_tensors  # noqa: F401
+        except ImportError:
+            return None
+        from transformers import AutoModelForCausalLM
+
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+
 def test_every_registered_format_is_tested_here():
     ours = {find(EXPORTER, name) for name in names(EXPORTER)}
-    assert {cls for cls in ours if cls.__module__.startswith("qbench.")} == {Packed, AutoGPTQ}
+    assert {cls for cls in ours if cls.__module__.startswith("qbench.")} == {Packed, AutoGPTQ, CompressedTensors}
 
 
 @dataclass(frozen=True)

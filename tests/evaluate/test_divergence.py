@@ -9,6 +9,7 @@ from qbench.evaluate import resident, score
 from qbench.evaluate.divergence import divergences, log_probabilities, masked_divergences
 from qbench.evaluate.score import NonFiniteError, WindowAsks
 from qbench.evaluate.windowed import WindowedEvaluation
+from qbench.record import quality
 from qbench.sources.tiny import build
 from tests.evaluate.test_windows import TEXT, task
 
@@ -149,6 +150,22 @@ def test_a_record_equals_llama_cpps_definitions(tiny, batch_size):
     assert found.confident_share == pytest.approx(sure.double().mean().item())
     for which, value in ((sure, found.kl_confident), (~sure, found.kl_unconfident)):
         assert value == (pytest.approx(kl[which].mean().item(), rel=1e-9) if which.any() else None)
+    changed = p.argmax(-1) != q.argmax(-1)
+    for number, part in enumerate(found.by_confidence):
+        inside = torch.floor(p.max(-1).values.exp() * 5).clamp(max=4) == number
+        assert part.share == pytest.approx(inside.double().mean().item())
+        assert part.kl == (pytest.approx(kl[inside].mean().item(), rel=1e-9) if inside.any() else None)
+        assert part.top1_changed == (pytest.approx(changed[inside].double().mean().item()) if inside.any() else None)
+    assert [(part.low, part.high) for part in found.by_position][::7] == [(1, 13), (88, 99)]
+    for part in found.by_position:
+        inside = slice(int(part.low) - 1, int(part.high))
+        assert part.kl == pytest.approx(kl[:, inside].mean().item(), rel=1e-9)
+        assert part.top1_changed == pytest.approx(changed[:, inside].double().mean().item())
+    assert sum(found.kl_histogram) == found.tokens == kl.numel()
+    edges = quality.histogram_edges()
+    assert len(found.kl_histogram) == len(edges) - 1
+    for number, count in enumerate(found.kl_histogram):
+        assert count == int(((kl.numpy() >= edges[number]) & (kl.numpy() < edges[number + 1])).sum())
     assert found.top1_agreement.value == pytest.approx((p.argmax(-1) == q.argmax(-1)).double().mean().item())
     change = (true[1] - true[0]).square().mean().sqrt().item()
     assert found.true_token_rms_change.value == pytest.approx(change, rel=1e-9)
@@ -162,7 +179,7 @@ def test_confidence_is_told_apart():
     """A position where the original is sure and one where it is not, with KLs of their own."""
     p = torch.tensor([[[4.0, 0, 0, 0], [0, 0, 0, 0.1]]], dtype=torch.float64)
     seen = read(p, p * 0.5)
-    assert seen["confident"].tolist() == [[True, False]]
+    np.testing.assert_allclose(seen["confidence"], p.softmax(-1).amax(-1), rtol=1e-9)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -61,6 +61,7 @@ def test_what_each_method_stores(model):
 
     assert set(stored(name="rtn", nbits=4)) == {"codes", "scale", "zero"}
     assert set(stored(name="nf4")) == {"codes", "scale", "codebook"}
+    assert set(stored(name="rtn", rotation="hadamard")) == {"codes", "scale", "zero", "signs"}
     wide, narrow = stored(name="rtn", nbits=4), stored(name="rtn", nbits=4, aux_dtype="int8")
     assert narrow["codes"] == wide["codes"]
     assert 0 < narrow["scale"] < wide["scale"]  # with the step and the offset of its own codes
@@ -85,6 +86,8 @@ def test_routers_stay_linears():
         {"name": "rtn", "symmetric": True, "aux_dtype": "int8"},
         {"name": "rtn", "nbits": 3, "group_size": 32},
         {"name": "nf4"},
+        {"name": "rtn", "rotation": "hadamard"},
+        {"name": "higgs", "grid_dim": 1},
     ],
     ids=lambda settings: "-".join(map(str, settings.values())),
 )

@@ -7,6 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 
+from qbench.format.aux import Aux, store_input_scale
+from qbench.format.rotation import Rotation, largest_block
 from qbench.format.weight import QuantizedWeight
 from qbench.testing import FormatConformance
 from tests.kernels.cases import random_weight
@@ -38,6 +40,37 @@ class TestCodebook(FormatConformance):
     def make(self, generator, shape):
         weight = random_weight(shape, 4, 64, generator, codebook=True)
         return replace(weight, codebook=self.codebook.clone(), method="random")
+
+
+class TestCodebookOfPairs(FormatConformance):
+    codebook = torch.randn(64, 2, generator=torch.Generator().manual_seed(0))
+
+    def make(self, generator, shape):
+        rows, columns = shape
+        scale = Aux.compress(torch.rand(rows, -(-columns // 32), generator=generator) + 0.1, "fp16")
+        codes = torch.randint(0, 64, (rows, -(-columns // 2)), generator=generator)
+        more = {"codebook": self.codebook.clone(), "columns": columns, "method": "random"}
+        rotation = Rotation(block) if (block := largest_block(columns, 32)) > 1 else None
+        return QuantizedWeight.build(codes, scale, nbits=3, group_size=32, rotation=rotation, **more)
+
+
+class TestRotated(FormatConformance):
+    def make(self, generator, shape):
+        weight = random_weight(shape, 3, 64, generator, permuted=True)
+        rotation = Rotation.seeded(shape[1], largest_block(shape[1], 32), 1)
+        return replace(weight, rotation=rotation, method="random")
+
+
+class TestInputScaleInFp8(FormatConformance):
+    def make(self, generator, shape):
+        weight = random_weight(shape, 4, 64, generator)
+        return replace(weight, input_scale=store_input_scale(weight.input_scale.float(), "fp8"), method="random")
+
+
+class TestInputScaleInInt8(FormatConformance):
+    def make(self, generator, shape):
+        weight = random_weight(shape, 4, 64, generator, permuted=True)
+        return replace(weight, input_scale=store_input_scale(weight.input_scale.float(), "int8"), method="random")
 
 
 class Forgetful(QuantizedWeight):

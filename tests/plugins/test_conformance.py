@@ -19,15 +19,24 @@ from qbench.testing import QuantizerConformance, gaussian
 
 # a third party's quantizer may be installed beside ours; it has tests of its own
 SHIPPED = [n for n in quantizer_names() if quantizer_class(n).__module__.startswith("qbench.plugins.")]
-# official packages are optional, and accept less than the suite asks for: see test_upstream_oracle.py
-BUILT_IN = [n for n in SHIPPED if not n.startswith("upstream/")]
+# official packages are optional, and accept less than the suite asks for: see test_upstream_oracle.py and test_gguf.py
+BUILT_IN = [n for n in SHIPPED if not n.startswith(("upstream/", "gguf/"))]
 # what the bit-widths of a method with its other settings at their defaults leave out
 SETTINGS = [
     ("sinq", {"codebook": "nf4"}),
     ("sinq", {"codebook": "nf4", "aux_dtype": "int8"}),
     *(("sinq", {"inner": "hqq", "nbits": nbits}) for nbits in (2, 3, 4)),
     ("sinq", {"inner": "hqq", "aux_dtype": "int8"}),
+    *(("higgs", {"nbits": nbits, "grid_dim": 1}) for nbits in (2, 4)),
+    ("higgs", {"group_size": 1024, "aux_dtype": "int8"}),
+    ("sinq", {"shared_t": True, "t_dtype": "fp8"}),
+    ("sinq", {"t_dtype": "int8", "rotation": "hadamard"}),
+    *((name, {"rotation": "hadamard", "rotation_block": 32}) for name in ("rtn", "hqq", "gptq", "nf4")),
+    *(("fp8", {"scale": scale}) for scale in ("tensor", "block")),
+    *((name, {"exponent": rule}) for name in ("mxfp4", "mxfp8") for rule in ("even", "ceil")),
 ]
+# a float of 3 bits of mantissa is 2.6 % off wherever it lies, 8 bits or not
+FLOATS = {"max_error": {4: 0.2, 8: 0.04}}
 
 
 def bit_widths(name: str) -> list[int]:
@@ -47,7 +56,8 @@ def conformance(name: str, settings: dict[str, Any]) -> type[QuantizerConformanc
         return quantizer_class(name)(**settings)
 
     title = "".join(f"{value}bit" if key == "nbits" else f"_{value}" for key, value in settings.items())
-    return type(f"Test{name.upper()}{title}", (QuantizerConformance,), {"make": make})
+    bounds = FLOATS if name in ("fp8", "mxfp8") else {}
+    return type(f"Test{name.upper()}{title}", (QuantizerConformance,), {"make": make, **bounds})
 
 
 for _name in BUILT_IN:

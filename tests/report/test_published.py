@@ -8,6 +8,7 @@ from qbench.request.options import options
 from tests.conftest import ROOT
 
 NOT_SCORED = "quantizing"
+RTN_AT_3 = {"model": "qwen3-32b", "quantizer": "rtn", "nbits": 3, "protocol": "c4_gptq:crops256-w2048"}
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +51,9 @@ def test_no_number_is_given_twice(sinq):
     [
         ({"model": "qwen3-1.7b", "quantizer": "none", "protocol": "wikitext2:gptq-w2048"}, 16.67),
         ({"model": "qwen3-14b", "quantizer": "sinq", "nbits": 3, "protocol": "wikitext2:gptq-w2048"}, 9.33),
-        ({"model": "qwen3-32b", "quantizer": "rtn", "nbits": 3, "protocol": "c4_gptq:crops256-w2048"}, 35.83),
+        (RTN_AT_3 | {"settings": {"rotation": None}}, 35.83),
+        (RTN_AT_3 | {"settings": {"rotation": "hadamard"}}, 14.83),
+        ({"model": "qwen3-14b", "quantizer": "higgs", "protocol": "wikitext2:gptq-w2048"}, 9.13),
         ({"model": "qwen3-1.7b", "quantizer": "awq", "nbits": 4, "protocol": "c4_gptq:crops256-w2048"}, 19.95),
         ({"model": "qwen3-32b", "quantizer": "gptq", "metric": "quant_seconds"}, 3064.62),
         ({"model": "qwen3-30b-a3b", "quantizer": "hqq", "nbits": 3, "metric": "model_gigabytes"}, 15.10),

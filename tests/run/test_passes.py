@@ -7,26 +7,12 @@ import torch
 
 from qbench.errors import RequestError
 from qbench.passes.variant import Variant
-from qbench.request.prepare import prepare
 from qbench.run import run_pass
 from qbench.run.whole import whole
-from tests.conftest import composed
 
 SHORT = ("task.window=64", "task.max_windows=5", "calibration.window=64", "calibration.sequences=4")
 METHODS = [f"quantizer={name}" for name in ("none", "rtn", "hqq", "nf4", "gptq", "awq", "sinq", "asinq")]
 ORIGINAL = "calibration.inputs=original"
-
-
-@pytest.fixture
-def prepared(tmp_path, monkeypatch):
-    """The point that settings, each a word or several, ask for; its results lie in the folder `outputs`."""
-    monkeypatch.chdir(tmp_path)
-
-    def point(*settings, outputs="together"):
-        words = [word for setting in settings for word in setting.split()]
-        return prepare(replace(composed(words), outputs=str(tmp_path / outputs)), words)
-
-    return point
 
 
 def together(points):

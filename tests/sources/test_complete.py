@@ -7,8 +7,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from qbench.errors import RequestError
+from qbench.readers.shards import Shards
 from qbench.sources.local import Local
-from qbench.sources.shards import Shards
 
 CPU = torch.device("cpu")
 DOWN = "model.layers.1.mlp.down_proj.weight"

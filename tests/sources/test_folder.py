@@ -271,6 +271,6 @@ def test_a_device_that_is_full_is_said(tmp_path, monkeypatch):
     def full(*_):
         raise torch.OutOfMemoryError("out of memory\nand more")
 
-    monkeypatch.setattr("qbench.sources.shards._empty", full)
+    monkeypatch.setattr("qbench.readers.shards._empty", full)
     with pytest.raises(PointError, match=r"^model\.layers\.\d\.\S+, \d\.\d MB, has no room on cpu: out of memory$"):
         source.block(0)

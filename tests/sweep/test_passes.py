@@ -77,6 +77,7 @@ class P:
     needs: bool = False
     config: Config = field(default_factory=Config)
     export: str | None = None
+    draws: int = 1
 
     @property
     def point(self):

@@ -18,6 +18,8 @@ import math
 import mmap
 import os
 import threading
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
@@ -38,6 +40,7 @@ DTYPES = {
     "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
     "I64": torch.int64,
     "I32": torch.int32,
     "I16": torch.int16,
@@ -58,31 +61,37 @@ class Stored:
     start: int
     nbytes: int
 
+    def select(self, index: int) -> Stored:
+        """Element `index` of the first dimension."""
+        nbytes = self.nbytes // self.shape[0]
+        return Stored(self.file, self.dtype, self.shape[1:], self.start + index * nbytes, nbytes)
+
 
 class Shards:
     """The tensors of a folder by name; `bytes_read` counts what has come off the disk so far.
 
-    Raises RequestError, with one sentence, when a shard is absent, truncated or no safetensors file.
+    `files` are its shards where they have other names than transformers gives them. Raises RequestError, with one
+    sentence, when a shard is absent, truncated or no safetensors file.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, files: Sequence[Path] | None = None) -> None:
         self.tensors: dict[str, Stored] = {}
         self.bytes_read = 0
         self._files: dict[Path, Any] = {}
         self._lock = threading.Lock()
         self._ring: SimpleQueue[tuple[Tensor, torch.cuda.Event | None]] | None = None
-        for file in _shards(folder):
+        for file in _shards(folder) if files is None else files:
             for name, stored in _header(file).items():
                 if name in self.tensors:
                     raise RequestError(f"{folder}: {name} is both in {self.tensors[name].file.name} and in {file.name}")
                 self.tensors[name] = stored
 
-    def read(self, name: str, device: torch.device) -> Tensor:
-        """The tensor on `device`, filled by its current stream. May be called from several threads.
+    def read(self, name: str, device: torch.device, index: int | None = None) -> Tensor:
+        """The tensor, or element `index` of it, on `device`, filled by its current stream; from any thread.
 
         Raises PointError when the file cannot be read any more, and when the device has no room.
         """
-        stored = self.tensors[name]
+        stored = self.tensors[name] if index is None else self.tensors[name].select(index)
         try:
             target = _empty(stored.nbytes, device)
         except (RuntimeError, OSError) as error:
@@ -160,18 +169,27 @@ def _shards(folder: Path) -> list[Path]:
     index = folder / INDEX
     if not index.is_file():
         raise RequestError(f"{folder} has neither model.safetensors nor {INDEX}")
+    return listed(index)
+
+
+def listed(index: Path) -> list[Path]:
+    """The shards that an index lists, all of which lie beside it; raises RequestError."""
     try:
-        listed = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        names = sorted(set(listed.values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        if outside := [name for name in names if Path(name).name != name]:
+            raise RequestError(f"{index} lists {outside[0]!r}, which is no file beside it")
+    except RequestError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise RequestError(f"{index} is not an index of safetensors shards: it needs a weight_map") from error
     for name in names:
-        if not (folder / name).is_file():
-            raise RequestError(f"{folder} lacks the shard {name}, which {INDEX} lists")
-    return [folder / name for name in names]
+        if not (index.parent / name).is_file():
+            raise RequestError(f"{index.parent} lacks the shard {name}, which {index.name} lists")
+    return [index.parent / name for name in names]
 
 
 def _header(file: Path) -> dict[str, Stored]:
+    """Raises RequestError unless the tensors fill the file, each after the other, without a gap."""
     size = file.stat().st_size
     with file.open("rb") as opened:
         length = int.from_bytes(opened.read(8), "little")
@@ -180,22 +198,35 @@ def _header(file: Path) -> dict[str, Stored]:
                 f"{file} is truncated or no safetensors file: no header fits into its {size} bytes; get it anew"
             )
         try:
-            entries = json.loads(opened.read(length))
+            entries = json.loads(opened.read(length), object_pairs_hook=_once)
             entries.pop("__metadata__", None)
             found = {name: _stored(file, entry, 8 + length) for name, entry in entries.items()}
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise RequestError(f"{file} has no readable safetensors header: {error}") from error
-    needed = max((stored.start + stored.nbytes for stored in found.values()), default=8 + length)
-    if needed != size:
-        word = "is truncated" if size < needed else "is too long"
-        raise RequestError(f"{file} {word}: its header tells of {needed} bytes, and it has {size}; get it anew")
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise RequestError(f"{file} has no readable safetensors header: {str(error)[:200]}") from error
+    place = 8 + length
+    for stored in sorted(found.values(), key=lambda stored: (stored.start, stored.nbytes)):
+        if stored.start != place:
+            raise RequestError(f"{file} has no readable safetensors header: its tensors overlap or leave gaps")
+        place += stored.nbytes
+    if place != size:
+        word = "is truncated" if size < place else "is too long"
+        raise RequestError(f"{file} {word}: its header tells of {place} bytes, and it has {size}; get it anew")
+    return found
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = Counter(name for name, _ in pairs).most_common(1)
+        raise ValueError(f"{twice[0][0][:100]} is in it twice")
     return found
 
 
 def _stored(file: Path, entry: dict[str, Any], data: int) -> Stored:
     dtype, shape = DTYPES[entry["dtype"]], tuple(entry["shape"])
     begin, end = entry["data_offsets"]
-    if end - begin != math.prod(shape) * dtype.itemsize or begin < 0:
+    whole = all(type(number) is int and 0 <= number < 2**63 for number in (*shape, begin, end))
+    if not whole or end - begin != math.prod(shape) * dtype.itemsize:
         raise ValueError(f"{entry} does not add up")
     return Stored(file, dtype, shape, data + begin, end - begin)
 

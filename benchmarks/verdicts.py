@@ -1,0 +1,186 @@
+"""Do verdicts hold? Comparisons of a method with itself, and of differences of the size that is said to be detectable.
+
+    python benchmarks/verdicts.py [OUTPUTS] > docs/results/verdicts.json
+
+Measures the points of SWEEPS, unless OUTPUTS holds them, and takes what they scored per window and draw as pools:
+another text of the same kind is other windows of the pool, another calibration or seed other draws of it, both with
+replacement. Every comparison then runs through what a board runs through (report/noise.py). Of RUNS comparisons of a
+method with itself 5 % should say "different", of boards of six equal rows at most 5 % any two, and of comparisons with
+a true difference as large as an independent board prints as detectable, 80 % should find it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from qbench.report import entries
+from qbench.report.noise import Paired, Told
+
+RUNS, ROWS = 400, 6
+SIZES = [(24, 4), (48, 6)]  # windows, draws
+DOCUMENTS = [(200, 0.1), (1000, 0.05)]  # and the share of them that turn right or wrong
+SWEEPS = [
+    "model=tiny-dense quantizer=none,noise,rtn,sinq,gptq,awq task.window=256 task.max_windows=48 calibration.draws=24 "
+    "calibration.window=256 calibration.sequences=8",
+    "model=smollm2-135m quantizer=none,noise,rtn,sinq,gptq task.window=64 task.max_windows=32 calibration.draws=6 "
+    "calibration.window=128 calibration.sequences=4",
+]
+Sample = Callable[[np.random.Generator], tuple[np.ndarray, list[np.ndarray | None]]]
+
+
+@dataclass(frozen=True)
+class Pool:
+    """NLLs of one method, `[windows, draws]`."""
+
+    name: str
+    table: np.ndarray
+
+    def of_draws(self, rows: int, windows: int, draws: int) -> Sample:
+        """Rows of the method itself, each with draws of its own, all on one choice of windows."""
+
+        def sample(random: np.random.Generator) -> tuple[np.ndarray, list[np.ndarray | None]]:
+            chosen = self.table[random.integers(0, len(self.table), windows)]
+            tables = [chosen[:, random.integers(0, self.table.shape[1], draws)] for _ in range(rows)]
+            return np.stack([table.mean(1) for table in tables]), [*tables]
+
+        return sample
+
+    def of_windows(self, other: Pool, rows: int, windows: int) -> Sample:
+        """The first row is the method, the others differ from it as `other` does, window by window, on average by 0."""
+
+        def sample(random: np.random.Generator) -> tuple[np.ndarray, list[np.ndarray | None]]:
+            apart = (other.table - self.table).mean(1)
+            own = self.table.mean(1)[random.integers(0, len(self.table), windows)]
+            rest = (apart - apart.mean())[random.integers(0, len(apart), (rows - 1, windows))]
+            return np.stack([own, *(own + rest)]), [None] * rows
+
+        return sample
+
+
+def documents(rows: int, count: int, changed: float) -> Sample:
+    """Answers of which one in 1 / `changed` turns, as often right as wrong."""
+
+    def sample(random: np.random.Generator) -> tuple[np.ndarray, list[np.ndarray | None]]:
+        first = random.random(count) < 0.5
+        turned = random.random((rows - 1, count)) < changed
+        return np.stack([first, *(first ^ turned)]).astype(float), [None] * rows
+
+    return sample
+
+
+def told(scores: np.ndarray, draws: list[np.ndarray | None], reading: Any) -> Told:
+    return Told.of(Paired(scores, reading, draws=draws))
+
+
+def any_apart(found: Told) -> bool:
+    return bool((found.adjusted < 0.05).any())
+
+
+def alike(sample: Sample, board: Sample, reading: Any, random: np.random.Generator) -> dict[str, float]:
+    pairs = [any_apart(told(*sample(random), reading)) for _ in range(RUNS)]
+    boards = [any_apart(told(*board(random), reading)) for _ in range(RUNS)]
+    return {"different": float(np.mean(pairs)), "boards_with_any": float(np.mean(boards))}
+
+
+def ignoring_draws(sample: Sample, random: np.random.Generator) -> float:
+    """What the same comparisons say if draws are not part of the interval."""
+    made = (sample(random) for _ in range(RUNS))
+    return float(np.mean([any_apart(told(scores, [None] * len(scores), "exp mean")) for scores, _ in made]))
+
+
+def found(sample: Sample, random: np.random.Generator) -> float:
+    """The share of true differences found that are as large as another sample says is detectable; of perplexities."""
+    hits = 0
+    for _ in range(RUNS):
+        printed = told(*sample(random), "exp mean").detectable(0, 1)
+        scores, draws = sample(random)
+        shift = np.log1p(printed / np.exp(scores[0].mean()))
+        draws = [table if i != 1 or table is None else table + shift for i, table in enumerate(draws)]
+        scores[1] += shift
+        hits += told(scores, draws, "exp mean").apart(0, 1)
+    return hits / RUNS
+
+
+def found_documents(count: int, changed: float, random: np.random.Generator) -> float:
+    hits = 0
+    for _ in range(RUNS):
+        printed = told(*documents(2, count, changed)(random), "mean").detectable(0, 1)
+        first, gains = random.random(count) < 0.5, 0.5 * (1 + printed / changed)
+        turned = random.random(count) < changed
+        second = np.where(turned, random.random(count) < gains, first)
+        first = np.where(turned, ~second, first)
+        hits += told(np.stack([first, second]).astype(float), [None, None], "mean").apart(0, 1)
+    return hits / RUNS
+
+
+def comparisons(pools: dict[str, dict[str, Pool]]) -> Iterator[dict[str, Any]]:
+    random = np.random.default_rng(18)
+    for model, methods in pools.items():
+        for windows, draws in SIZES:
+            for name in ("gptq", "awq", "noise"):
+                if name not in methods:
+                    continue
+                two, six = (methods[name].of_draws(rows, windows, draws) for rows in (2, ROWS))
+                kind = "other noise seeds" if name == "noise" else "other calibration draws"
+                yield {
+                    **{"kind": kind, "model": model, "method": name, "windows": windows, "draws": draws},
+                    **alike(two, six, "exp mean", random),
+                    "different_if_draws_are_ignored": ignoring_draws(two, random),
+                    "detectable_found": found(two, random),
+                }
+            one, other = methods["sinq"], methods["rtn"]
+            two, six = (one.of_windows(other, rows, windows) for rows in (2, ROWS))
+            yield {
+                **{"kind": "other windows of the same text", "model": model, "method": "sinq", "windows": windows},
+                **{"draws": 1, "differing_as": "rtn"},
+                **alike(two, six, "exp mean", random),
+                "detectable_found": found(two, random),
+            }
+    for count, changed in DOCUMENTS:
+        two, six = (documents(rows, count, changed) for rows in (2, ROWS))
+        yield {
+            **{"kind": "right and wrong answers (simulated)", "documents": count, "changed": changed},
+            **alike(two, six, "mean", random),
+            "detectable_found": found_documents(count, changed, random),
+        }
+
+
+def recorded(outputs: Path) -> dict[str, dict[str, Pool]]:
+    """What the sweeps measured, by model and method; runs them where they have not been."""
+    for sweep in SWEEPS:
+        command = [sys.executable, "-m", "qbench", "-m", *sweep.split(), f"outputs={outputs}"]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    pools: dict[str, dict[str, Pool]] = {}
+    for entry in entries.latest(entries.read(outputs).entries):
+        [score] = entry.scores
+        table = score.windows[:, None] if score.draws is None else score.draws
+        pools.setdefault(entry.model, {})[entry.quantizer] = Pool(entry.quantizer, table)
+    return pools
+
+
+def main() -> None:
+    pools = recorded(Path((*sys.argv[1:], "outputs")[0]))
+    made = []
+    for comparison in comparisons(pools):
+        print(json.dumps(comparison), file=sys.stderr)
+        made.append({k: round(v, 4) if isinstance(v, float) else v for k, v in comparison.items()})
+    spread = {
+        model: {name: [float(f"{v:.4g}") for v in np.exp(pool.table.mean(0))] for name, pool in methods.items()}
+        for model, methods in pools.items()
+    }
+    document = {"runs": RUNS, "rows_of_a_board": ROWS, "sweeps": SWEEPS, "comparisons": made, "perplexities": spread}
+    with contextlib.suppress(BrokenPipeError):
+        print(json.dumps(document, indent=1))
+
+
+if __name__ == "__main__":
+    main()

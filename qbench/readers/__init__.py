@@ -1,0 +1,1 @@
+"""Files that others quantized: a reader recognizes one and gives every weight in it as a format."""

@@ -1,0 +1,209 @@
+"""`quantizer=file`: the variant is what a file holds that somebody else quantized, beside its original.
+
+    quantizer=file quantizer.path=model-Q4_K_M.gguf          a file or a folder
+    quantizer=file quantizer.id=ORG/NAME                     a repository of the Hub, quantizer.file= for one file of it
+    -m experiment=files 'files=DIR/*,hub:ORG/NAME/FILE'      many of them beside qbench's own methods
+
+The format is told from the file (reader.py). Each linear becomes a format object that decodes as the format's reference
+decoder does. What else the file holds (norms, biases, routers, embeddings, head) takes the place of the original's and
+is reported. A file of another model is refused: by its tensors and their shapes before a weight is read, and by
+weights that do not resemble the original's when they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qbench.errors import RequestError
+from qbench.format.format import Format
+from qbench.format.plain import Plain
+from qbench.model.linears import Linears, find_linears
+from qbench.quant.quantizer import InputStatistics, Quantizer
+from qbench.readers import hub
+from qbench.readers.reader import Entry, Held, Reader, ReadError
+from qbench.record.quantization import FileRecord
+from qbench.registry import READER, find, names
+
+HUB = "hub:"
+LEAST_COSINE = 0.2  # between a weight and what a file holds of it; that of unrelated matrices is below 0.01
+SETTINGS = ("config.json", "quantization_config.json", "quantize_config.json", "hf_quant_config.json")
+
+
+def reader_of(path: Path) -> tuple[str, Reader]:
+    """The reader that recognizes the file or folder, with its name; raises ReadError if none does."""
+    for name in (known := names(READER)):
+        reader = find(READER, name)()
+        if reader.recognizes(path):
+            return name, reader
+    instead = f"; for every file in it, say 'files={path}/*' in a sweep" if path.is_dir() else ""
+    raise ReadError(f"{path} is in no format that is known here (readers: {', '.join(known)}){instead}")
+
+
+def open_file(path: Path, model: Any) -> Held:
+    """Opens what others quantized, for the model whose skeleton this is; raises ReadError."""
+    return reader_of(path)[1].open(path, model)
+
+
+def weight_files(path: Path) -> list[Path]:
+    """The files below `path` that hold weights: itself, the parts of a split GGUF, or a folder's *.safetensors."""
+    if path.is_dir():
+        return sorted(path.glob("*.safetensors")) or sorted(path.glob("*.gguf"))
+    stem, part, _ = path.name.rpartition("-00001-of-")
+    return sorted(path.parent.glob(f"{stem}-*-of-*{path.suffix}")) if part else [path]
+
+
+@dataclass(frozen=True)
+class File(Quantizer):
+    """What is in the file or folder `path`, or in `file` (all of it: null) of the repository `id` at `revision`."""
+
+    path: str | None = None
+    id: str | None = None
+    file: str | None = None
+    revision: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.id is not None and self.path is not None:
+            raise ValueError("quantizer.path and quantizer.id name two files; say one of them")
+        if self.path is not None and self.path.startswith(HUB):
+            repository, _, revision = self.path.removeprefix(HUB).partition("@")
+            owner, _, rest = repository.partition("/")
+            name, _, file = rest.partition("/")
+            if not (owner and name):
+                raise ValueError(f"{self.path} is no file of the Hub: it is hub:ORG/NAME or hub:ORG/NAME/FILE@REVISION")
+            for field, value in (("path", None), ("id", f"{owner}/{name}"), ("file", file), ("revision", revision)):
+                object.__setattr__(self, field, value or None)
+        if self.path is not None and (self.file or self.revision):
+            raise ValueError("quantizer.file and quantizer.revision are those of a repository: they need quantizer.id")
+
+    def pinned(self) -> File:
+        """The same file at a commit; raises RequestError for one that is not there or that no reader recognizes."""
+        if self.path is None and self.id is None:
+            raise RequestError(
+                "quantizer=file: say quantizer.path=FILE_OR_DIR, or quantizer.id=ORG/NAME for a repository of the Hub",
+                key="quantizer.path",
+            )
+        pinned = self
+        if self.id is not None:
+            pinned = File(id=self.id, file=self.file, revision=hub.commit(self.id, self.revision))
+        place = pinned.place()
+        if not place.exists():
+            raise RequestError(f"quantizer.path={place} does not exist; name a file or a folder", key="quantizer.path")
+        try:
+            reader_of(place)
+        except ReadError as error:
+            raise RequestError(str(error), key="quantizer.path") from None
+        return pinned
+
+    def place(self) -> Path:
+        """Where the files are; of the Hub, once they are fetched."""
+        if self.id is None:
+            return Path(str(self.path)).expanduser()
+        patterns = [self.file] if self.file else ["*.safetensors", "*.json"]
+        folder = hub.fetch(self.id, self.revision, patterns)
+        return folder / self.file if self.file else folder
+
+    def files(self) -> list[Path]:
+        place = self.place()
+        beside = [place / name for name in SETTINGS if place.is_dir() and (place / name).is_file()]
+        return [*weight_files(place), *beside]
+
+    def settings(self) -> dict[str, Any]:
+        return {}  # the content says it all
+
+    def for_model(self, model: Any) -> Opened:
+        place = self.place()
+        name, reader = reader_of(place)
+        held = reader.open(place, model)
+        label = place.name if self.id is None else "/".join(filter(None, (self.id, self.file)))
+        opened = Opened(held, name, label, self.revision)
+        opened.check(find_linears(model))
+        return opened
+
+    def quantize(self, weights: Sequence[Tensor], stats: InputStatistics | None) -> list[Format]:
+        raise TypeError("quantizer=file holds what is in the file: it is to be bound to a model first (for_model)")
+
+
+@dataclass(frozen=True)
+class Opened(Quantizer):
+    """An open file in the place of a method: a weight is what the file holds under its name."""
+
+    held: Held
+    reader: str
+    name: str
+    revision: str | None
+
+    def check(self, found: Linears) -> None:
+        """Raises ReadError unless the file holds all linear weights in their shapes."""
+        for name, shape in shapes(found).items():
+            entry = self.held.entries.get(f"{name}.weight")
+            if entry is None:
+                raise ReadError(f"{self.name} holds no {name}.weight, which the model has; is it a file of this model?")
+            if tuple(entry.shape) != shape:
+                raise ReadError(
+                    f"{self.name} holds {name}.weight as {list(entry.shape)}, the model has {list(shape)}: it is a "
+                    "file of another model"
+                )
+
+    def entry(self, name: str) -> Entry:
+        """Of a linear."""
+        return self.held.entries[f"{name}.weight"]
+
+    def weights(self, name: str) -> int:
+        return torch.Size(self.entry(name).shape).numel()
+
+    def plain(self, found: Linears) -> list[str]:
+        """Names of the linears that the file holds in 16 bits or more."""
+        return [name for name in shapes(found) if not self.entry(name).quantized]
+
+    def quantize_layers(
+        self, names: Sequence[str], weights: Sequence[Tensor], stats: InputStatistics | None
+    ) -> list[Format]:
+        return [self._read(name, weight) for name, weight in zip(names, weights, strict=True)]
+
+    def _read(self, name: str, weight: Tensor) -> Format:
+        stored = self.held.read(f"{name}.weight")
+        if isinstance(stored, Tensor):
+            stored = Plain.of(stored, self.held.entries[f"{name}.weight"].kind)
+        stored = stored.with_tensors({key: tensor.to(weight.device) for key, tensor in stored.tensors().items()})
+        cosine = torch.cosine_similarity(stored.dequantize().flatten(), weight.float().flatten(), dim=0)
+        if not cosine >= LEAST_COSINE and weight.any():
+            raise ReadError(
+                f"what {self.name} holds of it does not resemble the original's weight (cosine {float(cosine):.3f}): "
+                "it is a file of another model, or its rows or columns are in another order"
+            )
+        return stored
+
+    def in_place_of(self, name: str, parameter: Tensor) -> Format | Tensor | None:
+        if (entry := self.held.entries.get(name)) is None:
+            return None
+        if tuple(entry.shape) != tuple(parameter.shape):
+            raise ReadError(
+                f"{self.name} holds {name} as {list(entry.shape)}, the model has {list(parameter.shape)}: it is a file "
+                "of another model"
+            )
+        return self.held.read(name)
+
+    def record(self, sha256: str) -> FileRecord:
+        held = self.held
+        return FileRecord(
+            self.name, self.revision, sha256, self.reader, held.made_by, held.file_bytes, dict(held.ignored)
+        )
+
+
+def shapes(found: Linears) -> dict[str, tuple[int, ...]]:
+    """`[out, in]` of every matrix that is to be quantized, those of fused experts one by one, by name."""
+    from qbench.layers.expert_form import expert_weights, form
+    from qbench.model.linears import matrix
+
+    known = {name: tuple(matrix(layer).shape) for name, layer in found.layers.items()}
+    for name, module in found.experts.items():
+        of_one = [tuple(weight.shape) for weight in expert_weights(module, 0)]
+        for index in range(module.num_experts):
+            known |= {f"{name}.{index}.{p}": shape for p, shape in zip(form(module).projections, of_one, strict=True)}
+    return known
