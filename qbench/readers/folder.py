@@ -39,6 +39,7 @@ class Linear:
     module: str  # in the checkpoint's words
     shape: tuple[int, int]  # [out, in], the model's
     stored: Mapping[str, Stored]
+    classes: tuple[str, ...] = ("Linear",)  # of the module that holds it in the model
 
     def error(self, reason: str) -> ReadError:
         return ReadError(f"{self.module}: {reason}")
@@ -104,6 +105,7 @@ class HeldFolder:
     def read(self, name: str) -> Format | Tensor:
         if name in self._linears:
             linear = self._linears[name]
+            self._check_no_bias(linear)
             return self._layout.decode(linear, {p: self._tensor(f"{linear.module}.{p}") for p in linear.stored})
         key, fused = self._plain[name]
         if fused is None:
@@ -112,6 +114,11 @@ class HeldFolder:
         index, projection, _ = name.removeprefix(f"{fused.module}.").split(".")
         how = form(self._names.experts[fused.module])
         return matrix_of(how, projection, fused.parameter, self._tensor(key, int(index)))
+
+    def _check_no_bias(self, linear: Linear) -> None:
+        """AutoGPTQ gives every layer a bias; where the original has none, it has to be zero."""
+        if (key := f"{linear.module}.bias") in self.ignored and bool(self._tensor(key).any()):
+            raise linear.error("it has a bias, and the original's layer has none")
 
     def _tensor(self, key: str, index: int | None = None) -> Tensor:
         try:
@@ -148,7 +155,7 @@ class HeldFolder:
         shape = self._names.matrix_shape(name)
         if len(shape) != 2:
             raise ReadError(f"{module} is quantized, and the original's {list(shape)} is no matrix")
-        linear = Linear(module, shape, stored)
+        linear = Linear(module, shape, stored, self._names.classes(name))
         nbytes = sum(part.nbytes for part in stored.values())
         self._enter(name, Entry(shape, self._layout.kind(linear), nbytes, quantized=True))
         self._linears[name] = linear

@@ -39,7 +39,7 @@ class GPTQ:
         named = settings.get("checkpoint_format") or settings.get("format") or "gptq"
         if method_of(path) != "gptq":
             named = "gptq"
-        if named not in CONVENTIONS:
+        if not isinstance(named, str) or named not in CONVENTIONS:
             raise ReadError(
                 f"{path} has the checkpoint_format {str(named)[:50]!r}, and of GPTQ's {', '.join(CONVENTIONS)} are read"
             )

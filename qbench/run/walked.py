@@ -195,6 +195,8 @@ class Together:
             if reason := coverage.shortfall(quantization.coverage, least, quantization.skipped, "were"):
                 raise PointError(reason)  # settled before but for linears that no calibration token reached
         model = walk.model if one.variant is None else walk.assembled(one.variant) if one.variant.keep else None
+        if one.variant is not None:
+            one.variant.kept = []  # the model has them now, and goes when it is written
         if model is not None and one.variant is not None and (one.timed or one.reading is None):
             use_kernels(model)
             quantization = replace(quantization, weight_bytes=weight_bytes(model))  # in the layout that is measured

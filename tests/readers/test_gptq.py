@@ -208,6 +208,16 @@ def test_values_that_mean_nothing_are_refused_by_name(edited):
         held.read(f"{Q}.weight")
 
 
+def test_a_bias_that_the_original_lacks_must_be_zero(edited):
+    """AutoGPTQ writes one for every layer."""
+    held = GPTQ().open(edited(lambda t: t | {f"{Q}.bias": torch.zeros(64)}), skeleton())
+    assert isinstance(held.read(f"{Q}.weight"), QuantizedWeight)
+    assert f"{Q}.bias" in held.ignored
+    held = GPTQ().open(edited(lambda t: t | {f"{Q}.bias": torch.ones(64)}), skeleton())
+    with pytest.raises(ReadError, match="has a bias, and the original's layer has none"):
+        held.read(f"{Q}.weight")
+
+
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
@@ -288,3 +298,30 @@ def test_awq_as_autoawq_decodes_it(tmp_path):
             parts = [tensors[f"{name.removesuffix('.weight')}.{part}"] for part in ("qweight", "qzeros", "scales")]
             expected = utils.dequantize_gemm(*parts, 4, GROUP).T
             assert torch.equal(held.read(name).dequantize(torch.float16), expected), name
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize("nbits", [2, 3, 4, 8])
+def test_gptq_as_autogptq_decodes_it(tmp_path, nbits):
+    """Of any words at all; of 3 bits without the zero point that it leaves above the codes instead of wrapping it."""
+    cuda_old = official("auto_gptq", "nn_modules/qlinear/qlinear_cuda_old")
+    layers = {}
+
+    def pack(module, weight):
+        rows, columns = weight.shape
+        layers[module] = layer = cuda_old.QuantLinear(nbits, GROUP, columns, rows, bias=False)
+        layer.autogptq_cuda_available = False  # its own path in torch
+        generator = torch.Generator().manual_seed(len(module))
+        for name in ("qweight", "qzeros"):
+            words = torch.randint(-(2**31), 2**31, getattr(layer, name).shape, generator=generator)
+            setattr(layer, name, words.int())
+        if nbits == 3:
+            codes = torch.randint(0, 7, (rows, columns // GROUP), generator=generator)
+            layer.qzeros = bits_of(codes, 3).T.contiguous()
+        layer.scales = torch.rand(layer.scales.shape, generator=generator).half()
+        return {name: getattr(layer, name) for name in ("qweight", "qzeros", "scales")}
+
+    held = GPTQ().open(write(tmp_path / "q", pack, {"quant_method": "gptq", "group_size": GROUP}), skeleton())
+    for module, layer in layers.items():
+        expected = layer(torch.eye(layer.infeatures).half()).T  # sums of one number and zeros
+        assert torch.equal(held.read(f"{module}.weight").dequantize(torch.float16), expected), module

@@ -238,12 +238,14 @@ def test_dry_run_shows_the_plan_and_runs_nothing(qbench, monkeypatch):
 def test_dry_run_survives_a_quantizer_that_refuses_its_random_matrices(qbench, monkeypatch):
     from qbench.plugins.rtn import RTN
 
+    accept = RTN.quantize_basis
+
     def refuse(self, weights, stats):
         if weights[0].shape == (128, 128):
             raise ArithmeticError("only 64 rows\nat a time")
-        return [self.quantize_one(weight, stats) for weight in weights]
+        return accept(self, weights, stats)
 
-    monkeypatch.setattr(RTN, "quantize", refuse)
+    monkeypatch.setattr(RTN, "quantize_basis", refuse)
     outcome = qbench("-m", *TINY, "quantizer=rtn,sinq", "quantizer.nbits=3,4", "--dry-run")
     assert outcome.status == 0
     sentence = (
