@@ -131,6 +131,18 @@
         })),
       });
       section.querySelector("[data-plot=kl]").replaceChildren(svg);
+      const color = { domain: chosen.map((row) => row.label), scheme: "observable10" };
+      const along = (name, parts, y, xLabel, yLabel) => {
+        const points = chosen.flatMap((row) => row[parts].map(([x, kl, changed]) => ({ label: row.label, floor: row.floor, x, kl, changed })));
+        const some = points.filter((point) => point[y] !== null);
+        section.querySelector(`[data-plot=${name}]`).replaceChildren(Plot.plot({
+          width: 400, height: 240, marginLeft: 55, marginBottom: 40, color, x: { label: xLabel, nice: true, domain: parts === "confidence" ? [0, 1] : undefined }, y: { label: yLabel, grid: true, zero: true, tickFormat: number3 },
+          marks: [Plot.lineY(some, { x: "x", y, stroke: "label", z: "label" }), Plot.dot(some, { x: "x", y, fill: "label", r: 2.5 })],
+        }));
+      };
+      along("kl-confidence", "confidence", "kl", "confidence of the original →", "↑ KL, nats");
+      along("changed-confidence", "confidence", "changed", "confidence of the original →", "↑ top token changed");
+      along("kl-position", "position", "kl", "token of the window →", "↑ KL, nats");
     }
 
     for (const index of picked) table.row((_i, _d, node) => Number(node.dataset.row) === index).node().querySelector("td.pick input").checked = true;
