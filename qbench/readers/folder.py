@@ -215,8 +215,9 @@ def quantization_of(path: Path) -> dict[str, Any]:
     """What a checkpoint says of its quantization, {} if nothing: in config.json, or beside it as older tools did."""
     config = config_of(path)
     for place in (config, config.get("text_config")):
-        if isinstance(place, dict) and isinstance(found := place.get("quantization_config"), dict):
-            return found
+        for name in ("quantization_config", "compression_config"):  # the latter is compressed-tensors' older one
+            if isinstance(place, dict) and isinstance(found := place.get(name), dict):
+                return found
     if found := config_of(path, "quantize_config.json"):
         return {"quant_method": "gptq"} | found
     if "w_bit" in (found := config_of(path, "quant_config.json")):
