@@ -195,7 +195,7 @@ def test_two_runs_give_the_same_bits(run, folder, model, method):
 def test_a_rerun_that_fails_keeps_the_result(run, folder, monkeypatch):
     kept = quantized(run, "tiny-dense", "float32", "rtn")
     with monkeypatch.context() as broken:
-        broken.setattr(RTN, "quantize_one", lambda *_: 1 / 0)
+        broken.setattr(RTN, "quantize_basis", lambda *_: 1 / 0)
         failed = run("model=tiny-dense", "runtime.dtype=float32", "quantizer=rtn", "runtime.rerun=true")
     assert failed.status == "failed"
     path = folder / "outputs" / "results" / kept.run_id

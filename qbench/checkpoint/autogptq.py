@@ -131,7 +131,7 @@ def save(
 
 def expressible(model: nn.Module) -> dict[str, QuantizedWeight]:
     """The model's quantized linears by name; raises RequestError unless the format can hold every one of them."""
-    weights = served.quantized_linears(model, "AutoGPTQ")
+    weights = served.quantized_matrices(model, "AutoGPTQ")
     for name, weight in weights.items():
         if reason := format_refusal(weight) or shape_refusal(*weight.shape, weight.group_size):
             raise RequestError(f"layer {name}: {reason}")

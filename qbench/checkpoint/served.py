@@ -12,10 +12,12 @@ from torch import Tensor, nn
 
 from qbench.checkpoint import packed as checkpoint
 from qbench.checkpoint import settings
+from qbench.checkpoint.expert_names import expert_names
 from qbench.errors import RequestError
 from qbench.format.format import Format
 from qbench.format.weight import QuantizedWeight
-from qbench.layers.linear import PackedWeight, QuantLinear
+from qbench.layers.experts import QuantExperts
+from qbench.layers.linear import QuantLinear, packed_weights
 from qbench.quant.quantizer import InputStatistics, Quantizer
 
 INSTEAD = "export.format=packed keeps everything"
@@ -30,7 +32,7 @@ def example(quantizer: Quantizer, columns: int | None = None) -> Format | None:
     stats = InputStatistics(len(inputs), inputs.abs().mean(0), inputs, inputs.T @ inputs, inputs.square().mean(0))
     try:
         return quantizer.quantize([weight], stats if quantizer.needs else None)[0]
-    except ValueError:  # said better where it meets the model
+    except (ValueError, TypeError):  # said better where it meets the model, as a file's weights must
         return None
 
 
@@ -68,14 +70,22 @@ def check_zeros(weights: Mapping[str, Format], whose: str) -> None:
         )
 
 
-def quantized_linears(model: nn.Module, whose: str) -> dict[str, Format]:
-    """The model's quantized linears by name; raises RequestError for a stack of experts, or where there is none."""
+def quantized_matrices(model: nn.Module, whose: str, experts: bool = False) -> dict[str, Format]:
+    """The model's quantized weights `[out, in]` by the names of their modules in a checkpoint; experts' one by one.
+
+    Raises RequestError where there is none, and for stacks of experts, without `experts` or where they have no names.
+    """
     weights: dict[str, Format] = {}
     for name, module in model.named_modules():
         if isinstance(module, QuantLinear):
             weights[name] = module.quantized
-        elif isinstance(module, PackedWeight):
-            raise RequestError(f"{name}: {whose}'s format has no place for stacks of experts; {INSTEAD}")
+        elif isinstance(module, QuantExperts):
+            names = expert_names(model, name) if experts else None
+            if names is None:
+                raise RequestError(f"{name}: {whose}'s format has no place for these stacks of experts; {INSTEAD}")
+            for prefix, stack in module.packed().items():
+                for index in range(stack.shape[0]):
+                    weights[names[prefix.rstrip(".")].replace("*", str(index))] = stack.select(index)
     if not weights:
         raise RequestError("the model has no quantized layer; save_pretrained is the way to save it")
     return weights
@@ -92,17 +102,15 @@ def tensors(
     `parts` are those of a quantized weight, `other` is what is written for any other tensor.
     """
     seen: set[int] = set()
-    done: set[str] = set()
+    packed = packed_weights(model)
     for name, tensor in model.state_dict(keep_vars=True).items():
         owner, _, key = name.rpartition(".")
-        if owner in weights and key != "bias":
-            if owner not in done:
-                done.add(owner)
-                for part, packed in parts(weights[owner]).items():
-                    yield f"{owner}.{part}", packed
-        elif id(tensor) not in seen:
+        if id(tensor) not in seen and (owner not in packed or key == "bias"):
             seen.add(id(tensor))
             yield name, other(name, tensor.detach())
+    for name, weight in weights.items():
+        for part, tensor in parts(weight).items():
+            yield f"{name}.{part}", tensor
 
 
 def write(

@@ -124,7 +124,7 @@
         x1: 10 ** (i ? data.edges[i - 1] : data.edges[0] - 0.2), x2: 10 ** (data.edges[i] ?? data.edges.at(-1) + 0.2) })));
       const svg = Plot.plot({
         width: Math.min(section.clientWidth - 40, 900), height: 260, marginLeft: 50, marginBottom: 40,
-        x: { label: "KL, nats →", type: "log", tickFormat: (d) => d.toExponential(0) }, y: { label: "↑ share of positions", grid: true, percent: true },
+        x: { label: "KL, nats →", type: "log", ticks: [-8, -6, -4, -2, 0, 2].map((d) => 10 ** d), tickFormat: (d) => d.toExponential(0) }, y: { label: "↑ share of positions", grid: true, percent: true },
         color: { legend: true, domain: chosen.map((row) => row.label), scheme: "observable10" },
         marks: [false, true].map((floor) => Plot.lineY(bins.filter((bin) => bin.floor === floor), {
           x: (bin) => Math.sqrt(bin.x1 * bin.x2), y: "share", stroke: "label", z: "label", curve: "step", strokeDasharray: floor ? "4 3" : null,

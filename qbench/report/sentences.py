@@ -39,6 +39,7 @@ def of(rows: Sequence[Row], ranked: Ranked | None, floor: float | None, floor_kl
             "(arXiv 2606.19558)."
         )
     yield from _place(rows)
+    yield from _kinds(rows)
 
 
 def _best(ranked: Ranked) -> Iterator[str]:
@@ -133,6 +134,17 @@ def _place(rows: Sequence[Row]) -> Iterator[str]:
             f"Damage grows with context: the KL of {row.method} is {kls[-1]:.4f} from token {parts[-1].low:.0f} on, "
             f"{times:.1f} times that of the first {parts[0].high:.0f}."
         )
+
+
+def _kinds(rows: Sequence[Row]) -> Iterator[str]:
+    """Of a mean over kinds of text, on which of them each row is worst; rows of one worst kind together."""
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        if (worst := row.score.number.worst) is not None and not row.floor and row.score.value:
+            groups.setdefault(worst, []).append(row)
+    for kind, same in groups.items():
+        told = [f"{row.method} ({(row.score.number.parts or {})[kind] / row.score.value:.1f})" for row in same]
+        yield f"Worst on {kind}, in times of the mean over all kinds: {_listed(told)}."
 
 
 def _units(ranked: Ranked) -> str:

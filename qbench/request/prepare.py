@@ -20,6 +20,8 @@ from qbench.evaluate.limits import batch_size
 from qbench.evaluate.protocol import Corpus, Protocol
 from qbench.evaluate.text import Text, read_calibration
 from qbench.model import coverage
+from qbench.parts.allocate import resolved
+from qbench.parts.mixed import Mixed
 from qbench.passes import calibrate
 from qbench.quant.noise import Noise
 from qbench.quant.original import Original
@@ -84,7 +86,7 @@ class Prepared:
 
 def draws(quantizer: Quantizer | None, calibration: CalibrationConfig) -> int:
     """A method that is shown no text and has no seed is the same in every draw."""
-    return calibration.draws if quantizer is not None and (quantizer.needs or hasattr(quantizer, "seed")) else 1
+    return calibration.draws if quantizer is not None and (quantizer.needs or quantizer.seed_field) else 1
 
 
 def fingerprint(source: Source) -> str:
@@ -111,6 +113,8 @@ def prepare(
     else:
         _check_quantized(config, command)
         config, quantizer = replace(config, quantizer=model.made_by()), None
+    if quantizer is not None and quantizer.partial:
+        config = replace(config, runtime=replace(config.runtime, min_coverage=0.0))
     device = pick_device(config.runtime, here)
     check_offload(config.runtime, device)
     coverage.check_setting(config.runtime)
@@ -133,6 +137,11 @@ def prepare(
     config = replace(config, model={"name": model.name, "source": config.model["source"]} | asdict(model))
     with hashes.remembered_in(store.root):
         weights = fingerprint(model)
+        if isinstance(quantizer, Mixed) and quantizer.assignment is None:
+            settings = {PROTOCOL.key: config.task[PROTOCOL.key], **protocol.settings()}
+            quantizer = resolved(quantizer, store.results, weights, source.sha256, settings)
+            config = replace(config, quantizer=config.quantizer | {"assignment": quantizer.assignment})
+            command = [*command, f"quantizer.assignment='{quantizer.assignment}'"]
         contents = [] if quantizer is None else hashes.sha256_of(quantizer.files())
     calibration_text = read_calibration(config.calibration) if quantizer is not None and quantizer.needs else None
     if calibration_text is not None:

@@ -89,6 +89,8 @@ class Together:
             one.result = replace(one.result, model=self.about, seconds=dict(self.clock.seconds))
             try:
                 _check(one, self.walk, ids, self.asks is None)
+                for other in self._draws(one)[1:]:
+                    other.quantizer = for_model(other.quantizer, one.point, self.walk.skeleton)
             except Exception as error:
                 yield self._drop(one, error)
 
@@ -193,6 +195,8 @@ class Together:
             if reason := coverage.shortfall(quantization.coverage, least, quantization.skipped, "were"):
                 raise PointError(reason)  # settled before but for linears that no calibration token reached
         model = walk.model if one.variant is None else walk.assembled(one.variant) if one.variant.keep else None
+        if one.variant is not None:
+            one.variant.kept = []  # the model has them now, and goes when it is written
         if model is not None and one.variant is not None and (one.timed or one.reading is None):
             use_kernels(model)
             quantization = replace(quantization, weight_bytes=weight_bytes(model))  # in the layout that is measured

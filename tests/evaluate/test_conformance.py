@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import pytest
 
 from qbench.evaluate.protocols.crops import PageCrops
+from qbench.evaluate.protocols.domains import Domains
 from qbench.evaluate.protocols.lmeval import LmEval
 from qbench.evaluate.protocols.pages import JoinedPages
 from qbench.evaluate.protocols.windows import TextWindows
@@ -73,6 +74,20 @@ class TestPages(OfPages):
 
     def settings(self):
         return SHORT | {"pages": 5}
+
+
+class TestDomains(ProtocolConformance):
+    protocol = Domains
+    changing = (*CHANGING, {"short_window": 12}, {"pieces": 1}, {"pieces": None})
+    nonsense = (*NONSENSE, {"short_window": 1}, {"short_window": 25}, {"pieces": 0}, {"kinds": []})
+
+    def settings(self):
+        return SHORT | {"short_window": 16, "pieces": 2}
+
+    def text(self, folder, seed):
+        for n, kind in enumerate(("stones", "rivers", "long")):
+            (folder / f"{kind}.txt").write_text(words(10 * seed + n))
+        return {"path": str(folder)}
 
 
 class TestRolling(ProtocolConformance):

@@ -88,6 +88,17 @@ def test_the_draws_of_noise_are_its_seeds(prepared):
         np.testing.assert_array_equal(table[:, draw], scores(seed)[1]["quantized"])
 
 
+def test_a_rotation_is_drawn_where_there_is_one(prepared):
+    rotated, plain = "quantizer=rtn quantizer.rotation=hadamard", "quantizer=rtn"
+    assert [prepared(*TINY, method, "calibration.draws=2").draws for method in (rotated, plain)] == [2, 1]
+    two, second = (
+        prepared(*TINY, rotated, "calibration.draws=2"),
+        prepared(*TINY, f"{rotated} quantizer.rotation_seed=1"),
+    )
+    together([two, second])
+    np.testing.assert_array_equal(scores(two)[1]["draws/quantized"][:, 1], scores(second)[1]["quantized"])
+
+
 def test_a_draw_that_fails_takes_its_point_along_and_no_other(prepared, monkeypatch):
     points = [prepared(*TINY, f"quantizer={method}", "calibration.draws=3") for method in ("gptq", "awq", "rtn")]
     quantize = Variant.quantize
