@@ -77,7 +77,7 @@ class Prepared:
         """What one request was content with may be too little for another, and neither changes a number."""
         covered = result.quantization.coverage if result.quantization is not None else 1.0
         least = self.config.runtime.min_coverage
-        if self.quantizer is not None and covered < least:
+        if self.quantizer is not None and not isinstance(self.quantizer, Original) and covered < least:
             raise RequestError(
                 f"this point is recorded with {covered:.1%} of the linear weights quantized, runtime.min_coverage "
                 f"asks for {least:.0%}; ask for less, or leave the point out"

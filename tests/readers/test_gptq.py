@@ -10,6 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from qbench.checkpoint import autogptq
+from qbench.format.mixed import Mixed
+from qbench.format.plain import Plain
 from qbench.format.weight import QuantizedWeight
 from qbench.layers.linear import QuantLinear
 from qbench.model.linears import find_linears, replace_module
@@ -147,6 +149,43 @@ def test_experts_are_named_one_by_one(tmp_path):
         assert torch.equal(held.read(f"model.layers.0.mlp.experts.2.{projection}.weight"), weight)
     assert torch.equal(held.read("model.layers.0.mlp.experts.2.down_proj.weight"), fused.down_proj[2])
     assert not held.ignored
+
+
+def test_experts_are_alike(tmp_path):
+    """One whose columns are in order already, and whose zero points are all in the centre, stacks with the others."""
+
+    def pack(module, weight):
+        codes, zero, scale = random_parts(module, weight, 4, weight.shape[1] // GROUP)
+        g_idx = torch.arange(weight.shape[1]) // GROUP
+        if ".experts.1." in module:
+            zero = torch.full_like(zero, 8)
+        else:
+            g_idx = g_idx.flip(0)
+        parts = {"qweight": bits_of(codes.T, 4), "qzeros": bits_of(zero, 4).T, "scales": scale.T}
+        return parts | {"g_idx": g_idx.int()}
+
+    config = {"quant_method": "gptq", "checkpoint_format": "gptq_v2", "desc_act": True, "sym": False}
+    held = GPTQ().open(write(tmp_path / "q", pack, config, "moe"), skeleton("moe"))
+    weights = [held.read(f"model.layers.0.mlp.experts.{i}.up_proj.weight") for i in range(4)]
+    stack = QuantizedWeight.stack(weights)
+    for i, weight in enumerate(weights):
+        assert torch.equal(stack.select(i).dequantize(), weight.dequantize())
+
+
+def test_an_expert_in_16_bits_stands_among_the_others(tmp_path):
+    def pack(module, weight):
+        return {} if ".experts.0.up_proj" in module else packed(module, weight)
+
+    path = write(tmp_path / "q", pack, {"quant_method": "gptq", "checkpoint_format": "gptq_v2"}, "moe")
+    held = GPTQ().open(path, skeleton("moe"))
+    read = {
+        p: [held.read(f"model.layers.0.mlp.experts.{i}.{p}.weight") for i in range(4)] for p in ("up_proj", "gate_proj")
+    }
+    assert [type(weight) for weight in read["gate_proj"]] == [QuantizedWeight] * 4
+    assert [type(weight) for weight in read["up_proj"]] == [torch.Tensor, Mixed, Mixed, Mixed]
+    stack = Plain.stack([Plain.of(read["up_proj"][0]), *read["up_proj"][1:]])
+    assert torch.equal(stack.select(0).dequantize(torch.float16), read["up_proj"][0])
+    assert torch.equal(stack.select(3).dequantize(), read["up_proj"][3].dequantize())
 
 
 def packed(module, weight):
