@@ -39,6 +39,8 @@ METHODS = {
     "sinq+hqq": ("quantizer=sinq", "quantizer.inner=hqq"),
     "gptq-hadamard": ("quantizer=gptq", "quantizer.rotation=hadamard"),
     "higgs": ("quantizer=higgs",),
+    "sinq-shared": ("quantizer=sinq", "quantizer.shared_t=true", "quantizer.t_dtype=fp8"),
+    "nvfp4": ("quantizer=nvfp4",),
 }
 SHORT = ("task.window=64", "task.max_windows=2")
 SHORT_CALIBRATION = ("calibration.window=64", "calibration.sequences=4")

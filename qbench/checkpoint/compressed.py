@@ -36,7 +36,7 @@ from qbench.checkpoint import packed as checkpoint
 from qbench.checkpoint import served
 from qbench.checkpoint.expert_names import expert_names
 from qbench.checkpoint.served import INSTEAD, example, integer_refusal
-from qbench.errors import RequestError
+from qbench.errors import RequestError, none_of
 from qbench.format.blockfloat import MX_BLOCK, FP8Weight, MXFP4Weight, NVFP4Weight
 from qbench.format.format import Format
 from qbench.format.weight import QuantizedWeight
@@ -60,7 +60,7 @@ class CompressedTensors:
 
     def __post_init__(self) -> None:
         if self.scale_dtype not in SCALE_DTYPES:
-            raise ValueError(f"scale_dtype must be one of {', '.join(SCALE_DTYPES)}, got {self.scale_dtype!r}")
+            raise none_of("scale_dtype", self.scale_dtype, SCALE_DTYPES)
 
     def refuse(self, quantizer: Quantizer) -> str | None:
         """Seen from a small weight that it quantizes here."""

@@ -3,7 +3,8 @@
 `quantizer=gguf/TYPE` is written as it is. Integers of 4 or 8 bits without a zero point, with groups of a multiple of
 32, are Q4_0 and Q8_0 to the bit: code and scale are the same numbers. Anything else is refused: a zero point would be
 rounded to an fp16 minimum (Q4_1), and no type has an input scale, as SINQ and AWQ store it. Embedding, head, norms and
-biases keep their precision. The folder gets model.gguf and, for us, origin.json.
+biases keep their precision. The folder gets model.gguf and, for us, configuration and tokenizer as transformers writes
+them, and origin.json.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qbench.checkpoint import gguf_settings
+from qbench.checkpoint import gguf_settings, settings
 from qbench.checkpoint import packed as checkpoint
 from qbench.checkpoint.served import example, integer_refusal, write_json
 from qbench.errors import RequestError
@@ -67,6 +68,7 @@ class GGUF:
         if reason := gguf_settings.refusal(model):
             raise RequestError(reason)
         with in_packed_format(model), checkpoint.new_folder(folder) as partial:
+            settings.write(model, tokenizer, partial)
             write(model, tokenizer, partial / FILE)
             write_json(partial / ORIGIN, {"kind": KIND, "origin": dict(origin)})
 

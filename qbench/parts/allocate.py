@@ -3,9 +3,9 @@
 An anatomy of a model at one number of bits is the KL of each kind of linear and of each block alone, or of each single
 linear, and the whole, whose rows say what every linear takes in bytes (quantizer=partly, experiment=anatomy). It serves
 a request for the same method and settings, model and text, under any protocol; of several the one under the request's
-own, else the one scored on most tokens. What was not measured linear by linear is put together from the margins: the
-KL of kind k in block b is taken as that of k times that of b over the sum, as if kinds and blocks were independent. The
-KL of several parts is taken as their sum; how far that holds is what an anatomy's table says (report/anatomy.py).
+own, else the one scored on most tokens. What was not measured linear by linear is put together from the margins
+(record/parts.py). The KL of several parts is taken as their sum; how far that holds is what an anatomy's table says
+(report/anatomy.py).
 """
 
 from __future__ import annotations
@@ -14,13 +14,14 @@ import json
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from math import prod
 from pathlib import Path
 from typing import Any
 
 from qbench.errors import RequestError
 from qbench.parts.knapsack import choose
 from qbench.parts.mixed import Mixed, written
-from qbench.record.parts import Part, part_of, place
+from qbench.record.parts import Part, cells, part_of, place
 from qbench.record.result import Result, ResultError
 
 Cells = dict[Part, float]  # by kind and block
@@ -37,18 +38,8 @@ class Anatomy:
 
     def cells(self) -> Cells | None:
         """The KL by kind and block; None where too little was measured."""
-        wanted = self.bytes.keys()
-        if not wanted:
-            return None
-        if all(part in self.kl for part in wanted):
-            return {part: max(0.0, self.kl[part]) for part in wanted}
-        kinds = {kind: self.kl.get(Part(kind, None)) for kind, _ in wanted}
-        blocks = {block: self.kl.get(Part(None, block)) for _, block in wanted}
-        if None in kinds.values() or None in blocks.values():
-            return None
-        ours = {key: max(0.0, kl) for key, kl in (kinds | blocks).items() if kl is not None}
-        total = (sum(ours[k] for k in kinds) + sum(ours[b] for b in blocks)) / 2
-        return {part: ours[part.kind] * ours[part.block] / total if total else 0.0 for part in wanted}
+        found = cells(self.kl, self.bytes) if self.bytes else None
+        return None if found is None else found[0]
 
 
 def resolved(mixed: Mixed, results: Path, weights: str, text_sha256: str, protocol: Mapping[str, Any]) -> Mixed:
@@ -114,7 +105,7 @@ def _chosen(
         anatomy.kl[part] = records[0].divergence.kl.value
         anatomy.tokens = records[0].scored_tokens
         if part.level == "whole":
-            anatomy.weights = sum(row.shape[0] * row.shape[1] for row in result.quantization.layers)
+            anatomy.weights = sum(prod(row.shape) for row in result.quantization.layers)
             anatomy.bytes = {}
             for row in result.quantization.layers:
                 anatomy.bytes[place(row.name)] = anatomy.bytes.get(place(row.name), 0) + row.packed_bytes

@@ -20,7 +20,7 @@ from torch import nn
 from qbench.errors import PointError
 from qbench.evaluate.memory import Peak
 from qbench.format.format import Format
-from qbench.format.plain import Plain
+from qbench.format.mixed import quantized_numel
 from qbench.layers.expert_form import form, put_expert, stacked_parameters
 from qbench.layers.experts import QuantExperts
 from qbench.layers.linear import PackedWeight
@@ -104,7 +104,7 @@ class Variant:
             self.rows += rows
             for weight in _formats(module):
                 self.weights += weight.numel
-                self.covered += 0 if isinstance(weight, Plain) else weight.numel
+                self.covered += quantized_numel(weight)
                 self.stored.update(weight.stored_bytes())
             if self.keep:
                 packed[name] = module

@@ -195,7 +195,7 @@ def integer_weight(linear: Linear, scheme: Scheme, tensors: Mapping[str, Tensor]
             zero = (stored.short() + 2 ** (nbits - 1)).to(torch.uint8).reshape(-1, groups).expand(rows, groups)
     permutation = None
     if "weight_g_idx" in tensors and not bool((tensors["weight_g_idx"] == -1).all()):
-        permutation = order_of(linear, tensors["weight_g_idx"], width)
+        permutation = order_of(linear, tensors["weight_g_idx"], width, always=True)
         codes = codes if permutation is None else codes[:, permutation]
     scale = scale.reshape(-1, groups).expand(rows, groups)
     return integers(linear, codes, scale, zero, nbits, width, permutation, "compressed-tensors")

@@ -92,6 +92,11 @@ class Names:
         """`[out, in]` of a linear; GPT-2's Conv1D holds its weight transposed."""
         return self.shapes[name][::-1] if name in self.transposed else self.shapes[name]
 
+    def stack_of(self, name: str) -> str | None:
+        """The experts and projection that a matrix is one of: `model.layers.0.mlp.experts.gate_proj`."""
+        module, *rest = name.rsplit(".", 3)
+        return f"{module}.{rest[1]}" if module in self.experts and len(rest) == 3 and rest[0].isdigit() else None
+
     def classes(self, name: str) -> tuple[str, ...]:
         """Of the module that holds a weight, with those that it derives from; one expert's matrices are linears."""
         module = self._modules.get(name.rpartition(".")[0])

@@ -27,6 +27,8 @@ from qbench import __version__
 from qbench.record.quality import histogram_edges
 from qbench.record.quantization import LayerRow
 from qbench.record.result import Result
+from qbench.report import anatomy
+from qbench.report.anatomy import Anatomy
 from qbench.report.board import Row, Section
 from qbench.report.columns import LEGEND, MARKS, Column, columns, command, text
 from qbench.report.published import Published
@@ -43,7 +45,11 @@ SMALLEST, STEPS = 1e-6, 4000  # an error e is stored as round(1 + STEPS * log10(
 
 
 def page(
-    sections: Sequence[Section], failed: Sequence[Result], problems: Sequence[str], published: Sequence[Published] = ()
+    sections: Sequence[Section],
+    failed: Sequence[Result],
+    problems: Sequence[str],
+    published: Sequence[Published] = (),
+    anatomies: Sequence[Anatomy] = (),
 ) -> str:
     """The whole page as one string."""
     files = resources.files("qbench.report")
@@ -59,6 +65,7 @@ def page(
         created=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         version=__version__,
         sections=[_table(section, published) for section in sections],
+        anatomies=[anatomy.table(one) for one in anatomies],
         failed=[{"command": " ".join(["python -m qbench", *r.command]), "error": r.error or ""} for r in failed],
         problems=list(problems),
         legend=LEGEND,
@@ -69,6 +76,7 @@ def page(
             {
                 "sections": data,
                 "layouts": layouts.listed,
+                "anatomies": [anatomy.drawn(one) for one in anatomies],
                 "smallest": SMALLEST,
                 "steps": STEPS,
                 "edges": np.log10(histogram_edges()[1:-1]).round(6).tolist(),

@@ -152,6 +152,39 @@
     return table;
   }
 
+  function anatomy(section) {
+    const { cells, kinds, measured, by_block: blocks } = data.anatomies[Number(section.dataset.anatomy)];
+    const find = (name) => section.querySelector(`[data-filter=${name}]`);
+    const across = { label: "block →", domain: [...new Set(cells.map((cell) => cell.block))].sort((a, b) => a - b) };
+    const width = Math.max(section.clientWidth - 40, 500);
+    const marginLeft = 150;
+    const draw = () => {
+      const name = find("value").value;
+      const drawable = cells.filter((cell) => cell.block !== null && cell[name] !== null && (name === "error" || cell[name] > 0));
+      section.querySelector(".heat").hidden = drawable.length === 0;
+      section.querySelector(".heat .without").textContent =
+        name === "kl" && measured === false ? " No single linear was measured: a cell is put together from its kind's and its block's KL." : "";
+      if (drawable.length === 0) return;
+      section.querySelector("[data-plot=heat]").replaceChildren(Plot.plot({
+        width, height: 60 + 28 * kinds.length, marginLeft, marginBottom: 40, padding: 0.05, x: across, y: { label: null, domain: kinds },
+        color: { type: name === "error" ? "linear" : "log", scheme: "YlOrRd", legend: true, width: 320, ticks: 4, label: find("value").selectedOptions[0].text, tickFormat: number3 },
+        marks: [
+          Plot.cell(drawable, { x: "block", y: "kind", fill: name }),
+          Plot.tip(drawable, Plot.pointer({ x: "block", y: "kind", fill: "var(--card)", title: (cell) => `block ${cell.block}, ${cell.kind}\n` +
+            `KL ${number3(cell.kl)}${measured === false ? ", from the margins" : ""}\nweight error ${number3(cell.error)}\nimbalance ${number3(cell.imbalance)}, kurtosis ${number3(cell.kurtosis)}` })),
+        ],
+      }));
+    };
+    section.querySelector(".controls").hidden = false;
+    find("value").addEventListener("input", draw);
+    draw();
+    section.querySelector(".margin").hidden = blocks.length === 0;
+    if (blocks.length > 0) section.querySelector("[data-plot=block]").replaceChildren(Plot.plot({
+      width, height: 160, marginLeft, marginBottom: 40, x: across, y: { label: "↑ KL, nats", grid: true, ticks: 4 },
+      marks: [Plot.barY(blocks, { x: "block", y: "kl", fill: "#c0504d" }), Plot.ruleY([0])],
+    }));
+  }
+
   function layers(row) {
     const [kinds, kindOf, depthOf] = data.layouts[row.layout];
     const bytes = Uint8Array.from(atob(row.errors), (c) => c.charCodeAt(0));
@@ -185,4 +218,5 @@
   }
   document.getElementById("section")?.addEventListener("input", (event) => { show(Number(event.target.value)); });
   show(0);
+  document.querySelectorAll("section.anatomy").forEach(anatomy);
 })();

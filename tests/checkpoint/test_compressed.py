@@ -68,12 +68,12 @@ def model_of(settings, architecture="dense"):
     return model, tokenizer
 
 
-def loaded(folder, **config):
+def loaded(folder, dtype=torch.float32, **config):
     pytest.importorskip("compressed_tensors")
     from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
     given = {"quantization_config": CompressedTensorsConfig(**config)} if config else {}
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **given).eval().requires_grad_(False)
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **given).eval().requires_grad_(False)
 
 
 def logits(model):
@@ -99,6 +99,14 @@ def test_transformers_computes_the_packed_models_logits(tmp_path, settings, conf
     scale_dtype = "fp32" if config.get("dequantize") else "stored"
     compressed.save(model, tokenizer, tmp_path / "a", scale_dtype=scale_dtype)
     torch.testing.assert_close(logits(loaded(tmp_path / "a", **config)), logits(model), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("settings", [{"name": "mxfp8"}, {"name": "mxfp4"}, {"name": "nvfp4"}], ids=called)
+def test_a_model_in_bf16_is_loaded_as_it_is(tmp_path, settings):
+    model, tokenizer = model_of(settings)
+    model.bfloat16().model.rotary_emb = build("dense", 0)[0].model.rotary_emb  # whose frequencies stay in fp32
+    compressed.save(model, tokenizer, tmp_path / "a")
+    assert torch.equal(logits(loaded(tmp_path / "a", dtype=torch.bfloat16)), logits(model))
 
 
 @pytest.mark.parametrize(
