@@ -19,6 +19,7 @@ from qbench.evaluate import measure, speed
 from qbench.evaluate.limits import batch_size
 from qbench.evaluate.protocol import Corpus, Protocol
 from qbench.evaluate.text import Text, read_calibration
+from qbench.evaluate.written import Author
 from qbench.model import coverage
 from qbench.passes import calibrate
 from qbench.quant.noise import Noise
@@ -134,6 +135,9 @@ def prepare(
     with hashes.remembered_in(store.root):
         weights = fingerprint(model)
         contents = [] if quantizer is None else hashes.sha256_of(quantizer.files())
+    if (write := getattr(protocol, "write", None)) is not None:
+        source = write(source, Author(model, weights, dtype, device, config.runtime, store, here))
+        protocol.check_length(source)
     calibration_text = read_calibration(config.calibration) if quantizer is not None and quantizer.needs else None
     if calibration_text is not None:
         calibrate.check_text(calibration_text, config.calibration)
