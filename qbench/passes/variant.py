@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,14 +20,14 @@ from torch import nn
 from qbench.errors import PointError
 from qbench.evaluate.memory import Peak
 from qbench.format.format import Format
-from qbench.format.plain import Plain
+from qbench.format.mixed import quantized_numel
 from qbench.layers.expert_form import form, put_expert, stacked_parameters
 from qbench.layers.experts import QuantExperts
 from qbench.layers.linear import PackedWeight
 from qbench.passes.chain import Calls, Chain
 from qbench.passes.own import take_own
 from qbench.passes.quantize import UNREACHED, quantize_experts, quantize_linears, takes, takes_experts
-from qbench.passes.shown import Collected, Shown
+from qbench.passes.shown import Collected, Group, Shown
 from qbench.passes.states import States
 from qbench.quant.quantizer import Quantizer
 from qbench.record.quantization import LayerRow, OtherRow, SkippedRow
@@ -84,8 +84,13 @@ class Variant:
     untouched: bool = True  # as far as it has come, it is the original
     error: Exception | None = None  # it has dropped out
 
-    def quantize(self, i: int, block: nn.Module, names: Names, shared: Collected | None) -> nn.Module:
-        """Block `i` as this variant has it, to be run; `shared` are statistics that other variants use as well."""
+    def quantize(
+        self, i: int, block: nn.Module, names: Names, shared: Collected | None, groups: Sequence[Group] | None = None
+    ) -> nn.Module:
+        """Block `i` as this variant has it, to be run; `shared` are statistics that other variants use as well.
+
+        `groups` are the block's linear groups, for a method that is shown no text and quantizes a group as one.
+        """
         peak = Peak(next(block.parameters()).device, tidy=False)
         new = sharing(block)
         layers, experts = names.inside(new)
@@ -99,7 +104,7 @@ class Variant:
             self.rows += rows
             for weight in _formats(module):
                 self.weights += weight.numel
-                self.covered += 0 if isinstance(weight, Plain) else weight.numel
+                self.covered += quantized_numel(weight)
                 self.stored.update(weight.stored_bytes())
             if self.keep:
                 packed[name] = module
@@ -114,8 +119,10 @@ class Variant:
         if self.shown is not None:
             found = self.shown.collect(i, new, layers, experts)
         if found is None:
-            for name, layer in layers.items():
-                for made, (module, row) in quantize_linears({name: layer}, self.quantizer).items():
+            together = groups if groups is not None and self.quantizer.joint else [[name] for name in layers]
+            for group in together:
+                named = {name: layers[name] for name in group if name in layers}
+                for made, (module, row) in quantize_linears(named, self.quantizer).items() if named else ():
                     take(made, module, [row])
             for name, module in experts.items():
                 take(name, *quantize_experts(name, module, self.quantizer))

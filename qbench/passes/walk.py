@@ -31,9 +31,10 @@ from qbench.model.linears import find_linears
 from qbench.model.readers import mark_without_storage
 from qbench.passes.account import Tally
 from qbench.passes.chain import Calls, Chain
+from qbench.passes.groups import Groups
 from qbench.passes.own import has_own, take_own
 from qbench.passes.quantize import require_finite_weights
-from qbench.passes.shown import Collected, Shown
+from qbench.passes.shown import Collected, Group, Shown
 from qbench.passes.states import States
 from qbench.passes.variant import Names, Variant, sharing
 from qbench.sources.ahead import ahead
@@ -109,6 +110,8 @@ class Walk:
         """
         if not variants and original is None:
             return
+        joint = any(v.quantizer.joint and not v.quantizer.needs for v in variants)
+        groups = Groups(self.chain) if joint else None
         total = len(self.stream) * (len(variants) + (original is not None))
         with tqdm(total=total, desc="pass", unit="block") as bar, closing(self._blocks(bar)) as blocks:
             for i, block in blocks:
@@ -117,6 +120,7 @@ class Walk:
                 require_finite_weights(*names.inside(block))
                 layers, experts = names.inside(block)
                 collected = {id(one): one.collect(i, block, layers, experts) for one in shown}
+                together = None if groups is None else groups.of(i, block, layers)
                 same: list[States] = []  # those of the original, or of what it is so far
                 if original is not None:
                     bar.set_postfix_str("original")
@@ -128,23 +132,29 @@ class Walk:
                         continue
                     bar.set_postfix_str(variant.label)
                     try:
-                        self._take(i, block, variant, collected, same)
+                        self._take(i, block, variant, collected, together, same)
                     except Exception as error:
                         variant.drop_out(error)
                         yield variant
                     bar.update()
-                del collected, layers, experts
+                del collected, layers, experts, together
                 if not any(v.alive for v in variants) and original is None:
                     return
 
     def _take(
-        self, i: int, block: nn.Module, variant: Variant, collected: dict[int, Collected], same: list[States]
+        self,
+        i: int,
+        block: nn.Module,
+        variant: Variant,
+        collected: dict[int, Collected],
+        groups: list[Group] | None,
+        same: list[States],
     ) -> None:
         """Block `i` of a variant; one that is the original so far has its states, or those of another such variant."""
         after = getattr(variant.quantizer, "after_block", None)  # of one that changes states and no weights
         with _seconds(variant, "quantize", self.device):
             shared = collected.get(id(variant.shares))
-            new = block if after else variant.quantize(i, block, self.names[i], shared)
+            new = block if after else variant.quantize(i, block, self.names[i], shared, groups)
         untouched = after is None and variant.untouched
         if variant.states is not None and untouched and same:
             variant.states = States.like(same[0])

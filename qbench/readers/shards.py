@@ -41,6 +41,9 @@ DTYPES = {
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
     "F8_E8M0": torch.float8_e8m0fnu,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
     "I64": torch.int64,
     "I32": torch.int32,
     "I16": torch.int16,
@@ -223,7 +226,9 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _stored(file: Path, entry: dict[str, Any], data: int) -> Stored:
-    dtype, shape = DTYPES[entry["dtype"]], tuple(entry["shape"])
+    if (named := str(entry["dtype"])) not in DTYPES:
+        raise ValueError(f"{named[:20]} is none of the types {', '.join(DTYPES)}")
+    dtype, shape = DTYPES[named], tuple(entry["shape"])
     begin, end = entry["data_offsets"]
     whole = all(type(number) is int and 0 <= number < 2**63 for number in (*shape, begin, end))
     if not whole or end - begin != math.prod(shape) * dtype.itemsize:

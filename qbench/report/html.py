@@ -152,6 +152,8 @@ def _data(section: Section, layouts: Layouts) -> dict[str, Any]:
                 "errors": errors,
                 "floor": row.floor,
                 "kl": _histogram(row),
+                "confidence": _parts(row, "by_confidence"),
+                "position": _parts(row, "by_position"),
             }
         )
     metric = plain(section.number.called)
@@ -162,6 +164,12 @@ def _histogram(row: Row) -> list[float] | None:
     """Shares of the positions by KL, in the bins of `histogram_edges`; None where there is none, or only zeros."""
     counts = [] if row.score.divergence is None else row.score.divergence.kl_histogram
     return [round(count / sum(counts), 6) for count in counts] if sum(counts[1:]) else None
+
+
+def _parts(row: Row, name: str) -> list[list[float | None]]:
+    """`[[middle, KL, share of changed top tokens], ...]` of the buckets of confidence, or parts of the window."""
+    parts = [] if row.score.divergence is None else getattr(row.score.divergence, name)
+    return [[(part.low + part.high) / 2, part.kl, part.top1_changed] for part in parts]
 
 
 def _beside_baseline(baseline: float | None, bound: float | None) -> float | None:

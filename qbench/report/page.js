@@ -124,13 +124,25 @@
         x1: 10 ** (i ? data.edges[i - 1] : data.edges[0] - 0.2), x2: 10 ** (data.edges[i] ?? data.edges.at(-1) + 0.2) })));
       const svg = Plot.plot({
         width: Math.min(section.clientWidth - 40, 900), height: 260, marginLeft: 50, marginBottom: 40,
-        x: { label: "KL, nats →", type: "log", tickFormat: (d) => d.toExponential(0) }, y: { label: "↑ share of positions", grid: true, percent: true },
+        x: { label: "KL, nats →", type: "log", ticks: [-8, -6, -4, -2, 0, 2].map((d) => 10 ** d), tickFormat: (d) => d.toExponential(0) }, y: { label: "↑ share of positions", grid: true, percent: true },
         color: { legend: true, domain: chosen.map((row) => row.label), scheme: "observable10" },
         marks: [false, true].map((floor) => Plot.lineY(bins.filter((bin) => bin.floor === floor), {
           x: (bin) => Math.sqrt(bin.x1 * bin.x2), y: "share", stroke: "label", z: "label", curve: "step", strokeDasharray: floor ? "4 3" : null,
         })),
       });
       section.querySelector("[data-plot=kl]").replaceChildren(svg);
+      const color = { domain: chosen.map((row) => row.label), scheme: "observable10" };
+      const along = (name, parts, y, xLabel, yLabel) => {
+        const points = chosen.flatMap((row) => row[parts].map(([x, kl, changed]) => ({ label: row.label, floor: row.floor, x, kl, changed })));
+        const some = points.filter((point) => point[y] !== null);
+        section.querySelector(`[data-plot=${name}]`).replaceChildren(Plot.plot({
+          width: 400, height: 240, marginLeft: 55, marginBottom: 40, color, x: { label: xLabel, nice: true, domain: parts === "confidence" ? [0, 1] : undefined }, y: { label: yLabel, grid: true, zero: true, tickFormat: number3 },
+          marks: [Plot.lineY(some, { x: "x", y, stroke: "label", z: "label" }), Plot.dot(some, { x: "x", y, fill: "label", r: 2.5 })],
+        }));
+      };
+      along("kl-confidence", "confidence", "kl", "confidence of the original →", "↑ KL, nats");
+      along("changed-confidence", "confidence", "changed", "confidence of the original →", "↑ top token changed");
+      along("kl-position", "position", "kl", "token of the window →", "↑ KL, nats");
     }
 
     for (const index of picked) table.row((_i, _d, node) => Number(node.dataset.row) === index).node().querySelector("td.pick input").checked = true;

@@ -60,6 +60,18 @@ def model_bytes(
     return 8 * packed / weights, round(packed + 2 * (parameters - weights))
 
 
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """Over small matrices several threads only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+@_one_thread()
 def coefficients(quantizer: Quantizer) -> np.ndarray:
     """The four of a method, whatever the model. Raises PointError when it fails on a random matrix."""
     generator = torch.Generator().manual_seed(0)
@@ -167,6 +179,9 @@ def tokens(point: Prepared, vocabulary: int | None = None) -> int | None:
 
     None where documents are made as they are scored, as lm-eval's are.
     """
+    of_parts = getattr(point.protocol, "scored_tokens", lambda _: None)(point.source)
+    if of_parts is not None:
+        return of_parts
     if (windows := getattr(point.protocol, "max_windows", None)) is not None:
         return windows * point.protocol.window
     content = getattr(point.source, "content", None)

@@ -19,6 +19,7 @@ from qbench.evaluate import measure, speed
 from qbench.evaluate.limits import batch_size
 from qbench.evaluate.protocol import Corpus, Protocol
 from qbench.evaluate.text import Text, read_calibration
+from qbench.evaluate.written import Author
 from qbench.model import coverage
 from qbench.parts.allocate import resolved
 from qbench.parts.mixed import Mixed
@@ -77,7 +78,7 @@ class Prepared:
         """What one request was content with may be too little for another, and neither changes a number."""
         covered = result.quantization.coverage if result.quantization is not None else 1.0
         least = self.config.runtime.min_coverage
-        if self.quantizer is not None and covered < least:
+        if self.quantizer is not None and not isinstance(self.quantizer, Original) and covered < least:
             raise RequestError(
                 f"this point is recorded with {covered:.1%} of the linear weights quantized, runtime.min_coverage "
                 f"asks for {least:.0%}; ask for less, or leave the point out"
@@ -86,7 +87,7 @@ class Prepared:
 
 def draws(quantizer: Quantizer | None, calibration: CalibrationConfig) -> int:
     """A method that is shown no text and has no seed is the same in every draw."""
-    return calibration.draws if quantizer is not None and (quantizer.needs or hasattr(quantizer, "seed")) else 1
+    return calibration.draws if quantizer is not None and (quantizer.needs or quantizer.seed_field) else 1
 
 
 def fingerprint(source: Source) -> str:
@@ -143,6 +144,9 @@ def prepare(
             config = replace(config, quantizer=config.quantizer | {"assignment": quantizer.assignment})
             command = [*command, f"quantizer.assignment='{quantizer.assignment}'"]
         contents = [] if quantizer is None else hashes.sha256_of(quantizer.files())
+    if (write := getattr(protocol, "write", None)) is not None:
+        source = write(source, Author(model, weights, dtype, device, config.runtime, store, here))
+        protocol.check_length(source)
     calibration_text = read_calibration(config.calibration) if quantizer is not None and quantizer.needs else None
     if calibration_text is not None:
         calibrate.check_text(calibration_text, config.calibration)

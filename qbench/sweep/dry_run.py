@@ -124,6 +124,7 @@ def _pass(
     point, item = each[0].point, each[0].point.dtype.itemsize
     tokens = estimate.tokens(point, known and known.vocabulary)
     states = known and tokens and tokens * known.hidden * item
+    variants = sum(planned.point.draws for planned in each)
     sizes = {
         "pass": number,
         "points": [planned.point.run_id for planned in each],
@@ -132,7 +133,8 @@ def _pass(
         "block_bytes": known and known.largest_block * item,
         "rest_bytes": known and known.outside * item,
         "tokens": tokens,
-        "state_bytes": states and states * (len(each) + 1),
+        "variants": variants,
+        "state_bytes": states and states * (variants + 1),
         "reference_bytes": states if getattr(point.protocol, "divergence", False) else 0,
     }
     if known is not None:
@@ -167,7 +169,7 @@ def misfits(
         )
     if host_bytes is not None and sizes["state_bytes"] and sizes["state_bytes"] > host_bytes / 2:
         said.append(
-            f"{model}: the hidden states of its {len(sizes['points'])} variants and of the original take "
+            f"{model}: the hidden states of its {sizes['variants']} variants and of the original take "
             f"{_gb(sizes['state_bytes'])}, more than half of the {_gb(host_bytes)} that this host has free; set "
             "task.max_windows to score fewer windows"
         )
