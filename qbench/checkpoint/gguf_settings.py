@@ -31,6 +31,10 @@ def refusal(model: Any) -> str | None:
     layers = getattr(config, "layer_types", None)
     if "sliding_attention" in layers if layers else getattr(config, "sliding_window", None):
         return "its attention sees a sliding window, which llama.cpp's models of that architecture do not"
+    if config.model_type == "qwen3_moe" and not config.norm_topk_prob:
+        return (
+            "its router does not scale the chosen experts' weights to a sum of 1 (norm_topk_prob), as llama.cpp's does"
+        )
     if getattr(config, "mlp_bias", False):
         return "its MLP has biases, which llama.cpp's models of that architecture do not"
     return None

@@ -23,6 +23,7 @@ from qbench.readers.reader import ReadError
 
 BITS = (2, 3, 4, 8)
 CONVENTIONS = {"gptq": True, "gptq_v2": False}  # whether zero points are stored less one
+AUTOROUND = ("auto-round", "intel/auto-round")  # its quant_method, today and before
 SCALES = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -32,7 +33,7 @@ class GPTQ:
 
     def recognizes(self, path: Path) -> bool:
         method = method_of(path)
-        return method == "gptq" or (method in ("auto-round", "intel/auto-round") and "gptq" in packing_format(path))
+        return method == "gptq" or (method in AUTOROUND and packing_format(path) == "auto_gptq")
 
     def open(self, path: Path, model: Any) -> HeldFolder:
         settings = quantization_of(path)
@@ -99,8 +100,8 @@ def describe(settings: Mapping[str, Any]) -> str:
 
 
 def packing_format(path: Path) -> str:
-    """What AutoRound says of how it packed: auto_round:auto_gptq, auto_round:auto_awq."""
-    return str(quantization_of(path).get("packing_format", "")).lower()
+    """What AutoRound says of how it packed: auto_gptq or auto_awq, after "auto_round:"."""
+    return str(quantization_of(path).get("packing_format", "")).lower().rpartition(":")[2]
 
 
 def group_width(linear: Linear, groups: int, configured: int) -> int:

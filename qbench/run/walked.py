@@ -30,6 +30,7 @@ from qbench.passes.variant import Variant
 from qbench.passes.walk import Reading, Walk
 from qbench.quant.noise import Noise
 from qbench.quant.original import Original
+from qbench.readers.file import Opened
 from qbench.request.prepare import Prepared
 from qbench.run.asked import Asked, drawn
 from qbench.run.held import file_record, for_model
@@ -186,7 +187,8 @@ class Together:
         if one.variant is None or isinstance(one.quantizer, Original):
             quantization = account.of_original(self.about, walk.found, name)
         else:
-            warn(one.variant.rows)
+            if not isinstance(one.quantizer, Opened):  # a file may well be of the original's own grid
+                warn(one.variant.rows)
             quantization = account.of_variant(one.variant, name, self.about, walk.found, one.calibration)
             others = [draw.calibration.token_ids_sha256 for draw in draws[1:] if draw.calibration is not None]
             shown = account.calibration_record(one.calibration, others)

@@ -1,9 +1,11 @@
 """GPTQ's and AWQ's folders: every tensor as the formats' own decoders give it, and whatever is wrong in a sentence."""
 
+import importlib
 import importlib.util
 import json
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -364,3 +366,33 @@ def test_gptq_as_autogptq_decodes_it(tmp_path, nbits):
     for module, layer in layers.items():
         expected = layer(torch.eye(layer.infeatures).half()).T  # sums of one number and zeros
         assert torch.equal(held.read(f"{module}.weight").dequantize(torch.float16), expected), module
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize("version", ["gemm", "gemv"])
+def test_what_autoawq_packs(tmp_path, monkeypatch, version):
+    """A weight on a grid of integers comes out of AutoAWQ's packer and our reader as it was."""
+    place = Path(sys.prefix) / "oracle"
+    if not (place / "awq").is_dir():
+        pytest.skip("autoawq is not installed; make oracle does it")
+    monkeypatch.syspath_prepend(str(place))
+    for name in ("awq", "awq.utils", "awq.modules", "awq.modules.linear"):  # what they import does not import any more
+        alone = ModuleType(name)
+        alone.__path__ = [str(place.joinpath(*name.split(".")))]
+        monkeypatch.setitem(sys.modules, name, alone)
+    packer = getattr(importlib.import_module(f"awq.modules.linear.{version}"), f"WQLinear_{version.upper()}")
+    expected = {}
+
+    def pack(module, weight):
+        rows, columns = weight.shape
+        codes, zero, scale = random_parts(module, weight, 4, columns // GROUP)
+        expected[module] = (codes - zero.repeat_interleave(GROUP, 1)) * scale.repeat_interleave(GROUP, 1)
+        layer = torch.nn.Linear(columns, rows, bias=False).half()
+        layer.weight.data = expected[module].clone()
+        parts = (scale.T.contiguous(), zero.T.contiguous()) if version == "gemm" else (scale, zero)
+        return dict(packer.from_linear(layer, 4, GROUP, False, *parts).state_dict())
+
+    path = write(tmp_path / "q", pack, {"quant_method": "awq", "group_size": GROUP, "version": version})
+    held = AWQ().open(path, skeleton())
+    for module, weight in expected.items():
+        assert torch.equal(held.read(f"{module}.weight").dequantize(torch.float16), weight), module
