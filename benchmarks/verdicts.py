@@ -124,7 +124,7 @@ def found_documents(count: int, changed: float, random: np.random.Generator) -> 
 
 
 def again(pools: dict[str, Pool], random: np.random.Generator) -> dict[str, Any]:
-    """A board of all methods, and the whole again on the other windows with other draws: do the ranks come out again?"""
+    """A board of all methods, and the whole again on other windows with other draws: do the ranks come out again?"""
     apart = agreed = reversed_ = boards = 0
     names = sorted(set(pools) - {"noise"})
     for _ in range(RUNS):
