@@ -32,10 +32,8 @@ DOCUMENTS = [(200, 0.1), (1000, 0.05)]  # and the share of them that turn right 
 SWEEPS = [
     "model=tiny-dense quantizer=none,noise,rtn,sinq,gptq,awq task.window=256 task.max_windows=48 calibration.draws=24 "
     "calibration.window=256 calibration.sequences=8",
-    "model=smollm2-135m quantizer=none,noise,rtn,sinq task.window=64 task.max_windows=16 calibration.draws=4 "
-    "calibration.window=128 calibration.sequences=4",
-    "model=smollm2-135m quantizer=gptq task.window=64 task.max_windows=16 calibration.draws=4 "
-    "calibration.window=128 calibration.sequences=4",
+    "model=smollm2-135m quantizer=none,noise,rtn,sinq task.window=32 task.max_windows=16 calibration.draws=4 "
+    "calibration.window=128 calibration.sequences=2",
 ]
 Sample = Callable[[np.random.Generator], tuple[np.ndarray, list[np.ndarray | None]]]
 

@@ -46,7 +46,7 @@ from qbench.layers.linear import in_packed_format
 from qbench.model.linears import find_linears, matrix
 from qbench.quant.quantizer import Quantizer
 
-WHOSE = "compressed-tensors"
+METHOD, WHOSE = "compressed-tensors", "compressed-tensors'"
 WRITTEN_FOR = "0.20.0"  # the release of compressed-tensors whose layout this is
 SCALE_DTYPES = ("stored", "fp32")
 ORIGIN = "origin.json"  # what the checkpoint was made of; readers pass it by
@@ -168,7 +168,7 @@ def quantization(model: nn.Module, weights: Mapping[str, Format]) -> dict[str, A
     formats = {how["format"] for how, _ in groups.values()}
     left = [name for name, module in model.named_modules() if _is_linear(module)]
     return {
-        "quant_method": "compressed-tensors",
+        "quant_method": METHOD,
         "version": WRITTEN_FOR,
         "format": formats.pop() if len(formats) == 1 else "mixed-precision",
         "quantization_status": "compressed",
@@ -260,7 +260,7 @@ def _origin(folder: Path) -> Mapping[str, Any]:
     try:
         origin = json.loads((folder / ORIGIN).read_text(encoding="utf-8"))["origin"]
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        ours = isinstance(origin, dict) and config["quantization_config"]["quant_method"] == WHOSE
+        ours = isinstance(origin, dict) and config["quantization_config"]["quant_method"] == METHOD
     except (OSError, ValueError, KeyError, TypeError):
         ours = False
     if not ours:

@@ -20,6 +20,7 @@ from qbench.layers.experts import QuantExperts
 from qbench.layers.linear import QuantLinear, packed_weights
 from qbench.quant.quantizer import InputStatistics, Quantizer
 
+LONGEST_BLOCK = 256  # input channels; some formats refuse a shorter row
 INSTEAD = "export.format=packed keeps everything"
 
 
@@ -27,8 +28,8 @@ def example(quantizer: Quantizer, columns: int | None = None) -> Format | None:
     """What the quantizer makes of a small weight, of whole groups without `columns`; None where it refuses that one."""
     group_size: int = getattr(quantizer, "group_size", -1)
     generator = torch.Generator().manual_seed(0)
-    weight = torch.randn(8, columns or (64 if group_size == -1 else group_size), generator=generator)
-    inputs = torch.randn(64, weight.shape[1], generator=generator)
+    weight = torch.randn(8, columns or (LONGEST_BLOCK if group_size == -1 else group_size), generator=generator)
+    inputs = torch.randn(2 * weight.shape[1], weight.shape[1], generator=generator)
     stats = InputStatistics(len(inputs), inputs.abs().mean(0), inputs, inputs.T @ inputs, inputs.square().mean(0))
     try:
         return quantizer.quantize([weight], stats if quantizer.needs else None)[0]
@@ -37,18 +38,18 @@ def example(quantizer: Quantizer, columns: int | None = None) -> Format | None:
 
 
 def integer_refusal(weight: QuantizedWeight, whose: str) -> str | None:
-    """Why no weight that is stored like this one is `(codes - zero) * scale` alone; None if it is."""
+    """Why no weight stored like this one is `(codes - zero) * scale` alone, as `whose` format has it; None if it is."""
     for part, what in (
         (weight.input_scale, "it stores an input scale t beside the group scales"),
         (weight.rotation, "it is quantized in a rotated basis"),
         (weight.codebook, "its codes index a codebook instead of being evenly spaced"),
     ):
         if part is not None:
-            return f"{what}, which {whose}'s format has no place for; {INSTEAD}"
+            return f"{what}, which {whose} format has no place for; {INSTEAD}"
     if any(aux is not None and aux.step is not None for aux in (weight.scale, weight.zero)):
-        return f"its scales are stored in int8 and {whose}'s in fp16; use quantizer.aux_dtype=fp16"
+        return f"its scales are stored in int8 and {whose} in fp16; use quantizer.aux_dtype=fp16"
     if weight.zero is not None and not torch.equal(weight.zero.stored, weight.zero.stored.round()):
-        return f"its zero points are not integers, which {whose}'s must be; {INSTEAD}"
+        return f"its zero points are not integers, which {whose} must be; {INSTEAD}"
     return None
 
 
@@ -65,7 +66,7 @@ def check_zeros(weights: Mapping[str, Format], whose: str) -> None:
     if outside:
         raise RequestError(
             f"{sum(outside.values())} of {groups} groups, the first in layer {next(iter(outside))}, have a zero point "
-            f"outside of the codes, since their weights all lie on one side of zero; {whose}'s format has no room "
+            f"outside of the codes, since their weights all lie on one side of zero; {whose} format has no room "
             f"for that: use quantizer.symmetric=true or export.format=packed"
         )
 
@@ -82,7 +83,7 @@ def quantized_matrices(model: nn.Module, whose: str, experts: bool = False) -> d
         elif isinstance(module, QuantExperts):
             names = expert_names(model, name) if experts else None
             if names is None:
-                raise RequestError(f"{name}: {whose}'s format has no place for these stacks of experts; {INSTEAD}")
+                raise RequestError(f"{name}: {whose} format has no place for these stacks of experts; {INSTEAD}")
             for prefix, stack in module.packed().items():
                 for index in range(stack.shape[0]):
                     weights[names[prefix.rstrip(".")].replace("*", str(index))] = stack.select(index)

@@ -19,6 +19,7 @@ from qbench.evaluate import measure, speed
 from qbench.evaluate.limits import batch_size
 from qbench.evaluate.protocol import Corpus, Protocol
 from qbench.evaluate.text import Text, read_calibration
+from qbench.evaluate.written import Author
 from qbench.model import coverage
 from qbench.parts.allocate import resolved
 from qbench.parts.mixed import Mixed
@@ -143,6 +144,9 @@ def prepare(
             config = replace(config, quantizer=config.quantizer | {"assignment": quantizer.assignment})
             command = [*command, f"quantizer.assignment='{quantizer.assignment}'"]
         contents = [] if quantizer is None else hashes.sha256_of(quantizer.files())
+    if (write := getattr(protocol, "write", None)) is not None:
+        source = write(source, Author(model, weights, dtype, device, config.runtime, store, here))
+        protocol.check_length(source)
     calibration_text = read_calibration(config.calibration) if quantizer is not None and quantizer.needs else None
     if calibration_text is not None:
         calibrate.check_text(calibration_text, config.calibration)

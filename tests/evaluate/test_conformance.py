@@ -11,7 +11,9 @@ from qbench.evaluate.protocols.domains import Domains
 from qbench.evaluate.protocols.lmeval import LmEval
 from qbench.evaluate.protocols.pages import JoinedPages
 from qbench.evaluate.protocols.windows import TextWindows
+from qbench.evaluate.protocols.written import SelfWritten
 from qbench.evaluate.windowed import WindowedEvaluation
+from qbench.evaluate.written import FORMAT
 from qbench.testing import ProtocolConformance
 
 SHORT = {"name": "t", "window": 24, "max_windows": 3}
@@ -88,6 +90,23 @@ class TestDomains(ProtocolConformance):
         for n, kind in enumerate(("stones", "rivers", "long")):
             (folder / f"{kind}.txt").write_text(words(10 * seed + n))
         return {"path": str(folder)}
+
+
+class TestWritten(ProtocolConformance):
+    protocol = SelfWritten
+    changing = ({"answers": 2}, {"tokens": 6})
+    nonsense = ({"answers": 0}, {"tokens": 0}, {"temperature": 0.0}, {"top_p": 1.5}, {"seed": -1}, {"window": 8})
+
+    def settings(self):
+        return {"answers": 3, "tokens": 8, "window": 40}
+
+    def text(self, folder, seed):
+        draw = random.Random(seed)
+        prompts, answers = ([draw.choices(range(256), k=n) for n in sizes] for sizes in ((5, 9, 7), (8, 8, 8)))
+        sampling = {"answers": 3, "tokens": 8, "temperature": 1.0, "top_p": 1.0, "seed": 0}
+        held = {"format": FORMAT, "chat": False, "sampling": sampling, "prompts": prompts, "answers": answers}
+        (folder / "self.json").write_text(json.dumps(held))
+        return {"path": str(folder / "self.json")}
 
 
 class TestRolling(ProtocolConformance):

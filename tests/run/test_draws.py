@@ -17,6 +17,7 @@ from qbench.quant.noise import Noise
 from qbench.run import run_pass
 from qbench.run.whole import whole
 from tests.conftest import refused
+from tests.evaluate import own_tasks
 from tests.run.test_passes import SHORT, together
 
 TINY = ("model=tiny-dense", *SHORT, "calibration.sequences=3")
@@ -67,6 +68,19 @@ def test_a_draw_is_one_choice_for_every_method_and_another_of_the_same_text(prep
     for sequence in (*second, *third):
         assert any((ids[start : start + 64] == sequence).all() for start in range(len(ids) - 63))
     assert not np.array_equal(second, third)
+
+
+def test_tasks_have_draws_as_windows_do(prepared, tmp_path):
+    own_tasks.write(tmp_path / "tasks", "choice", documents=20)
+    task = f"task=lmeval task.names=[choice] task.window=512 task.include_path={tmp_path / 'tasks'}"
+    settings = ("model=tiny-dense", task, "calibration.window=64", "calibration.sequences=3", "quantizer=gptq")
+    one, two = (prepared(*settings, f"calibration.draws={n}") for n in (1, 2))
+    results = together([one, two])
+    [[single], [both]] = ([m for m in results[p.run_id].tasks[0].metrics if m.name == "acc"] for p in (one, two))
+    assert both.draws[0] == single.value
+    assert both.value == pytest.approx(np.mean(both.draws))
+    assert both.delta == pytest.approx(both.value - both.baseline)
+    assert both.delta_low <= both.delta <= both.delta_high
 
 
 def test_draws_are_part_of_the_identity_of_what_they_change_alone(prepared):
