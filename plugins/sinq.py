@@ -81,6 +81,10 @@ class SINQ(RotatingQuantizer):
             other = "codebook=nf4" if self.codebook else f"inner={self.inner}"
             raise ValueError(f"symmetric=true is a uniform grid without zero points; it cannot be had with {other}")
 
+    @property
+    def joint(self) -> bool:
+        return self.shared_t
+
     def quantize_basis(self, weights: Sequence[Tensor], stats: InputStatistics | None) -> list[QuantizedWeight]:
         """Quantizes the weights `[out, in]` of a linear group; they share t if asked to, else one kernel launch."""
         gate, width = self.kurtosis_gate, self.columns(weights[0])

@@ -124,6 +124,7 @@ def _metric(group: Sequence[MetricRecord], table: np.ndarray | None, baseline: n
         reading=first.reading,
         title=first.title,
         draws=numbers,
+        parts=_parts_of(first, table),
     )
     if table is None or baseline is None or base is None or len(table) != len(baseline) or first.reading != "mean":
         return found
@@ -142,6 +143,12 @@ def _metric(group: Sequence[MetricRecord], table: np.ndarray | None, baseline: n
     rate: Estimate = with_draws(jackknife(lambda mean: mean, flips.mean(1)), Drawn.of(flips))
     low, high = (None, None) if rate.low is None else (max(0.0, rate.low), min(1.0, rate.high))  # type: ignore[type-var]
     return replace(found, flip_rate_low=low, flip_rate_high=high)
+
+
+def _parts_of(first: MetricRecord, table: np.ndarray | None) -> dict[str, float] | None:
+    if first.parts is None or table is None:
+        return None
+    return dict(zip(first.parts, read_mean(first.reading, table.mean(1)).tolist(), strict=True))
 
 
 def _mean(group: Sequence[MetricRecord]) -> float | None:

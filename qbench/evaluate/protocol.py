@@ -5,6 +5,7 @@ The walk of a point through it, each step before anything that takes longer:
 
     check(runtime)       settings that no text could satisfy
     read()               the text, whose sha256 becomes part of the point's identity
+    write(source, ...)   only of a protocol whose text the original makes: that text, as written.py keeps it
     check_length(source) a text that is too short, whatever the tokenizer
     prepare(...)         an Evaluation: what is scored, tokenized where that is done beforehand
 

@@ -44,7 +44,7 @@ class NonFiniteError(PointError):
 
 @dataclass
 class WindowAsks:
-    """Windows `[windows, tokens]`, each token but the first of each to be scored."""
+    """Windows `[windows, tokens]`, each token but the first of each to be scored, or those that `scored` says."""
 
     ids: np.ndarray
     batch_size: int  # windows
@@ -55,6 +55,10 @@ class WindowAsks:
     @property
     def batches(self) -> Sequence[np.ndarray]:
         return [self.ids[start : start + self.batch_size, :-1] for start in range(0, len(self.ids), self.batch_size)]
+
+    def scored(self, window: int) -> slice:
+        """The rows of a window's logits that are scored."""
+        return slice(None)
 
     def reader(self, original: Scores | None) -> WindowReader:
         """What it reads of a variant, it reads off the original's logits; so `original` is not looked at."""
@@ -86,7 +90,7 @@ class WindowReader:
         original = original if self.asks.compares else None
         found = self._read(window, logits, original)
         if not (finite := np.isfinite(found[0])).all():
-            raise NonFiniteError(window, int(np.argmin(finite)))
+            raise NonFiniteError(window, (self.asks.scored(window).start or 0) + int(np.argmin(finite)))
         if np.isnan(found).any():
             found = self._read(window, logits, original, masked=True)
         self.seen.append(found)
@@ -95,19 +99,24 @@ class WindowReader:
         if gpu.enabled(logits) and logits.dtype in gpu.FLOATS:
             from qbench.kernels.divergence import tokens
 
-            return tokens(logits, torch.from_numpy(self.asks.ids[window, 1:]).to(logits.device), original).cpu().numpy()
+            scored = self.asks.scored(window)
+            targets = torch.from_numpy(self.asks.ids[window, 1:][scored]).to(logits.device)
+            return tokens(logits[scored], targets, None if original is None else original[scored]).cpu().numpy()
         return self._in_torch(window, logits, original, masked)
 
     def _in_torch(self, window: int, logits: Tensor, original: Tensor | None, masked: bool = False) -> np.ndarray:
         """The same on plain torch, which is the reference for the kernel."""
-        targets = torch.from_numpy(self.asks.ids[window, 1:]).to(logits.device)[:, None]
+        scored = self.asks.scored(window)
+        targets = torch.from_numpy(self.asks.ids[window, 1:][scored]).to(logits.device)[:, None]
+        logits, whole = logits[scored], original
+        original = None if whole is None else whole[scored]
         parts = []
         for rows in row_chunks(logits):
             log_q = log_probabilities(logits[rows])
             true = log_q.gather(1, targets[rows])[:, 0]
             found = [-true]
             if original is not None:
-                top = self.asks.most_probable(original)[rows]
+                top = self.asks.most_probable(whole)[scored][rows]
                 log_p = log_probabilities(original[rows])
                 agrees = (logits[rows].argmax(-1) == top).to(true.dtype)
                 change = (true.exp() - log_p.gather(1, targets[rows])[:, 0].exp()).square()

@@ -3,7 +3,8 @@
 A quantizer is a frozen dataclass whose fields are its configuration. It is pure: weights `[out, in]` in,
 weights of some Format out, on the device of the input; it sees no model and keeps no state. The unit of work is
 the linear group, the linears that read the same tensor (q/k/v; gate/up): a method that shares something across
-them overrides `quantize`; one that treats matrices one by one writes `quantize_one`.
+them overrides `quantize`, and says `joint = True` if it is shown no text: else the linears may come one by one; one
+that treats matrices one by one writes `quantize_one`.
 
     @dataclass(frozen=True)
     class Mine(Quantizer):
@@ -58,6 +59,8 @@ class Quantizer:
     """
 
     needs: ClassVar[frozenset[Statistic]] = frozenset()  # empty: calibration-free
+    joint: ClassVar[bool] = False  # True: it is handed a linear group as a whole; else linears may come one by one
+    partial: ClassVar[bool] = False  # True: it is asked to leave linears alone, and runtime.min_coverage asks nothing
 
     def __post_init__(self) -> None:
         nbits = getattr(self, "nbits", 4)
@@ -78,6 +81,11 @@ class Quantizer:
         """Quantizes one weight `[out, in]`."""
         raise TypeError(f"{type(self).__name__} must define quantize or quantize_one")
 
+    @property
+    def seed_field(self) -> str | None:
+        """The field that a random choice of the method starts from: draws differ in it. None where it makes none."""
+        return "seed" if hasattr(self, "seed") else None
+
     # What follows matters to a method that holds what others made (readers/file.py). The rest see weights alone.
 
     def pinned(self) -> Self:
@@ -97,6 +105,10 @@ class Quantizer:
 
         Raises ValueError for a model with which it cannot be used.
         """
+        return self
+
+    def for_layer(self, name: str) -> Quantizer | None:
+        """What quantizes the linear of that name; None leaves it alone, as the original has it."""
         return self
 
     def quantize_layers(

@@ -100,6 +100,7 @@ class MetricRecord(Strict):
     p_value: float | None = None  # of the difference: exact McNemar for right and wrong, else Student's t; two-sided
     detectable: float | None = None  # the smallest true difference that this test finds 4 times in 5, at the 5 % level
     draws: list[float] | None = None  # the number in each draw of calibration text or seed; `value` is of their mean
+    parts: dict[str, float] | None = None  # the number of each kind of text, by name, where it is a mean over kinds
 
     @property
     def called(self) -> str:
@@ -109,6 +110,13 @@ class MetricRecord(Strict):
     def loss(self) -> float:
         """The value, turned so that smaller is better."""
         return -self.value if self.higher_is_better else self.value
+
+    @property
+    def worst(self) -> str | None:
+        """The kind of text whose number is the worst."""
+        if not self.parts:
+            return None
+        return (min if self.higher_is_better else max)(self.parts, key=self.parts.__getitem__)
 
     @property
     def digits(self) -> int:

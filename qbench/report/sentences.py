@@ -39,6 +39,7 @@ def of(rows: Sequence[Row], ranked: Ranked | None, floor: float | None, floor_kl
             "(arXiv 2606.19558)."
         )
     yield from _place(rows)
+    yield from _kinds(rows)
 
 
 def _best(ranked: Ranked) -> Iterator[str]:
@@ -88,7 +89,7 @@ def _more(ranked: Ranked, first: int, second: int, difference: float, smallest: 
     if not difference:
         return "nothing would"
     if paired.binary[first] and paired.binary[second]:
-        return f"{significance.more_needed(difference, smallest, paired.windows)} more {units} would"
+        return f"{significance.more_needed(difference, smallest, paired.windows):,} more {units} would"
     whole, windows = paired.difference(first, second), paired.of_windows(first, second)
     assert whole.error is not None
     assert windows.error is not None
@@ -96,11 +97,11 @@ def _more(ranked: Ranked, first: int, second: int, difference: float, smallest: 
     of_draws = whole.error**2 - windows.error**2
     if wanted > of_draws:
         count = math.ceil(paired.windows * windows.error**2 / (wanted - of_draws)) - paired.windows
-        return f"{max(1, count)} more {units} would"
+        return f"{max(1, count):,} more {units} would"
     draws = max(ranked.rows[i].draws for i in (first, second))
     if wanted > windows.error**2:
         count = math.ceil(draws * of_draws / (wanted - windows.error**2)) - draws
-        return f"{max(1, count)} more draws would, and no number of {units}"
+        return f"{max(1, count):,} more draws would, and no number of {units}"
     return f"it takes more draws and more {units}"
 
 
@@ -133,6 +134,17 @@ def _place(rows: Sequence[Row]) -> Iterator[str]:
             f"Damage grows with context: the KL of {row.method} is {kls[-1]:.4f} from token {parts[-1].low:.0f} on, "
             f"{times:.1f} times that of the first {parts[0].high:.0f}."
         )
+
+
+def _kinds(rows: Sequence[Row]) -> Iterator[str]:
+    """Of a mean over kinds of text, on which of them each row is worst; rows of one worst kind together."""
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        if (worst := row.score.number.worst) is not None and not row.floor and row.score.value:
+            groups.setdefault(worst, []).append(row)
+    for kind, same in groups.items():
+        told = [f"{row.method} ({(row.score.number.parts or {})[kind] / row.score.value:.1f})" for row in same]
+        yield f"Worst on {kind}, in times of the mean over all kinds: {_listed(told)}."
 
 
 def _units(ranked: Ranked) -> str:

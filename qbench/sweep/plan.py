@@ -95,11 +95,13 @@ def plan(found: list[tuple[str, ...]], composed: DictConfig, loader: ConfigLoade
     """
     from qbench.evaluate import measure
     from qbench.evaluate.text import read_calibration
+    from qbench.request import parts
     from qbench.request.prepare import fingerprint, prepare
 
+    compose = _Composer(composed, loader)
+    found = parts.spelled_out(found, compose)
     common = set(found[0]).intersection(*found[1:])
     shared = [remembered(function) for function in (fingerprint, measure.read, read_calibration)]
-    compose = _Composer(composed, loader)
     planned: dict[tuple[str, ...], Planned] = {}
     refused: dict[str, list[str]] = {}  # sentence -> the points it is about
     errors: dict[str, RequestError] = {}  # by their sentences
@@ -122,7 +124,8 @@ def plan(found: list[tuple[str, ...]], composed: DictConfig, loader: ConfigLoade
         else:
             # such as the commit of a branch, which may move before the point runs
             overrides = (*overrides, *(f"model.{key}={value}" for key, value in point.pinned.items()))
-            config = replace(config, model=config.model | point.pinned)
+            # and the bits that a budget buys, which other points of the sweep may move
+            config = replace(config, model=config.model | point.pinned, quantizer=point.config.quantizer)
             each = Planned(overrides, label, asdict(config), point, point.recorded())
             planned.setdefault(each.key, each)
     if refused:

@@ -7,10 +7,13 @@ from dataclasses import dataclass, replace
 import pytest
 
 from qbench.evaluate.protocols.crops import PageCrops
+from qbench.evaluate.protocols.domains import Domains
 from qbench.evaluate.protocols.lmeval import LmEval
 from qbench.evaluate.protocols.pages import JoinedPages
 from qbench.evaluate.protocols.windows import TextWindows
+from qbench.evaluate.protocols.written import SelfWritten
 from qbench.evaluate.windowed import WindowedEvaluation
+from qbench.evaluate.written import FORMAT
 from qbench.testing import ProtocolConformance
 
 SHORT = {"name": "t", "window": 24, "max_windows": 3}
@@ -73,6 +76,37 @@ class TestPages(OfPages):
 
     def settings(self):
         return SHORT | {"pages": 5}
+
+
+class TestDomains(ProtocolConformance):
+    protocol = Domains
+    changing = (*CHANGING, {"short_window": 12}, {"pieces": 1}, {"pieces": None})
+    nonsense = (*NONSENSE, {"short_window": 1}, {"short_window": 25}, {"pieces": 0}, {"kinds": []})
+
+    def settings(self):
+        return SHORT | {"short_window": 16, "pieces": 2}
+
+    def text(self, folder, seed):
+        for n, kind in enumerate(("stones", "rivers", "long")):
+            (folder / f"{kind}.txt").write_text(words(10 * seed + n))
+        return {"path": str(folder)}
+
+
+class TestWritten(ProtocolConformance):
+    protocol = SelfWritten
+    changing = ({"answers": 2}, {"tokens": 6})
+    nonsense = ({"answers": 0}, {"tokens": 0}, {"temperature": 0.0}, {"top_p": 1.5}, {"window": 8})
+
+    def settings(self):
+        return {"answers": 3, "tokens": 8, "window": 40}
+
+    def text(self, folder, seed):
+        draw = random.Random(seed)
+        prompts, answers = ([draw.choices(range(256), k=n) for n in sizes] for sizes in ((5, 9, 7), (8, 8, 8)))
+        sampling = {"answers": 3, "tokens": 8, "temperature": 1.0, "top_p": 1.0, "seed": 0}
+        held = {"format": FORMAT, "chat": False, "sampling": sampling, "prompts": prompts, "answers": answers}
+        (folder / "self.json").write_text(json.dumps(held))
+        return {"path": str(folder / "self.json")}
 
 
 class TestRolling(ProtocolConformance):

@@ -76,8 +76,8 @@ class P:
     name: str
     needs: bool = False
     config: Config = field(default_factory=Config)
-    export: str | None = None
     draws: int = 1
+    export: str | None = None
 
     @property
     def point(self):
@@ -156,6 +156,14 @@ def test_variants_are_dealt_out_by_cost(passes, jobs, parts):
     assert jobs == 1 or costs == sorted(costs, reverse=True)
 
 
+def test_draws_are_variants():
+    three = P("A", needs=True, draws=3)
+    assert cost(three, lambda point: 7) == 3 * cost(P("B", needs=True), lambda point: 7)
+    [both] = fitting([[three, P("b")]], lambda point: 10, 140)  # at most three each, and the original's: 70 of 70
+    assert len(both) == 2
+    assert len(fitting([[three, P("b")]], lambda point: 10, 138)) == 2
+
+
 def test_a_larger_model_costs_more_and_a_calibrated_method_too():
     plain, calibrated = P("a"), P("B", needs=True)
     assert cost(calibrated, lambda point: 7) == CALIBRATED_COST * cost(plain, lambda point: 7) == CALIBRATED_COST * 7
@@ -187,7 +195,7 @@ def asked(device: str = "cuda", batch_size: int = 1) -> Any:
     ],
 )
 def test_a_plan_says_what_would_not_fit_and_which_setting_helps(point, change, device_bytes, host_bytes, names):
-    sizes = {"pass": 2, "points": ["a", "b", "c"], "alone": None, "model": "m", "block_bytes": 1000, "rest_bytes": 500}
+    sizes = {"pass": 2, "variants": 3, "alone": None, "model": "m", "block_bytes": 1000, "rest_bytes": 500}
     sentences = misfits(point, KNOWN, sizes | {"state_bytes": 100} | change, device_bytes, host_bytes)
     assert bool(sentences) == bool(names)
     for name in names:
