@@ -1,12 +1,13 @@
 """Do verdicts hold? Comparisons of a method with itself, and of differences of the size that is said to be detectable.
 
-    python benchmarks/verdicts.py [OUTPUTS] > docs/results/verdicts.json
+    python benchmarks/verdicts.py [OUTPUTS [MODEL ...]] > docs/results/verdicts.json
 
-Measures the points of SWEEPS, unless OUTPUTS holds them, and takes what they scored per window and draw as pools:
-another text of the same kind is other windows of the pool, another calibration or seed other draws of it, both with
-replacement. Every comparison then runs through what a board runs through (report/noise.py). Of RUNS comparisons of a
-method with itself 5 % should say "different", of boards of six equal rows at most 5 % any two, and of comparisons with
-a true difference as large as an independent board prints as detectable, 80 % should find it.
+Measures the points of SWEEPS (of the models alone that are named), unless OUTPUTS holds them, and takes what they
+scored per window and draw as pools: another text of the same kind is other windows of the pool, another calibration or
+seed other draws of it, both with replacement. Every comparison then runs through what a board runs through
+(report/noise.py). Of RUNS comparisons of a method with itself 5 % should say "different", of boards of six equal rows
+at most 5 % any two, and of comparisons with a true difference as large as an independent board prints as detectable,
+80 % should find it.
 """
 
 from __future__ import annotations
@@ -31,8 +32,8 @@ DOCUMENTS = [(200, 0.1), (1000, 0.05)]  # and the share of them that turn right 
 SWEEPS = [
     "model=tiny-dense quantizer=none,noise,rtn,sinq,gptq,awq task.window=256 task.max_windows=48 calibration.draws=24 "
     "calibration.window=256 calibration.sequences=8",
-    "model=smollm2-135m quantizer=none,noise,rtn,sinq,gptq task.window=64 task.max_windows=32 calibration.draws=6 "
-    "calibration.window=128 calibration.sequences=4",
+    "model=smollm2-135m quantizer=none,noise,rtn,sinq task.window=32 task.max_windows=16 calibration.draws=4 "
+    "calibration.window=128 calibration.sequences=2",
 ]
 Sample = Callable[[np.random.Generator], tuple[np.ndarray, list[np.ndarray | None]]]
 
@@ -122,9 +123,34 @@ def found_documents(count: int, changed: float, random: np.random.Generator) -> 
     return hits / RUNS
 
 
+def again(pools: dict[str, Pool], random: np.random.Generator) -> dict[str, Any]:
+    """A board of all methods, and the whole again on other windows with other draws: do the ranks come out again?"""
+    apart = agreed = reversed_ = boards = 0
+    names = sorted(set(pools) - {"noise"})
+    for _ in range(RUNS):
+        windows = np.array_split(random.permutation(len(pools[names[0]].table)), 2)
+        both, draws = [], {name: random.permutation(pools[name].table.shape[1]) for name in names}
+        for half, at in enumerate(windows):
+            tables = [pools[name].table[at][:, np.array_split(draws[name], 2)[half][:6]] for name in names]
+            tables = [t if t.size else pools[n].table[at] for t, n in zip(tables, names, strict=True)]  # of one draw
+            scores = np.stack([table.mean(1) for table in tables])
+            board = told(scores, [table if table.shape[1] > 1 else None for table in tables], "exp mean")
+            order = np.sign(board.paired.values[:, None] - board.paired.values)
+            both.append(np.where(board.adjusted < 0.05, order, 0.0))
+        upper = np.triu_indices(len(names), 1)
+        first, second = both[0][upper], both[1][upper]
+        apart += int((first != 0).sum())
+        agreed += int((first * second > 0).sum())
+        reversed_ += int((first * second < 0).sum())
+        boards += bool((first * second < 0).any())
+    found = {"pairs_apart": apart, "apart_again": agreed, "reversed": reversed_, "boards_with_any_reversed": boards}
+    return {"kind": "other half of the text and other draws", "rows": names, "boards": RUNS, **found}
+
+
 def comparisons(pools: dict[str, dict[str, Pool]]) -> Iterator[dict[str, Any]]:
     random = np.random.default_rng(18)
     for model, methods in pools.items():
+        yield {"model": model} | again(methods, random)
         for windows, draws in SIZES:
             for name in ("gptq", "awq", "noise"):
                 if name not in methods:
@@ -154,9 +180,9 @@ def comparisons(pools: dict[str, dict[str, Pool]]) -> Iterator[dict[str, Any]]:
         }
 
 
-def recorded(outputs: Path) -> dict[str, dict[str, Pool]]:
+def recorded(outputs: Path, sweeps: list[str]) -> dict[str, dict[str, Pool]]:
     """What the sweeps measured, by model and method; runs them where they have not been."""
-    for sweep in SWEEPS:
+    for sweep in sweeps:
         command = [sys.executable, "-m", "qbench", "-m", *sweep.split(), f"outputs={outputs}"]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     pools: dict[str, dict[str, Pool]] = {}
@@ -168,7 +194,9 @@ def recorded(outputs: Path) -> dict[str, dict[str, Pool]]:
 
 
 def main() -> None:
-    pools = recorded(Path((*sys.argv[1:], "outputs")[0]))
+    outputs, *models = sys.argv[1:] or ["outputs"]
+    sweeps = [sweep for sweep in SWEEPS if not models or sweep.split()[0].removeprefix("model=") in models]
+    pools = recorded(Path(outputs), sweeps)
     made = []
     for comparison in comparisons(pools):
         print(json.dumps(comparison), file=sys.stderr)
@@ -177,7 +205,7 @@ def main() -> None:
         model: {name: [float(f"{v:.4g}") for v in np.exp(pool.table.mean(0))] for name, pool in methods.items()}
         for model, methods in pools.items()
     }
-    document = {"runs": RUNS, "rows_of_a_board": ROWS, "sweeps": SWEEPS, "comparisons": made, "perplexities": spread}
+    document = {"runs": RUNS, "rows_of_a_board": ROWS, "sweeps": sweeps, "comparisons": made, "perplexities": spread}
     with contextlib.suppress(BrokenPipeError):
         print(json.dumps(document, indent=1))
 

@@ -20,6 +20,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from qbench.errors import none_of
 from qbench.format.weight import QuantizedWeight
 from qbench.quant.channel_scale import T_RANGE, OutputError, calibration, channel_scale
 from qbench.quant.quantizer import InputStatistics, Quantizer, Statistic
@@ -49,7 +50,7 @@ class ASINQ(Quantizer):
         if self.ratios < 1:
             raise ValueError(f"ratios must be at least 1, got {self.ratios}")
         if self.loss not in LOSSES:
-            raise ValueError(f"loss must be one of {', '.join(LOSSES)}, got {self.loss!r}")
+            raise none_of("loss", self.loss, LOSSES)
 
     def quantize(self, weights: Sequence[Tensor], stats: InputStatistics | None) -> list[QuantizedWeight]:
         """Quantizes the weights `[out, in]` of a linear group; ValueError without usable inputs."""

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from qbench.errors import none_of
 from qbench.format.blockfloat import FP8Weight
 from qbench.quant.blockfloat import round_to_fp8
 from qbench.quant.quantizer import InputStatistics, Quantizer
@@ -26,7 +27,7 @@ class FP8(Quantizer):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.scale not in SCALES:
-            raise ValueError(f"scale must be one of {', '.join(SCALES)}, got {self.scale!r}")
+            raise none_of("scale", self.scale, SCALES)
 
     def quantize_one(self, weight: Tensor, stats: InputStatistics | None = None) -> FP8Weight:
         rows, columns = weight.shape

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from qbench.errors import none_of
 from qbench.format.aux import FP16_TINY, Aux
 from qbench.format.rotation import Rotation, largest_block
 from qbench.format.weight import QuantizedWeight, per_group
@@ -42,9 +43,9 @@ class HIGGS(Quantizer):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.nbits not in NBITS:
-            raise ValueError(f"nbits must be one of {', '.join(map(str, NBITS))}, got {self.nbits}")
+            raise none_of("nbits", self.nbits, NBITS)
         if self.grid_dim not in GRID_DIMS:
-            raise ValueError(f"grid_dim must be one of {', '.join(map(str, GRID_DIMS))}, got {self.grid_dim}")
+            raise none_of("grid_dim", self.grid_dim, GRID_DIMS)
 
     def quantize_one(self, weight: Tensor, stats: InputStatistics | None = None) -> QuantizedWeight:
         width, columns = self.columns(weight), weight.shape[-1]

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from qbench.errors import none_of
 from qbench.format.blockfloat import FP8Weight, MXFP4Weight
 from qbench.quant.blockfloat import EXPONENTS, round_to_mxfp4, round_to_mxfp8
 from qbench.quant.quantizer import InputStatistics, Quantizer
@@ -24,7 +25,7 @@ class MXFP4(Quantizer):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.exponent not in EXPONENTS:
-            raise ValueError(f"exponent must be one of {', '.join(EXPONENTS)}, got {self.exponent!r}")
+            raise none_of("exponent", self.exponent, EXPONENTS)
 
     def quantize_one(self, weight: Tensor, stats: InputStatistics | None = None) -> MXFP4Weight | FP8Weight:
         return round_to_mxfp4(weight, self.exponent)

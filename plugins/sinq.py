@@ -31,6 +31,7 @@ from itertools import compress
 import torch
 from torch import Tensor
 
+from qbench.errors import none_of
 from qbench.format.aux import INPUT_SCALE_DTYPES, dense_input_scale, store_input_scale
 from qbench.format.weight import QuantizedWeight
 from qbench.quant.codebook import NF4_LEVELS, round_to_levels
@@ -65,11 +66,11 @@ class SINQ(RotatingQuantizer):
         super().__post_init__()
         check_steps(self.iterations, self.step_min, self.step_max)
         if self.t_dtype not in INPUT_SCALE_DTYPES:
-            raise ValueError(f"t_dtype must be one of {', '.join(INPUT_SCALE_DTYPES)}, got {self.t_dtype!r}")
+            raise none_of("t_dtype", self.t_dtype, INPUT_SCALE_DTYPES)
         if self.kurtosis_gate is not None and not self.kurtosis_gate > 0:
             raise ValueError(f"kurtosis_gate must be null or a positive number, got {self.kurtosis_gate}")
         if self.inner not in INNER:
-            raise ValueError(f"inner must be one of {', '.join(INNER)}, got {self.inner!r}")
+            raise none_of("inner", self.inner, INNER)
         if self.codebook not in (None, "nf4"):
             raise ValueError(f"codebook must be null or nf4, got {self.codebook!r}")
         if self.codebook and self.nbits != 4:
@@ -79,6 +80,10 @@ class SINQ(RotatingQuantizer):
         if self.symmetric and (self.codebook or self.inner != "rtn"):
             other = "codebook=nf4" if self.codebook else f"inner={self.inner}"
             raise ValueError(f"symmetric=true is a uniform grid without zero points; it cannot be had with {other}")
+
+    @property
+    def joint(self) -> bool:
+        return self.shared_t
 
     def quantize_basis(self, weights: Sequence[Tensor], stats: InputStatistics | None) -> list[QuantizedWeight]:
         """Quantizes the weights `[out, in]` of a linear group; they share t if asked to, else one kernel launch."""

@@ -56,10 +56,9 @@ def main() -> int:
         return 130
     except PlanError as error:
         print("qbench:", error, file=sys.stderr)
-        _print_json({"status": "refused", "error": str(error)})
-        return WRONG
+        return _refused(error)
     except RequestError as error:
-        return _refuse(str(error))
+        return _refuse(error)
     except SweepFailed:  # its last line says so already
         return FAILED
     except (HydraException, OmegaConfBaseException, yaml.YAMLError, UnicodeDecodeError) as error:
@@ -68,7 +67,8 @@ def main() -> int:
         raise
     except Exception as error:
         if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:  # a path of the request
-            return _refuse(f"{str(error.filename)[:40]}... is no path: a file's name has at most 255 bytes")
+            long = f"{str(error.filename)[:40]}... is no path: a file's name has at most 255 bytes"
+            return _refuse(RequestError(long))
         if isinstance(error, OSError) and error.errno in FULL:
             sentence = f"there is no room to write {error.filename or 'a file'}: {error.strerror}"
         else:
@@ -114,6 +114,7 @@ def _point(composed: DictConfig) -> int:
         config: Config = OmegaConf.to_object(composed)  # type: ignore[assignment]
         from qbench.run import run_point
 
+        entry.begin_work()
         return run_point(config, list(HydraConfig.get().overrides.task))
 
     return _answer(measure)
@@ -130,6 +131,7 @@ def _prepared_pass(arguments: list[str]) -> int:
         from qbench.run import run_pass
         from qbench.sweep.serve import serve
 
+        entry.begin_work()
         for line in serve(Path(arguments[0]), run_pass):
             _print_json(line, out)
             if line["status"] != "ok":
@@ -147,7 +149,7 @@ def _answer(measure: Callable[[], Result]) -> int:
 
             summary.show(result)
     except RequestError as error:
-        return _refuse(str(error))
+        return _refuse(error)
     except WriteError as error:  # who asked has at least what was measured
         _say(str(error))
         _print_json(error.result.summary())
@@ -161,14 +163,19 @@ def _print_json(value: dict[str, Any], file: TextIO | None = None) -> None:
         print(json.dumps(value), file=file, flush=True)
 
 
-def _say(message: str) -> str:
-    sentence = message.replace("\n", " ")  # a name may hold a line break
-    print("qbench:", sentence, file=sys.stderr)
-    return sentence
+def _say(message: str) -> None:
+    print("qbench:", message.replace("\n", " "), file=sys.stderr)  # a name may hold a line break
 
 
-def _refuse(message: str) -> int:
-    _print_json({"status": "refused", "error": _say(message)})
+def _refuse(error: RequestError) -> int:
+    _say(str(error))
+    return _refused(error)
+
+
+def _refused(error: RequestError) -> int:
+    """The last line: the sentence, the setting that it is about, and what it could be where that is a list."""
+    said = str(error) if isinstance(error, PlanError) else str(error).replace("\n", " ")
+    _print_json({"status": "refused", "error": said, "key": error.key, "choices": error.choices})
     return WRONG
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 
 from qbench import entry
-from qbench.registry import quantizer_names
+from qbench.registry import EXPORTER, READER, names, quantizer_names
 from qbench.request.options import GROUPS, options
 
 
@@ -26,6 +26,8 @@ def main() -> int:
                 about = f"(configured, but no package registers it) {about}"
             table.add_row(name, about)
         console.print(table)
+    console.print(f"quantizer=file reads: {', '.join(names(READER))}", markup=False)
+    console.print(f"export.format= writes: {', '.join(names(EXPORTER))}", markup=False)
     return 0
 
 

@@ -1,14 +1,28 @@
 """The two ways a point can end badly, and the sentence that lists the legal choices.
 
 The sentence is for a person. What a program or a test asks for is beside it: `key`, the setting that is wrong as the
-command line calls it (`quantizer.nbits`), and `choices`, what it could be.
+command line calls it (`quantizer.nbits`), and `choices`, what it could be. The key is the first setting that the
+sentence names, unless the error says another; whoever lists the choices gives them as well (`unknown`, `none_of`).
 """
 
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 from typing import Any
+
+_NODES = "model|quantizer|task|calibration|runtime|speed|tracker|export|hydra"
+_SETTING = re.compile(
+    rf"(?<![\w./-])(?:(?:{_NODES})(?!\.safetensors)(?:\.[a-z_]\w*)+(?!\w|[./]\w)"  # task.window; no path, no module
+    rf"|(?:{_NODES}|outputs|experiment|hydra/\w+)(?==))"  # outputs=DIR, speed=none
+)
+
+
+def first_setting(sentence: str) -> str | None:
+    """`task.window must be at least 2` -> task.window; `speed=x: ...` -> speed."""
+    found = _SETTING.search(sentence)
+    return found and found.group()
 
 
 class _OneSentenceError(Exception):
@@ -16,7 +30,7 @@ class _OneSentenceError(Exception):
 
     def __init__(self, message: str, *, key: str | None = None, choices: Iterable[str] = ()) -> None:
         super().__init__(message)
-        self.key = key
+        self.key = key or first_setting(message)
         self.choices = tuple(choices)
 
 
@@ -25,7 +39,15 @@ class RequestError(_OneSentenceError, ValueError):
 
 
 class PlanError(RequestError):
-    """Points of a sweep that cannot be served: a line for the sweep, and an indented one for each of them. Exit 2."""
+    """Points of a sweep that cannot be served: a line for the sweep, and an indented one for each of them. Exit 2.
+
+    Its key is that of all its `errors`, if they have one.
+    """
+
+    def __init__(self, message: str, errors: Iterable[RequestError]) -> None:
+        super().__init__(message)
+        keys = {error.key for error in errors}
+        self.key = keys.pop() if len(keys) == 1 else None
 
 
 class SweepFailed(RuntimeError):  # noqa: N818
@@ -45,6 +67,25 @@ class WriteError(PointError):
     def __init__(self, result: Any, message: str | None = None) -> None:
         super().__init__(message or result.error or "")
         self.result = result
+
+
+def inside(place: Any, error: RequestError) -> RequestError:
+    """The refusal of what stands in a file, or below a key."""
+    return RequestError(f"{place}: {error}", key=error.key, choices=error.choices)
+
+
+class ChoiceError(ValueError):
+    """A member's own refusal of a setting that has few values, `choices`; registry.make says whose setting it is."""
+
+    def __init__(self, message: str, choices: Iterable[str]) -> None:
+        super().__init__(message)
+        self.choices = tuple(choices)
+
+
+def none_of(field: str, given: Any, choices: Iterable[Any]) -> ChoiceError:
+    """`none_of("nbits", 5, [2, 3, 4, 8])` -> nbits must be one of 2, 3, 4, 8, got 5"""
+    choices = [str(choice) for choice in choices]
+    return ChoiceError(f"{field} must be one of {', '.join(choices)}, got {given!r}", choices)
 
 
 def unknown(kind: str, given: str, choices: Iterable[str]) -> RequestError:

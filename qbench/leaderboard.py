@@ -1,7 +1,8 @@
 """`python -m qbench.leaderboard [OUTPUTS]`: the table of everything recorded, in one of six formats.
 
-One row per identity (the latest record of each), one section per original model, protocol and text. Files that cannot
-be read are named on stderr and left out. Exit status: 0 done, 2 the request is wrong.
+One row per identity (the latest record of each), one section per original model, protocol and text; what was measured
+part by part (experiment=anatomy) is a table for each method. Files that cannot be read are named on stderr and left
+out. Exit status: 0 done, 2 the request is wrong.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from qbench.entry import leave
 from qbench.errors import RequestError, unknown
 from qbench.record.outline import Outline
 from qbench.record.result import Result
-from qbench.report import board, columns, entries, history, published, table
+from qbench.report import anatomy, board, columns, entries, history, published, table
 from qbench.report.terminal import width
 
 FORMATS = ("table", "md", "csv", "json", "tex", "html")
@@ -74,14 +75,17 @@ def _report(asked: argparse.Namespace) -> str:
             raise RequestError("--history has no HTML page and takes no --reference; use table, md, csv, json or tex")
         tables = history.tables(kept, asked.metric)
     else:
+        parts, kept = anatomy.split(kept)
+        anatomies = anatomy.anatomies(parts, asked.outputs)
         order, descending = columns.order(asked.metric)
         sections = board.sections(entries.latest(kept), order, descending)
         failed = entries.unresolved(recorded)
         if style == "html":
             from qbench.report import html
 
-            return html.page(sections, failed, recorded.problems, numbers)
+            return html.page(sections, failed, recorded.problems, numbers, anatomies)
         tables = [columns.table(section, numbers) for section in sections]
+        tables += [anatomy.table(one) for one in anatomies]
         for result in failed:
             name, reason = table.plain(" ".join(result.command), 300), table.plain(result.error or "", 300)
             print(f"qbench.leaderboard: failed point {name}: {reason}", file=sys.stderr)

@@ -22,6 +22,7 @@ A member is a frozen dataclass whose fields are its settings, and a package name
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from importlib import import_module
@@ -110,7 +111,8 @@ def make(kind: Kind, settings: Mapping[str, Any]) -> Any:
     legal = [field.name for field in fields(cls) if field.init]
     for key in values:
         if not legal:
-            raise RequestError(f"unknown key {kind.node}.{key}: {kind.said(name)} has no settings; leave it out")
+            sentence = f"unknown key {kind.node}.{key}: {kind.said(name)} has no settings; leave it out"
+            raise RequestError(sentence, key=f"{kind.node}.{key}")
         if key not in legal:
             raise unknown(f"key for {kind.said(name)}:", f"{kind.node}.{key}", (f"{kind.node}.{k}" for k in legal))
     types = _types(cls)
@@ -118,7 +120,9 @@ def make(kind: Kind, settings: Mapping[str, Any]) -> Any:
     try:
         return cls(**values)
     except (TypeError, ValueError) as error:
-        raise RequestError(f"{kind.said(name)}: {error}") from None
+        field = next((word for word in re.findall(r"\w+", str(error)) if word in legal), None)
+        key = f"{kind.node}.{field}" if field else None
+        raise RequestError(f"{kind.said(name)}: {error}", key=key, choices=getattr(error, "choices", ())) from None
 
 
 def _types(cls: type[Any]) -> dict[str, Any]:

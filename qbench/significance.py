@@ -166,12 +166,28 @@ def _last_rejected(changed: np.ndarray, level: float) -> np.ndarray:
 
 
 def _root(of: Callable[[float], float], low: float, high: float, most: float = math.inf) -> float:
-    """Where an increasing function crosses zero, to ten digits: by halving, after `high` is doubled up to it."""
-    while of(high) < 0 and high < most:
-        low, high = high, 2 * high
+    """Where an increasing function crosses zero, to ten digits; `high` is doubled up to it first.
+
+    By the Illinois method (Dowell and Jarratt 1971): false position that halves the value at an end that stays.
+    """
+    at_low, at_high = of(low), of(high)
+    while at_high < 0 and high < most:
+        low, at_low, high = high, at_high, 2 * high
+        at_high = of(high)
+    if at_low >= 0 or at_high <= 0:
+        return low if at_low >= 0 else high
+    kept = 0  # which end stayed last time
     while high - low > 1e-10 * high:
-        middle = 0.5 * (low + high)
-        low, high = (middle, high) if of(middle) < 0 else (low, middle)
+        new = (low * at_high - high * at_low) / (at_high - at_low)
+        value = of(new)
+        if abs(value) < 1e-12:
+            return new
+        if value < 0:
+            low, at_low, at_high = new, value, at_high / 2 if kept == 1 else at_high
+            kept = 1
+        else:
+            high, at_high, at_low = new, value, at_low / 2 if kept == -1 else at_low
+            kept = -1
     return 0.5 * (low + high)
 
 

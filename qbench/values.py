@@ -24,7 +24,8 @@ def typed(key: str, value: Any, wanted: Any) -> Any:
     fits, found = _convert(value, wanted)
     if not fits:
         whole = isinstance(value, float) and value.is_integer()  # where an int is asked, or it would fit
-        raise RequestError(f"{key}: {value!r} is {_none_of(wanted)}{f'; write {int(value)}' if whole else ''}", key=key)
+        sentence = f"{key}: {value!r} is {_none_of(wanted)}{f'; write {int(value)}' if whole else ''}"
+        raise RequestError(sentence, key=key, choices=_choices(wanted))
     return found
 
 
@@ -64,6 +65,13 @@ def _convert(value: Any, wanted: Any) -> tuple[bool, Any]:
             return True, str(value)
         return isinstance(value, str), value
     return True, value
+
+
+def _choices(wanted: Any) -> list[str]:
+    """What a value of the type could be, as YAML writes it, where that is a list."""
+    if get_origin(wanted) is Literal:
+        return [str(choice) for choice in get_args(wanted)]
+    return ["true", "false"] if wanted is bool else []
 
 
 def _none_of(wanted: Any) -> str:

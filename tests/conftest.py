@@ -17,6 +17,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from qbench.errors import first_setting
+
 ROOT = Path(__file__).resolve().parent.parent
 DATA = ROOT.parent / "shared" / "data"
 
@@ -98,7 +100,8 @@ class Outcome:
 def refused(outcome: Outcome | BaseException, key: str | None = None, names: Iterable[str] = ()) -> str:
     """Asserts a refusal in one sentence that names the key and each of the names, and returns the sentence.
 
-    Of a command: exit status 2, one line of qbench's own on stderr, and the same sentence in the JSON line on stdout.
+    Of a command: exit status 2, one line of qbench's own on stderr, and the same sentence in the JSON line on stdout,
+    with the key, if that is a setting, and the choices that the sentence lists.
     Of an error: its `key`, where it carries one, is the key, and what the names are is among its `choices`, where it
     carries them.
     """
@@ -106,14 +109,25 @@ def refused(outcome: Outcome | BaseException, key: str | None = None, names: Ite
         assert outcome.status == 2, outcome.stderr
         assert "Traceback" not in outcome.stderr
         (sentence,) = (line for line in outcome.stderr.splitlines() if line.startswith("qbench: "))
-        assert outcome.summary == {"status": "refused", "error": sentence.removeprefix("qbench: ")}
+        said = outcome.summary
+        assert said == {"status": "refused", "error": sentence.removeprefix("qbench: ")} | {
+            part: said[part] for part in ("key", "choices")
+        }
+        if key is not None and first_setting(f"{key}=") == key:
+            assert said["key"] == key
+        _, _, listed = sentence.partition("choose from: ")
+        assert not listed or sorted(said["choices"]) == listed.split(", ")
+        assert all(choice in sentence for choice in said["choices"])
     else:
         sentence = str(outcome)
         if (carried := getattr(outcome, "key", None)) is not None and key is not None:
             assert carried == key
         assert not getattr(outcome, "choices", ()) or set(names) <= set(outcome.choices)
     assert "\n" not in sentence
-    for word in (*([key] if key else []), *names):
+    if key is not None:
+        node, _, field = key.partition(".")  # of a member's own setting, as in `quantizer=rtn: nbits must be ...`
+        assert key in sentence or (f"{node}=" in sentence and field in sentence), f"{key} is not named: {sentence}"
+    for word in names:
         assert word in sentence, f"{word!r} is not named: {sentence}"
     return sentence
 

@@ -9,8 +9,8 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from qbench.config import register
 from qbench.evaluate import speed
 from qbench.registry import PROTOCOL, make, make_quantizer
-from qbench.report import published
 from qbench.request.options import options
+from qbench.request.parts import spelled_out
 from qbench.sweep.plan import combinations
 from tests.conftest import ROOT, composed
 
@@ -33,7 +33,7 @@ def points(experiment):
         if models != [""]:
             product["model"] = models[0]
         parsed = OverridesParser.create().parse_overrides([f"{key}={value}" for key, value in product.items()])
-        for overrides in combinations(parsed):
+        for overrides in spelled_out(list(combinations(parsed)), lambda o: composed([f"experiment={experiment}", *o])):
             config = composed([f"experiment={experiment}", *overrides])
             found.append((models if models != [""] else [config.model["name"]], config))
     return found
@@ -52,27 +52,3 @@ def test_every_point_is_valid(experiment):
         speed.check(config.speed)
         assert config.model["source"] != "hub" or (config.model["id"] and config.model["revision"])
         assert not quantizer.needs or config.calibration.name
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("experiment", "tables", "size"),
-    [("sinq_table1", ["Table 1"], 48), ("sinq_table3", ["Table 3", "Table 18"], 30), ("sinq_table4", ["Table 4"], 42)],
-)
-def test_the_papers_sweeps_measure_every_number_that_is_published(experiment, tables, size):
-    """Every published perplexity of the table belongs to a point of the sweep, under the same protocol."""
-    measured = [
-        {"model": model, "protocol": make(PROTOCOL, config.task).protocol_name(config.task["name"])}
-        | {f"quantizer.{key}": value for key, value in config.quantizer.items() if value is not None}
-        for models, config in points(experiment)
-        for model in models
-    ]
-    printed = [n for n in published.read("sinq_v4") if n.where in tables and n.metric == "ppl"]
-    numbers = [n for n in printed if n.quantizer != "none"]
-    assert len(measured) == len(numbers) == size
-    for number in numbers:
-        wanted = {"name": number.quantizer, "nbits": number.nbits, "group_size": number.group_size}
-        stated = {f"quantizer.{key}": value for key, value in wanted.items() if value is not None}
-        stated |= {f"quantizer.{key}": value for key, value in number.settings.items()}
-        stated |= {"model": number.model, "protocol": number.protocol}
-        assert any(all(point.get(key) == value for key, value in stated.items()) for point in measured), number

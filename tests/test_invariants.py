@@ -39,6 +39,8 @@ METHODS = {
     "sinq+hqq": ("quantizer=sinq", "quantizer.inner=hqq"),
     "gptq-hadamard": ("quantizer=gptq", "quantizer.rotation=hadamard"),
     "higgs": ("quantizer=higgs",),
+    "sinq-shared": ("quantizer=sinq", "quantizer.shared_t=true", "quantizer.t_dtype=fp8"),
+    "nvfp4": ("quantizer=nvfp4",),
 }
 SHORT = ("task.window=64", "task.max_windows=2")
 SHORT_CALIBRATION = ("calibration.window=64", "calibration.sequences=4")
@@ -195,7 +197,7 @@ def test_two_runs_give_the_same_bits(run, folder, model, method):
 def test_a_rerun_that_fails_keeps_the_result(run, folder, monkeypatch):
     kept = quantized(run, "tiny-dense", "float32", "rtn")
     with monkeypatch.context() as broken:
-        broken.setattr(RTN, "quantize_one", lambda *_: 1 / 0)
+        broken.setattr(RTN, "quantize_basis", lambda *_: 1 / 0)
         failed = run("model=tiny-dense", "runtime.dtype=float32", "quantizer=rtn", "runtime.rerun=true")
     assert failed.status == "failed"
     path = folder / "outputs" / "results" / kept.run_id

@@ -14,6 +14,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from qbench.errors import none_of
 from qbench.format.aux import Aux
 from qbench.format.weight import QuantizedWeight
 from qbench.plugins.upstream import official, whole_groups
@@ -30,7 +31,7 @@ class UpstreamNF4(Quantizer):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.group_size not in BLOCK_SIZES:
-            raise ValueError(f"group_size must be one of {', '.join(map(str, BLOCK_SIZES))}, got {self.group_size}")
+            raise none_of("group_size", self.group_size, BLOCK_SIZES)
         self.package()
 
     def package(self) -> ModuleType:

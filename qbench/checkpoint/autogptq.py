@@ -42,6 +42,7 @@ from qbench.layers.linear import in_packed_format
 from qbench.model.linears import find_linears, matrix
 from qbench.quant.quantizer import Quantizer
 
+WHOSE = "AutoGPTQ's"
 QUANTIZE_CONFIG = "quantize_config.json"
 DIFFERENT = f"the layers differ in bits or group size, and AutoGPTQ's format has one of each; {INSTEAD}"
 
@@ -85,7 +86,7 @@ def format_refusal(weight: Format) -> str | None:
     """Why no weight that is stored like this one can be expressed; None if it can."""
     if not isinstance(weight, QuantizedWeight):
         return f"it is stored as {weight.name}, which AutoGPTQ's format has no place for; {INSTEAD}"
-    return integer_refusal(weight, "AutoGPTQ")
+    return integer_refusal(weight, WHOSE)
 
 
 def shape_refusal(rows: int, columns: int, group_size: int) -> str | None:
@@ -131,11 +132,11 @@ def save(
 
 def expressible(model: nn.Module) -> dict[str, QuantizedWeight]:
     """The model's quantized linears by name; raises RequestError unless the format can hold every one of them."""
-    weights = served.quantized_linears(model, "AutoGPTQ")
+    weights = served.quantized_matrices(model, WHOSE)
     for name, weight in weights.items():
         if reason := format_refusal(weight) or shape_refusal(*weight.shape, weight.group_size):
             raise RequestError(f"layer {name}: {reason}")
-    served.check_zeros(weights, "AutoGPTQ")
+    served.check_zeros(weights, WHOSE)
     if len({weight.nbits for weight in weights.values()}) > 1 or common_group(_sizes(weights)) is None:
         raise RequestError(DIFFERENT)
     return weights

@@ -34,19 +34,21 @@ from torch import Tensor, nn
 from qbench import __version__
 from qbench.checkpoint import packed as checkpoint
 from qbench.checkpoint import served
+from qbench.checkpoint.expert_names import expert_names
 from qbench.checkpoint.served import INSTEAD, example, integer_refusal
-from qbench.errors import RequestError
+from qbench.errors import RequestError, none_of
 from qbench.format.blockfloat import MX_BLOCK, FP8Weight, MXFP4Weight, NVFP4Weight
 from qbench.format.format import Format
 from qbench.format.weight import QuantizedWeight
 from qbench.format.words import pack_words
+from qbench.layers.expert_form import expert_weights
 from qbench.layers.linear import in_packed_format
 from qbench.model.linears import find_linears, matrix
 from qbench.quant.quantizer import Quantizer
 
-WHOSE = "compressed-tensors"
+METHOD, WHOSE = "compressed-tensors", "compressed-tensors'"
 WRITTEN_FOR = "0.20.0"  # the release of compressed-tensors whose layout this is
-SCALE_DTYPES = {"fp16": torch.float16, "fp32": torch.float32}
+SCALE_DTYPES = ("stored", "fp32")
 ORIGIN = "origin.json"  # what the checkpoint was made of; readers pass it by
 
 
@@ -54,11 +56,11 @@ ORIGIN = "origin.json"  # what the checkpoint was made of; readers pass it by
 class CompressedTensors:
     """export.format=compressed-tensors."""
 
-    scale_dtype: str = "fp16"  # of integers' scales as written: fp16, as they are stored, or fp32
+    scale_dtype: str = "stored"  # of integers' scales as written: as they are stored (fp16), or fp32
 
     def __post_init__(self) -> None:
         if self.scale_dtype not in SCALE_DTYPES:
-            raise ValueError(f"scale_dtype must be one of {', '.join(SCALE_DTYPES)}, got {self.scale_dtype!r}")
+            raise none_of("scale_dtype", self.scale_dtype, SCALE_DTYPES)
 
     def refuse(self, quantizer: Quantizer) -> str | None:
         """Seen from a small weight that it quantizes here."""
@@ -69,10 +71,14 @@ class CompressedTensors:
         found, likely = find_linears(model), example(quantizer)
         if likely is None:
             return None
-        for name in found.experts:
-            return f"compressed-tensors' format has no place for fused experts ({name}); use export.format=packed"
-        for name, layer in found.layers.items():
-            weight = matrix(layer)
+        matrices = {name: matrix(layer) for name, layer in found.layers.items()}
+        for name, experts in found.experts.items():
+            if (names := expert_names(model, name)) is None:
+                return (
+                    f"compressed-tensors' format has no place for fused experts like {name}; use export.format=packed"
+                )
+            matrices |= dict(zip(names.values(), expert_weights(experts, 0), strict=True))
+        for name, weight in matrices.items():
             if not isinstance(likely, QuantizedWeight):  # calibration-free, and small
                 likely = example(quantizer, weight.shape[1]) or likely
             group_size = quantizer.columns(weight) if isinstance(likely, QuantizedWeight) else likely.group_size
@@ -94,7 +100,7 @@ def save(
     *,
     max_shard_bytes: int = checkpoint.SHARD_BYTES,
     origin: Mapping[str, Any] | None = None,
-    scale_dtype: str = "fp16",
+    scale_dtype: str = "stored",
 ) -> None:
     """Writes the quantized `model` to `folder`, complete or not at all, replacing a checkpoint of ours that is there.
 
@@ -104,14 +110,14 @@ def save(
     with in_packed_format(model), checkpoint.new_folder(folder) as partial:
         weights = expressible(model)
         config = {"dtype": str(model.dtype).removeprefix("torch."), "quantization_config": quantization(model, weights)}
-        content = served.tensors(model, weights, lambda weight: parts(weight, SCALE_DTYPES[scale_dtype]))
+        content = served.tensors(model, weights, lambda weight: parts(weight, scale_dtype))
         served.write(model, tokenizer, partial, content, config, max_shard_bytes)
         served.write_json(partial / ORIGIN, {"made_by": f"qbench:{__version__}", "origin": dict(origin or {})})
 
 
 def expressible(model: nn.Module) -> dict[str, Format]:
     """The model's quantized linears by name; raises RequestError unless the format can hold every one of them."""
-    weights = served.quantized_linears(model, WHOSE)
+    weights = served.quantized_matrices(model, WHOSE, experts=True)
     for name, weight in weights.items():
         if reason := format_refusal(weight) or shape_refusal(weight, weight.shape[1], weight.group_size):
             raise RequestError(f"layer {name}: {reason}")
@@ -160,9 +166,9 @@ def quantization(model: nn.Module, weights: Mapping[str, Format]) -> dict[str, A
         groups.setdefault(json.dumps(how), (how, []))[1].append(name)
     alike = len(groups) == 1
     formats = {how["format"] for how, _ in groups.values()}
-    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    left = [name for name, module in model.named_modules() if _is_linear(module)]
     return {
-        "quant_method": "compressed-tensors",
+        "quant_method": METHOD,
         "version": WRITTEN_FOR,
         "format": formats.pop() if len(formats) == 1 else "mixed-precision",
         "quantization_status": "compressed",
@@ -170,7 +176,7 @@ def quantization(model: nn.Module, weights: Mapping[str, Format]) -> dict[str, A
             f"group_{i}": {"targets": ["Linear"] if alike else names, **how}
             for i, (how, names) in enumerate(groups.values())
         },
-        "ignore": linears if alike else [],
+        "ignore": left if alike else [],
         "kv_cache_scheme": None,
         "global_compression_ratio": None,
     }
@@ -211,12 +217,12 @@ def scheme(weight: Format, rows: bool = True) -> dict[str, Any]:
     return {"weights": args, "input_activations": None, "output_activations": None, "format": kind}
 
 
-def parts(weight: Format, scale_dtype: torch.dtype = torch.float16) -> dict[str, Tensor]:
+def parts(weight: Format, scale_dtype: str = "stored") -> dict[str, Tensor]:
     """What is written of one weight `[out, in]`, by the last part of its name."""
     if isinstance(weight, QuantizedWeight):
         named = {
             "weight_packed": pack_words(weight.codes().T, weight.nbits).T,
-            "weight_scale": weight.scale.stored.to(scale_dtype),
+            "weight_scale": weight.scale.stored if scale_dtype == "stored" else weight.scale.dense(),
             "weight_shape": torch.tensor(weight.shape),
         }
         if weight.zero is not None:
@@ -239,6 +245,12 @@ def _grouped(group_size: int) -> dict[str, Any]:
     return {"strategy": "group", "group_size": group_size}
 
 
+def _is_linear(module: nn.Module) -> bool:
+    """Whether a reader takes it for a linear in 16 bits: routers are linears in vLLM, whatever they are here."""
+    weight = getattr(module, "weight", None)
+    return isinstance(weight, nn.Parameter) and weight.dim() == 2 and not isinstance(module, nn.Embedding)
+
+
 def _is_mxfp8(weight: Format) -> bool:
     return isinstance(weight, FP8Weight) and weight.scale.dtype == torch.uint8 and weight.block == (1, MX_BLOCK)
 
@@ -248,7 +260,7 @@ def _origin(folder: Path) -> Mapping[str, Any]:
     try:
         origin = json.loads((folder / ORIGIN).read_text(encoding="utf-8"))["origin"]
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        ours = isinstance(origin, dict) and config["quantization_config"]["quant_method"] == WHOSE
+        ours = isinstance(origin, dict) and config["quantization_config"]["quant_method"] == METHOD
     except (OSError, ValueError, KeyError, TypeError):
         ours = False
     if not ours:

@@ -6,13 +6,14 @@ count as covered.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from qbench.format import stack
 from qbench.format.format import Format
 
 
@@ -50,6 +51,13 @@ class Plain(Format):
             "method": self.method,
             "diagnostics": {key: float(value) for key, value in self.diagnostics.items()},
         }
+
+    @classmethod
+    def stack(cls, weights: Sequence[Format]) -> Format:
+        """Also with weights in other formats, as files hold them."""
+        from qbench.format.mixed import Mixed
+
+        return stack.stack(weights) if all(isinstance(one, Plain) for one in weights) else Mixed.stack(weights)
 
     @classmethod
     def rebuild(cls, description: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Plain:

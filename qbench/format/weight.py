@@ -183,6 +183,10 @@ class QuantizedWeight(Format):
             diagnostics=description["diagnostics"],
             rotation=Rotation(description["rotation_block"]) if "rotation_block" in description else None,
         )
+        if empty.rotation is not None and description["shape"][-1] % empty.rotation.block:
+            raise ValueError(
+                f"no rotation in blocks of {empty.rotation.block} fits {description['shape'][-1]} channels"
+            )
         return empty.with_tensors(tensors)
 
     @classmethod

@@ -101,6 +101,10 @@ def unsupported(weight: QuantizedWeight) -> str | None:
         return f"a codebook of {weight.nbits} bits"
     if weight.codebook is not None and weight.zero is not None:
         return "a codebook and zero points"
+    if weight.scale.step is None and weight.scale.stored.dtype != torch.float16:
+        return f"scales in {str(weight.scale.stored.dtype).removeprefix('torch.')}"  # which fp16 might not hold
+    if weight.zero is not None and weight.zero.stored.dtype not in (torch.float16, torch.uint8):
+        return f"zero points in {str(weight.zero.stored.dtype).removeprefix('torch.')}"
     return None
 
 
@@ -244,11 +248,13 @@ def unpack(tiles: Tiles) -> tuple[Tensor, Tensor, Tensor | None]:
 def from_tiles(tiles: Tiles, form: QuantizedWeight) -> QuantizedWeight:
     """The weight in its own format; `form` gives what the tiles do not hold: t and aux tables as stored."""
     codes, scale, zero = unpack(tiles)
+    if zero is not None and form.zero is not None:  # integers of 8 bits where a file has stored them so
+        zero = form.zero if form.zero.step is not None else Aux(zero.to(form.zero.stored.dtype))
     return replace(
         form,
         planes=pack(codes, tiles.nbits),
         scale=form.scale if form.scale.step is not None else Aux(scale),
-        zero=None if zero is None or form.zero is None else form.zero if form.zero.step is not None else Aux(zero),
+        zero=zero if form.zero is not None else None,
         codebook=tiles.codebook,
         permutation=tiles.permutation,
         rotation=tiles.rotation,

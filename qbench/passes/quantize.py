@@ -24,6 +24,7 @@ from qbench.layers.linear import QuantLinear
 from qbench.model.linears import Linears, find_linears, matrix, replace_module
 from qbench.passes.calibrate import Calibration, Group, quantize_blocks
 from qbench.passes.collect import MIN_EXPERT_TOKENS, ExpertInputs
+from qbench.passes.groups import groups_of
 from qbench.passes.rows import Pending, pending, settle, stopwatch
 from qbench.passes.stream import Fetch, fetching
 from qbench.quant.quantizer import InputStatistics, Quantizer
@@ -54,11 +55,15 @@ def quantize_model(
         rows.extend(new)
 
     def place_group(group: Group, stats: InputStatistics | None) -> None:
+        group = {name: layer for name, layer in group.items() if takes(quantizer, name)}
+        if not group:
+            return
         for name, (module, row) in quantize_linears(group, quantizer, stats).items():
             place(name, module, [row])
 
     def place_experts(name: str, module: nn.Module, inputs: ExpertInputs | None, fetch: Fetch = iter) -> None:
-        place(name, *quantize_experts(name, module, quantizer, inputs, fetch))
+        if takes_experts(quantizer, name, module):
+            place(name, *quantize_experts(name, module, quantizer, inputs, fetch))
 
     found = find_linears(model)
     skipped = skipped_rows(found)
@@ -70,18 +75,33 @@ def quantize_model(
         skipped += [SkippedRow(name, weights, UNREACHED) for name, weights in unreached.items()]
         warn(rows)
         return rows, skipped
-    names = [name for name, _ in model.named_modules() if name in found.layers or name in found.experts]
+    units = [[name] for name, _ in model.named_modules() if name in found.layers or name in found.experts]
+    if quantizer.joint:
+        groups = {group[0]: group for group in groups_of(model, offloaded)}
+        later = {name for group in groups.values() for name in group[1:]}
+        units = [groups.get(name, [name]) for [name] in units if name not in later]
     with fetching(model.device, offloaded) as fetch:
-        arrivals = fetch(list(found.layers[name].parameters()) for name in names if name in found.layers)
-        for name in tqdm(names, desc="quantizing", unit="layer"):
+        linears = [unit for unit in units if unit[0] in found.layers]
+        arrivals = fetch([p for name in unit for p in found.layers[name].parameters()] for unit in linears)
+        for unit in tqdm(units, desc="quantizing", unit="layer"):
             # a reference kept in `found` would hold every original in memory until the last one is quantized
-            if name in found.layers:
+            if unit[0] in found.layers:
                 next(arrivals)
-                place_group({name: found.layers.pop(name)}, None)
+                place_group({name: found.layers.pop(name) for name in unit}, None)
             else:
-                place_experts(name, found.experts.pop(name), None, fetch)
+                place_experts(unit[0], found.experts.pop(unit[0]), None, fetch)
     warn(rows)
     return rows, skipped
+
+
+def takes(quantizer: Quantizer, name: str) -> bool:
+    """Whether the quantizer does anything with the linear of that name."""
+    return quantizer.for_layer(name) is not None
+
+
+def takes_experts(quantizer: Quantizer, name: str, module: nn.Module) -> bool:
+    """As `takes`, for any of a module's fused experts."""
+    return any(takes(quantizer, one) for i in range(module.num_experts) for one in _expert_names(name, module, i))
 
 
 def skipped_rows(found: Linears) -> list[SkippedRow]:

@@ -26,6 +26,7 @@ class States:
 
     def __init__(self, batches: Iterable[Tensor], device: torch.device, on_host: bool = False) -> None:
         self.device, self.on_host = device, on_host and device.type == "cuda"
+        self.shared = False  # with another's: what is run on them may not write into them
         self._held = [self._put_away(states) for states in batches]
         if self.on_host:
             torch.cuda.current_stream(device).synchronize()
@@ -35,6 +36,7 @@ class States:
     def like(cls, other: States) -> States:
         """The same states for another variant; they cost nothing until they go through its first block."""
         new = cls((), other.device, other.on_host)
+        new.shared = other.shared = True
         new._held = list(other._held)
         return new
 
@@ -52,6 +54,7 @@ class States:
     def through(self, run: Run) -> int | None:
         """Sends every batch through `run`; returns the first one that holds NaN or Inf after it, or None."""
         finite = [self._send(run, b) for b in range(len(self))] if not self.on_host else self._stream(run)
+        self.shared = False
         flags = torch.stack(finite).cpu()
         return None if flags.all() else int((~flags).nonzero()[0])
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,14 +20,14 @@ from torch import nn
 from qbench.errors import PointError
 from qbench.evaluate.memory import Peak
 from qbench.format.format import Format
-from qbench.format.plain import Plain
+from qbench.format.mixed import quantized_numel
 from qbench.layers.expert_form import form, put_expert, stacked_parameters
 from qbench.layers.experts import QuantExperts
 from qbench.layers.linear import PackedWeight
 from qbench.passes.chain import Calls, Chain
 from qbench.passes.own import take_own
-from qbench.passes.quantize import UNREACHED, quantize_experts, quantize_linears
-from qbench.passes.shown import Collected, Shown
+from qbench.passes.quantize import UNREACHED, quantize_experts, quantize_linears, takes, takes_experts
+from qbench.passes.shown import Collected, Group, Shown
 from qbench.passes.states import States
 from qbench.quant.quantizer import Quantizer
 from qbench.record.quantization import LayerRow, OtherRow, SkippedRow
@@ -81,13 +81,22 @@ class Variant:
     seconds: Counter[str] = field(default_factory=Counter)  # quantize, evaluate
     peak_alloc_bytes: int | None = None
     peak_rss_bytes: int | None = None
+    untouched: bool = True  # as far as it has come, it is the original
     error: Exception | None = None  # it has dropped out
 
-    def quantize(self, i: int, block: nn.Module, names: Names, shared: Collected | None) -> nn.Module:
-        """Block `i` as this variant has it, to be run; `shared` are statistics that other variants use as well."""
+    def quantize(
+        self, i: int, block: nn.Module, names: Names, shared: Collected | None, groups: Sequence[Group] | None = None
+    ) -> nn.Module:
+        """Block `i` as this variant has it, to be run; `shared` are statistics that other variants use as well.
+
+        `groups` are the block's linear groups, for a method that is shown no text and quantizes a group as one.
+        """
         peak = Peak(next(block.parameters()).device, tidy=False)
         new = sharing(block)
         layers, experts = names.inside(new)
+        layers = {name: layer for name, layer in layers.items() if takes(self.quantizer, name)}
+        experts = {name: module for name, module in experts.items() if takes_experts(self.quantizer, name, module)}
+        self.untouched = self.untouched and not (layers or experts or self.others or self.model is not None)
         packed: dict[str, nn.Module] = {}
         self.others += take_own(new, self.quantizer, names.prefix, names.weights(new))
 
@@ -95,7 +104,7 @@ class Variant:
             self.rows += rows
             for weight in _formats(module):
                 self.weights += weight.numel
-                self.covered += 0 if isinstance(weight, Plain) else weight.numel
+                self.covered += quantized_numel(weight)
                 self.stored.update(weight.stored_bytes())
             if self.keep:
                 packed[name] = module
@@ -110,16 +119,20 @@ class Variant:
         if self.shown is not None:
             found = self.shown.collect(i, new, layers, experts)
         if found is None:
-            for name, layer in layers.items():
-                for made, (module, row) in quantize_linears({name: layer}, self.quantizer).items():
+            together = groups if groups is not None and self.quantizer.joint else [[name] for name in layers]
+            for group in together:
+                named = {name: layers[name] for name in group if name in layers}
+                for made, (module, row) in quantize_linears(named, self.quantizer).items() if named else ():
                     take(made, module, [row])
             for name, module in experts.items():
                 take(name, *quantize_experts(name, module, self.quantizer))
         else:
             self.unreached += [SkippedRow(name, weights, UNREACHED) for name, weights in found.unreached.items()]
             for group, collector in _each(found.groups, found is not shared):
-                named = {name: layers[name] for name in group}
-                stats = collector.statistics(next(iter(group)))
+                named = {name: layers[name] for name in group if name in layers}
+                if not named:
+                    continue
+                stats = collector.statistics(next(iter(named)))
                 del collector
                 for made, (module, row) in quantize_linears(named, self.quantizer, stats).items():
                     take(made, module, [row])
@@ -186,7 +199,8 @@ def _run_experts_as(module: Any, packed: QuantExperts) -> None:
 def _with(block: nn.Module, names: Names, packed: dict[str, nn.Module]) -> nn.Module:
     """The block with packed layers in their places; all else of it is copied, since the block will be let go."""
     layers, experts = names.inside(block)
-    memo = {id(p): p for module in (*layers.values(), *experts.values()) for p in module.parameters()}
+    replaced = [module for name, module in (*layers.items(), *experts.items()) if name in packed]
+    memo = {id(p): p for module in replaced for p in module.parameters()}
     new = copy.deepcopy(block, memo | _configs(block))
     for name, module in packed.items():
         parent, _, child = name.removeprefix(names.prefix).rpartition(".")

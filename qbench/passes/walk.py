@@ -31,9 +31,10 @@ from qbench.model.linears import find_linears
 from qbench.model.readers import mark_without_storage
 from qbench.passes.account import Tally
 from qbench.passes.chain import Calls, Chain
+from qbench.passes.groups import Groups
 from qbench.passes.own import has_own, take_own
 from qbench.passes.quantize import require_finite_weights
-from qbench.passes.shown import Collected, Shown
+from qbench.passes.shown import Collected, Group, Shown
 from qbench.passes.states import States
 from qbench.passes.variant import Names, Variant, sharing
 from qbench.sources.ahead import ahead
@@ -109,6 +110,8 @@ class Walk:
         """
         if not variants and original is None:
             return
+        joint = any(v.quantizer.joint and not v.quantizer.needs for v in variants)
+        groups = Groups(self.chain) if joint else None
         total = len(self.stream) * (len(variants) + (original is not None))
         with tqdm(total=total, desc="pass", unit="block") as bar, closing(self._blocks(bar)) as blocks:
             for i, block in blocks:
@@ -117,39 +120,56 @@ class Walk:
                 require_finite_weights(*names.inside(block))
                 layers, experts = names.inside(block)
                 collected = {id(one): one.collect(i, block, layers, experts) for one in shown}
+                together = None if groups is None else groups.of(i, block, layers)
+                same: list[States] = []  # those of the original, or of what it is so far
                 if original is not None:
                     bar.set_postfix_str("original")
                     self._through(i, block, original, "the original", self.calls)
+                    same.append(original)
                     bar.update()
                 for variant in variants:
                     if not variant.alive:  # it may have been let go together with the one before
                         continue
                     bar.set_postfix_str(variant.label)
                     try:
-                        self._take(i, block, variant, collected)
+                        self._take(i, block, variant, collected, together, same)
                     except Exception as error:
                         variant.drop_out(error)
                         yield variant
                     bar.update()
-                del collected, layers, experts
+                del collected, layers, experts, together
                 if not any(v.alive for v in variants) and original is None:
                     return
 
-    def _take(self, i: int, block: nn.Module, variant: Variant, collected: dict[int, Collected]) -> None:
+    def _take(
+        self,
+        i: int,
+        block: nn.Module,
+        variant: Variant,
+        collected: dict[int, Collected],
+        groups: list[Group] | None,
+        same: list[States],
+    ) -> None:
+        """Block `i` of a variant; one that is the original so far has its states, or those of another such variant."""
         after = getattr(variant.quantizer, "after_block", None)  # of one that changes states and no weights
         with _seconds(variant, "quantize", self.device):
             shared = collected.get(id(variant.shares))
-            new = block if after else variant.quantize(i, block, self.names[i], shared)
-        if variant.states is not None:
+            new = block if after else variant.quantize(i, block, self.names[i], shared, groups)
+        untouched = after is None and variant.untouched
+        if variant.states is not None and untouched and same:
+            variant.states = States.like(same[0])
+        elif variant.states is not None:
             with _seconds(variant, "evaluate", self.device):
                 self._through(i, new, variant.states, "the quantized model", variant.calls or self.calls, after)
+            if untouched:
+                same.append(variant.states)
 
     def _through(
         self, i: int, block: nn.Module, states: States, whose: str, calls: Sequence[Calls], after: After | None = None
     ) -> None:
         def run(b: int, x: Tensor) -> Tensor:
-            # variants begin with the same tensors, and a block may write into what it is handed
-            y = calls[b][i].run(block, x.clone() if i == 0 else x)
+            # a block may write into what it is handed
+            y = calls[b][i].run(block, x.clone() if states.shared else x)
             if after is not None:
                 after(y, i, b)
             return y

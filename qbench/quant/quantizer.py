@@ -3,7 +3,8 @@
 A quantizer is a frozen dataclass whose fields are its configuration. It is pure: weights `[out, in]` in,
 weights of some Format out, on the device of the input; it sees no model and keeps no state. The unit of work is
 the linear group, the linears that read the same tensor (q/k/v; gate/up): a method that shares something across
-them overrides `quantize`; one that treats matrices one by one writes `quantize_one`.
+them overrides `quantize`, and says `joint = True` if it is shown no text: else the linears may come one by one; one
+that treats matrices one by one writes `quantize_one`.
 
     @dataclass(frozen=True)
     class Mine(Quantizer):
@@ -24,6 +25,7 @@ from typing import Any, ClassVar, Self
 
 from torch import Tensor
 
+from qbench.errors import none_of
 from qbench.format.aux import AUX_DTYPES
 from qbench.format.format import Format
 from qbench.format.packing import PLANES
@@ -57,17 +59,19 @@ class Quantizer:
     """
 
     needs: ClassVar[frozenset[Statistic]] = frozenset()  # empty: calibration-free
+    joint: ClassVar[bool] = False  # True: it is handed a linear group as a whole; else linears may come one by one
+    partial: ClassVar[bool] = False  # True: it is asked to leave linears alone, and runtime.min_coverage asks nothing
 
     def __post_init__(self) -> None:
         nbits = getattr(self, "nbits", 4)
         if type(nbits) is not int or nbits not in PLANES:
-            raise ValueError(f"nbits must be one of {', '.join(map(str, PLANES))}, got {nbits!r}")
+            raise none_of("nbits", nbits, PLANES)
         group_size = getattr(self, "group_size", 64)
         if type(group_size) is not int or (group_size < 1 and group_size != -1):
             raise ValueError(f"group_size must be a positive number of input channels, or -1, got {group_size!r}")
         aux_dtype = getattr(self, "aux_dtype", "fp16")
         if aux_dtype not in AUX_DTYPES:
-            raise ValueError(f"aux_dtype must be one of {', '.join(AUX_DTYPES)}, got {aux_dtype!r}")
+            raise none_of("aux_dtype", aux_dtype, AUX_DTYPES)
 
     def quantize(self, weights: Sequence[Tensor], stats: InputStatistics | None) -> list[Format]:
         """Quantizes the weights `[out, in]` of one linear group, in order."""
@@ -76,6 +80,11 @@ class Quantizer:
     def quantize_one(self, weight: Tensor, stats: InputStatistics | None = None) -> Format:
         """Quantizes one weight `[out, in]`."""
         raise TypeError(f"{type(self).__name__} must define quantize or quantize_one")
+
+    @property
+    def seed_field(self) -> str | None:
+        """The field that a random choice of the method starts from: draws differ in it. None where it makes none."""
+        return "seed" if hasattr(self, "seed") else None
 
     # What follows matters to a method that holds what others made (readers/file.py). The rest see weights alone.
 
@@ -96,6 +105,10 @@ class Quantizer:
 
         Raises ValueError for a model with which it cannot be used.
         """
+        return self
+
+    def for_layer(self, name: str) -> Quantizer | None:
+        """What quantizes the linear of that name; None leaves it alone, as the original has it."""
         return self
 
     def quantize_layers(

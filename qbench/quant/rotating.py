@@ -40,6 +40,10 @@ class RotatingQuantizer(Quantizer):
         if not 0 <= self.rotation_seed < 2**63:
             raise ValueError(f"rotation_seed must lie in 0 .. 2**63 - 1, got {self.rotation_seed}")
 
+    @property
+    def seed_field(self) -> str | None:
+        return "rotation_seed" if self.rotation is not None else None
+
     def quantize_basis(self, weights: Sequence[Tensor], stats: InputStatistics | None) -> list[QuantizedWeight]:
         """Quantizes the weights `[out, in]` of one linear group in the basis that they are given in."""
         raise TypeError(f"{type(self).__name__} must define quantize_basis")

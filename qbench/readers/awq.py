@@ -21,7 +21,7 @@ from torch import Tensor
 from qbench.format.weight import QuantizedWeight
 from qbench.format.words import unpack_words
 from qbench.readers.folder import HeldFolder, Linear, integer, method_of, quantization_of
-from qbench.readers.gptq import SCALES, describe, group_width, integers, packing_format
+from qbench.readers.gptq import AUTOROUND, SCALES, describe, group_width, integers, packing_format
 from qbench.readers.reader import ReadError
 
 BITS, PER_WORD = 4, 8
@@ -34,7 +34,7 @@ class AWQ:
 
     def recognizes(self, path: Path) -> bool:
         method = method_of(path)
-        return method == "awq" or (method in ("auto-round", "intel/auto-round") and "awq" in packing_format(path))
+        return method == "awq" or (method in AUTOROUND and packing_format(path) == "auto_awq")
 
     def open(self, path: Path, model: Any) -> HeldFolder:
         settings = quantization_of(path)

@@ -124,10 +124,9 @@ class Schemes:
     )
 
     def scheme(self, linear: Linear) -> Scheme:
-        """The one whose target names the module, else the one that is for a class: quantized modules are linears."""
+        """The one whose target names the module, else the one that is for its class."""
         named = [scheme for scheme in self.schemes if scheme.matches(linear.module)]
-        classes = [s for s in self.schemes if any("." not in t and not t.startswith("re:") for t in s.targets)]
-        if not (found := named or classes):
+        if not (found := named or [scheme for scheme in self.schemes if {*linear.classes} & {*scheme.targets}]):
             raise linear.error("it is quantized, and no group of the quantization_config is for it")
         return found[0]
 
@@ -196,7 +195,7 @@ def integer_weight(linear: Linear, scheme: Scheme, tensors: Mapping[str, Tensor]
             zero = (stored.short() + 2 ** (nbits - 1)).to(torch.uint8).reshape(-1, groups).expand(rows, groups)
     permutation = None
     if "weight_g_idx" in tensors and not bool((tensors["weight_g_idx"] == -1).all()):
-        permutation = order_of(linear, tensors["weight_g_idx"], width)
+        permutation = order_of(linear, tensors["weight_g_idx"], width, always=True)
         codes = codes if permutation is None else codes[:, permutation]
     scale = scale.reshape(-1, groups).expand(rows, groups)
     return integers(linear, codes, scale, zero, nbits, width, permutation, "compressed-tensors")

@@ -33,6 +33,7 @@ from qbench.registry import READER, find, names
 HUB = "hub:"
 LEAST_COSINE = 0.2  # between a weight and what a file holds of it; that of unrelated matrices is below 0.01
 SETTINGS = ("config.json", "quantization_config.json", "quantize_config.json", "hf_quant_config.json")
+SETTINGS = (*SETTINGS, "quant_config.json", "model.safetensors.index.json.meta.json")  # AWQ's older one, and SINQ's
 
 
 def reader_of(path: Path) -> tuple[str, Reader]:

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from qbench.errors import PointError, RequestError
 from qbench.format.format import Format
+from qbench.format.mixed import Mixed
 from qbench.layers.expert_form import form
 from qbench.readers.names import Fused, Names, matrices, matrix_of
 from qbench.readers.reader import Entry, ReadError
@@ -39,6 +40,7 @@ class Linear:
     module: str  # in the checkpoint's words
     shape: tuple[int, int]  # [out, in], the model's
     stored: Mapping[str, Stored]
+    classes: tuple[str, ...] = ("Linear",)  # of the module that holds it in the model
 
     def error(self, reason: str) -> ReadError:
         return ReadError(f"{self.module}: {reason}")
@@ -82,7 +84,7 @@ class HeldFolder:
         check_architecture(path, model)
         try:
             self._shards = Shards(path, shards_of(path))
-        except RequestError as error:
+        except (RequestError, OSError) as error:
             raise ReadError(str(error)) from error
         self.file_bytes = sum(file.stat().st_size for file in {s.file for s in self._shards.tensors.values()})
         self._names = Names(model)
@@ -97,6 +99,11 @@ class HeldFolder:
             self._add_plain(key, self._shards.tensors[key])
         if not self._linears:
             raise ReadError(f"{path} holds no weight quantized as its config.json says")
+        kinds: dict[str, set[str]] = defaultdict(set)  # of the matrices that will be one stack
+        for name, entry in self.entries.items():
+            if stack := self._names.stack_of(name):
+                kinds[stack].add(entry.kind)
+        self._mixed = {stack for stack, found in kinds.items() if len(found) > 1}
         if lacking := self._names.lacking(set(self.entries)):
             more = f" and {len(lacking) - SHOWN} more" if len(lacking) > SHOWN else ""
             raise ReadError(f"{path} lacks {', '.join(lacking[:SHOWN])}{more}, which the original has")
@@ -104,7 +111,9 @@ class HeldFolder:
     def read(self, name: str) -> Format | Tensor:
         if name in self._linears:
             linear = self._linears[name]
-            return self._layout.decode(linear, {p: self._tensor(f"{linear.module}.{p}") for p in linear.stored})
+            self._check_no_bias(linear)
+            found = self._layout.decode(linear, {p: self._tensor(f"{linear.module}.{p}") for p in linear.stored})
+            return Mixed.of(found) if self._names.stack_of(name) in self._mixed else found
         key, fused = self._plain[name]
         if fused is None:
             tensor = self._tensor(key)
@@ -112,6 +121,11 @@ class HeldFolder:
         index, projection, _ = name.removeprefix(f"{fused.module}.").split(".")
         how = form(self._names.experts[fused.module])
         return matrix_of(how, projection, fused.parameter, self._tensor(key, int(index)))
+
+    def _check_no_bias(self, linear: Linear) -> None:
+        """AutoGPTQ gives every layer a bias; where the original has none, it has to be zero."""
+        if (key := f"{linear.module}.bias") in self.ignored and bool(self._tensor(key).any()):
+            raise linear.error("it has a bias, and the original's layer has none")
 
     def _tensor(self, key: str, index: int | None = None) -> Tensor:
         try:
@@ -148,7 +162,7 @@ class HeldFolder:
         shape = self._names.matrix_shape(name)
         if len(shape) != 2:
             raise ReadError(f"{module} is quantized, and the original's {list(shape)} is no matrix")
-        linear = Linear(module, shape, stored)
+        linear = Linear(module, shape, stored, self._names.classes(name))
         nbytes = sum(part.nbytes for part in stored.values())
         self._enter(name, Entry(shape, self._layout.kind(linear), nbytes, quantized=True))
         self._linears[name] = linear
@@ -208,8 +222,9 @@ def quantization_of(path: Path) -> dict[str, Any]:
     """What a checkpoint says of its quantization, {} if nothing: in config.json, or beside it as older tools did."""
     config = config_of(path)
     for place in (config, config.get("text_config")):
-        if isinstance(place, dict) and isinstance(found := place.get("quantization_config"), dict):
-            return found
+        for name in ("quantization_config", "compression_config"):  # the latter is compressed-tensors' older one
+            if isinstance(place, dict) and isinstance(found := place.get(name), dict):
+                return found
     if found := config_of(path, "quantize_config.json"):
         return {"quant_method": "gptq"} | found
     if "w_bit" in (found := config_of(path, "quant_config.json")):

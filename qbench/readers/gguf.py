@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from qbench.format.format import Format
+from qbench.model.gguf_names import in_a_file
 from qbench.readers import gguf_file
 from qbench.readers.gguf_file import Header
 from qbench.readers.gguf_names import SHOWN, Weight, latent, located
@@ -63,7 +64,7 @@ class GGUFFile:
             joined = latent(weight, parts)
             return joined if self.entries[name].quantized else joined.dequantize()
         if self.entries[name].quantized:
-            return parts[0].rows(row_order(weight)) if weight.change == "rows" else parts[0]
+            return parts[0].rows(in_a_file(weight.shape[0], weight.heads)) if weight.change == "rows" else parts[0]
         values = [
             part.blocks.view(FLOAT_TYPES[piece.stored.type]).reshape(-1)
             for part, piece in zip(parts, weight.pieces, strict=True)
@@ -77,7 +78,7 @@ class GGUFFile:
         value = values[0].view(weight.shape)
         if weight.change == "norm":
             return (value.float() - 1).to(value.dtype)
-        return value[row_order(weight)] if weight.change == "rows" else value
+        return value[in_a_file(weight.shape[0], weight.heads)] if weight.change == "rows" else value
 
 
 def models_in(folder: Path) -> list[Path]:
@@ -113,8 +114,3 @@ def made_by(header: Header) -> str:
         if isinstance(text, str) and text.strip():
             said.append(f"{words} {' '.join(text.split())[:60]}")
     return ", ".join(said)
-
-
-def row_order(weight: Weight) -> Tensor:
-    """Where each row of the model's q or k lies in the file: the two halves of a head take turns there."""
-    return torch.arange(weight.shape[0]).view(weight.heads, -1, 2).mT.reshape(-1)

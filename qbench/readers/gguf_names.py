@@ -18,31 +18,10 @@ from torch import Tensor
 from qbench.format.format import Format
 from qbench.format.gguf import GGUFLatent, of_blocks
 from qbench.layers.expert_form import form, refusal, stacked_parameters
+from qbench.model.gguf_names import ARCHITECTURES, INTERLEAVED, NORMS_PLUS_ONE, tensor_names
 from qbench.readers.gguf_file import Header, Stored
 from qbench.readers.reader import Entry, ReadError
 
-# transformers' model_type -> general.architecture
-ARCHITECTURES = {
-    "llama": "llama",
-    "mistral": "llama",
-    "mixtral": "llama",
-    "granite": "granite",
-    "smollm3": "smollm3",
-    "olmo2": "olmo2",
-    "qwen2": "qwen2",
-    "qwen2_moe": "qwen2moe",
-    "qwen3": "qwen3",
-    "qwen3_moe": "qwen3moe",
-    "gemma": "gemma",
-    "gemma2": "gemma2",
-    "gemma3_text": "gemma3",
-    "phi3": "phi3",
-    "deepseek_v2": "deepseek2",
-    "deepseek_v3": "deepseek2",
-    "gpt_oss": "gpt-oss",
-}
-INTERLEAVED = ("llama", "granite", "smollm3")  # rows of q and k pair by pair, as llama.cpp's rotation reads them
-NORMS_PLUS_ONE = ("gemma", "gemma2", "gemma3")
 ROTARY = re.compile(r"rope_(freqs|factors_long|factors_short)\.weight|blk\.\d+\.attn_rot_embd\.weight")
 SHOWN = 3
 
@@ -150,10 +129,7 @@ def _may_be_left(name: str, header: Header, config: Any, used: set[str]) -> str 
 
 def _wanted(header: Header, model: Any, config: Any) -> Iterator[tuple[str, tuple[int, ...], Weight | None]]:
     """Every weight of the language model with its shape, and where the file has it; None if it does not."""
-    from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
-
-    kinds = {name: arch for arch, name in MODEL_ARCH_NAMES.items()}
-    names = get_tensor_name_map(kinds[header.architecture], config.num_hidden_layers)
+    names = tensor_names(header.architecture, config.num_hidden_layers)
     modules = dict(model.named_modules())
     paths = {id(module): path for path, module in modules.items()}
     decoder, head = paths.get(id(model.get_decoder()), "model"), paths.get(id(model.get_output_embeddings()), "lm_head")

@@ -23,6 +23,7 @@ from qbench.readers.reader import ReadError
 
 BITS = (2, 3, 4, 8)
 CONVENTIONS = {"gptq": True, "gptq_v2": False}  # whether zero points are stored less one
+AUTOROUND = ("auto-round", "intel/auto-round")  # its quant_method, today and before
 SCALES = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -32,21 +33,21 @@ class GPTQ:
 
     def recognizes(self, path: Path) -> bool:
         method = method_of(path)
-        return method == "gptq" or (method in ("auto-round", "intel/auto-round") and "gptq" in packing_format(path))
+        return method == "gptq" or (method in AUTOROUND and packing_format(path) == "auto_gptq")
 
     def open(self, path: Path, model: Any) -> HeldFolder:
         settings = quantization_of(path)
         named = settings.get("checkpoint_format") or settings.get("format") or "gptq"
         if method_of(path) != "gptq":
             named = "gptq"
-        if named not in CONVENTIONS:
+        if not isinstance(named, str) or named not in CONVENTIONS:
             raise ReadError(
                 f"{path} has the checkpoint_format {str(named)[:50]!r}, and of GPTQ's {', '.join(CONVENTIONS)} are read"
             )
-        layout = Words(integer(settings, "group_size", -1), v1=CONVENTIONS[named])
+        order, symmetric = settings.get("desc_act") is True, settings.get("sym") is True
+        layout = Words(integer(settings, "group_size", -1), v1=CONVENTIONS[named], order=order, symmetric=symmetric)
         made_by = "AutoRound" if method_of(path) != "gptq" else "GPTQ"
-        order = ", act-order" if settings.get("desc_act") is True else ""
-        return HeldFolder(path, model, layout, f"{made_by}, {describe(settings)}{order}")
+        return HeldFolder(path, model, layout, f"{made_by}, {describe(settings)}" + ", act-order" * order)
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,8 @@ class Words:
 
     group_size: int  # as configured, -1 for whole rows; it only matters where the last group is ragged
     v1: bool
+    order: bool = False  # every weight keeps its permutation, also one that is none: experts have to be alike
+    symmetric: bool = False  # zero points that are all in the centre of the codes need no room
     parts = ("qweight", "qzeros", "scales", "g_idx")
     marks = parts
     unused = MappingProxyType({})
@@ -82,8 +85,10 @@ class Words:
         codes = unpack_words(tensors["qweight"], nbits, columns).T
         permutation = None
         if "g_idx" in tensors:
-            permutation = order_of(linear, tensors["g_idx"], width)
+            permutation = order_of(linear, tensors["g_idx"], width, self.order)
             codes = codes if permutation is None else codes[:, permutation]
+        if self.symmetric and bool((zero == 2 ** (nbits - 1)).all()):
+            zero = None
         return integers(linear, codes, tensors["scales"].T, zero, nbits, width, permutation, "gptq")
 
 
@@ -95,8 +100,8 @@ def describe(settings: Mapping[str, Any]) -> str:
 
 
 def packing_format(path: Path) -> str:
-    """What AutoRound says of how it packed: auto_round:auto_gptq, auto_round:auto_awq."""
-    return str(quantization_of(path).get("packing_format", "")).lower()
+    """What AutoRound says of how it packed: auto_gptq or auto_awq, after "auto_round:"."""
+    return str(quantization_of(path).get("packing_format", "")).lower().rpartition(":")[2]
 
 
 def group_width(linear: Linear, groups: int, configured: int) -> int:
@@ -109,14 +114,15 @@ def group_width(linear: Linear, groups: int, configured: int) -> int:
     return columns // groups
 
 
-def order_of(linear: Linear, groups: Tensor, width: int) -> Tensor | None:
-    """The permutation `[in]` that puts columns of the same group together; None if they are together already.
+def order_of(linear: Linear, groups: Tensor, width: int, always: bool) -> Tensor | None:
+    """The permutation `[in]` that puts columns of the same group together.
 
-    `groups` `[in]` is the group of every column. Raises ReadError unless each is of `width` columns, the last one less.
+    None if they are together already, unless `always`. `groups` `[in]` is the group of every column. Raises ReadError
+    unless each is of `width` columns, the last one less.
     """
     columns = linear.shape[1]
     expected = torch.arange(columns) // width
-    if torch.equal(groups.long(), expected):
+    if torch.equal(groups.long(), expected) and not always:
         return None
     ordered, permutation = groups.long().sort(stable=True)
     if not torch.equal(ordered, expected):
@@ -136,12 +142,10 @@ def integers(
 ) -> QuantizedWeight:
     """A dual-scale weight of `codes` and `zero` uint8, `[out, in]` and `[out, groups]`, and `scale` as it is stored.
 
-    Zero points that are all in the centre of the codes need no room. Raises ReadError for a scale that is no number.
+    Raises ReadError for a scale that is no number.
     """
     if not torch.isfinite(scale).all():
         raise linear.error("a scale is not a finite number")
-    if zero is not None and bool((zero == 2 ** (nbits - 1)).all()):
-        zero = None
     return QuantizedWeight.build(
         codes,
         Aux(scale.contiguous()),

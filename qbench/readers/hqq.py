@@ -98,7 +98,8 @@ def table_weight(
     if group is None and axis in (0, 1):
         group = linear.shape[axis]
     count = linear.shape[0] * linear.shape[1]
-    if nbits not in PER_WORD or axis not in (0, 1) or type(group) is not int or not 0 < group <= count:
+    whole = all(type(number) is int for number in (nbits, axis, group))
+    if not whole or nbits not in PER_WORD or axis not in (0, 1) or not 0 < group <= count:
         told = f"{str(nbits)[:20]} bits, axis {str(axis)[:20]} and groups of {str(group)[:20]}"
         raise linear.error(f"it has {told}, which the package does not write for {list(linear.shape)}")
     if count % group:

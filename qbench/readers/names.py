@@ -41,6 +41,7 @@ class Names:
         self._converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
         self._base = model.base_model_prefix
         self._wanted = model.state_dict()
+        self._modules = dict(model.named_modules())
         found = find_linears(model)
         self.experts: dict[str, Any] = found.experts
         self.transposed = {f"{name}.weight" for name, layer in found.layers.items() if type(layer).__name__ == "Conv1D"}
@@ -90,6 +91,16 @@ class Names:
     def matrix_shape(self, name: str) -> tuple[int, ...]:
         """`[out, in]` of a linear; GPT-2's Conv1D holds its weight transposed."""
         return self.shapes[name][::-1] if name in self.transposed else self.shapes[name]
+
+    def stack_of(self, name: str) -> str | None:
+        """The experts and projection that a matrix is one of: `model.layers.0.mlp.experts.gate_proj`."""
+        module, *rest = name.rsplit(".", 3)
+        return f"{module}.{rest[1]}" if module in self.experts and len(rest) == 3 and rest[0].isdigit() else None
+
+    def classes(self, name: str) -> tuple[str, ...]:
+        """Of the module that holds a weight, with those that it derives from; one expert's matrices are linears."""
+        module = self._modules.get(name.rpartition(".")[0])
+        return ("Linear",) if module is None else tuple(cls.__name__ for cls in type(module).__mro__)
 
     def lacking(self, found: set[str]) -> list[str]:
         """The model's weights that none of the entries `found` gives, nor one that they are tied to."""

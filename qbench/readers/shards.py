@@ -41,6 +41,9 @@ DTYPES = {
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
     "F8_E8M0": torch.float8_e8m0fnu,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
     "I64": torch.int64,
     "I32": torch.int32,
     "I16": torch.int16,
@@ -48,6 +51,7 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+HEADER_BYTES = 100_000_000  # of a header or an index; safetensors itself reads no longer header
 INDEX = "model.safetensors.index.json"
 
 
@@ -174,6 +178,8 @@ def _shards(folder: Path) -> list[Path]:
 
 def listed(index: Path) -> list[Path]:
     """The shards that an index lists, all of which lie beside it; raises RequestError."""
+    if index.stat().st_size > HEADER_BYTES:
+        raise RequestError(f"{index} has {index.stat().st_size} bytes, which is no index of safetensors shards")
     try:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
         if outside := [name for name in names if Path(name).name != name]:
@@ -193,7 +199,7 @@ def _header(file: Path) -> dict[str, Stored]:
     size = file.stat().st_size
     with file.open("rb") as opened:
         length = int.from_bytes(opened.read(8), "little")
-        if length > size - 8:
+        if length > min(size - 8, HEADER_BYTES):
             raise RequestError(
                 f"{file} is truncated or no safetensors file: no header fits into its {size} bytes; get it anew"
             )
@@ -223,7 +229,9 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _stored(file: Path, entry: dict[str, Any], data: int) -> Stored:
-    dtype, shape = DTYPES[entry["dtype"]], tuple(entry["shape"])
+    if (named := str(entry["dtype"])) not in DTYPES:
+        raise ValueError(f"{named[:20]} is none of the types {', '.join(DTYPES)}")
+    dtype, shape = DTYPES[named], tuple(entry["shape"])
     begin, end = entry["data_offsets"]
     whole = all(type(number) is int and 0 <= number < 2**63 for number in (*shape, begin, end))
     if not whole or end - begin != math.prod(shape) * dtype.itemsize:

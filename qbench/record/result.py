@@ -92,6 +92,11 @@ class Result(Strict):
             prefix = f"{record.protocol}/" if index else ""  # the first one, nearly always the only one, has none
             for key in ("protocol", "ppl", "baseline_ppl", "ppl_delta", "ppl_delta_low", "ppl_delta_high", "verdict"):
                 flat[prefix + key] = getattr(record, key)
+            for key in ("p_value", "detectable"):
+                if getattr(record, key) is not None:
+                    flat[prefix + key] = getattr(record, key)
+            if record.draws is not None:
+                flat |= {prefix + "draws": len(record.draws), prefix + "ppl_spread": record.perplexity.spread}
             if record.divergence is not None:
                 for key in ("kl", "kl_reverse", "top1_agreement", "true_token_rms_change"):
                     flat[prefix + key] = getattr(record.divergence, key).value
@@ -100,7 +105,16 @@ class Result(Strict):
         for record in self.tasks:
             for metric in record.metrics:
                 flat[f"{record.protocol}/{metric.name}"] = metric.value
-                for key in ("delta", "delta_low", "delta_high", "verdict", "flip_rate"):
+                for key in (
+                    "delta",
+                    "delta_low",
+                    "delta_high",
+                    "verdict",
+                    "p_value",
+                    "detectable",
+                    "flip_rate",
+                    "spread",
+                ):
                     if getattr(metric, key) is not None:
                         flat[f"{record.protocol}/{metric.name}_{key}"] = getattr(metric, key)
         if (q := self.quantization) is not None:

@@ -54,7 +54,9 @@ class Row:
 
     @property
     def method(self) -> str:
-        """As a sentence calls it: `sinq at 4 bits`."""
+        """As a sentence calls it: `sinq at 4 bits, group 64`."""
+        if self.entry.quantizer == "none":
+            return "the original"
         group = self.entry.identity.quantizer.get("group_size")
         options = "".join(f" {key}={value}" for key, value in self.options.items())
         return f"{self.entry.quantizer} at {self.entry.bits} bits{f', group {group}' if group else ''}{options}"

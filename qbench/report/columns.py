@@ -102,6 +102,12 @@ def _decode_times(row: Row) -> Value:
     return speed.quantized.decode.tokens_per_second.median / before if before else None
 
 
+def _flipped(row: Row) -> Value:
+    """Percent of the documents whose answer turned right or wrong."""
+    rate = row.score.number.flip_rate
+    return None if rate is None else 100 * rate
+
+
 def _head_bits(row: Row) -> str:
     """Empty where it is 16 bit, as it is for every method that quantizes the linears alone."""
     bits = row.entry.result.quantization.head_bits  # type: ignore[union-attr]
@@ -130,6 +136,8 @@ def _file(name: str) -> Callable[[Row], Value]:
     return read
 
 
+# what a publication may say of a row besides the section's number
+PUBLISHED_BESIDES = {"model_gigabytes": ("GB", 2), "quant_seconds": ("s", 2), "flip_percent": ("flipped, %", 2)}
 MARKS = {FRONT: "●", NEAR_FRONT: "○"}
 LEGEND = (
     "●: no other row is as good in quality and in bits per weight. ○: beaten, but inside the noise. "
@@ -210,6 +218,7 @@ def columns(section: Section, published: Sequence[Published] = ()) -> list[Colum
         Column(f"{section.metric}_delta_high", "high", lambda row: row.score.number.delta_high, digits=3, people=False),
         Column(f"{section.metric}_p_value", "p", lambda row: row.score.number.p_value, people=False),
         Column(f"{section.metric}_detectable", "d", lambda row: row.score.number.detectable, people=False),
+        Column("flip_percent", "flipped, %", _flipped, digits=2),
     ]
     if any(beside(published, section, row) for row in section.rows):
 
@@ -225,6 +234,16 @@ def columns(section: Section, published: Sequence[Published] = ()) -> list[Colum
             Column("published_difference", "ours minus it", difference, digits=3),
             Column("published_in", "where", lambda row: _join(of(row, "source"), of(row, "where"))),
         ]
+    for metric, (title, digits) in PUBLISHED_BESIDES.items():
+        if any(beside(published, section, row, metric) for row in section.rows):
+            interval.append(
+                Column(
+                    f"published_{metric}",
+                    f"published: {title}",
+                    lambda row, metric=metric: getattr(beside(published, section, row, metric), "value", None),
+                    digits=digits,
+                )
+            )
     return [*_SETTING, *quality, *_SIZE, *interval, *_DIVERGENCE, *_COST, *_SPREAD, *_ORIGIN]
 
 

@@ -84,7 +84,8 @@ def _change(
 ) -> Estimate:
     new, old = record[1].windows, before[1].windows
     if metric in ("quality", "delta") and new is not None and old is not None and new.shape == old.shape:
-        return difference(new, old, record[1].number.reading, record[1].weights)
+        draws = [record[1].draws, before[1].draws]
+        return difference(new, old, record[1].number.reading, record[1].weights, draws)
     return Estimate(now - earlier, None, None)
 
 

@@ -27,6 +27,8 @@ from qbench import __version__
 from qbench.record.quality import histogram_edges
 from qbench.record.quantization import LayerRow
 from qbench.record.result import Result
+from qbench.report import anatomy
+from qbench.report.anatomy import Anatomy
 from qbench.report.board import Row, Section
 from qbench.report.columns import LEGEND, MARKS, Column, columns, command, text
 from qbench.report.published import Published
@@ -43,7 +45,11 @@ SMALLEST, STEPS = 1e-6, 4000  # an error e is stored as round(1 + STEPS * log10(
 
 
 def page(
-    sections: Sequence[Section], failed: Sequence[Result], problems: Sequence[str], published: Sequence[Published] = ()
+    sections: Sequence[Section],
+    failed: Sequence[Result],
+    problems: Sequence[str],
+    published: Sequence[Published] = (),
+    anatomies: Sequence[Anatomy] = (),
 ) -> str:
     """The whole page as one string."""
     files = resources.files("qbench.report")
@@ -59,6 +65,7 @@ def page(
         created=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         version=__version__,
         sections=[_table(section, published) for section in sections],
+        anatomies=[anatomy.table(one) for one in anatomies],
         failed=[{"command": " ".join(["python -m qbench", *r.command]), "error": r.error or ""} for r in failed],
         problems=list(problems),
         legend=LEGEND,
@@ -69,6 +76,7 @@ def page(
             {
                 "sections": data,
                 "layouts": layouts.listed,
+                "anatomies": [anatomy.drawn(one) for one in anatomies],
                 "smallest": SMALLEST,
                 "steps": STEPS,
                 "edges": np.log10(histogram_edges()[1:-1]).round(6).tolist(),
@@ -144,6 +152,8 @@ def _data(section: Section, layouts: Layouts) -> dict[str, Any]:
                 "errors": errors,
                 "floor": row.floor,
                 "kl": _histogram(row),
+                "confidence": _parts(row, "by_confidence"),
+                "position": _parts(row, "by_position"),
             }
         )
     metric = plain(section.number.called)
@@ -154,6 +164,12 @@ def _histogram(row: Row) -> list[float] | None:
     """Shares of the positions by KL, in the bins of `histogram_edges`; None where there is none, or only zeros."""
     counts = [] if row.score.divergence is None else row.score.divergence.kl_histogram
     return [round(count / sum(counts), 6) for count in counts] if sum(counts[1:]) else None
+
+
+def _parts(row: Row, name: str) -> list[list[float | None]]:
+    """`[[middle, KL, share of changed top tokens], ...]` of the buckets of confidence, or parts of the window."""
+    parts = [] if row.score.divergence is None else getattr(row.score.divergence, name)
+    return [[(part.low + part.high) / 2, part.kl, part.top1_changed] for part in parts]
 
 
 def _beside_baseline(baseline: float | None, bound: float | None) -> float | None:

@@ -124,13 +124,25 @@
         x1: 10 ** (i ? data.edges[i - 1] : data.edges[0] - 0.2), x2: 10 ** (data.edges[i] ?? data.edges.at(-1) + 0.2) })));
       const svg = Plot.plot({
         width: Math.min(section.clientWidth - 40, 900), height: 260, marginLeft: 50, marginBottom: 40,
-        x: { label: "KL, nats →", type: "log", tickFormat: (d) => d.toExponential(0) }, y: { label: "↑ share of positions", grid: true, percent: true },
+        x: { label: "KL, nats →", type: "log", ticks: [-8, -6, -4, -2, 0, 2].map((d) => 10 ** d), tickFormat: (d) => d.toExponential(0) }, y: { label: "↑ share of positions", grid: true, percent: true },
         color: { legend: true, domain: chosen.map((row) => row.label), scheme: "observable10" },
         marks: [false, true].map((floor) => Plot.lineY(bins.filter((bin) => bin.floor === floor), {
           x: (bin) => Math.sqrt(bin.x1 * bin.x2), y: "share", stroke: "label", z: "label", curve: "step", strokeDasharray: floor ? "4 3" : null,
         })),
       });
       section.querySelector("[data-plot=kl]").replaceChildren(svg);
+      const color = { domain: chosen.map((row) => row.label), scheme: "observable10" };
+      const along = (name, parts, y, xLabel, yLabel) => {
+        const points = chosen.flatMap((row) => row[parts].map(([x, kl, changed]) => ({ label: row.label, floor: row.floor, x, kl, changed })));
+        const some = points.filter((point) => point[y] !== null);
+        section.querySelector(`[data-plot=${name}]`).replaceChildren(Plot.plot({
+          width: 400, height: 240, marginLeft: 55, marginBottom: 40, color, x: { label: xLabel, nice: true, domain: parts === "confidence" ? [0, 1] : undefined }, y: { label: yLabel, grid: true, zero: true, tickFormat: number3 },
+          marks: [Plot.lineY(some, { x: "x", y, stroke: "label", z: "label" }), Plot.dot(some, { x: "x", y, fill: "label", r: 2.5 })],
+        }));
+      };
+      along("kl-confidence", "confidence", "kl", "confidence of the original →", "↑ KL, nats");
+      along("changed-confidence", "confidence", "changed", "confidence of the original →", "↑ top token changed");
+      along("kl-position", "position", "kl", "token of the window →", "↑ KL, nats");
     }
 
     for (const index of picked) table.row((_i, _d, node) => Number(node.dataset.row) === index).node().querySelector("td.pick input").checked = true;
@@ -138,6 +150,39 @@
     drawLayers();
     drawSpread();
     return table;
+  }
+
+  function anatomy(section) {
+    const { cells, kinds, measured, by_block: blocks } = data.anatomies[Number(section.dataset.anatomy)];
+    const find = (name) => section.querySelector(`[data-filter=${name}]`);
+    const across = { label: "block →", domain: [...new Set(cells.map((cell) => cell.block))].sort((a, b) => a - b) };
+    const width = Math.max(section.clientWidth - 40, 500);
+    const marginLeft = 150;
+    const draw = () => {
+      const name = find("value").value;
+      const drawable = cells.filter((cell) => cell.block !== null && cell[name] !== null && (name === "error" || cell[name] > 0));
+      section.querySelector(".heat").hidden = drawable.length === 0;
+      section.querySelector(".heat .without").textContent =
+        name === "kl" && measured === false ? " No single linear was measured: a cell is put together from its kind's and its block's KL." : "";
+      if (drawable.length === 0) return;
+      section.querySelector("[data-plot=heat]").replaceChildren(Plot.plot({
+        width, height: 60 + 28 * kinds.length, marginLeft, marginBottom: 40, padding: 0.05, x: across, y: { label: null, domain: kinds },
+        color: { type: name === "error" ? "linear" : "log", scheme: "YlOrRd", legend: true, width: 320, ticks: 4, label: find("value").selectedOptions[0].text, tickFormat: number3 },
+        marks: [
+          Plot.cell(drawable, { x: "block", y: "kind", fill: name }),
+          Plot.tip(drawable, Plot.pointer({ x: "block", y: "kind", fill: "var(--card)", title: (cell) => `block ${cell.block}, ${cell.kind}\n` +
+            `KL ${number3(cell.kl)}${measured === false ? ", from the margins" : ""}\nweight error ${number3(cell.error)}\nimbalance ${number3(cell.imbalance)}, kurtosis ${number3(cell.kurtosis)}` })),
+        ],
+      }));
+    };
+    section.querySelector(".controls").hidden = false;
+    find("value").addEventListener("input", draw);
+    draw();
+    section.querySelector(".margin").hidden = blocks.length === 0;
+    if (blocks.length > 0) section.querySelector("[data-plot=block]").replaceChildren(Plot.plot({
+      width, height: 160, marginLeft, marginBottom: 40, x: across, y: { label: "↑ KL, nats", grid: true, ticks: 4 },
+      marks: [Plot.barY(blocks, { x: "block", y: "kl", fill: "#c0504d" }), Plot.ruleY([0])],
+    }));
   }
 
   function layers(row) {
@@ -173,4 +218,5 @@
   }
   document.getElementById("section")?.addEventListener("input", (event) => { show(Number(event.target.value)); });
   show(0);
+  document.querySelectorAll("section.anatomy").forEach(anatomy);
 })();

@@ -15,7 +15,8 @@
         where: Table 1                     # page, table or figure
 
 A number is put beside a row only if every field that it states is equal: model, quantizer, bits, group size, other
-settings, protocol and metric. There is no interval: the publication's windows are not known.
+settings, protocol and metric. There is no interval: the publication's windows are not known. `protocol: quantizing` is
+that of what no protocol scores, such as `quant_seconds`: it stands beside a row of any.
 """
 
 from __future__ import annotations
@@ -31,6 +32,8 @@ from pydantic import TypeAdapter, ValidationError
 from qbench.errors import RequestError, unknown
 from qbench.registry import conf_packages
 from qbench.report.board import Row, Section
+
+QUANTIZING = "quantizing"
 
 
 @dataclass(frozen=True)
@@ -48,9 +51,12 @@ class Published:
 
     __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012
 
-    def matches(self, section: Section, row: Row) -> bool:
-        wanted = (self.model, self.protocol, self.metric, self.quantizer)
-        if wanted != (section.model, section.protocol, section.metric, row.entry.quantizer):
+    def matches(self, section: Section, row: Row, metric: str) -> bool:
+        wanted = (self.model, self.metric, self.quantizer)
+        if wanted != (section.model, metric, row.entry.quantizer) or self.protocol not in (
+            section.protocol,
+            QUANTIZING,
+        ):
             return False
         ours = row.entry.identity.quantizer.get
         bits = self.nbits is None or row.entry.bits == self.nbits
@@ -99,9 +105,9 @@ def read(name: str) -> list[Published]:
     return [Published(**{**vars(entry), "source": publication.source}) for entry in publication.entries]
 
 
-def beside(published: Sequence[Published], section: Section, row: Row) -> Published | None:
-    """The published number of a row: the one that states most, if several fit."""
-    fitting = [entry for entry in published if entry.matches(section, row)]
+def beside(published: Sequence[Published], section: Section, row: Row, metric: str | None = None) -> Published | None:
+    """The published number of a row, by default of the section's metric: the one that states most, if several fit."""
+    fitting = [entry for entry in published if entry.matches(section, row, metric or section.metric)]
     return max(
         fitting, key=lambda e: (e.nbits is not None) + (e.group_size is not None) + len(e.settings), default=None
     )

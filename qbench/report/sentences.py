@@ -89,7 +89,7 @@ def _more(ranked: Ranked, first: int, second: int, difference: float, smallest: 
     if not difference:
         return "nothing would"
     if paired.binary[first] and paired.binary[second]:
-        return f"{significance.more_needed(difference, smallest, paired.windows)} more {units} would"
+        return f"{significance.more_needed(difference, smallest, paired.windows):,} more {units} would"
     whole, windows = paired.difference(first, second), paired.of_windows(first, second)
     assert whole.error is not None
     assert windows.error is not None
@@ -97,11 +97,11 @@ def _more(ranked: Ranked, first: int, second: int, difference: float, smallest: 
     of_draws = whole.error**2 - windows.error**2
     if wanted > of_draws:
         count = math.ceil(paired.windows * windows.error**2 / (wanted - of_draws)) - paired.windows
-        return f"{max(1, count)} more {units} would"
+        return f"{max(1, count):,} more {units} would"
     draws = max(ranked.rows[i].draws for i in (first, second))
     if wanted > windows.error**2:
         count = math.ceil(draws * of_draws / (wanted - windows.error**2)) - draws
-        return f"{max(1, count)} more draws would, and no number of {units}"
+        return f"{max(1, count):,} more draws would, and no number of {units}"
     return f"it takes more draws and more {units}"
 
 

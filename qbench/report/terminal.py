@@ -8,14 +8,16 @@ from pathlib import Path
 from typing import TextIO
 
 from qbench.record.outline import Outline
-from qbench.report import board, columns, entries, table
+from qbench.report import anatomy, board, columns, entries, table
 
 
 def show(outputs: Path, run_ids: Collection[str], file: TextIO) -> None:
     """The leaderboard of some points alone, such as those of a sweep that has just ended."""
     kept = entries.latest(entries.read(outputs, run_ids, Outline).entries)
-    sections = board.sections(kept, *columns.order("quality"))
-    file.write(table.write([columns.table(section) for section in sections], "table", width(file)))
+    parts, kept = anatomy.split(kept)
+    tables = [columns.table(section) for section in board.sections(kept, *columns.order("quality"))]
+    tables += [anatomy.table(one) for one in anatomy.anatomies(parts, outputs)]
+    file.write(table.write(tables, "table", width(file)))
 
 
 def width(file: TextIO) -> int | None:

@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from qbench.config import Config
-from qbench.errors import RequestError, unknown
+from qbench.errors import RequestError, inside, unknown
 from qbench.registry import conf_packages
 from qbench.request.explain import about_yaml
 from qbench.request.overrides import parse
@@ -67,7 +67,7 @@ def _check_file(file: Traversable, name: str) -> None:
     legal = ("defaults", "hydra", *(f.name for f in fields(Config)))
     for key in settings:
         if key not in legal:
-            raise RequestError(f"{file}: {unknown('key', str(key), legal)}")
+            raise inside(file, unknown("key", str(key), legal))
     if HEADER not in text.splitlines():
         raise RequestError(f"{file}: its first line must be '{HEADER}', or its settings lie below 'experiment'")
     if not isinstance(settings.get("defaults", []), list):
@@ -81,7 +81,7 @@ def _check_sweeper(file: Traversable, settings: Mapping[str, Any]) -> None:
     for key in sweeper:
         if key not in SWEEPER:
             choices = (f"hydra.sweeper.{choice}" for choice in SWEEPER)
-            raise RequestError(f"{file}: {unknown('key', f'hydra.sweeper.{key}', choices)}")
+            raise inside(file, unknown("key", f"hydra.sweeper.{key}", choices))
     also = sweeper.get("also") or []
     if not isinstance(also, list):
         raise RequestError(f"{file}: hydra.sweeper.also must be a list of products, each a mapping of KEY: VALUES")
@@ -90,7 +90,7 @@ def _check_sweeper(file: Traversable, settings: Mapping[str, Any]) -> None:
             try:
                 override = parse(assignment(key, value))
             except RequestError as error:
-                raise RequestError(f"{file}, {place}: {error}") from None
+                raise inside(f"{file}, {place}", error) from None
             if override.key_or_group == "experiment":
                 raise RequestError(f"{file}, {place}: an experiment cannot choose an experiment")
 

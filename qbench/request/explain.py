@@ -63,37 +63,38 @@ def check_added(overrides: Sequence[str]) -> None:
             raise refusal
 
 
-def explain(error: Exception, overrides: Sequence[str]) -> str:
+def explain(error: Exception, overrides: Sequence[str]) -> RequestError:
     """One sentence for an error of Hydra, OmegaConf or YAML about these `overrides` of the command line."""
     if isinstance(error, MissingMandatoryValue):
-        return f"{error.full_key} must be set: {error.full_key}=VALUE"
+        return RequestError(f"{error.full_key} must be set: {error.full_key}=VALUE", key=error.full_key)
     if isinstance(error, YAMLError):
-        return about_yaml(error)
+        return RequestError(about_yaml(error))
     if isinstance(error, UnicodeDecodeError):
-        return f"a YAML file is not UTF-8 text (byte {error.start}): save it as UTF-8"
+        return RequestError(f"a YAML file is not UTF-8 text (byte {error.start}): save it as UTF-8")
     if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options:
         group, _, option = error.missing_cfg_file.partition("/")
         if group in GROUPS:
-            return str(unknown(group, option, options(group)))  # Hydra's own list lacks those in folders below
+            return unknown(group, option, options(group))  # Hydra's own list lacks those in folders below
         group, _, option = error.missing_cfg_file.rpartition("/")
-        return str(unknown(group, option, error.options))
+        return unknown(group, option, error.options)
     text = str(error)
     if isinstance(error, OverrideParseException):
         try:
             command_line.parse(error.override)
         except RequestError as refusal:
-            return str(refusal)
+            return refusal
     # only a key that is not in the schema; a value of the wrong type is said by OmegaConf itself below
     if found := re.search(r"Could not override '([^']+)'\.?", text):
         key = found.group(1)
         if key.startswith("hydra.") and (refusal := _unknown_to_hydra(key, overrides)) is not None:
-            return str(refusal)
+            return refusal
         if key not in (keys := legal_keys(overrides)):
-            return str(unknown("key", key, _nearest(key, keys)))
+            return unknown("key", key, _nearest(key, keys))
     cause = error.__cause__ or error.__context__
     lines = [line.strip() for line in f"{text}\n{cause or ''}".splitlines()]
     kept = [line for line in lines if line and not line.startswith(("full_key", "object_type", "reference_type"))]
-    return ": ".join(dict.fromkeys(kept[:2])).replace("::", ":")
+    sentence = ": ".join(dict.fromkeys(kept[:2])).replace("::", ":")
+    return RequestError(sentence, key=getattr(cause, "full_key", None))
 
 
 def about_yaml(error: YAMLError) -> str:

@@ -21,6 +21,8 @@ from qbench.evaluate.protocol import Corpus, Protocol
 from qbench.evaluate.text import Text, read_calibration
 from qbench.evaluate.written import Author
 from qbench.model import coverage
+from qbench.parts.allocate import resolved
+from qbench.parts.mixed import Mixed
 from qbench.passes import calibrate
 from qbench.quant.noise import Noise
 from qbench.quant.original import Original
@@ -59,6 +61,11 @@ class Prepared:
     @property
     def draws(self) -> int:
         """How many variants the point is: one for each draw of calibration text, or of the method's seed."""
+        return len(self.drawn)
+
+    @property
+    def drawn(self) -> range:
+        """The draws' numbers."""
         return draws(self.quantizer, self.config.calibration)
 
     def recorded(self) -> Result | None:
@@ -76,16 +83,18 @@ class Prepared:
         """What one request was content with may be too little for another, and neither changes a number."""
         covered = result.quantization.coverage if result.quantization is not None else 1.0
         least = self.config.runtime.min_coverage
-        if self.quantizer is not None and covered < least:
+        if self.quantizer is not None and not isinstance(self.quantizer, Original) and covered < least:
             raise RequestError(
                 f"this point is recorded with {covered:.1%} of the linear weights quantized, runtime.min_coverage "
                 f"asks for {least:.0%}; ask for less, or leave the point out"
             )
 
 
-def draws(quantizer: Quantizer | None, calibration: CalibrationConfig) -> int:
-    """A method that is shown no text and has no seed is the same in every draw."""
-    return calibration.draws if quantizer is not None and (quantizer.needs or hasattr(quantizer, "seed")) else 1
+def draws(quantizer: Quantizer | None, calibration: CalibrationConfig) -> range:
+    """The numbers of a point's draws; a method that is shown no text and has no seed is the same in every one."""
+    if quantizer is None or not (quantizer.needs or quantizer.seed_field):
+        return range(1)
+    return range(calibration.first_draw, calibration.first_draw + calibration.draws)
 
 
 def fingerprint(source: Source) -> str:
@@ -112,6 +121,8 @@ def prepare(
     else:
         _check_quantized(config, command)
         config, quantizer = replace(config, quantizer=model.made_by()), None
+    if quantizer is not None and quantizer.partial:
+        config = replace(config, runtime=replace(config.runtime, min_coverage=0.0))
     device = pick_device(config.runtime, here)
     check_offload(config.runtime, device)
     coverage.check_setting(config.runtime)
@@ -134,6 +145,11 @@ def prepare(
     config = replace(config, model={"name": model.name, "source": config.model["source"]} | asdict(model))
     with hashes.remembered_in(store.root):
         weights = fingerprint(model)
+        if isinstance(quantizer, Mixed) and quantizer.assignment is None:
+            settings = {PROTOCOL.key: config.task[PROTOCOL.key], **protocol.settings()}
+            quantizer = resolved(quantizer, store.results, weights, source.sha256, settings)
+            config = replace(config, quantizer=config.quantizer | {"assignment": quantizer.assignment})
+            command = [*command, f"quantizer.assignment='{quantizer.assignment}'"]
         contents = [] if quantizer is None else hashes.sha256_of(quantizer.files())
     if (write := getattr(protocol, "write", None)) is not None:
         source = write(source, Author(model, weights, dtype, device, config.runtime, store, here))
@@ -143,6 +159,8 @@ def prepare(
         calibrate.check_text(calibration_text, config.calibration)
     if config.calibration.draws < 1:
         raise RequestError(f"calibration.draws must be at least 1, got {config.calibration.draws}")
+    if config.calibration.first_draw < 0:
+        raise RequestError(f"calibration.first_draw must be at least 0, got {config.calibration.first_draw}")
     point = identify(
         config,
         _every_field(config.quantizer, quantizer, contents),

@@ -30,6 +30,7 @@ from qbench.passes.variant import Variant
 from qbench.passes.walk import Reading, Walk
 from qbench.quant.noise import Noise
 from qbench.quant.original import Original
+from qbench.readers.file import Opened
 from qbench.request.prepare import Prepared
 from qbench.run.asked import Asked, drawn
 from qbench.run.held import file_record, for_model
@@ -89,6 +90,8 @@ class Together:
             one.result = replace(one.result, model=self.about, seconds=dict(self.clock.seconds))
             try:
                 _check(one, self.walk, ids, self.asks is None)
+                for other in self._draws(one)[1:]:
+                    other.quantizer = for_model(other.quantizer, one.point, self.walk.skeleton)
             except Exception as error:
                 yield self._drop(one, error)
 
@@ -184,7 +187,8 @@ class Together:
         if one.variant is None or isinstance(one.quantizer, Original):
             quantization = account.of_original(self.about, walk.found, name)
         else:
-            warn(one.variant.rows)
+            if not isinstance(one.quantizer, Opened):  # a file may well be of the original's own grid
+                warn(one.variant.rows)
             quantization = account.of_variant(one.variant, name, self.about, walk.found, one.calibration)
             others = [draw.calibration.token_ids_sha256 for draw in draws[1:] if draw.calibration is not None]
             shown = account.calibration_record(one.calibration, others)
@@ -193,6 +197,8 @@ class Together:
             if reason := coverage.shortfall(quantization.coverage, least, quantization.skipped, "were"):
                 raise PointError(reason)  # settled before but for linears that no calibration token reached
         model = walk.model if one.variant is None else walk.assembled(one.variant) if one.variant.keep else None
+        if one.variant is not None:
+            one.variant.kept = []  # the model has them now, and goes when it is written
         if model is not None and one.variant is not None and (one.timed or one.reading is None):
             use_kernels(model)
             quantization = replace(quantization, weight_bytes=weight_bytes(model))  # in the layout that is measured

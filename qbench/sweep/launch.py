@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -11,7 +12,7 @@ import psutil
 from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
 
-from qbench.errors import RequestError
+from qbench.errors import PointError, RequestError
 from qbench.request import estimate
 from qbench.sweep.launchers import Here, Launcher
 from qbench.sweep.passes import deal, fitting, group
@@ -34,13 +35,21 @@ def grouped(todo: Sequence[Planned], where: Launcher) -> list[Group]:
     if jobs > 1 and any(planned.point.device.index for planned in todo):
         raise RequestError("every pass is given one GPU of its own here: say runtime.device=cuda")
     free = float("inf") if where.elsewhere else psutil.virtual_memory().available / jobs
-    skeleton = remembered(estimate.skeleton)
+    skeleton, coefficients = remembered(estimate.skeleton), remembered(estimate.coefficients)
 
     def weights(point: Prepared) -> int | None:
         known = skeleton(point.model)
         return known and known.parameters
 
-    return deal(fitting(group(todo), estimate.state_bytes, free), jobs, weights)
+    def held(point: Prepared) -> int | None:
+        """Bytes of a variant in host memory from block to block; None where they are not known."""
+        states, kept = estimate.state_bytes(point), 0
+        if point.export is not None:
+            with contextlib.suppress(PointError):  # a method that fails on random matrices may suit the model's
+                _, kept = estimate.quantized(point, skeleton(point.model), coefficients) or (None, None)
+        return None if states is None or (not kept and point.export is not None) else states + kept
+
+    return deal(fitting(group(todo), held, free), jobs, weights)
 
 
 def sent(passes: Sequence[Group], todo: Sequence[Planned], folder: Path, sweep: str) -> list[Pass]:

@@ -2,7 +2,7 @@
 
 Points share a pass when they are of one model, text, protocol, precision and device, and are recorded in one folder:
 what is read, run in 16 bit and compared with is then the same for all. What cannot share (`alone`) is a pass of one. A
-pass whose hidden states would not fit into host memory is divided, and so is one that several processes can work at.
+pass that would hold more than fits into host memory is divided, and so is one that several processes can work at.
 """
 
 from __future__ import annotations
@@ -23,7 +23,13 @@ CALIBRATED_COST = 4.0  # of a variant that is shown calibration text, one that i
 
 
 def alone(point: Prepared) -> str | None:
-    """Why a point shares its pass with no other, in the words of its settings; None for one that can."""
+    """Why a point shares its pass with no other, in the words of its settings; None for one that can.
+
+    A measurement of speed is alone since it records the peak of memory, which is of all that the process holds, and
+    since other variants' states and weights would push its own out of caches. An exported variant keeps its packed
+    weights until its turn to be written; on a CPU those are counted (`fitting`), on a GPU nobody knows before the pass
+    what memory there will be.
+    """
     config = point.config
     if config.runtime.offload:
         return "runtime.offload=true"
@@ -31,7 +37,7 @@ def alone(point: Prepared) -> str | None:
         return "a model that is quantized already"
     if config.speed.name != "none":
         return f"speed={config.speed.name}"
-    return None if point.export is None else "export.dir"
+    return "export.dir" if point.export is not None and point.device.type != "cpu" else None
 
 
 def shared(point: Prepared) -> str:
@@ -57,15 +63,22 @@ def group(points: Sequence[Planned]) -> list[Group]:
     return list(found.values())
 
 
-def fitting(passes: Sequence[Group], state_bytes: Callable[[Prepared], int | None], free_bytes: float) -> list[Group]:
-    """The passes, those divided whose hidden states would take more than half of the free host memory.
+def fitting(passes: Sequence[Group], held_bytes: Callable[[Prepared], int | None], free_bytes: float) -> list[Group]:
+    """The passes, those divided whose variants would take more than half of the free host memory.
 
-    `state_bytes` says what one variant's take, None where that is not known; the original has states of its own. A pass
-    of one variant is left as it is, however large.
+    `held_bytes` says what one variant takes from block to block: its hidden states, which the original has as well, and
+    what it keeps to be exported. Where that is not known (None), an export is alone and other variants are not divided.
+    A pass of one variant is left as it is, however large.
     """
     found: list[Group] = []
     for each in passes:
-        one = state_bytes(each[0].point) if len(each) > 1 else None
+        held = {id(p): held_bytes(p.point) for p in each if len(each) > 1}
+        unknown = [p for p in each if held and held[id(p)] is None and p.point.export is not None]
+        found += [[planned] for planned in unknown]
+        each = [planned for planned in each if planned not in unknown]
+        if not each:
+            continue
+        one = None if len(each) == 1 or None in (sizes := [held[id(p)] for p in each]) else max(sizes)
         widest = max(planned.point.draws for planned in each)  # variants of one point
         most = max(1, (int(min(free_bytes / 2 / one, widest * len(each) + 1)) - 1) // widest) if one else len(each)
         parts = math.ceil(len(each) / most)

@@ -95,13 +95,16 @@ def plan(found: list[tuple[str, ...]], composed: DictConfig, loader: ConfigLoade
     """
     from qbench.evaluate import measure
     from qbench.evaluate.text import read_calibration
+    from qbench.request import parts
     from qbench.request.prepare import fingerprint, prepare
 
+    compose = _Composer(composed, loader)
+    found = parts.spelled_out(found, compose)
     common = set(found[0]).intersection(*found[1:])
     shared = [remembered(function) for function in (fingerprint, measure.read, read_calibration)]
-    compose = _Composer(composed, loader)
     planned: dict[tuple[str, ...], Planned] = {}
     refused: dict[str, list[str]] = {}  # sentence -> the points it is about
+    errors: dict[str, RequestError] = {}  # by their sentences
     exports: dict[Path, str] = {}
     for overrides in found:
         label = " ".join(o for o in overrides if o not in common) or " ".join(overrides) or "defaults"
@@ -117,14 +120,16 @@ def plan(found: list[tuple[str, ...]], composed: DictConfig, loader: ConfigLoade
                 )
         except RequestError as error:
             refused.setdefault(str(error), []).append(label)
+            errors.setdefault(str(error), error)
         else:
             # such as the commit of a branch, which may move before the point runs
             overrides = (*overrides, *(f"model.{key}={value}" for key, value in point.pinned.items()))
-            config = replace(config, model=config.model | point.pinned)
+            # and the bits that a budget buys, which other points of the sweep may move
+            config = replace(config, model=config.model | point.pinned, quantizer=point.config.quantizer)
             each = Planned(overrides, label, asdict(config), point, point.recorded())
             planned.setdefault(each.key, each)
     if refused:
-        raise _refusal(refused, len(found))
+        raise _refusal(refused, errors, len(found)) from None
     return list(planned.values())
 
 
@@ -144,7 +149,7 @@ class _Composer:
             check_keys(point)
             return OmegaConf.to_object(point)  # type: ignore[return-value]
         except (HydraException, OmegaConfBaseException, YAMLError, UnicodeDecodeError) as error:
-            raise RequestError(requests.explain(error, overrides)) from None
+            raise requests.explain(error, overrides) from None
 
     def _quickly(self, overrides: tuple[str, ...]) -> DictConfig | None:
         """The options composed once, and a copy updated by the values, as Hydra does it; None for all but the plain.
@@ -174,9 +179,10 @@ class _Composer:
         return point
 
 
-def _refusal(refused: Mapping[str, list[str]], total: int) -> RequestError:
+def _refusal(refused: Mapping[str, list[str]], errors: Mapping[str, RequestError], total: int) -> RequestError:
     if len(refused) == 1 and len(next(iter(refused.values()))) == total:
-        return RequestError(next(iter(refused)))
+        return next(iter(errors.values()))
     count = sum(map(len, refused.values()))
     lines = [f"  {label}: {sentence}".replace("\n", " ") for sentence, labels in refused.items() for label in labels]
-    return PlanError("\n".join([f"{count} of {total} points cannot run, so none was started:", *lines]))
+    said = "\n".join([f"{count} of {total} points cannot run, so none was started:", *lines])
+    return PlanError(said, errors.values())

@@ -25,6 +25,7 @@ from hydra.core.utils import configure_log
 from hydra.types import HydraContext
 from omegaconf import DictConfig
 
+from qbench import entry
 from qbench.errors import SweepFailed
 from qbench.sweep.launch import grouped, launcher, sent
 from qbench.sweep.plan import expand, plan
@@ -53,6 +54,7 @@ def run_sweep(arguments: list[str], config: DictConfig, context: HydraContext) -
         from qbench.sweep.dry_run import show
 
         return _print_json(show(planned, passes, where))
+    entry.begin_work()
     name = sweep_name([p.point.run_id for p in planned])
     how = f" in {_count(len(passes), 'pass', 'es')}, {where.words(len(passes))}" if todo else ""
     _say(f"sweep: {_count(len(planned), 'point')}, {len(planned) - len(todo)} recorded, {len(todo)} to run{how}")

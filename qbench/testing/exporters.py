@@ -93,7 +93,7 @@ class ExporterConformance:
         self._save(tmp_path / "out")
         assert [path.name for path in tmp_path.iterdir()] == ["out"], "nothing may stay beside the checkpoint"
         names = {path.name for path in (tmp_path / "out").iterdir()}
-        assert any(name.endswith(".safetensors") for name in names), "weights must be in safetensors files"
+        assert any(name.endswith((".safetensors", ".gguf")) for name in names), "weights must be in safetensors or GGUF"
         pickled = [name for name in names if name.endswith((".bin", ".pt", ".pth", ".pkl", ".ckpt"))]
         assert not pickled, f"{pickled} would have to be unpickled, which runs the code that it holds"
         for path in (tmp_path / "out").iterdir():
@@ -180,4 +180,6 @@ def _contents(folder: Path) -> dict[str, str]:
 
 
 def _tensors(folder: Path) -> dict[str, torch.Tensor]:
-    return {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
+    whole = {path.name: bytearray(path.read_bytes()) for path in folder.glob("*.gguf")}
+    whole = {name: torch.frombuffer(content, dtype=torch.uint8) for name, content in whole.items()}
+    return whole | {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}

@@ -21,7 +21,7 @@ from typing import Any
 from safetensors import SafetensorError
 from safetensors.numpy import load as load_tensors
 
-from qbench.errors import RequestError
+from qbench.errors import RequestError, none_of
 from qbench.record.quantization import LayerRow
 from qbench.record.result import Result
 from qbench.track import pareto
@@ -44,7 +44,7 @@ class WandB:
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
-            raise ValueError(f"mode must be one of {', '.join(MODES)}, got '{self.mode}'")
+            raise none_of("mode", self.mode, MODES)
 
     def check(self) -> None:
         if importlib.util.find_spec("wandb") is None:

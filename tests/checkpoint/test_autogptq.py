@@ -305,3 +305,17 @@ def test_a_failing_write_leaves_what_was_there(tmp_path, model, monkeypatch, fai
     assert [p.name for p in tmp_path.iterdir()] == (["a"] if existing else [])
     if existing:
         assert {path.name: path.read_bytes() for path in (tmp_path / "a").iterdir()} == before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "settings", [["quantizer=rtn", "quantizer.symmetric=true"], ["quantizer=gptq"]], ids=lambda s: s[0]
+)
+def test_read_back_it_measures_the_same(qbench, tmp_path, settings):
+    point = ["model=tiny-dense", "task.max_windows=2", "runtime.dtype=bfloat16"]  # what is not quantized stays as it is
+    ours = qbench(*point, *settings, f"export.dir={tmp_path / 'a'}", "export.format=autogptq")
+    assert ours.status == 0, ours.stderr
+    file = qbench(*point, "quantizer=file", f"quantizer.path={tmp_path / 'a'}")
+    assert file.status == 0, file.stderr
+    measures = ("ppl", "kl", "kl_reverse", "kl_p99", "top1_agreement", "true_token_rms_change")
+    assert [ours.summary[key] for key in measures] == [file.summary[key] for key in measures]

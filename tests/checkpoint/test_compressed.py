@@ -19,6 +19,7 @@ from qbench.registry import EXPORTER, make, make_quantizer
 from qbench.sources.tiny import build
 from qbench.testing import gaussian, statistics_of
 from tests.conftest import refused
+from tests.model.test_layouts import gpt_oss, llama4
 
 INTEGERS = [
     {"name": name, "nbits": nbits, "group_size": group_size, "symmetric": symmetric}
@@ -53,26 +54,26 @@ def test_its_own_library_decodes_the_same_weights(settings):
     weight = quantized(settings)
     scheme = QuantizationScheme.model_validate({"targets": ["Linear"], **compressed.scheme(weight)})
     decoder = BaseCompressor.get_value_from_registry(scheme.format)
-    for scale_dtype in (torch.float16, torch.float32):
+    for scale_dtype in ("stored", "fp32"):
         parts = compressed.parts(weight, scale_dtype)
         assert parts.keys() == set(decoder.compression_param_names(scheme))
         dense = decoder.decompress(parts, scheme)["weight"]
         assert torch.equal(dense, weight.dequantize(dense.dtype))
 
 
-def model_of(settings):
-    model, tokenizer = build("dense", 0)
+def model_of(settings, architecture="dense"):
+    model, tokenizer = build(architecture, 0)
     model.eval().requires_grad_(False)
     quantize_model(model, make_quantizer(settings))
     return model, tokenizer
 
 
-def loaded(folder, **config):
+def loaded(folder, dtype=torch.float32, **config):
     pytest.importorskip("compressed_tensors")
     from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
     given = {"quantization_config": CompressedTensorsConfig(**config)} if config else {}
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **given).eval().requires_grad_(False)
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **given).eval().requires_grad_(False)
 
 
 def logits(model):
@@ -95,9 +96,17 @@ def logits(model):
 )
 def test_transformers_computes_the_packed_models_logits(tmp_path, settings, config):
     model, tokenizer = model_of(settings)
-    scale_dtype = "fp32" if config.get("dequantize") else "fp16"
+    scale_dtype = "fp32" if config.get("dequantize") else "stored"
     compressed.save(model, tokenizer, tmp_path / "a", scale_dtype=scale_dtype)
     torch.testing.assert_close(logits(loaded(tmp_path / "a", **config)), logits(model), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("settings", [{"name": "mxfp8"}, {"name": "mxfp4"}, {"name": "nvfp4"}], ids=called)
+def test_a_model_in_bf16_is_loaded_as_it_is(tmp_path, settings):
+    model, tokenizer = model_of(settings)
+    model.bfloat16().model.rotary_emb = build("dense", 0)[0].model.rotary_emb  # whose frequencies stay in fp32
+    compressed.save(model, tokenizer, tmp_path / "a")
+    assert torch.equal(logits(loaded(tmp_path / "a", dtype=torch.bfloat16)), logits(model))
 
 
 @pytest.mark.parametrize(
@@ -124,7 +133,7 @@ def test_what_transformers_computes_in_16_bit_is_ours_rounded_to_them(tmp_path, 
     ],
     ids=called,
 )
-@pytest.mark.parametrize("scale_dtype", ["fp16", "fp32"])
+@pytest.mark.parametrize("scale_dtype", ["stored", "fp32"])
 def test_read_back_it_is_the_packed_model_to_the_bit(tmp_path, settings, scale_dtype):
     model, tokenizer = model_of(settings)
     compressed.save(model, tokenizer, tmp_path / "a", scale_dtype=scale_dtype)
@@ -137,6 +146,28 @@ def test_read_back_it_is_the_packed_model_to_the_bit(tmp_path, settings, scale_d
             assert torch.equal(held.read(f"{name}.weight").dequantize(), module.quantized.dequantize()), name
     for name, parameter in model.named_parameters():
         assert torch.equal(held.read(name), parameter), name
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"name": "rtn", "nbits": 4, "group_size": 32, "symmetric": True}, {"name": "fp8"}, {"name": "mxfp4"}],
+    ids=called,
+)
+def test_experts_are_written_one_by_one(tmp_path, settings):
+    model, tokenizer = model_of(settings, "moe")
+    compressed.save(model, tokenizer, tmp_path / "a", scale_dtype="fp32")
+    said = json.loads((tmp_path / "a" / "config.json").read_text())["quantization_config"]
+    assert {"lm_head", "model.layers.0.mlp.gate", "model.layers.1.mlp.gate"} == set(said["ignore"])
+    held = reader_of(tmp_path / "a")[1].open(tmp_path / "a", build("moe", 0)[0].to("meta"))
+    experts = model.model.layers[1].mlp.experts
+    for projection in experts.projections:
+        stack = getattr(experts, projection).quantized.dequantize()
+        for index, dense in enumerate(stack):
+            name = f"model.layers.1.mlp.experts.{index}.{projection}.weight"
+            assert torch.equal(held.read(name).dequantize(), dense), name
+    if settings["name"] != "mxfp4":  # whose experts transformers does not load
+        found = logits(loaded(tmp_path / "a", dequantize=True))
+        torch.testing.assert_close(found, logits(model), rtol=0, atol=1e-5)
 
 
 @pytest.mark.slow
@@ -220,10 +251,17 @@ def test_a_layer_that_it_cannot_hold_is_named(tiny, settings, words):
         assert make(EXPORTER, {"format": "compressed-tensors"}).refuse_model(tiny[0], make_quantizer(fits)) is None
 
 
-def test_experts_and_ragged_blocks_are_refused():
+def test_experts_without_names_and_ragged_blocks_are_refused(tmp_path):
     exporter = make(EXPORTER, {"format": "compressed-tensors"})
     mixture, _ = build("moe", 0)
-    assert "experts" in exporter.refuse_model(mixture, make_quantizer({"name": "fp8"}))
+    assert exporter.refuse_model(mixture, make_quantizer({"name": "fp8"})) is None
+    assert "experts.*.down_proj" in exporter.refuse_model(mixture, make_quantizer({"name": "rtn", "group_size": 64}))
+    for fused in (gpt_oss(), llama4()):
+        assert "experts" in exporter.refuse_model(fused, make_quantizer({"name": "fp8"}))
+    quantize_model(fused.eval().requires_grad_(False), make_quantizer({"name": "fp8"}))
+    with pytest.raises(RequestError, match="experts"):
+        compressed.save(fused, None, tmp_path / "a")
+    assert list(tmp_path.iterdir()) == []
     for name, columns in (("mxfp4", 80), ("mxfp8", 80), ("nvfp4", 72)):
         weight = quantized({"name": name}, columns=columns)
         assert f"{columns} input channels" in compressed.shape_refusal(weight, columns, weight.group_size)
@@ -246,7 +284,7 @@ def test_a_zero_point_outside_of_the_codes_is_named(tmp_path):
 def test_from_the_command_line(qbench, tmp_path):
     point = ["model=tiny-dense", "quantizer=rtn", "quantizer.group_size=32", f"export.dir={tmp_path / 'a'}"]
     outcome = qbench(*point, "export.format=compressed-tensors", "+export.scale_dtype=fp64")
-    refused(outcome, names=["scale_dtype", "fp16", "fp32"])
+    refused(outcome, names=["scale_dtype", "stored", "fp32"])
     outcome = qbench(*point, "export.format=compressed-tensors", "quantizer=sinq")
     refused(outcome, names=["export.format=compressed-tensors", "input scale t", "export.format=packed"])
     outcome = qbench(*point, "export.format=compressed-tensors", "+export.scale_dtype=fp32")

@@ -11,8 +11,10 @@ import torch
 from qbench.checkpoint import packed
 from qbench.checkpoint.autogptq import AutoGPTQ
 from qbench.checkpoint.compressed import CompressedTensors
+from qbench.checkpoint.gguf import GGUF
 from qbench.checkpoint.packed import Packed
 from qbench.registry import EXPORTER, find, make_quantizer, names
+from qbench.sources.file import File
 from qbench.testing import ExporterConformance
 
 
@@ -52,9 +54,28 @@ class TestCompressedTensors(TestAutoGPTQ):
         return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
 
 
+class TestGGUF(ExporterConformance):
+    def make(self):
+        return GGUF()
+
+    def refused(self):
+        settings = [
+            {"name": "sinq"},
+            {"name": "nf4"},
+            {"name": "rtn"},
+            {"name": "rtn", "nbits": 3, "symmetric": True},
+            {"name": "rtn", "aux_dtype": "int8", "group_size": 32, "symmetric": True},
+            {"name": "rtn", "group_size": 48, "symmetric": True},
+        ]
+        return [make_quantizer(one) for one in settings]
+
+    def read(self, folder):
+        return File(path=str(folder)).load(torch.float32, torch.device("cpu"), folder).model
+
+
 def test_every_registered_format_is_tested_here():
     ours = {find(EXPORTER, name) for name in names(EXPORTER)}
-    assert {cls for cls in ours if cls.__module__.startswith("qbench.")} == {Packed, AutoGPTQ, CompressedTensors}
+    assert {cls for cls in ours if cls.__module__.startswith("qbench.")} == {Packed, AutoGPTQ, CompressedTensors, GGUF}
 
 
 @dataclass(frozen=True)

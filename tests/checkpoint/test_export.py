@@ -134,6 +134,10 @@ def test_an_export_generates_as_the_model_did(qbench, tiny, format):
         (("quantizer=sinq",), "cannot express SINQ: it stores an input scale t"),
         (("quantizer=awq",), "cannot express AWQ: it stores an input scale t"),
         (("quantizer=nf4",), "cannot express NF4: its codes index a codebook"),
+        (
+            ("quantizer=rtn", "quantizer.rotation=hadamard"),
+            "it is quantized in a rotated basis, which AutoGPTQ's format",
+        ),
         (("quantizer=hqq",), "cannot express HQQ: its zero points are not integers"),
         (("quantizer.aux_dtype=int8",), "use quantizer.aux_dtype=fp16"),
         (("quantizer.group_size=48",), "no multiple of quantizer.group_size=48"),

@@ -15,6 +15,7 @@ from qbench.evaluate.hflm import wrap
 from qbench.record.result import Result
 from qbench.report import entries
 from qbench.report.noise import difference
+from qbench.significance import detectable_share, mcnemar, student
 from qbench.sources.tiny import build, byte_tokenizer
 from tests.evaluate.own_tasks import asked, group, prepare, questions, write
 from tests.report.examples import point
@@ -85,7 +86,13 @@ def test_every_difference_is_that_of_the_numbers_shown(folder, two_models):
         again = difference(ours, theirs, "mean")
         assert again.value == pytest.approx(metric.delta, rel=1e-9, abs=1e-12), (task, name)
         assert metric.delta_low <= metric.delta <= metric.delta_high
-        if (task, name) not in (("big", "acc"), ("last", "acc"), ("pooled", "acc")):  # Bonett and Price's
+        if (task, name) in (("big", "acc"), ("last", "acc"), ("pooled", "acc")):  # Bonett and Price's, and McNemar's
+            gained, lost = int((ours > theirs).sum()), int((ours < theirs).sum())
+            assert metric.p_value == pytest.approx(mcnemar(gained, lost))
+            assert metric.detectable == detectable_share((gained + lost) / len(ours), len(ours))
+            assert (metric.verdict == "not distinguishable") == (metric.p_value >= 0.05)
+        else:
+            assert metric.p_value == pytest.approx(student(again.value, again.error, again.dof), abs=1e-12)
             assert (again.low, again.high) == pytest.approx((metric.delta_low, metric.delta_high)), (task, name)
     macro = by_name["macro", "acc"][1]
     parts = [files[by_name["macro", "acc"][0].scores_file][f"quantized/{leaf}/acc,none"] for leaf in ("big", "small")]

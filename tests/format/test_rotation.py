@@ -62,6 +62,8 @@ def test_a_rotated_weight_is_given_in_its_own_basis(generator):
     assert rotated.nbytes == plain.nbytes + 8
     assert rotated.stored_bytes()["signs"] == 8
     assert "rotation_block" not in plain.describe()
+    with pytest.raises(ValueError, match="no rotation in blocks of 48 fits 64 channels"):
+        QuantizedWeight.rebuild(rotated.describe() | {"rotation_block": 48}, rotated.tensors())
     with pytest.raises(ValueError, match="rotation_block"):
         QuantizedWeight.stack([rotated, replace(rotated, rotation=replace(rotated.rotation, block=16))])
     with pytest.raises(ValueError, match="share their signs"):

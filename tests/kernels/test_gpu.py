@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
+from qbench.format.rotation import Rotation
 from qbench.kernels import cuda, ops
 from qbench.kernels.tiles import to_tiles
 from qbench.layers.linear import QuantLinear, use_kernels
@@ -63,8 +66,31 @@ def test_experts(generator):
         assert (y - expected).norm() / expected.norm() < 1e-2
 
 
-def test_graph_and_compilation(generator):
-    layer = QuantLinear(on_gpu(random_weight((1024, 2048), 4, 64, generator)))
+@pytest.mark.parametrize("block", [64, 1024, 4096, 8192])
+def test_rotated_weights(generator, block):
+    """Blocks up to the kernel's largest, and one that is left to the reference."""
+    from qbench.kernels import hadamard
+
+    plain, rotation = random_weight((256, 8192), 4, 64, generator), Rotation.seeded(8192, block, 0)
+    weight = on_gpu(replace(plain, rotation=rotation))
+    x = torch.randn(3, 8192, device="cuda")
+    if block <= hadamard.LARGEST_BLOCK:
+        assert torch.equal(hadamard.rotate(x, weight.rotation), weight.rotation(x))
+    torch.testing.assert_close(weight.rotation(x).cpu(), rotation(x.cpu()), rtol=1e-6, atol=1e-6)
+    tiles = to_tiles(weight)
+    torch.cuda.synchronize()
+    for dtype, limit in LIMITS.items():
+        for batch in (0, 1, 16, 300, 600):
+            x = 0.1 * torch.randn(batch, 8192, device="cuda", dtype=dtype)
+            y = ops.linear(x, tiles)
+            assert y.shape == (batch, 256)
+            assert batch == 0 or relative_error(y, x, weight) <= 2 * limit, (batch, dtype)  # x is rounded once more
+
+
+@pytest.mark.parametrize("rotated", [False, True])
+def test_graph_and_compilation(generator, rotated):
+    weight = random_weight((1024, 2048), 4, 64, generator)
+    layer = QuantLinear(on_gpu(replace(weight, rotation=Rotation.seeded(2048, 1024, 0) if rotated else None)))
     use_kernels(layer)
     x = torch.randn(1, 2048, device="cuda", dtype=torch.bfloat16)
     with torch.no_grad():

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
+from qbench.format.aux import Aux
 from qbench.kernels import tiles as layout
 from qbench.kernels.tiles import from_tiles, to_tiles, unsupported
 from qbench.layers.linear import PackedWeight, QuantLinear, backend
@@ -31,6 +34,19 @@ def test_round_trip(generator, nbits, codebook):
                     assert torch.equal(tensor, again.tensors()[name]), (name, shape, group_size)
                 if aux_dtype == "fp16":
                     assert torch.equal(layout.dequantize(to_tiles(weight)), weight.dequantize())
+
+
+def test_a_file_s_own_types(generator):
+    """Zero points that a file stores in 8 bits come back as such; scales that fp16 might not hold are refused."""
+    weight = random_weight((33, 128), 4, 32, generator, zero=True)
+    whole = replace(weight, zero=Aux(weight.zero.dense().round().clamp(0, 15).to(torch.uint8)))
+    again = from_tiles(to_tiles(whole), whole)
+    assert again.zero.stored.dtype == torch.uint8
+    assert torch.equal(again.zero.stored, whole.zero.stored)
+    assert torch.equal(layout.dequantize(to_tiles(whole)), whole.dequantize())
+    wide = replace(weight, scale=Aux(weight.scale.dense().bfloat16()))
+    assert unsupported(wide) == "scales in bfloat16"
+    assert backend(wide, torch.float16) == "dequantize + matmul"
 
 
 @pytest.mark.parametrize("nbits", [2, 3, 4, 8])

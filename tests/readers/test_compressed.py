@@ -132,6 +132,24 @@ def test_every_module_goes_by_its_own_group(tmp_path):
     assert not held.entries["model.layers.0.self_attn.o_proj.weight"].quantized
 
 
+def test_classes(tmp_path):
+    """Embeddings and linears by groups of their own, each in another number of bits."""
+    decoded = {}
+    linears = packer("pack-quantized", CASES["int4 g32"], decoded)
+    path = write(tmp_path / "q", linears, config("pack-quantized", CASES["int4 g32"]))
+    tensors, name = load_file(path / "model.safetensors"), "model.embed_tokens"
+    parts = packer("int-quantized", CASES["int8, channels"], decoded)(name, tensors.pop(f"{name}.weight"))
+    save_file(tensors | {f"{name}.{part}": value for part, value in parts.items()}, path / "model.safetensors")
+    about = json.loads((path / "config.json").read_text())
+    group = {"targets": ["Embedding"], "format": "int-quantized", "weights": CASES["int8, channels"]}
+    about["quantization_config"]["config_groups"]["group_1"] = group
+    (path / "config.json").write_text(json.dumps(about))
+    held = CompressedTensors().open(path, skeleton())
+    assert held.entries[f"{name}.weight"].kind == "int8 g64"
+    for module, weight in decoded.items():
+        assert torch.equal(held.read(f"{module}.weight").dequantize(torch.bfloat16), weight), module
+
+
 @pytest.fixture
 def edited(tmp_path):
     def make(edit=lambda tensors: tensors, **settings):

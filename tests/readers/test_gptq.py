@@ -1,15 +1,19 @@
 """GPTQ's and AWQ's folders: every tensor as the formats' own decoders give it, and whatever is wrong in a sentence."""
 
+import importlib
 import importlib.util
 import json
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from qbench.checkpoint import autogptq
+from qbench.format.mixed import Mixed
+from qbench.format.plain import Plain
 from qbench.format.weight import QuantizedWeight
 from qbench.layers.linear import QuantLinear
 from qbench.model.linears import find_linears, replace_module
@@ -149,6 +153,43 @@ def test_experts_are_named_one_by_one(tmp_path):
     assert not held.ignored
 
 
+def test_experts_are_alike(tmp_path):
+    """One whose columns are in order already, and whose zero points are all in the centre, stacks with the others."""
+
+    def pack(module, weight):
+        codes, zero, scale = random_parts(module, weight, 4, weight.shape[1] // GROUP)
+        g_idx = torch.arange(weight.shape[1]) // GROUP
+        if ".experts.1." in module:
+            zero = torch.full_like(zero, 8)
+        else:
+            g_idx = g_idx.flip(0)
+        parts = {"qweight": bits_of(codes.T, 4), "qzeros": bits_of(zero, 4).T, "scales": scale.T}
+        return parts | {"g_idx": g_idx.int()}
+
+    config = {"quant_method": "gptq", "checkpoint_format": "gptq_v2", "desc_act": True, "sym": False}
+    held = GPTQ().open(write(tmp_path / "q", pack, config, "moe"), skeleton("moe"))
+    weights = [held.read(f"model.layers.0.mlp.experts.{i}.up_proj.weight") for i in range(4)]
+    stack = QuantizedWeight.stack(weights)
+    for i, weight in enumerate(weights):
+        assert torch.equal(stack.select(i).dequantize(), weight.dequantize())
+
+
+def test_an_expert_in_16_bits_stands_among_the_others(tmp_path):
+    def pack(module, weight):
+        return {} if ".experts.0.up_proj" in module else packed(module, weight)
+
+    path = write(tmp_path / "q", pack, {"quant_method": "gptq", "checkpoint_format": "gptq_v2"}, "moe")
+    held = GPTQ().open(path, skeleton("moe"))
+    read = {
+        p: [held.read(f"model.layers.0.mlp.experts.{i}.{p}.weight") for i in range(4)] for p in ("up_proj", "gate_proj")
+    }
+    assert [type(weight) for weight in read["gate_proj"]] == [QuantizedWeight] * 4
+    assert [type(weight) for weight in read["up_proj"]] == [torch.Tensor, Mixed, Mixed, Mixed]
+    stack = Plain.stack([Plain.of(read["up_proj"][0]), *read["up_proj"][1:]])
+    assert torch.equal(stack.select(0).dequantize(torch.float16), read["up_proj"][0])
+    assert torch.equal(stack.select(3).dequantize(), read["up_proj"][3].dequantize())
+
+
 def packed(module, weight):
     codes, zero, scale = random_parts(module, weight, 4, weight.shape[1] // GROUP)
     return {"qweight": bits_of(codes.T, 4), "qzeros": bits_of(zero, 4).T, "scales": scale.T}
@@ -208,6 +249,16 @@ def test_values_that_mean_nothing_are_refused_by_name(edited):
         held.read(f"{Q}.weight")
 
 
+def test_a_bias_that_the_original_lacks_must_be_zero(edited):
+    """AutoGPTQ writes one for every layer."""
+    held = GPTQ().open(edited(lambda t: t | {f"{Q}.bias": torch.zeros(64)}), skeleton())
+    assert isinstance(held.read(f"{Q}.weight"), QuantizedWeight)
+    assert f"{Q}.bias" in held.ignored
+    held = GPTQ().open(edited(lambda t: t | {f"{Q}.bias": torch.ones(64)}), skeleton())
+    with pytest.raises(ReadError, match="has a bias, and the original's layer has none"):
+        held.read(f"{Q}.weight")
+
+
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
@@ -246,6 +297,14 @@ def test_pickles_are_never_opened(edited):
     path = edited()
     (path / "model.safetensors").rename(path / "pytorch_model.bin")
     with pytest.raises(ReadError, match=r"pickled weights \(pytorch_model.bin\), which are never opened"):
+        GPTQ().open(path, skeleton())
+
+
+def test_a_folder_in_the_place_of_a_file(edited):
+    path = edited()
+    (path / "model.safetensors").unlink()
+    (path / "other.safetensors").mkdir()
+    with pytest.raises(ReadError, match=r"other\.safetensors"):
         GPTQ().open(path, skeleton())
 
 
@@ -288,3 +347,60 @@ def test_awq_as_autoawq_decodes_it(tmp_path):
             parts = [tensors[f"{name.removesuffix('.weight')}.{part}"] for part in ("qweight", "qzeros", "scales")]
             expected = utils.dequantize_gemm(*parts, 4, GROUP).T
             assert torch.equal(held.read(name).dequantize(torch.float16), expected), name
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize("nbits", [2, 3, 4, 8])
+def test_gptq_as_autogptq_decodes_it(tmp_path, nbits):
+    """Of any words at all; of 3 bits without the zero point that it leaves above the codes instead of wrapping it."""
+    cuda_old = official("auto_gptq", "nn_modules/qlinear/qlinear_cuda_old")
+    layers = {}
+
+    def pack(module, weight):
+        rows, columns = weight.shape
+        layers[module] = layer = cuda_old.QuantLinear(nbits, GROUP, columns, rows, bias=False)
+        layer.autogptq_cuda_available = False  # its own path in torch
+        generator = torch.Generator().manual_seed(len(module))
+        for name in ("qweight", "qzeros"):
+            words = torch.randint(-(2**31), 2**31, getattr(layer, name).shape, generator=generator)
+            setattr(layer, name, words.int())
+        if nbits == 3:
+            codes = torch.randint(0, 7, (rows, columns // GROUP), generator=generator)
+            layer.qzeros = bits_of(codes, 3).T.contiguous()
+        layer.scales = torch.rand(layer.scales.shape, generator=generator).half()
+        return {name: getattr(layer, name) for name in ("qweight", "qzeros", "scales")}
+
+    held = GPTQ().open(write(tmp_path / "q", pack, {"quant_method": "gptq", "group_size": GROUP}), skeleton())
+    for module, layer in layers.items():
+        expected = layer(torch.eye(layer.infeatures).half()).T  # sums of one number and zeros
+        assert torch.equal(held.read(f"{module}.weight").dequantize(torch.float16), expected), module
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize("version", ["gemm", "gemv"])
+def test_what_autoawq_packs(tmp_path, monkeypatch, version):
+    """A weight on a grid of integers comes out of AutoAWQ's packer and our reader as it was."""
+    place = Path(sys.prefix) / "oracle"
+    if not (place / "awq").is_dir():
+        pytest.skip("autoawq is not installed; make oracle does it")
+    monkeypatch.syspath_prepend(str(place))
+    for name in ("awq", "awq.utils", "awq.modules", "awq.modules.linear"):  # what they import does not import any more
+        alone = ModuleType(name)
+        alone.__path__ = [str(place.joinpath(*name.split(".")))]
+        monkeypatch.setitem(sys.modules, name, alone)
+    packer = getattr(importlib.import_module(f"awq.modules.linear.{version}"), f"WQLinear_{version.upper()}")
+    expected = {}
+
+    def pack(module, weight):
+        rows, columns = weight.shape
+        codes, zero, scale = random_parts(module, weight, 4, columns // GROUP)
+        expected[module] = (codes - zero.repeat_interleave(GROUP, 1)) * scale.repeat_interleave(GROUP, 1)
+        layer = torch.nn.Linear(columns, rows, bias=False).half()
+        layer.weight.data = expected[module].clone()
+        parts = (scale.T.contiguous(), zero.T.contiguous()) if version == "gemm" else (scale, zero)
+        return dict(packer.from_linear(layer, 4, GROUP, False, *parts).state_dict())
+
+    path = write(tmp_path / "q", pack, {"quant_method": "awq", "group_size": GROUP, "version": version})
+    held = AWQ().open(path, skeleton())
+    for module, weight in expected.items():
+        assert torch.equal(held.read(f"{module}.weight").dequantize(torch.float16), weight), module

@@ -8,6 +8,7 @@ from safetensors.torch import load_file, save_file
 
 from qbench.format.hqq import IN_WORDS, PER_WORD, HQQWeight, pack_rows
 from qbench.quant.codebook import NF4_LEVELS
+from qbench.readers.file import File
 from qbench.readers.hqq import HQQ
 from qbench.readers.reader import ReadError
 from qbench.readers.sinq import SINQ
@@ -158,6 +159,11 @@ def test_experts_that_are_stored_fused(tmp_path):
     down = "model.layers.1.mlp.experts.2.down_proj.weight"
     assert torch.equal(held.read(down), fused["model.layers.1.mlp.experts.down_proj"][2])
     assert held.entries[down].nbytes == 2 * held.read(down).numel()
+
+
+def test_the_settings_beside_are_part_of_the_identity(tmp_path):
+    path, _ = sinq(tmp_path / "q")
+    assert path / "model.safetensors.index.json.meta.json" in File(path=str(path)).files()
 
 
 @pytest.mark.parametrize(

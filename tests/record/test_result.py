@@ -226,3 +226,24 @@ def test_numbers_carry_their_unit():
     for record in (Result, ModelRecord, QuantizationRecord, EvaluationRecord, LayerRow):
         assert is_dataclass(record)
         assert not {"size", "time", "memory", "duration"} & {field.name for field in fields(record)}
+
+
+LATER = {"p_value", "detectable", "draws", "by_confidence", "by_position", "kl_histogram", "draws_sha256"}
+
+
+def without_later(value):
+    if isinstance(value, dict):
+        return {key: without_later(inner) for key, inner in value.items() if key not in LATER}
+    return [without_later(inner) for inner in value] if isinstance(value, list) else value
+
+
+def test_results_from_before_draws_and_tests_were_recorded_are_read():
+    interval = IntervalRecord(0.1, 0.05, 0.2)
+    divergence = DivergenceRecord(96, interval, interval, *[0.1] * 5, 0.5, 0.1, 0.1, interval, interval)
+    [record] = example().evaluation
+    result = replace(example(), evaluation=[replace(record, divergence=divergence)])
+    old = without_later(json.loads(result.to_json()))
+    assert not any(f'"{key}"' in json.dumps(old) for key in LATER)
+    read = Result.from_json(json.dumps(old))
+    assert read == result
+    assert (read.evaluation[0].perplexity.spread, read.evaluation[0].detectable) == (None, None)

@@ -4,10 +4,14 @@ import pytest
 
 from qbench.registry import PROTOCOL, make
 from qbench.report import published
+from qbench.report.columns import PUBLISHED_BESIDES
 from qbench.request.options import options
 from tests.conftest import ROOT
 
-NOT_SCORED = "quantizing"
+NOT_SCORED = published.QUANTIZING
+TASKS = ("hellaswag:lmeval", "piqa:lmeval", "mmlu:lmeval")
+METRIC_OF = dict.fromkeys(TASKS, "flip_percent")
+OTHERS = {"wikitext2:llama.cpp-w512"}  # llama.cpp's, which no task of ours scores
 RTN_AT_3 = {"model": "qwen3-32b", "quantizer": "rtn", "nbits": 3, "protocol": "c4_gptq:crops256-w2048"}
 
 
@@ -30,12 +34,14 @@ def protocols():
 
 @pytest.mark.parametrize("name", sorted(published.available()))
 def test_what_it_names_exists(name):
-    models, quantizers, known = options("model"), options("quantizer"), protocols() | {NOT_SCORED}
+    models, quantizers, known = options("model"), options("quantizer"), protocols() | {NOT_SCORED} | OTHERS
     for number in published.read(name):
         assert number.model in models, number
         assert number.quantizer == "none" or number.quantizer in quantizers, number
-        assert number.protocol in known, number
-        assert (number.protocol == NOT_SCORED) == (number.metric != "ppl"), number
+        assert number.protocol in known or number.protocol.partition("-v")[0] in TASKS, number
+        assert number.metric == METRIC_OF.get(number.protocol.partition("-v")[0], "ppl") or (
+            number.protocol == NOT_SCORED and number.metric in PUBLISHED_BESIDES
+        ), number
         assert number.source
         assert number.where
         assert number.value > 0

@@ -17,6 +17,7 @@ from qbench.quant.noise import Noise
 from qbench.run import run_pass
 from qbench.run.whole import whole
 from tests.conftest import refused
+from tests.evaluate import own_tasks
 from tests.run.test_passes import SHORT, together
 
 TINY = ("model=tiny-dense", *SHORT, "calibration.sequences=3")
@@ -59,14 +60,27 @@ def test_a_draw_is_one_choice_for_every_method_and_another_of_the_same_text(prep
     point = prepared(*TINY, "quantizer=gptq")
     tokenizer = point.model.tokenizer(point.store.models)
     settings = point.config.calibration
-    first, second, third = (c.ids for c in cut_draws(point.calibration_text, tokenizer, settings, 3))
-    again = cut_draws(point.calibration_text, tokenizer, settings, 2)
+    first, second, third = (c.ids for c in cut_draws(point.calibration_text, tokenizer, settings, range(3)))
+    again = cut_draws(point.calibration_text, tokenizer, settings, range(2))
     np.testing.assert_array_equal(again[1].ids, second)
     ids = np.array(tokenizer(point.calibration_text.content)["input_ids"])
     np.testing.assert_array_equal(first.ravel(), ids[: first.size])
     for sequence in (*second, *third):
         assert any((ids[start : start + 64] == sequence).all() for start in range(len(ids) - 63))
     assert not np.array_equal(second, third)
+
+
+def test_tasks_have_draws_as_windows_do(prepared, tmp_path):
+    own_tasks.write(tmp_path / "tasks", "choice", documents=20)
+    task = f"task=lmeval task.names=[choice] task.window=512 task.include_path={tmp_path / 'tasks'}"
+    settings = ("model=tiny-dense", task, "calibration.window=64", "calibration.sequences=3", "quantizer=gptq")
+    one, two = (prepared(*settings, f"calibration.draws={n}") for n in (1, 2))
+    results = together([one, two])
+    [[single], [both]] = ([m for m in results[p.run_id].tasks[0].metrics if m.name == "acc"] for p in (one, two))
+    assert both.draws[0] == single.value
+    assert both.value == pytest.approx(np.mean(both.draws))
+    assert both.delta == pytest.approx(both.value - both.baseline)
+    assert both.delta_low <= both.delta <= both.delta_high
 
 
 def test_draws_are_part_of_the_identity_of_what_they_change_alone(prepared):
@@ -86,6 +100,32 @@ def test_the_draws_of_noise_are_its_seeds(prepared):
     table = scores(both)[1]["draws/quantized"]
     for draw, seed in enumerate(seeds):
         np.testing.assert_array_equal(table[:, draw], scores(seed)[1]["quantized"])
+
+
+def test_other_draws_go_on_where_the_first_ones_end(prepared):
+    three = prepared(*TINY, "quantizer=gptq", "calibration.draws=3")
+    last = prepared(*TINY, "quantizer=gptq", "calibration.first_draw=2")
+    seeds = (
+        prepared(*TINY, "quantizer=noise", "calibration.first_draw=4"),
+        prepared(*TINY, "quantizer=noise quantizer.seed=4"),
+    )
+    together([three, last, *seeds])
+    np.testing.assert_array_equal(scores(three)[1]["draws/quantized"][:, 2], scores(last)[1]["quantized"])
+    np.testing.assert_array_equal(*(scores(point)[1]["quantized"] for point in seeds))
+    assert last.identity.calibration["first_draw"] == 2
+    with pytest.raises(RequestError, match=r"calibration\.first_draw must be"):
+        prepared(*TINY, "quantizer=gptq", "calibration.first_draw=-1")
+
+
+def test_a_rotation_is_drawn_where_there_is_one(prepared):
+    rotated, plain = "quantizer=rtn quantizer.rotation=hadamard", "quantizer=rtn"
+    assert [prepared(*TINY, method, "calibration.draws=2").draws for method in (rotated, plain)] == [2, 1]
+    two, second = (
+        prepared(*TINY, rotated, "calibration.draws=2"),
+        prepared(*TINY, f"{rotated} quantizer.rotation_seed=1"),
+    )
+    together([two, second])
+    np.testing.assert_array_equal(scores(two)[1]["draws/quantized"][:, 1], scores(second)[1]["quantized"])
 
 
 def test_a_draw_that_fails_takes_its_point_along_and_no_other(prepared, monkeypatch):
@@ -111,7 +151,7 @@ def test_what_cannot_be_drawn_is_refused(prepared):
     few = replace(point.calibration_text, content=point.calibration_text.content[:60])
     tokens = len(tokenizer(few.content)["input_ids"])
     with pytest.raises(RequestError, match=r"too few for calibration\.draws=2"):
-        cut_draws(few, tokenizer, replace(point.config.calibration, window=tokens), 2)
+        cut_draws(few, tokenizer, replace(point.config.calibration, window=tokens), range(2))
     with pytest.raises(RequestError, match="use speed=none"):
         prepared(*TINY, "quantizer=noise", "speed=default")
     for setting in ("quantizer=noise", "quantizer=gptq calibration.draws=2"):
@@ -123,6 +163,7 @@ def test_the_floor_is_above_nothing_and_below_eight_bits(prepared, dtype):
     methods = ["none", "noise", *(f"{name} quantizer.nbits=8" for name in ("rtn", "hqq", "sinq"))]
     points = [prepared(*TINY, f"runtime.dtype={dtype}", f"quantizer={method}") for method in methods]
     results = together(points)
+    assert all(point.recorded() is not None for point in points)  # asked again, they are there, whatever their coverage
     none, noise, *eight = (results[point.run_id].evaluation[0].divergence.kl.value for point in points)
     assert none == 0 < noise < min(eight)
     row = results[points[1].run_id]

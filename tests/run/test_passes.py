@@ -74,6 +74,27 @@ def test_it_is_what_the_whole_model_computes(prepared, model, nbits):
         assert ours[2][0].baseline_ppl == pytest.approx(theirs[2][0].baseline_ppl, rel=1e-6)
 
 
+def test_a_checkpoint_out_of_a_pass_is_the_one_of_the_point_alone(prepared, tmp_path):
+    """Every file of it to the bit; and what was written is let go before the next one is."""
+    methods = ("rtn", "gptq", "sinq quantizer.nbits=3")
+    settings = ("model=tiny-moe", *SHORT)
+
+    def exported(method, outputs):
+        folder = f"export.dir={tmp_path / outputs}-{method[:4]}"
+        return prepared(*settings, f"quantizer={method}", folder, outputs=outputs)
+
+    points = [*(exported(method, "together") for method in methods), prepared(*settings, "quantizer=hqq")]
+    results = together(points)
+    assert {result.pass_points for result in results.values()} == {4}
+    for method, point in zip(methods, points, strict=False):
+        [(_, alone)] = run_pass([exported(method, "alone")])
+        assert measured(alone) == measured(results[point.run_id])
+        ours, theirs = (tmp_path / f"{outputs}-{method[:4]}" for outputs in ("together", "alone"))
+        files = {path.name: path.read_bytes() for path in theirs.iterdir()}
+        assert len(files) > 3
+        assert {path.name: path.read_bytes() for path in ours.iterdir()} == files
+
+
 @pytest.mark.slow
 def test_the_reference_model_in_a_pass_alone_and_whole(prepared, smollm2_folder, tmp_path):
     for outputs in ("together", "alone", "whole"):  # the converted model is made once

@@ -15,6 +15,7 @@ from qbench.catalog import options
 from qbench.checkpoint import packed
 from qbench.passes.quantize import quantize_model
 from qbench.registry import SOURCE, find, make, make_quantizer, names
+from qbench.sources.file import File
 from qbench.sources.folder import Folder
 from qbench.sources.hub import Hub, commit
 from qbench.sources.local import Local
@@ -140,7 +141,9 @@ class TestSmolLM2(SourceConformance):
 
 def test_every_registered_source_is_tested_here():
     ours = {find(SOURCE, name) for name in names(SOURCE)}
-    assert {cls for cls in ours if cls.__module__.startswith("qbench.")} == {Hub, Local, Packed, Random, SmolLM2, Tiny}
+    assert {cls for cls in ours if cls.__module__.startswith("qbench.")} == {
+        *(File, Hub, Local, Packed, Random, SmolLM2, Tiny)  # File: test_file.py
+    }
 
 
 @pytest.mark.parametrize("option", options("model"))

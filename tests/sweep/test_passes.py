@@ -42,7 +42,7 @@ def planned(qbench, monkeypatch):
         (["quantizer=rtn,sinq", "runtime.dtype=float32,bfloat16"], [2, 2]),
         (["quantizer=rtn,sinq", "outputs=a,b"], [2, 2]),
         (["quantizer=rtn,sinq", "speed=none,default"], [2, 1, 1]),
-        (["quantizer=rtn,sinq", "export.dir='${quantizer.name}'"], [1, 1]),
+        (["quantizer=rtn,sinq", "export.dir='${quantizer.name}'"], [2]),
     ],
 )
 def test_points_that_share_model_text_precision_and_device_share_a_pass(planned, arguments, passes):
@@ -65,7 +65,8 @@ def test_what_cannot_share_says_why(planned):
     timed = replace(point.config, speed=SpeedConfig("default"))
     assert alone(replace(point, config=timed)) == "speed=default"
     assert alone(replace(point, model=SimpleNamespace(original=False))) == "a model that is quantized already"
-    assert alone(replace(point, export=Path("x"))) == "export.dir"
+    assert alone(replace(point, export=Path("x"))) is None
+    assert alone(replace(point, export=Path("x"), device=SimpleNamespace(type="cuda"))) == "export.dir"
 
 
 @dataclass
@@ -76,6 +77,7 @@ class P:
     needs: bool = False
     config: Config = field(default_factory=Config)
     draws: int = 1
+    export: str | None = None
 
     @property
     def point(self):
@@ -115,6 +117,26 @@ def test_variants_whose_states_do_not_fit_together_are_divided(passes, state_byt
         assert all((len(each) + 1) * state_bytes <= free_bytes / 2 for each in found)
 
 
+def test_what_is_kept_for_an_export_is_counted_and_an_unknown_size_is_alone():
+    """States take 10, and a kept variant 30 besides."""
+    points = [P(name, export=name if name in "xyz" else None) for name in "axbyz"]
+    sizes = {"a": 10, "b": 10, "x": 40, "y": None, "z": 40}
+    for free, parts in ((1000, "y axbz"), (400, "y axbz"), (320, "y ax bz"), (100, "y a x b z")):
+        found = fitting([points], lambda point: sizes[point.name], free)
+        assert " ".join("".join(p.name for p in each) for each in found) == parts
+
+
+def test_exports_share_a_pass_where_memory_allows(planned, monkeypatch):
+    """Of tiny-dense, two windows of 512 tokens have states of 0.5 MB, and RTN's packed weights take less than that."""
+    import psutil
+
+    free = psutil.virtual_memory()
+    exports = ("quantizer=rtn,hqq,sinq", "export.dir='${quantizer.name}'")
+    for available, passes in ((1e9, [3]), (2e6, [1, 1, 1])):
+        monkeypatch.setattr(psutil, "virtual_memory", lambda size=available: free._replace(available=int(size)))
+        assert [len(each) for each in planned(*exports)[1]] == passes
+
+
 @pytest.mark.parametrize(
     ("passes", "jobs", "parts"),
     [
@@ -132,6 +154,14 @@ def test_variants_are_dealt_out_by_cost(passes, jobs, parts):
     assert sorted("".join(p.name for p in each) for each in dealt) == sorted(parts.split())
     costs = [sum(cost(p, lambda point: 5) for p in each) for each in dealt]
     assert jobs == 1 or costs == sorted(costs, reverse=True)
+
+
+def test_draws_are_variants():
+    three = P("A", needs=True, draws=3)
+    assert cost(three, lambda point: 7) == 3 * cost(P("B", needs=True), lambda point: 7)
+    [both] = fitting([[three, P("b")]], lambda point: 10, 140)  # at most three each, and the original's: 70 of 70
+    assert len(both) == 2
+    assert len(fitting([[three, P("b")]], lambda point: 10, 138)) == 2
 
 
 def test_a_larger_model_costs_more_and_a_calibrated_method_too():
@@ -165,7 +195,7 @@ def asked(device: str = "cuda", batch_size: int = 1) -> Any:
     ],
 )
 def test_a_plan_says_what_would_not_fit_and_which_setting_helps(point, change, device_bytes, host_bytes, names):
-    sizes = {"pass": 2, "points": ["a", "b", "c"], "alone": None, "model": "m", "block_bytes": 1000, "rest_bytes": 500}
+    sizes = {"pass": 2, "variants": 3, "alone": None, "model": "m", "block_bytes": 1000, "rest_bytes": 500}
     sentences = misfits(point, KNOWN, sizes | {"state_bytes": 100} | change, device_bytes, host_bytes)
     assert bool(sentences) == bool(names)
     for name in names:

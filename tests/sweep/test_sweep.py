@@ -238,12 +238,14 @@ def test_dry_run_shows_the_plan_and_runs_nothing(qbench, monkeypatch):
 def test_dry_run_survives_a_quantizer_that_refuses_its_random_matrices(qbench, monkeypatch):
     from qbench.plugins.rtn import RTN
 
+    accept = RTN.quantize_basis
+
     def refuse(self, weights, stats):
         if weights[0].shape == (128, 128):
             raise ArithmeticError("only 64 rows\nat a time")
-        return [self.quantize_one(weight, stats) for weight in weights]
+        return accept(self, weights, stats)
 
-    monkeypatch.setattr(RTN, "quantize", refuse)
+    monkeypatch.setattr(RTN, "quantize_basis", refuse)
     outcome = qbench("-m", *TINY, "quantizer=rtn,sinq", "quantizer.nbits=3,4", "--dry-run")
     assert outcome.status == 0
     sentence = (
@@ -301,7 +303,7 @@ def test_the_demo_leaves_out_what_does_not_exist():
     with initialize_config_module("qbench.conf", version_base="1.3"):
         config = compose("config", overrides=["experiment=demo"], return_hydra_config=True)
     points = {" ".join(p) for p in expand(["experiment=demo", "model=tiny-dense"], config.hydra, None)}
-    assert len(points) == 14
+    assert len(points) == 15
     assert "quantizer=nf4 experiment=demo model=tiny-dense" in points
     assert "quantizer=asinq quantizer.nbits=3 experiment=demo model=tiny-dense" in points
 

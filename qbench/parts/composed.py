@@ -1,0 +1,69 @@
+"""Composed: a quantizer that hands each linear to another one, by the linear's name, or leaves it alone.
+
+What is left alone is the original's in every count: it has no row in the result and costs 16 bit. Inside a stack of
+fused experts, which is held as one, it is a Plain weight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+from torch import Tensor
+
+from qbench.format.format import Format
+from qbench.format.plain import Plain
+from qbench.quant.original import Original
+from qbench.quant.quantizer import InputStatistics, Quantizer, Statistic
+from qbench.registry import make_quantizer
+
+
+@dataclass(frozen=True)
+class Composed(Quantizer):
+    """Base of both; ValueError for a `method` that quantizes no single weight, or that refuses its settings.
+
+    `options` are the method's other settings, such as {aux_dtype: int8}; a setting that is null is left to the method.
+    """
+
+    method: str = "rtn"
+    group_size: int | None = 64
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        inner = self.inner
+        if isinstance(inner, Composed | Original) or inner.files() or not inner.settings():
+            raise ValueError(f"quantizer.method={self.method} has no weights of its own to quantize; take a method")
+
+    def made(self, nbits: int | None) -> Quantizer:
+        """The method with so many bits; raises ValueError for settings that it refuses."""
+        given = {"nbits": nbits, "group_size": self.group_size}
+        if both := sorted(given.keys() & self.options):
+            raise ValueError(f"say quantizer.{both[0]}, and leave it out of quantizer.options")
+        return make_quantizer({"name": self.method} | {k: v for k, v in given.items() if v is not None} | self.options)
+
+    @cached_property
+    def inner(self) -> Quantizer:
+        """The method as it is where bits do not matter."""
+        return self.made(getattr(self, "nbits", None))
+
+    @property
+    def needs(self) -> frozenset[Statistic]:  # type: ignore[override]
+        return self.inner.needs
+
+    def quantize(self, weights: Sequence[Tensor], stats: InputStatistics | None) -> list[Format]:
+        """As the method does where it is not told which linears these are."""
+        return self.inner.quantize(weights, stats)
+
+    def quantize_layers(
+        self, names: Sequence[str], weights: Sequence[Tensor], stats: InputStatistics | None
+    ) -> list[Format]:
+        """Linears of one group that go to the same quantizer go together, so that it may share what it shares."""
+        chosen = [self.for_layer(name) for name in names]
+        found: dict[int, Format] = {i: Plain.of(weights[i]) for i, one in enumerate(chosen) if one is None}
+        for quantizer in {id(one): one for one in chosen if one is not None}.values():
+            places = [i for i, one in enumerate(chosen) if one is quantizer]
+            made = quantizer.quantize_layers([names[i] for i in places], [weights[i] for i in places], stats)
+            found |= dict(zip(places, made, strict=True))
+        return [found[i] for i in range(len(names))]

@@ -1,0 +1,126 @@
+"""Names of parts, the knapsack, and the quantizers that treat parts of a model differently."""
+
+from __future__ import annotations
+
+from itertools import product
+
+import numpy as np
+import pytest
+import torch
+
+from qbench.format.plain import Plain
+from qbench.parts.knapsack import choose
+from qbench.parts.mixed import Mixed, written
+from qbench.parts.partly import Partly
+from qbench.record.parts import EACH, Part, cells, part_of, patterns, place
+from qbench.registry import make_quantizer
+from qbench.testing import gaussian
+
+NAMES = [f"model.layers.{i}.{kind}" for i in range(3) for kind in ("self_attn.q_proj", "mlp.down_proj")]
+EXPERTS = [
+    f"model.layers.{i}.mlp.experts.{e}.{p}" for i in range(2) for e in range(12) for p in ("up_proj", "down_proj")
+]
+
+
+@pytest.mark.parametrize("names", [NAMES, EXPERTS])
+@pytest.mark.parametrize("each", EACH)
+def test_patterns_divide_the_model_and_say_which_part_they_are(names, each):
+    found = patterns(names, each)
+    parts = [part_of(pattern) for pattern in found]
+    assert {part.level for part in parts} == {each.removesuffix("s")}
+    assert len(set(parts)) == len(parts)
+    for name in names:
+        taken = [p for p in found if Partly(only=p).for_layer(name) is not None]
+        assert len(taken) == 1
+        kind, block = part_of(taken[0])
+        assert (kind or place(name).kind, place(name).block if block is None else block) == place(name)
+
+
+@pytest.mark.parametrize("pattern", ["*.q?", "model.layers.*.mlp.up_proj", "*proj", "model.[01].*", "*.mlp.*", ""])
+def test_other_patterns_are_no_parts(pattern):
+    assert part_of(pattern) is None
+
+
+def test_the_knapsack_finds_what_trying_all_finds():
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        losses = rng.random((6, 3)).tolist()
+        costs = (rng.integers(1, 30, (6, 3)) * 7).tolist()
+        least, most = sum(map(min, costs)), sum(map(max, costs))
+        capacity = int(rng.integers(least, most + 1))
+        affordable = [c for c in product(range(3), repeat=6) if sum(costs[i][j] for i, j in enumerate(c)) <= capacity]
+        best = min(sum(losses[i][j] for i, j in enumerate(c)) for c in affordable)
+        chosen = choose(losses, costs, capacity)
+        assert sum(costs[i][j] for i, j in enumerate(chosen)) <= capacity
+        assert sum(losses[i][j] for i, j in enumerate(chosen)) == pytest.approx(best)
+    with pytest.raises(ValueError, match="cheapest"):
+        choose([[0.0, 1.0]], [[5, 9]], 4)
+
+
+def test_large_costs_are_rounded_up_and_still_fit():
+    rng = np.random.default_rng(1)
+    costs = rng.integers(10**8, 10**9, (50, 3))
+    costs.sort(axis=1)
+    losses = -np.log(costs) + rng.normal(0, 0.01, costs.shape)
+    capacity = int(costs.mean(1).sum())
+    spent = sum(costs[i, j] for i, j in enumerate(choose(losses.tolist(), costs.tolist(), capacity)))
+    assert 0.99 * capacity < spent <= capacity
+
+
+def test_cells_are_measured_or_put_together_from_margins():
+    wanted = [Part(k, b) for k in ("q", "down") for b in (0, 1)]
+    margins = {Part("q", None): 1.0, Part("down", None): 3.0, Part(None, 0): 2.0, Part(None, 1): 2.0}
+    found, measured = cells(margins, wanted)
+    assert not measured
+    assert found == {Part("q", 0): 0.5, Part("q", 1): 0.5, Part("down", 0): 1.5, Part("down", 1): 1.5}
+    single = dict.fromkeys(wanted, 0.1)
+    assert cells(margins | single, wanted) == (single, True)
+    assert cells({Part("q", None): 1.0}, wanted) is None
+
+
+def test_partly_quantizes_what_it_names_and_leaves_the_rest():
+    weights = [gaussian(16, 64), gaussian(8, 64)]
+    names = ["model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.k_proj"]
+    one, other = Partly(method="sinq", nbits=3, only="*.k_proj").quantize_layers(names, weights, None)
+    assert isinstance(one, Plain)
+    assert torch.equal(one.dequantize(), weights[0])
+    (alone,) = make_quantizer({"name": "sinq", "nbits": 3}).quantize(weights[1:], None)
+    assert torch.equal(other.dequantize(), alone.dequantize())
+
+
+def test_the_identity_holds_every_setting_of_the_method():
+    spelled = Partly(method="rtn", nbits=3, options={"symmetric": False})
+    assert spelled.settings() == Partly(method="rtn", nbits=3).settings()
+    assert spelled.settings()["aux_dtype"] == "fp16"
+    assert Partly(method="rtn", options={"symmetric": True}).settings()["symmetric"] is True
+
+
+def test_mixed_gives_each_linear_its_bits():
+    mixed = Mixed(method="rtn", assignment="self_attn.q_proj=342 mlp.down_proj=-83")
+    assert written(mixed.bits) == mixed.assignment
+    assert [mixed.for_layer(name).nbits for name in NAMES if place(name) in mixed.bits] == [3, 4, 8, 2, 3]
+    assert "budget_bits" not in mixed.settings()
+    packed = mixed.quantize_layers([NAMES[0], NAMES[2]], [gaussian(16, 64)] * 2, None)
+    assert [weight.nbits for weight in packed] == [3, 4]
+    with pytest.raises(ValueError, match=r"says nothing of model\.layers\.0\.mlp\.down_proj"):
+        mixed.for_layer("model.layers.0.mlp.down_proj")
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"name": "partly", "method": "partly"}, "has no weights of its own"),
+        ({"name": "partly", "method": "rtm"}, "did you mean 'rtn'"),
+        ({"name": "partly", "only": "kinds"}, "add -m"),
+        ({"name": "partly", "method": "nf4"}, "quantizer.nbits"),
+        ({"name": "partly", "options": {"nbits": 3}}, "say quantizer.nbits"),
+        ({"name": "partly", "options": {"sym": 3}}, "quantizer.symmetric"),
+        ({"name": "mixed", "assignment": "q_proj=35"}, "KIND=DIGITS"),
+        ({"name": "mixed", "method": "higgs", "assignment": "q_proj=8"}, "nbits"),
+        ({"name": "mixed", "budget_bits": 0.0}, "budget_bits must be positive"),
+    ],
+)
+def test_what_cannot_be_is_refused_in_a_sentence(settings, sentence):
+    with pytest.raises(ValueError, match=sentence) as raised:
+        make_quantizer(settings)
+    assert "\n" not in str(raised.value)
