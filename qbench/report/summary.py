@@ -86,8 +86,8 @@ def _add_metric(table: Table, metric: MetricRecord, protocol: str = "") -> None:
         change += f"; {told}"
     if metric.flip_rate is not None:
         change += f"; {metric.flip_rate:.1%} flipped"
-    if metric.parts and (worst := metric.worst) is not None:
-        change += f"; worst on {worst}, {metric.parts[worst]:.{digits}f}"
+    if metric.kinds and (worst := metric.worst_kind) is not None:
+        change += f"; worst on {worst}, {metric.kinds[worst]:.{digits}f}"
     baseline = "" if metric.baseline is None else f"{metric.baseline:.{digits}f}"
     name = metric.called.replace("_", " ")
     table.add_row(f"{name}, {protocol}" if protocol else name, baseline, f"{metric.value:.{digits}f}", change)
