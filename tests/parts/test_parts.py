@@ -95,6 +95,12 @@ def test_the_identity_holds_every_setting_of_the_method():
     assert Partly(method="rtn", options={"symmetric": True}).settings()["symmetric"] is True
 
 
+def test_it_asks_for_what_its_method_asks_for():
+    assert Partly(method="sinq", options={"shared_t": True}).joint
+    assert not Partly(method="sinq").joint
+    assert Partly(method="gptq").needs == make_quantizer({"name": "gptq"}).needs
+
+
 def test_mixed_gives_each_linear_its_bits():
     mixed = Mixed(method="rtn", assignment="self_attn.q_proj=342 mlp.down_proj=-83")
     assert written(mixed.bits) == mixed.assignment
