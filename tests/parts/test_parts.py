@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from itertools import product
 
 import numpy as np
 import pytest
 import torch
+import yaml
 
 from qbench.format.plain import Plain
 from qbench.parts.knapsack import choose
@@ -15,6 +17,7 @@ from qbench.parts.partly import Partly
 from qbench.record.parts import EACH, Part, cells, part_of, patterns, place
 from qbench.registry import make_quantizer
 from qbench.testing import gaussian
+from tests.conftest import ROOT
 
 NAMES = [f"model.layers.{i}.{kind}" for i in range(3) for kind in ("self_attn.q_proj", "mlp.down_proj")]
 EXPERTS = [
@@ -93,6 +96,14 @@ def test_the_identity_holds_every_setting_of_the_method():
     assert spelled.settings() == Partly(method="rtn", nbits=3).settings()
     assert spelled.settings()["aux_dtype"] == "fp16"
     assert Partly(method="rtn", options={"symmetric": True}).settings()["symmetric"] is True
+
+
+@pytest.mark.parametrize("cls", [Partly, Mixed])
+def test_yaml_mirrors_the_dataclass(cls):
+    name = cls.__name__.lower()
+    given = yaml.safe_load((ROOT / "conf" / "quantizer" / f"{name}.yaml").read_text(encoding="utf-8"))
+    made = cls()
+    assert given == {"name": name} | {field.name: getattr(made, field.name) for field in fields(cls)}
 
 
 def test_it_asks_for_what_its_method_asks_for():
