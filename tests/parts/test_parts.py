@@ -11,6 +11,7 @@ import torch
 import yaml
 
 from qbench.format.plain import Plain
+from qbench.parts.allocate import Anatomy, by_bits
 from qbench.parts.knapsack import choose
 from qbench.parts.mixed import Mixed, written
 from qbench.parts.partly import Partly
@@ -79,6 +80,19 @@ def test_cells_are_measured_or_put_together_from_margins():
     single = dict.fromkeys(wanted, 0.1)
     assert cells(margins | single, wanted) == (single, True)
     assert cells({Part("q", None): 1.0}, wanted) is None
+
+
+def test_a_margin_alone_is_shared_equally_and_all_bits_are_judged_alike():
+    sizes = {Part(kind, block): 8 for kind in ("q", "down") for block in range(4)}
+    kinds = {Part("q", None): 1.0, Part("down", None): 2.0}
+    blocks = {Part(None, block): block / 2 for block in range(4)}
+    both, alone = Anatomy(kl=kinds | blocks, bytes=sizes), Anatomy(kl=kinds, bytes=sizes)
+    assert by_bits({3: both})[3][Part("down", 3)] == pytest.approx(1.0)
+    found = by_bits({3: both, 4: alone})  # what both can be judged by
+    assert found[3] == found[4]
+    assert (found[4][Part("q", 3)], found[4][Part("down", 0)]) == (0.25, 0.5)
+    assert by_bits({3: Anatomy(kl=blocks, bytes=sizes)})[3][Part("q", 2)] == 0.5
+    assert by_bits({3: Anatomy(kl={Part("q", None): 1.0}, bytes=sizes)}) == {}
 
 
 def test_partly_quantizes_what_it_names_and_leaves_the_rest():
