@@ -35,7 +35,7 @@ from omegaconf.errors import OmegaConfBaseException
 from qbench.config import Config, register
 from qbench.errors import PlanError, RequestError, SweepFailed, WriteError
 from qbench.record.disk import FULL
-from qbench.request import experiment, overrides
+from qbench.request import experiment, overrides, wildcards
 from qbench.request import explain as requests
 from qbench.request.hubnames import spelled_out
 
@@ -112,6 +112,10 @@ def _point(composed: DictConfig) -> int:
     def measure() -> Result:
         overrides.check_keys(composed)
         config: Config = OmegaConf.to_object(composed)  # type: ignore[assignment]
+        sweeper = HydraConfig.get().sweeper
+        if sweeper.params or sweeper.also:
+            raise RequestError("an experiment is a sweep of several points, and so takes -m: python -m qbench -m ...")
+        wildcards.check_read([config])
         from qbench.run import run_point
 
         entry.begin_work()

@@ -88,3 +88,8 @@ def _none_of(wanted: Any) -> str:
         length = f" {len(inner)}" if origin is tuple and inner and inner[-1] is not Ellipsis else ""
         return f"no list of{length} {of}" if of else "no list"
     return "neither true nor false" if wanted is bool else f"no {WORDS.get(origin or wanted, 'value of its type')}"
+
+
+def is_pattern(path: str) -> bool:
+    """Whether a path has `*` or `?`; brackets make none, since names of files have them."""
+    return not {"*", "?"}.isdisjoint(path)

@@ -29,6 +29,7 @@ from qbench.readers import hub
 from qbench.readers.reader import Held, Reader, ReadError
 from qbench.record.quantization import FileRecord
 from qbench.registry import READER, find, names
+from qbench.values import is_pattern
 
 HUB = "hub:"
 LEAST_COSINE = 0.2  # between a weight and what a file holds of it; that of unrelated matrices is below 0.01
@@ -44,6 +45,18 @@ def reader_of(path: Path) -> tuple[str, Reader]:
             return name, reader
     instead = f"; for every file in it, say 'files={path}/*' in a sweep" if path.is_dir() else ""
     raise ReadError(f"{path} is in no format that is known here (readers: {', '.join(known)}){instead}")
+
+
+def check_place(place: Path, key: str) -> None:
+    """Raises RequestError, about the setting `key`, unless some reader recognizes what lies there."""
+    if not (place.is_file() or place.is_dir()):  # nor is a pipe read, which would wait for a writer
+        instead = "; a pattern names many, which takes a sweep: -m" if is_pattern(str(place)) else ""
+        there = "is neither a file nor a folder" if place.exists() else "does not exist"
+        raise RequestError(f"{key}={place} {there}; name a file or a folder{instead}", key=key)
+    try:
+        reader_of(place)
+    except ReadError as error:
+        raise RequestError(f"{key}: {error}", key=key) from None
 
 
 def open_file(path: Path, model: Any) -> Held:
@@ -86,7 +99,7 @@ class File(Quantizer):
 
     def pinned(self) -> File:
         """The same file at a commit; raises RequestError for one that is not there or that no reader recognizes."""
-        if self.path is None and self.id is None:
+        if not self.path and not self.id:
             raise RequestError(
                 "quantizer=file: say quantizer.path=FILE_OR_DIR, or quantizer.id=ORG/NAME for a repository of the Hub",
                 key="quantizer.path",
@@ -95,12 +108,7 @@ class File(Quantizer):
         if self.id is not None:
             pinned = File(id=self.id, file=self.file, revision=hub.commit(self.id, self.revision))
         place = pinned.place()
-        if not place.exists():
-            raise RequestError(f"quantizer.path={place} does not exist; name a file or a folder", key="quantizer.path")
-        try:
-            reader_of(place)
-        except ReadError as error:
-            raise RequestError(str(error), key="quantizer.path") from None
+        check_place(place, "quantizer.path")
         return pinned
 
     def place(self) -> Path:

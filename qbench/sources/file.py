@@ -23,7 +23,7 @@ from qbench.errors import PointError, RequestError
 from qbench.layers.expert_form import form, put_expert, stacked_parameters
 from qbench.model.blocks import NotAChainError, block_of, find_blocks
 from qbench.readers import gguf_file
-from qbench.readers.file import open_file, reader_of, weight_files
+from qbench.readers.file import check_place, open_file, weight_files
 from qbench.readers.gguf import the_file
 from qbench.readers.reader import Held, ReadError
 from qbench.sources import files, hashes, pretrained, skeleton
@@ -54,19 +54,22 @@ class File:
         if not self.path:
             raise RequestError(f"model={self.name} needs model.path=FILE_OR_DIR, what somebody else quantized")
         place = Path(self.path).expanduser()
-        if not place.exists():
-            raise RequestError(f"model.path={place} does not exist; name a file or a folder", key="model.path")
+        check_place(place, "model.path")
+        if place.is_file() and not gguf_file.is_gguf(place):
+            raise RequestError(
+                f"model.path={place} holds weights alone: name its folder, with config.json and a tokenizer",
+                key="model.path",
+            )
         try:
-            reader_of(place)
             return the_file(place) if place.is_dir() and not (place / "config.json").is_file() else place
         except ReadError as error:
             raise RequestError(f"model.path: {error}", key="model.path") from None
 
     def fingerprint(self) -> str:
         place = self.place()
-        if place.is_dir() and any(place.glob("*.safetensors")):
+        if (place / files.WEIGHTS).is_file() or (place / files.INDEX).is_file():
             return f"file:{files.fingerprint(place)}"
-        beside = sorted(place.glob("*.json")) if place.is_dir() else []
+        beside = files.settings(place) if place.is_dir() else []
         contents = hashes.sha256_of([*weight_files(place), *beside])
         return f"file:{hashlib.sha256(''.join(contents).encode()).hexdigest()[:32]}"
 

@@ -104,10 +104,18 @@ def fingerprint(folder: Path) -> str:
     return digest.hexdigest()[:32]
 
 
+def settings(folder: Path) -> list[Path]:
+    """Configuration and tokenizer, in the order of the alphabet."""
+    found = (*folder.iterdir(), *folder.glob("additional_chat_templates/*"))
+    return sorted(
+        path
+        for path in found
+        if any(fnmatch(path.name, p) for p in SETTINGS) and not any(fnmatch(path.name, p) for p in BESIDE)
+    )
+
+
 def _defining(folder: Path) -> Iterator[Path]:
-    for path in (*folder.iterdir(), *folder.glob("additional_chat_templates/*")):
-        if any(fnmatch(path.name, p) for p in SETTINGS) and not any(fnmatch(path.name, p) for p in BESIDE):
-            yield path
+    yield from settings(folder)
     yield from (folder / file for file in weight_files(folder, str(folder)))
     if any("auto_map" in _read_json(path) for path in folder.glob("*config.json")):
         yield from (path for path in folder.rglob("*.py") if path.is_file())

@@ -106,10 +106,12 @@ def plan(found: list[tuple[str, ...]], composed: DictConfig, loader: ConfigLoade
     refused: dict[str, list[str]] = {}  # sentence -> the points it is about
     errors: dict[str, RequestError] = {}  # by their sentences
     exports: dict[Path, str] = {}
+    asked: list[Config] = []
     for overrides in found:
         label = " ".join(o for o in overrides if o not in common) or " ".join(overrides) or "defaults"
         try:
             config = compose(overrides)
+            asked.append(config)
             if elsewhere and config.runtime.device == "auto":
                 raise RequestError("runtime.device=auto would mean this machine; with this launcher say cuda or cpu")
             point = prepare(config, list(overrides), not elsewhere, *shared)
@@ -128,6 +130,7 @@ def plan(found: list[tuple[str, ...]], composed: DictConfig, loader: ConfigLoade
             config = replace(config, model=config.model | point.pinned, quantizer=point.config.quantizer)
             each = Planned(overrides, label, asdict(config), point, point.recorded())
             planned.setdefault(each.key, each)
+    wildcards.check_read(asked)
     if refused:
         raise _refusal(refused, errors, len(found)) from None
     return list(planned.values())

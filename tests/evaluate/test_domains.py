@@ -69,6 +69,16 @@ def test_no_text_repeats_itself_or_another():
                     seen[line] = name
 
 
+def test_all_kinds_by_name_are_all_kinds():
+    every = sorted(name.removesuffix(".txt") for name in EMBEDDED if name != NOT_A_KIND)
+    said, unsaid = Domains(kinds=every[::-1]), Domains()
+    assert said.settings() == unsaid.settings()
+    assert said.read().sha256 == unsaid.read().sha256 != Domains(kinds=every[1:]).read().sha256
+    assert [*said.read().texts] == every
+    assert unsaid.protocol_name(unsaid.read()) == f"domains:{len(every)}kinds-w256-first6-long3x2048"
+    assert unsaid.scored_tokens(unsaid.read()) == 13 * 6 * 256 + 3 * 2048
+
+
 def test_a_kind_is_scored_as_it_would_be_alone(scored):
     joined, model, variant, (records, _, files) = scored
     for (name, part), record in zip(joined.parts.items(), records, strict=True):

@@ -1,6 +1,7 @@
 """`quantizer=file` in a pass: what else a file holds is used and reported, and a file of another model is refused."""
 
 import json
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -194,7 +195,23 @@ def test_no_file_and_no_reader(point, tmp_path):
     assert "is in no format that is known here" in refused(point(tmp_path / "text.txt"))
 
 
+def test_a_pipe_is_not_waited_for(point, tmp_path):
+    os.mkfifo(tmp_path / "pipe.gguf")
+    assert "is neither a file nor a folder" in refused(point(tmp_path / "pipe.gguf"), "quantizer.path")
+
+
+def test_a_pattern_is_for_a_sweep(point, tmp_path):
+    assert "takes a sweep: -m" in refused(point(tmp_path / "*"), "quantizer.path")
+
+
+def test_an_experiment_or_its_files_alone_measure_nothing_else(qbench):
+    assert "takes -m" in refused(qbench("experiment=files", "files=x"))
+    assert "which is not asked for" in refused(qbench("files=x"), "files")
+    assert "which is not asked for" in refused(qbench("-m", "files=x", "quantizer=rtn,sinq"), "files")
+
+
 def test_one_of_path_and_id(qbench):
+    assert "say quantizer.path=FILE_OR_DIR" in refused(qbench("quantizer=file", "quantizer.path=''"))
     assert "say quantizer.path=FILE_OR_DIR" in refused(qbench("quantizer=file"))
     assert "need quantizer.id" in refused(qbench("quantizer=file", "quantizer.path=x", "quantizer.file=y"))
 

@@ -2,9 +2,10 @@
 
 import pytest
 
+from qbench.config import Config
 from qbench.errors import RequestError
 from qbench.request.overrides import parse
-from qbench.request.wildcards import spelled_out
+from qbench.request.wildcards import check_read, spelled_out
 
 
 @pytest.fixture
@@ -36,4 +37,20 @@ def test_what_has_no_pattern_is_left_alone():
 def test_no_match_is_refused(folder):
     with pytest.raises(RequestError, match="matches no file") as refusal:
         spelled_out(f"files={folder}/*.safetensors")
+    assert refusal.value.key == "files"
+
+
+def test_a_name_with_a_line_break_is_refused_by_its_name(folder):
+    (folder / "two\nlines.gguf").touch()
+    with pytest.raises(RequestError, match=r"files=.*matches '.*two\\nlines.gguf'.*rename it"):
+        spelled_out(f"files={folder}/*.gguf")
+
+
+def test_files_that_no_point_reads_are_refused():
+    ours, theirs = Config(files="x.gguf"), Config(files="x.gguf")
+    ours.quantizer, theirs.quantizer = {"name": "sinq"}, {"name": "file"}
+    check_read([ours, theirs])
+    check_read([])
+    with pytest.raises(RequestError, match="which is not asked for") as refusal:
+        check_read([ours])
     assert refusal.value.key == "files"

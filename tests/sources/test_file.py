@@ -10,6 +10,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from qbench.checkpoint import gguf
+from qbench.checkpoint.packed import Packed
 from qbench.errors import RequestError
 from qbench.passes.quantize import quantize_model
 from qbench.registry import make_quantizer
@@ -87,6 +88,24 @@ def test_the_model_is_what_the_file_stands_for(tmp_path, architecture):
         "a stand-in for the original, dequantized from GGUF Q4_0 and F32, by qbench: differences are to this, not to "
         "16-bit weights"
     )
+
+
+def test_weights_of_another_name_are_read_and_their_settings_count(tmp_path):
+    model, tokenizer = build_of("Qwen3"), tokenizer_of_pairs()
+    quantize_model(model, make_quantizer(RTN))
+    Packed().save(model, tokenizer, tmp_path / "packed", {"quantizer": RTN})
+    source = File(path=str(tmp_path / "packed"))
+    loaded, ids = source.load(torch.float32, CPU, tmp_path).model, torch.arange(100)[None]
+    assert torch.equal(loaded(ids).logits, model.eval()(ids).logits)
+    before = source.fingerprint()
+    (tmp_path / "packed" / "merges.txt").write_text("a b")
+    assert source.fingerprint() != before
+
+
+def test_a_file_of_weights_alone_asks_for_its_folder(tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(b"weights")
+    with pytest.raises(RequestError, match="name its folder"):
+        File(path=str(tmp_path / "model.safetensors")).place()
 
 
 def test_it_goes_by_the_files_name():
