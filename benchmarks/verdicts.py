@@ -123,9 +123,34 @@ def found_documents(count: int, changed: float, random: np.random.Generator) -> 
     return hits / RUNS
 
 
+def again(pools: dict[str, Pool], random: np.random.Generator) -> dict[str, Any]:
+    """A board of all methods, and the whole again on other windows with other draws: do the ranks come out again?"""
+    apart = agreed = reversed_ = boards = 0
+    names = sorted(set(pools) - {"noise"})
+    for _ in range(RUNS):
+        windows = np.array_split(random.permutation(len(pools[names[0]].table)), 2)
+        both, draws = [], {name: random.permutation(pools[name].table.shape[1]) for name in names}
+        for half, at in enumerate(windows):
+            tables = [pools[name].table[at][:, np.array_split(draws[name], 2)[half][:6]] for name in names]
+            tables = [t if t.size else pools[n].table[at] for t, n in zip(tables, names, strict=True)]  # of one draw
+            scores = np.stack([table.mean(1) for table in tables])
+            board = told(scores, [table if table.shape[1] > 1 else None for table in tables], "exp mean")
+            order = np.sign(board.paired.values[:, None] - board.paired.values)
+            both.append(np.where(board.adjusted < 0.05, order, 0.0))
+        upper = np.triu_indices(len(names), 1)
+        first, second = both[0][upper], both[1][upper]
+        apart += int((first != 0).sum())
+        agreed += int((first * second > 0).sum())
+        reversed_ += int((first * second < 0).sum())
+        boards += bool((first * second < 0).any())
+    found = {"pairs_apart": apart, "apart_again": agreed, "reversed": reversed_, "boards_with_any_reversed": boards}
+    return {"kind": "other half of the text and other draws", "rows": names, "boards": RUNS, **found}
+
+
 def comparisons(pools: dict[str, dict[str, Pool]]) -> Iterator[dict[str, Any]]:
     random = np.random.default_rng(18)
     for model, methods in pools.items():
+        yield {"model": model} | again(methods, random)
         for windows, draws in SIZES:
             for name in ("gptq", "awq", "noise"):
                 if name not in methods:

@@ -31,6 +31,7 @@ class CalibrationConfig:
     beyond_positions: bool = False  # windows may be longer than a model with rotary positions was made for
     sequences: int | None = None
     draws: int = 1  # of sequences from the text, or of the seed of a method that has one; each is measured
+    first_draw: int = 0  # the number of the first one: another number, another choice
     inputs: str = "quantized"  # of each block, from the blocks before it: quantized or original (calibrate.py)
 
 

@@ -124,7 +124,7 @@ def _metric(group: Sequence[MetricRecord], table: np.ndarray | None, baseline: n
         reading=first.reading,
         title=first.title,
         draws=numbers,
-        parts=_parts_of(first, table),
+        kinds=_kinds(first, table),
     )
     if table is None or baseline is None or base is None or len(table) != len(baseline) or first.reading != "mean":
         return found
@@ -145,10 +145,10 @@ def _metric(group: Sequence[MetricRecord], table: np.ndarray | None, baseline: n
     return replace(found, flip_rate_low=low, flip_rate_high=high)
 
 
-def _parts_of(first: MetricRecord, table: np.ndarray | None) -> dict[str, float] | None:
-    if first.parts is None or table is None:
+def _kinds(first: MetricRecord, table: np.ndarray | None) -> dict[str, float] | None:
+    if first.kinds is None or table is None:
         return None
-    return dict(zip(first.parts, read_mean(first.reading, table.mean(1)).tolist(), strict=True))
+    return dict(zip(first.kinds, read_mean(first.reading, table.mean(1)).tolist(), strict=True))
 
 
 def _mean(group: Sequence[MetricRecord]) -> float | None:

@@ -89,9 +89,8 @@ class JoinedEvaluation:
         """The number over all parts, from what each adds to it, `[parts]`, which goes into `kept`."""
         kept[f"quantized/{self.task}/{name},none"] = ours
         value = float(read_mean(reading, ours.mean()))
-        number = {"name": name, "higher_is_better": False, "reading": reading, "title": title}
-        if reading == "mean":  # a perplexity tells kinds of text apart, not what they lost
-            number["parts"] = dict(zip(self.parts, ours.tolist(), strict=True))
+        kinds = dict(zip(self.parts, read_mean(reading, ours).tolist(), strict=True))
+        number = {"name": name, "higher_is_better": False, "reading": reading, "title": title, "kinds": kinds}
         if theirs is None:
             return MetricRecord(value=value, **number)
         kept[f"baseline/{self.task}/{name},none"] = theirs
@@ -117,7 +116,7 @@ def _numbers(
     records = [*found.values()]
     if all(record.divergence is not None for record in records):
         kl = np.asarray([record.divergence.kl.value for record in records])  # type: ignore[union-attr]
-        yield "kl", f"KL, nats, mean of {len(records)} kinds", "mean", kl, np.zeros_like(kl)
+        yield "kl_mean", f"KL, nats, mean of {len(records)} kinds", "mean", kl, np.zeros_like(kl)
     known = all(record.baseline_ppl is not None for record in records)
     nll, base = np.log([r.ppl for r in records]), np.log([r.baseline_ppl for r in records]) if known else None
     yield "ppl", f"perplexity, geometric mean of {len(records)} kinds", "exp mean", nll, base

@@ -9,6 +9,9 @@ The walk of a point through it, each step before anything that takes longer:
     check_length(source) a text that is too short, whatever the tokenizer
     prepare(...)         an Evaluation: what is scored, tokenized where that is done beforehand
 
+A protocol of several texts, or of rows of several lengths, says `scored_tokens(source)`, about how many tokens go
+through the model, None where the text decides; estimates ask for it.
+
 The built-in ones are in protocols/, one a file. A third party's is registered under `qbench.protocols`, brings
 `task/NAME.yaml`, and is tested by qbench.testing.protocols. What it finds, it records as perplexities
 (EvaluationRecord) or as numbers of any other kind (TaskRecord with one MetricRecord each, which says how the number

@@ -203,7 +203,11 @@ def _ids(tokenizer: Any, prompt: str, chat: bool) -> list[int]:
     if not chat:
         return list(tokenizer(f"{prompt}\n\n")["input_ids"])
     message = [{"role": "user", "content": prompt}]
-    text = tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
+    try:
+        text = tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
+    except Exception as error:  # a template is a program of its own
+        said = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise RequestError(f"task=self: the tokenizer's chat template takes no question alone: {said}") from None
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 

@@ -4,8 +4,8 @@ An anatomy of a model at one number of bits is the KL of each kind of linear and
 linear, and the whole, whose rows say what every linear takes in bytes (quantizer=partly, experiment=anatomy). It serves
 a request for the same method and settings, model and text, under any protocol; of several the one under the request's
 own, else the one scored on most tokens. What was not measured linear by linear is put together from the margins
-(record/parts.py). The KL of several parts is taken as their sum; how far that holds is what an anatomy's table says
-(report/anatomy.py).
+(record/parts.py); of kinds alone, or of blocks alone, each of their linears has an equal share. The KL of several parts
+is taken as their sum; how far that holds is what an anatomy's table says (report/anatomy.py).
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from qbench.record.parts import Part, cells, part_of, place
 from qbench.record.result import Result, ResultError
 
 Cells = dict[Part, float]  # by kind and block
+FINENESS = ("linears", "kinds", "blocks")  # what a KL by kind and block may be made of
 
 
 @dataclass
@@ -36,10 +37,25 @@ class Anatomy:
     bytes: dict[Part, int] = field(default_factory=dict)  # stored, by kind and block; of the whole's rows
     weights: int = 0
 
-    def cells(self) -> Cells | None:
-        """The KL by kind and block; None where too little was measured."""
-        found = cells(self.kl, self.bytes) if self.bytes else None
-        return None if found is None else found[0]
+    def cells(self, by: str) -> Cells | None:
+        """The KL by kind and block, from `linears` (or both margins), `kinds` or `blocks` alone; None: not measured."""
+        if not self.bytes:
+            return None
+        if by == "linears":
+            found = cells(self.kl, self.bytes)
+            return None if found is None else found[0]
+        margin = [Part(kind, None) if by == "kinds" else Part(None, block) for kind, block in self.bytes]
+        if not all(part in self.kl for part in margin):
+            return None
+        return {p: max(0.0, self.kl[m]) / margin.count(m) for p, m in zip(self.bytes, margin, strict=True)}
+
+
+def by_bits(found: Mapping[int, Anatomy]) -> dict[int, Cells]:
+    """The KL by kind and block for each number of bits, all from parts of one fineness: the finest that most have."""
+    usable = [
+        {nbits: got for nbits, each in sorted(found.items()) if (got := each.cells(by)) is not None} for by in FINENESS
+    ]
+    return max(usable, key=len)
 
 
 def resolved(mixed: Mixed, results: Path, weights: str, text_sha256: str, protocol: Mapping[str, Any]) -> Mixed:
@@ -49,8 +65,7 @@ def resolved(mixed: Mixed, results: Path, weights: str, text_sha256: str, protoc
     of the model and the text at two numbers of bits is recorded, or when the budget is below the fewest of them.
     """
     found = _chosen(mixed, results, weights, text_sha256, protocol)
-    cells = {nbits: anatomy.cells() for nbits, anatomy in sorted(found.items())}
-    usable = {nbits: each for nbits, each in cells.items() if each is not None}
+    usable = by_bits(found)
     if len(usable) < 2:
         which = f"that of {' and '.join(map(str, usable))} bits alone" if usable else "none"
         raise RequestError(
@@ -111,8 +126,8 @@ def _chosen(
                 anatomy.bytes[place(row.name)] = anatomy.bytes.get(place(row.name), 0) + row.packed_bytes
 
     def rank(key: str) -> tuple[bool, bool, int]:
-        complete = [each for each in groups[key].values() if each.cells() is not None]
-        return len(complete) > 1, key in same, max((each.tokens for each in complete), default=0)
+        complete = by_bits(groups[key])
+        return len(complete) > 1, key in same, max((groups[key][nbits].tokens for nbits in complete), default=0)
 
     return dict(groups[max(groups, key=rank)]) if groups else {}
 

@@ -52,6 +52,10 @@ class Composed(Quantizer):
     def needs(self) -> frozenset[Statistic]:  # type: ignore[override]
         return self.inner.needs
 
+    @property
+    def joint(self) -> bool:  # type: ignore[override]
+        return self.inner.joint
+
     def quantize(self, weights: Sequence[Tensor], stats: InputStatistics | None) -> list[Format]:
         """As the method does where it is not told which linears these are."""
         return self.inner.quantize(weights, stats)

@@ -66,12 +66,12 @@ def check_text(text: Text, config: CalibrationConfig) -> None:
 
 
 def cut_sequences(text: Text, tokenizer: Any, config: CalibrationConfig) -> Calibration:
-    """Tokenizes once and cuts from the start; raises RequestError when the text fills no sequence."""
-    return cut_draws(text, tokenizer, config, 1)[0]
+    """The draw `first_draw`, by default cut from the start; raises RequestError when the text fills no sequence."""
+    return cut_draws(text, tokenizer, config, range(config.first_draw, config.first_draw + 1))[0]
 
 
-def cut_draws(text: Text, tokenizer: Any, config: CalibrationConfig, draws: int) -> list[Calibration]:
-    """So many draws of as many sequences from one text, tokenized once.
+def cut_draws(text: Text, tokenizer: Any, config: CalibrationConfig, draws: range) -> list[Calibration]:
+    """The draws of these numbers, each of as many sequences of one text, which is tokenized once.
 
     Draw 0 is cut from the start, sequence after sequence. Every other one has sequences that start at tokens chosen at
     random, uniformly and with replacement, as GPTQ's own script draws its own; the draw's number is the seed.
@@ -81,13 +81,15 @@ def cut_draws(text: Text, tokenizer: Any, config: CalibrationConfig, draws: int)
     full = _full_sequences(ids.size, text, config)
     count = min(full, config.sequences or full)
     places = ids.size - config.window + 1
-    if places < draws:
+    if places < len(draws):
         raise RequestError(
-            f"the calibration text {text.source} has {ids.size} tokens, too few for calibration.draws={draws} of "
+            f"the calibration text {text.source} has {ids.size} tokens, too few for calibration.draws={len(draws)} of "
             f"sequences of {config.window}; use a longer text, a smaller calibration.window or fewer draws"
         )
-    starts = [np.arange(count) * config.window]
-    starts += [np.random.default_rng(draw).integers(0, places, count) for draw in range(1, draws)]
+    starts = [
+        np.random.default_rng(draw).integers(0, places, count) if draw else np.arange(count) * config.window
+        for draw in draws
+    ]
     cuts = (ids[at[:, None] + np.arange(config.window)] for at in starts)
     return [Calibration(cut, text.source, text.sha256, config.inputs) for cut in cuts]
 

@@ -96,9 +96,9 @@ class Variant:
         layers, experts = names.inside(new)
         layers = {name: layer for name, layer in layers.items() if takes(self.quantizer, name)}
         experts = {name: module for name, module in experts.items() if takes_experts(self.quantizer, name, module)}
-        self.untouched = self.untouched and not (layers or experts or self.others or self.model is not None)
         packed: dict[str, nn.Module] = {}
         self.others += take_own(new, self.quantizer, names.prefix, names.weights(new))
+        self.untouched = self.untouched and not (layers or experts or self.others or self.model is not None)
 
         def take(name: str, module: nn.Module, rows: list[LayerRow]) -> None:
             self.rows += rows

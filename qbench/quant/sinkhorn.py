@@ -14,12 +14,11 @@ import torch
 from torch import Tensor
 
 from qbench.quant import gpu
-from qbench.quant.diagnostics import column_tiles, imbalance, std
+from qbench.quant.diagnostics import chunks, column_tiles, spread, std
 
 STD_RANGE = (1e-3, 1e3)  # standard deviations are clipped to it: keeps constant rows and columns finite
 LOG_RANGE = (-0.3, 10.0)  # of the log scales
 TARGET_EPS = 1e-6
-CHUNK_BYTES = 4 << 20  # tiles normalized together on a CPU: a chunk stays in cache for all its rounds
 
 
 def check_steps(iterations: int, step_min: float, step_max: float) -> None:
@@ -53,8 +52,7 @@ def _column_factors(
 ) -> tuple[Tensor, float]:
     scales, left = [], []
     for tiles in column_tiles(weight.float(), width):
-        chunk = len(tiles) if tiles.is_cuda else max(1, CHUNK_BYTES // tiles[0].nbytes)
-        for part in tiles.split(chunk):
+        for part in chunks(tiles):  # which stays in cache for all its rounds
             t, best = sinkhorn(part, iterations, step_min, step_max)
             scales.append(t.flatten())
             left.append(best)
@@ -72,18 +70,17 @@ def sinkhorn(tiles: Tensor, iterations: int, step_min: float, step_max: float) -
     def step(deviation: Tensor) -> Tensor:
         return (deviation.clamp(lo, hi) / target).clamp(step_min, step_max).log()
 
-    row_min = std(tiles, 2).clamp(lo, hi).amin(1)
-    target = torch.minimum(row_min, std(tiles, 1).clamp(lo, hi).amin(1))[:, None] + TARGET_EPS
+    row_std, column_std = std(tiles, 2), std(tiles, 1)
+    target = torch.minimum(row_std.clamp(lo, hi).amin(1), column_std.clamp(lo, hi).amin(1))[:, None] + TARGET_EPS
     log_rows, log_columns = tiles.new_zeros(n, rows), tiles.new_zeros(n, columns)
-    best, best_columns = imbalance(tiles), log_columns
+    best, best_columns = spread(row_std, column_std), log_columns
     rising = torch.zeros(n, dtype=torch.bool, device=tiles.device)
-    for _ in range(iterations):
-        balanced = tiles / log_columns.exp()[:, None, :]
-        balanced /= log_rows.exp()[:, :, None]
-        row_std, column_std = std(balanced, 2), std(balanced, 1)
-        high = torch.maximum(row_std.amax(1), column_std.amax(1))
-        low = torch.minimum(row_std.amin(1), column_std.amin(1))
-        score = high / low.clamp_min(1e-12)
+    for done in range(iterations):
+        if done:  # the first round scores the tiles as they are
+            balanced = tiles / log_columns.exp()[:, None, :]
+            balanced /= log_rows.exp()[:, :, None]
+            row_std, column_std = std(balanced, 2), std(balanced, 1)
+        score = spread(row_std, column_std)
         better = score <= best
         best = torch.where(better, score, best)
         best_columns = torch.where(better[:, None], log_columns, best_columns)

@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -26,7 +26,7 @@ from qbench.format.plain import Plain
 from qbench.model.linears import Linears, find_linears
 from qbench.quant.quantizer import InputStatistics, Quantizer
 from qbench.readers import hub
-from qbench.readers.reader import Entry, Held, Reader, ReadError
+from qbench.readers.reader import Held, Reader, ReadError
 from qbench.record.quantization import FileRecord
 from qbench.registry import READER, find, names
 from qbench.values import is_pattern
@@ -75,6 +75,8 @@ def weight_files(path: Path) -> list[Path]:
 @dataclass(frozen=True)
 class File(Quantizer):
     """What is in the file or folder `path`, or in `file` (all of it: null) of the repository `id` at `revision`."""
+
+    partial: ClassVar[bool] = True  # a file is what it is: coverage and bits say how much of it is in 16 bit
 
     path: str | None = None
     id: str | None = None
@@ -158,17 +160,6 @@ class Opened(Quantizer):
                     f"{self.name} holds {name}.weight as {list(entry.shape)}, the model has {list(shape)}: it is a "
                     "file of another model"
                 )
-
-    def entry(self, name: str) -> Entry:
-        """Of a linear."""
-        return self.held.entries[f"{name}.weight"]
-
-    def weights(self, name: str) -> int:
-        return torch.Size(self.entry(name).shape).numel()
-
-    def plain(self, found: Linears) -> list[str]:
-        """Names of the linears that the file holds in 16 bits or more."""
-        return [name for name in shapes(found) if not self.entry(name).quantized]
 
     def quantize_layers(
         self, names: Sequence[str], weights: Sequence[Tensor], stats: InputStatistics | None

@@ -84,7 +84,7 @@ class HeldFolder:
         check_architecture(path, model)
         try:
             self._shards = Shards(path, shards_of(path))
-        except RequestError as error:
+        except (RequestError, OSError) as error:
             raise ReadError(str(error)) from error
         self.file_bytes = sum(file.stat().st_size for file in {s.file for s in self._shards.tensors.values()})
         self._names = Names(model)

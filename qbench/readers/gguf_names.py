@@ -243,7 +243,7 @@ def _fitting(header: Header, name: str, shape: tuple[int, ...], weight: Weight) 
             f"{header.path.name}: {first.name} is {list(first.shape)} and the model's {name} is {list(shape)}: a model "
             f"of another {what}"
         )
-    if any(piece.stored.quantized for piece in weight.pieces) and len(shape) != 2:
+    if any(piece.stored.quantized for piece in weight.pieces) and (len(shape) != 2 or len(weight.pieces) > 1):
         raise ReadError(
             f"{header.path.name}: {first.name} {list(first.shape)} is stored as {first.type}, no matrix is it"
         )

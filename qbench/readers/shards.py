@@ -51,6 +51,7 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+HEADER_BYTES = 100_000_000  # of a header or an index; safetensors itself reads no longer header
 INDEX = "model.safetensors.index.json"
 
 
@@ -177,6 +178,8 @@ def _shards(folder: Path) -> list[Path]:
 
 def listed(index: Path) -> list[Path]:
     """The shards that an index lists, all of which lie beside it; raises RequestError."""
+    if index.stat().st_size > HEADER_BYTES:
+        raise RequestError(f"{index} has {index.stat().st_size} bytes, which is no index of safetensors shards")
     try:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
         if outside := [name for name in names if Path(name).name != name]:
@@ -196,7 +199,7 @@ def _header(file: Path) -> dict[str, Stored]:
     size = file.stat().st_size
     with file.open("rb") as opened:
         length = int.from_bytes(opened.read(8), "little")
-        if length > size - 8:
+        if length > min(size - 8, HEADER_BYTES):
             raise RequestError(
                 f"{file} is truncated or no safetensors file: no header fits into its {size} bytes; get it anew"
             )

@@ -86,14 +86,14 @@ def identify(
     calibration_sha256: str | None,
     device: str,
     dtype: str,
-    draws: int = 1,
+    draws: range = range(1),
 ) -> Identity:
     """The identity of the point that a configuration asks for.
 
     `quantizer` holds the method's name and its fields, defaults included, `protocol` the protocol's name and what of
     its fields can change a number; `weights` is the model's fingerprint,
     `calibration_sha256` None for a method that is shown no text; `device` is the kind, `dtype` the precision, resolved.
-    `draws` are those that the method is measured in: a single one is no setting, the first is what a single one is.
+    `draws` are the numbers of those that the method is measured in; the one of number 0 alone is no setting.
     """
     speed = None if config.speed.name == "none" else asdict(config.speed)
     if speed is not None:
@@ -115,11 +115,12 @@ def identify(
     )
 
 
-def _calibration(config: Config, text_sha256: str | None, draws: int) -> Settings | None:
-    drawn = {"draws": draws} if draws > 1 else {}
+def _calibration(config: Config, text_sha256: str | None, draws: range) -> Settings | None:
+    drawn = {"draws": len(draws)} if len(draws) > 1 else {}
+    drawn |= {"first_draw": draws.start} if draws.start else {}
     if text_sha256 is None:
         return drawn or None
-    outside = (*SOURCE_OF_TEXT, *PERMISSIONS, "name", "draws")
+    outside = (*SOURCE_OF_TEXT, *PERMISSIONS, "name", "draws", "first_draw")
     settings = {k: v for k, v in asdict(config.calibration).items() if k not in outside}
     return settings | drawn | {"text_sha256": text_sha256}
 

@@ -100,7 +100,7 @@ class MetricRecord(Strict):
     p_value: float | None = None  # of the difference: exact McNemar for right and wrong, else Student's t; two-sided
     detectable: float | None = None  # the smallest true difference that this test finds 4 times in 5, at the 5 % level
     draws: list[float] | None = None  # the number in each draw of calibration text or seed; `value` is of their mean
-    parts: dict[str, float] | None = None  # the number of each kind of text, by name, where it is a mean over kinds
+    kinds: dict[str, float] | None = None  # the number of each kind of text, by name, where it is a mean over kinds
 
     @property
     def called(self) -> str:
@@ -112,11 +112,11 @@ class MetricRecord(Strict):
         return -self.value if self.higher_is_better else self.value
 
     @property
-    def worst(self) -> str | None:
-        """The kind of text whose number is the worst."""
-        if not self.parts:
+    def worst_kind(self) -> str | None:
+        """The kind of text whose number is the worst; None of a perplexity, which says how hard a text is."""
+        if not self.kinds or self.reading == "exp mean":
             return None
-        return (min if self.higher_is_better else max)(self.parts, key=self.parts.__getitem__)
+        return (min if self.higher_is_better else max)(self.kinds, key=self.kinds.__getitem__)
 
     @property
     def digits(self) -> int:

@@ -114,6 +114,7 @@ class Result(Strict):
                     "detectable",
                     "flip_rate",
                     "spread",
+                    "worst_kind",
                 ):
                     if getattr(metric, key) is not None:
                         flat[f"{record.protocol}/{metric.name}_{key}"] = getattr(metric, key)

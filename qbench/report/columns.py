@@ -77,7 +77,7 @@ def _part(parts: str, index: int, name: str) -> Callable[[Row], Value]:
 
 def _kind(name: str) -> Callable[[Row], Value]:
     """The number on one kind of text, of a mean over kinds."""
-    return lambda row: (row.score.number.parts or {}).get(name)
+    return lambda row: (row.score.number.kinds or {}).get(name)
 
 
 def _kl(row: Row) -> str:
@@ -209,8 +209,8 @@ def columns(section: Section, published: Sequence[Published] = ()) -> list[Colum
         Column("draws", "draws", _draws, digits=0),
         Column("draws_spread", "spread over draws", lambda row: row.score.number.spread, digits=3),
         Column("detectable", "detectable", lambda row: row.detectable, digits=3),
-        Column("worst_kind", "worst kind", lambda row: row.score.number.worst),
-        *(Column(f"{number.name}_{kind}", kind, _kind(kind), digits=3) for kind in number.parts or ()),
+        Column("worst_kind", "worst kind", lambda row: row.score.number.worst_kind),
+        *(Column(f"{number.name}_{kind}", kind, _kind(kind), digits=3) for kind in number.kinds or ()),
     ]
     interval = [
         Column("interval", "95 %", _interval, programs=False),

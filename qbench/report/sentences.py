@@ -140,14 +140,16 @@ def _kinds(rows: Sequence[Row]) -> Iterator[str]:
     """Of a mean over kinds of text, on which of them each row is worst; rows of one worst kind together."""
     groups: dict[str, list[Row]] = {}
     for row in rows:
-        if (worst := row.score.number.worst) is not None and not row.floor and row.score.value:
+        if (worst := row.score.number.worst_kind) is not None and not row.floor and row.score.value:
             groups.setdefault(worst, []).append(row)
     for kind, same in groups.items():
-        told = [f"{row.method} ({(row.score.number.parts or {})[kind] / row.score.value:.1f})" for row in same]
+        told = [f"{row.method} ({(row.score.number.kinds or {})[kind] / row.score.value:.1f})" for row in same]
         yield f"Worst on {kind}, in times of the mean over all kinds: {_listed(told)}."
 
 
 def _units(ranked: Ranked) -> str:
+    if ranked.rows[0].score.number.kinds:
+        return "kinds of text"
     return "windows" if ranked.rows[0].score.number.reading == "exp mean" else "documents"
 
 

@@ -25,11 +25,17 @@ def show(result: Result) -> None:
     table = Table(title_justify="left", title=None, box=None, pad_edge=False, show_header=True)
     for name, justify in (("", "left"), ("16 bit", "right"), (settings["name"], "right"), ("difference", "left")):
         table.add_column(name, justify=justify)
+    many = any(metric.kinds for task in result.tasks for metric in task.metrics)
     for record in result.evaluation:
+        divergence = record.divergence
+        if many:  # kinds of text, a line each
+            kl = "" if divergence is None else f"KL {divergence.kl.value:.4f}"
+            _add_metric(table, record.perplexity, record.protocol, kl)
+            continue
         _add_metric(table, record.perplexity, record.protocol)
         for metric in record.metrics:
             _add_metric(table, metric)
-        if (divergence := record.divergence) is not None:
+        if divergence is not None:
             kl, same = divergence.kl, divergence.top1_agreement
             table.add_row(
                 *("KL(16 bit || quantized), nats", "0", f"{kl.value:.4f}"),
@@ -75,7 +81,7 @@ def _told_of_file(file: FileRecord) -> str:
     )
 
 
-def _add_metric(table: Table, metric: MetricRecord, protocol: str = "") -> None:
+def _add_metric(table: Table, metric: MetricRecord, protocol: str = "", also: str = "") -> None:
     digits = metric.digits
     change = "no original" if metric.delta is None else f"{metric.delta:+.{digits}f}"
     if metric.delta_low is not None:
@@ -86,8 +92,10 @@ def _add_metric(table: Table, metric: MetricRecord, protocol: str = "") -> None:
         change += f"; {told}"
     if metric.flip_rate is not None:
         change += f"; {metric.flip_rate:.1%} flipped"
-    if metric.parts and (worst := metric.worst) is not None:
-        change += f"; worst on {worst}, {metric.parts[worst]:.{digits}f}"
+    if metric.kinds and (worst := metric.worst_kind) is not None:
+        change += f"; worst on {worst}, {metric.kinds[worst]:.{digits}f}"
+    if also:
+        change += f"; {also}"
     baseline = "" if metric.baseline is None else f"{metric.baseline:.{digits}f}"
     name = metric.called.replace("_", " ")
     table.add_row(f"{name}, {protocol}" if protocol else name, baseline, f"{metric.value:.{digits}f}", change)

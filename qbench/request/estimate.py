@@ -19,16 +19,20 @@ import numpy as np
 import torch
 
 from qbench.errors import PointError
-from qbench.layers.expert_form import expert_weights
+from qbench.layers.expert_form import expert_weights, stacked_parameters
 from qbench.model import coverage
 from qbench.model.blocks import block_of
 from qbench.model.linears import block_list, find_linears, matrix
 from qbench.model.readers import mark_read_weights, mark_without_storage
+from qbench.parts.composed import Composed
+from qbench.parts.partly import linears_of_experts
 from qbench.quant.original import BITS_PER_WEIGHT, Original
 from qbench.quant.quantizer import InputStatistics, Quantizer
 from qbench.request import plain
 from qbench.request.plain import Skeleton
 from qbench.request.prepare import Prepared
+from qbench.sources import pretrained
+from qbench.sources.shapes import SHAPES, configuration
 from qbench.sources.source import Source
 
 BYTES_PER_TOKEN = 4  # of text, as tokenizers of large vocabularies cut English; of a small vocabulary, 1
@@ -100,9 +104,13 @@ def skeleton(source: Source) -> Skeleton | None:
 
     Of a plain dense decoder that takes no import of transformers, which is longer than the rest of a plan.
     """
-    if (known := plain.sizes(described(source))) is not None:
+    about = described(source)
+    published = None if about or source.name not in SHAPES else configuration(source.name)
+    if published is not None:  # its configuration is not here, and its shape is known
+        about = published.to_dict()
+    if (known := plain.sizes(about)) is not None:
         return known
-    model = source.skeleton()
+    model = source.skeleton() if published is None else pretrained.without_storage(lambda: published, False)
     if model is None:
         return None
     if next(model.parameters()).is_meta:
@@ -110,18 +118,23 @@ def skeleton(source: Source) -> Skeleton | None:
     else:
         mark_read_weights(model)
     found = find_linears(model)
-    shapes = Counter(tuple(matrix(layer).shape) for layer in found.layers.values())
+    counted = Counter(tuple(matrix(layer).shape) for layer in found.layers.values())
     for module in found.experts.values():
         for weight in expert_weights(module, 0):
-            shapes[tuple(weight.shape)] += module.num_experts
+            counted[tuple(weight.shape)] += module.num_experts
     blocks: Counter[int | None] = Counter()
     prefix = block_list(model) or "no list of blocks"
     for name, parameter in model.named_parameters():
         blocks[block_of(name, prefix)] += parameter.numel()
     outside, parameters = blocks.pop(None, 0), sum(p.numel() for p in model.parameters())
     text = model.config.get_text_config(decoder=True)
-    largest = max(blocks.values(), default=0)
-    return Skeleton(parameters, shapes, found, largest, outside, text.hidden_size, text.vocab_size)
+    largest, sent_to = max(blocks.values(), default=0), getattr(text, "num_experts_per_tok", None) or 0
+    return Skeleton(parameters, counted, found, largest, outside, text.hidden_size, text.vocab_size, sent_to)
+
+
+def expert_parameters(module: Any) -> int:
+    """The weights of a module of fused experts."""
+    return sum(stack.numel() for stack in stacked_parameters(module).values())
 
 
 def covered(point: Prepared, known: Skeleton | None) -> tuple[float | None, str | None, list[str]]:
@@ -129,6 +142,8 @@ def covered(point: Prepared, known: Skeleton | None) -> tuple[float | None, str 
     if not known or not point.quantizer or isinstance(point.quantizer, Original) or point.quantizer.files():
         return None, None, []  # of a file it is known when it is opened for the model
     share, refused = coverage.planned(known.found, point.config.runtime.min_coverage)
+    if point.quantizer.partial:
+        share = round(sum(o * i for _, (o, i) in _each_linear(point.quantizer, known)) / known.found.weights, 4)
     return share, refused, coverage.sentences(point.model.name, known.found, refused)
 
 
@@ -138,7 +153,25 @@ def quantized(
     """`model_bytes` of the point; None where they are not known."""
     if not known or not known.shapes or not point.quantizer or point.quantizer.files():
         return None
-    return model_bytes(point.quantizer, known.parameters, known.shapes, solve)
+    if not isinstance(point.quantizer, Composed):
+        return model_bytes(point.quantizer, known.parameters, known.shapes, solve)
+    packed, weights = 0.0, 0
+    for quantizer, (rows, columns) in _each_linear(point.quantizer, known):
+        a, b, c, d = solve(quantizer)
+        packed, weights = packed + (a * rows + b) * columns + c * rows + d, weights + rows * columns
+    return (8 * packed / weights, round(packed + 2 * (known.parameters - weights))) if weights else None
+
+
+def _each_linear(composed: Quantizer, known: Skeleton) -> Iterator[tuple[Quantizer, tuple[int, ...]]]:
+    """The linears that are quantized, each as what quantizes it and its shape `[out, in]`."""
+    named = {name: tuple(matrix(layer).shape) for name, layer in known.found.layers.items()}
+    for module_name, module in known.found.experts.items():
+        shapes = [tuple(weight.shape) for weight in expert_weights(module, 0)]
+        names = linears_of_experts({module_name: module})
+        named |= {name: shapes[i % len(shapes)] for i, name in enumerate(names)}
+    for name, shape in named.items():
+        if (quantizer := composed.for_layer(name)) is not None:
+            yield quantizer, shape
 
 
 def tokens(point: Prepared, vocabulary: int | None = None) -> int | None:

@@ -30,6 +30,7 @@ class Skeleton:
     outside: int  # weights beside the blocks: embedding, head, norms
     hidden: int  # channels
     vocabulary: int
+    experts_per_token: int = 0  # of a mixture
 
 
 def sizes(config: Mapping[str, Any]) -> Skeleton | None:

@@ -61,6 +61,11 @@ class Prepared:
     @property
     def draws(self) -> int:
         """How many variants the point is: one for each draw of calibration text, or of the method's seed."""
+        return len(self.drawn)
+
+    @property
+    def drawn(self) -> range:
+        """The draws' numbers."""
         return draws(self.quantizer, self.config.calibration)
 
     def recorded(self) -> Result | None:
@@ -85,9 +90,11 @@ class Prepared:
             )
 
 
-def draws(quantizer: Quantizer | None, calibration: CalibrationConfig) -> int:
-    """A method that is shown no text and has no seed is the same in every draw."""
-    return calibration.draws if quantizer is not None and (quantizer.needs or quantizer.seed_field) else 1
+def draws(quantizer: Quantizer | None, calibration: CalibrationConfig) -> range:
+    """The numbers of a point's draws; a method that is shown no text and has no seed is the same in every one."""
+    if quantizer is None or not (quantizer.needs or quantizer.seed_field):
+        return range(1)
+    return range(calibration.first_draw, calibration.first_draw + calibration.draws)
 
 
 def fingerprint(source: Source) -> str:
@@ -152,6 +159,8 @@ def prepare(
         calibrate.check_text(calibration_text, config.calibration)
     if config.calibration.draws < 1:
         raise RequestError(f"calibration.draws must be at least 1, got {config.calibration.draws}")
+    if config.calibration.first_draw < 0:
+        raise RequestError(f"calibration.first_draw must be at least 0, got {config.calibration.first_draw}")
     point = identify(
         config,
         _every_field(config.quantizer, quantizer, contents),

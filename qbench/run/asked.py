@@ -57,9 +57,9 @@ def drawn(point: Prepared, tokenizer: Any) -> list[Asked]:
     assert quantizer is not None
     calibrations: list[Calibration | None] = [None] * point.draws
     if text is not None:
-        calibrations = [*cut_draws(text, tokenizer, point.config.calibration, point.draws)]
+        calibrations = [*cut_draws(text, tokenizer, point.config.calibration, point.drawn)]
     field = quantizer.seed_field
-    seeds = [{} if field is None else {field: getattr(quantizer, field) + draw} for draw in range(point.draws)]
+    seeds = [{} if field is None else {field: getattr(quantizer, field) + draw} for draw in point.drawn]
     return [
         Asked(point, result, calibration, replace(quantizer, **seed) if seed else quantizer, draw)
         for draw, (calibration, seed) in enumerate(zip(calibrations, seeds, strict=True))

@@ -103,6 +103,8 @@ def _needs_blocks(point: Prepared) -> str | None:
     """The setting that a pass serves and a model as a whole does not."""
     if point.draws > 1:
         return f"calibration.draws={point.draws}"
+    if point.drawn.start and point.quantizer is not None and point.quantizer.seed_field:
+        return f"calibration.first_draw={point.drawn.start}"
     return "quantizer=noise" if isinstance(point.quantizer, Noise) else None
 
 

@@ -106,6 +106,18 @@ class Hub:
         files.weight_files(snapshot, name)
         return snapshot
 
+    def weights_here(self) -> bool:
+        """Whether the files with weights are in the cache; asks nothing of the Hub."""
+        from huggingface_hub import try_to_load_from_cache
+
+        def held(name: str) -> Path | None:
+            found = try_to_load_from_cache(self._repository(), name, revision=self.revision)
+            return Path(found) if isinstance(found, str) else None
+
+        if (index := held("model.safetensors.index.json")) is None:
+            return held("model.safetensors") is not None
+        return all(map(held, set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())))
+
     def _repository(self) -> str:
         if not self.id:
             raise RequestError(f"model={self.name}: model.id is not set; say model=ORG/NAME, a repository of the Hub")

@@ -18,6 +18,7 @@ from rich.text import Text
 
 from qbench.errors import PointError
 from qbench.request import estimate
+from qbench.request.needs import START_SECONDS, needs
 from qbench.sweep.passes import alone
 from qbench.sweep.prepared import remembered
 
@@ -37,6 +38,8 @@ def show(plan: Sequence[Planned], passes: Sequence[Group], where: Launcher) -> d
     numbers = {planned.key: number for number, each in enumerate(passes, 1) for planned in each}
     said: dict[str, None] = {}  # sentences; a set that keeps its order
     rows = [_point(planned, numbers.get(planned.key), skeleton, coefficients, said) for planned in plan]
+    if (total := _total(passes, skeleton)) is not None:
+        said[total] = None
     memory = remembered(_device_bytes)
     sizes = [
         _pass(number, each, skeleton(each[0].point.model), where, memory, said) for number, each in enumerate(passes, 1)
@@ -70,6 +73,7 @@ def _point(
     except PointError as error:
         bits, packed = None, None
         said[f"quantizer={point.config.quantizer['name']}: {error}"] = None
+    needed = known and needs(point, known)
     return {
         "point": planned.label,
         "run_id": point.run_id,
@@ -79,7 +83,33 @@ def _point(
         "estimated_bits_per_weight": bits and round(bits, 4),
         "coverage": covered,
         "refused": refused,
+        "download_bytes": needed and needed.download_bytes,
+        "gpu_bytes": needed and needed.gpu_bytes,
+        "h200_hours": needed and needed.hours and round(needed.hours, 3),
     }
+
+
+def _total(passes: Sequence[Group], skeleton: Callable[..., Any]) -> str | None:
+    """What all that is to run needs, each model downloaded once and read once a pass; None where it is unknown."""
+    downloads: dict[str, int] = {}
+    seconds = 0.0
+    for each in passes:
+        known = skeleton(each[0].point.model)
+        if known is None:
+            return None
+        needed = [needs(planned.point, known) for planned in each]
+        if any(one.hours is None for one in needed):
+            return None
+        downloads[repr(each[0].point.model)] = needed[0].download_bytes
+        first = needed[0]
+        seconds += START_SECONDS + first.read_seconds + (first.original_seconds or 0)
+        seconds += sum(one.variant_seconds or 0 for one in needed)
+    if not passes:
+        return None
+    return (
+        f"in all: {_gb(sum(downloads.values()))} to download, about {seconds / 3600:.2g} hours on one H200 "
+        "(an estimate, good to a factor of two: qbench/request/needs.py)"
+    )
 
 
 def _pass(
@@ -154,12 +184,26 @@ def _device_bytes(device: str) -> int | None:
 
 
 def _table(rows: Sequence[dict[str, Any]]) -> Table:
-    table = _empty("point", "run", "state", "pass", "bits/weight", "model, MB", "coverage", left=3)
+    table = _empty(
+        "point",
+        "run",
+        "state",
+        "pass",
+        "bits/weight",
+        "model, MB",
+        "coverage",
+        "download, GB",
+        "GPU, GB",
+        "H200 hours",
+        left=3,
+    )
     for row in rows:
         bits, packed, covered = row["estimated_bits_per_weight"], row["estimated_model_bytes"], row["coverage"]
         table.add_row(
             *(Text(row["point"]), row["run_id"], row["state"], str(row["pass"] or "")),
             *("?" if bits is None else f"{bits:.3f}", _mb(packed), "?" if covered is None else f"{covered:.1%}"),
+            *("?" if row[key] is None else f"{row[key] / 1e9:.1f}" for key in ("download_bytes", "gpu_bytes")),
+            "?" if row["h200_hours"] is None else f"{row['h200_hours']:.2g}",
         )
     return table
 

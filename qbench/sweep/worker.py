@@ -319,7 +319,8 @@ def in_words(result: Result) -> str:
         return f"FAILED: {result.error}"
     words = []
     tasks = [metric for record in result.tasks for metric in record.metrics]
-    for number in (*(record.perplexity for record in result.evaluation), *tasks):
+    texts = [] if any(metric.kinds for metric in tasks) else [record.perplexity for record in result.evaluation]
+    for number in (*texts, *tasks):  # of many kinds of text, what stands over all of them
         change = "" if number.delta is None else f" ({number.delta:+.{number.digits}f})"
         words.append(f"{number.called} {number.value:.{number.digits}f}{change}")
     return ", ".join(["ok", *words])

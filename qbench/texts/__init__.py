@@ -1,1 +1,1 @@
-"""The texts that come with qbench: `mini`, which is scored, and `mini-calibration`."""
+"""The texts that come with qbench: `mini` and `domains`, which are scored, `mini-calibration`, prompts for `self`."""

@@ -95,7 +95,7 @@ class TestDomains(ProtocolConformance):
 class TestWritten(ProtocolConformance):
     protocol = SelfWritten
     changing = ({"answers": 2}, {"tokens": 6})
-    nonsense = ({"answers": 0}, {"tokens": 0}, {"temperature": 0.0}, {"top_p": 1.5}, {"seed": -1}, {"window": 8})
+    nonsense = ({"answers": 0}, {"tokens": 0}, {"temperature": 0.0}, {"top_p": 1.5}, {"window": 8})
 
     def settings(self):
         return {"answers": 3, "tokens": 8, "window": 40}

@@ -2,6 +2,7 @@
 
 import copy
 import hashlib
+import json
 from importlib import resources
 
 import numpy as np
@@ -10,8 +11,10 @@ import torch
 
 from qbench.config import RuntimeConfig
 from qbench.errors import RequestError
+from qbench.evaluate.draws import merged
 from qbench.evaluate.protocols.domains import NOT_A_KIND, Domains
 from qbench.evaluate.windowed import WindowedEvaluation
+from qbench.leaderboard import main as leaderboard
 from tests.conftest import refused
 
 CPU = RuntimeConfig(device="cpu")
@@ -66,6 +69,16 @@ def test_no_text_repeats_itself_or_another():
                     seen[line] = name
 
 
+def test_all_kinds_by_name_are_all_kinds():
+    every = sorted(name.removesuffix(".txt") for name in EMBEDDED if name != NOT_A_KIND)
+    said, unsaid = Domains(kinds=every[::-1]), Domains()
+    assert said.settings() == unsaid.settings()
+    assert said.read().sha256 == unsaid.read().sha256 != Domains(kinds=every[1:]).read().sha256
+    assert [*said.read().texts] == every
+    assert unsaid.protocol_name(unsaid.read()) == f"domains:{len(every)}kinds-w256-first6-long3x2048"
+    assert unsaid.scored_tokens(unsaid.read()) == 13 * 6 * 256 + 3 * 2048
+
+
 def test_a_kind_is_scored_as_it_would_be_alone(scored):
     joined, model, variant, (records, _, files) = scored
     for (name, part), record in zip(joined.parts.items(), records, strict=True):
@@ -93,11 +106,11 @@ def test_the_mean_and_the_worst_are_those_of_the_kinds(scored):
     kl, ppl = task.metrics
     each = [r.divergence.kl.value for r in records]
     assert kl.value == pytest.approx(np.mean(each))
-    assert kl.parts == dict(zip(("german", "japanese", "long", "python"), each, strict=True))
-    assert kl.parts[kl.worst] == max(each) > min(each) > 0
+    assert kl.kinds == dict(zip(("german", "japanese", "long", "python"), each, strict=True))
+    assert kl.kinds[kl.worst_kind] == max(each) > min(each) > 0
     assert ppl.value == pytest.approx(np.exp(np.mean(np.log([r.ppl for r in records]))))
     assert ppl.baseline == pytest.approx(np.exp(np.mean(np.log([r.baseline_ppl for r in records]))))
-    assert files[task.scores_file]["quantized/domains/kl,none"].tolist() == each
+    assert files[task.scores_file]["quantized/domains/kl_mean,none"].tolist() == each
 
 
 def test_a_pass_reads_windows_of_both_lengths(scored, tiny):
@@ -113,6 +126,37 @@ def test_a_pass_reads_windows_of_both_lengths(scored, tiny):
     kept = joined.score_baseline(model)
     for name, values in reader.scores().items():
         assert np.allclose(values, kept[name], rtol=1e-5), name
+
+
+def test_of_several_draws_the_kinds_are_their_means(scored):
+    joined, model, _, one = scored
+    baseline = joined.score_baseline(model)
+    other = joined.records(joined.score(model, baseline), baseline, False)
+    records, [task], _ = merged([one, other])
+    kl = task.metrics[0]
+    assert kl.kinds == pytest.approx({kind: value / 2 for kind, value in one[1][0].metrics[0].kinds.items()})
+    assert kl.value == pytest.approx(np.mean([*kl.kinds.values()]))
+    assert len(records) == 4
+
+
+def test_the_board_has_a_column_for_each_kind_and_names_the_worst(qbench, capsys):
+    asked = ["model=tiny-dense", "task=domains", "task.kinds=[german,long,python]"]
+    asked += ["task.short_window=32", "task.max_windows=2", "task.window=64", "task.pieces=2"]
+    for nbits in (2, 4):
+        outcome = qbench(*asked, "quantizer=rtn", f"quantizer.nbits={nbits}")
+        assert outcome.status == 0, outcome.stderr
+        assert "worst on" in outcome.stderr
+    assert leaderboard(["outputs", "--format", "json", "--protocol", "domains:3kinds-w32-first2-long2x64"]) == 0
+    [kl, ppl] = json.loads(capsys.readouterr().out)
+    assert {"kl_mean_german", "kl_mean_long", "kl_mean_python"} <= set(kl["rows"][0])
+    assert {"ppl_german", "ppl_long", "ppl_python"} <= set(ppl["rows"][0])
+    assert ppl["rows"][0]["worst_kind"] is None
+    for row in kl["rows"]:
+        each = {kind: row[f"kl_mean_{kind}"] for kind in ("german", "long", "python")}
+        assert row["worst_kind"] == max(each, key=each.get)
+        assert row["kl_mean"] == pytest.approx(np.mean([*each.values()]))
+    assert any("in times of the mean over all kinds" in note for note in kl["notes"])
+    assert any("3 kinds of text" in note for note in [*kl["notes"], *ppl["notes"]])
 
 
 @pytest.mark.parametrize(

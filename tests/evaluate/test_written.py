@@ -1,5 +1,6 @@
 """`task=self`: the original writes once, what it wrote is the text, and the answers alone are scored."""
 
+import copy
 import json
 from pathlib import Path
 
@@ -141,3 +142,16 @@ def test_a_file_of_another_kind_is_refused(tmp_path):
         (tmp_path / "f.json").write_text(content)
         with pytest.raises(RequestError):
             written.read(tmp_path / "f.json")
+
+
+def test_a_chat_template_is_used_and_one_that_fails_is_told(tiny):
+    model, tokenizer = tiny
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = "<{{ messages[0]['content'] }}>{% if add_generation_prompt %}A:{% endif %}"
+    chat, prompts, _ = written.sample(model, tokenizer, Sampling(1, 2, 1.0, 1.0, 0))
+    assert chat
+    assert tokenizer.decode(prompts[0]) == f"<{written.prompts()[0]}>A:"
+    tokenizer.chat_template = "{{ raise_exception('a system message is needed') }}"
+    with pytest.raises(RequestError) as found:
+        written.sample(model, tokenizer, Sampling(1, 2, 1.0, 1.0, 0))
+    assert "a system message is needed" in refused(found.value)

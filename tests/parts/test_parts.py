@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from itertools import product
 
 import numpy as np
 import pytest
 import torch
+import yaml
 
 from qbench.format.plain import Plain
+from qbench.parts.allocate import Anatomy, by_bits
 from qbench.parts.knapsack import choose
 from qbench.parts.mixed import Mixed, written
 from qbench.parts.partly import Partly
 from qbench.record.parts import EACH, Part, cells, part_of, patterns, place
 from qbench.registry import make_quantizer
 from qbench.testing import gaussian
+from tests.conftest import ROOT
 
 NAMES = [f"model.layers.{i}.{kind}" for i in range(3) for kind in ("self_attn.q_proj", "mlp.down_proj")]
 EXPERTS = [
@@ -78,6 +82,19 @@ def test_cells_are_measured_or_put_together_from_margins():
     assert cells({Part("q", None): 1.0}, wanted) is None
 
 
+def test_a_margin_alone_is_shared_equally_and_all_bits_are_judged_alike():
+    sizes = {Part(kind, block): 8 for kind in ("q", "down") for block in range(4)}
+    kinds = {Part("q", None): 1.0, Part("down", None): 2.0}
+    blocks = {Part(None, block): block / 2 for block in range(4)}
+    both, alone = Anatomy(kl=kinds | blocks, bytes=sizes), Anatomy(kl=kinds, bytes=sizes)
+    assert by_bits({3: both})[3][Part("down", 3)] == pytest.approx(1.0)
+    found = by_bits({3: both, 4: alone})  # what both can be judged by
+    assert found[3] == found[4]
+    assert (found[4][Part("q", 3)], found[4][Part("down", 0)]) == (0.25, 0.5)
+    assert by_bits({3: Anatomy(kl=blocks, bytes=sizes)})[3][Part("q", 2)] == 0.5
+    assert by_bits({3: Anatomy(kl={Part("q", None): 1.0}, bytes=sizes)}) == {}
+
+
 def test_partly_quantizes_what_it_names_and_leaves_the_rest():
     weights = [gaussian(16, 64), gaussian(8, 64)]
     names = ["model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.k_proj"]
@@ -93,6 +110,20 @@ def test_the_identity_holds_every_setting_of_the_method():
     assert spelled.settings() == Partly(method="rtn", nbits=3).settings()
     assert spelled.settings()["aux_dtype"] == "fp16"
     assert Partly(method="rtn", options={"symmetric": True}).settings()["symmetric"] is True
+
+
+@pytest.mark.parametrize("cls", [Partly, Mixed])
+def test_yaml_mirrors_the_dataclass(cls):
+    name = cls.__name__.lower()
+    given = yaml.safe_load((ROOT / "conf" / "quantizer" / f"{name}.yaml").read_text(encoding="utf-8"))
+    made = cls()
+    assert given == {"name": name} | {field.name: getattr(made, field.name) for field in fields(cls)}
+
+
+def test_it_asks_for_what_its_method_asks_for():
+    assert Partly(method="sinq", options={"shared_t": True}).joint
+    assert not Partly(method="sinq").joint
+    assert Partly(method="gptq").needs == make_quantizer({"name": "gptq"}).needs
 
 
 def test_mixed_gives_each_linear_its_bits():

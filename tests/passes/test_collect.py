@@ -81,6 +81,7 @@ def test_statistics_of_an_expert_are_those_of_its_tokens_one_by_one_in_fp64(buil
             close = dict(rtol=1e-3, atol=1e-4, check_dtype=False)
             torch.testing.assert_close(stats.hessian, x.T @ x, **close)
             torch.testing.assert_close(stats.absmean, x.abs().mean(0), **close)
+            torch.testing.assert_close(stats.squares, x.square().mean(0), **close)
             torch.testing.assert_close(stats.inputs, x, **close)
 
 

@@ -94,7 +94,7 @@ def test_statistics_are_fp32_whatever_the_dtype(generator):
 def test_chunking_on_a_cpu_changes_nothing(generator, monkeypatch):
     weight = torch.cat([uneven(generator) for _ in range(6)], 1)
     whole = SINQ().input_scale(weight, 64)[0]
-    monkeypatch.setattr("qbench.quant.sinkhorn.CHUNK_BYTES", 1)
+    monkeypatch.setattr("qbench.quant.diagnostics.CHUNK_BYTES", 1)
     torch.testing.assert_close(SINQ().input_scale(weight, 64)[0], whole, rtol=1e-6, atol=0)
 
 

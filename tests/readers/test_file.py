@@ -95,7 +95,7 @@ def result(outcome, tmp_path):
 
 def test_the_original_in_a_file_is_the_original(point, tmp_path):
     everything = [name for name, p in build("dense", 0)[0].named_parameters() if p.dim() == 2]
-    outcome = point(written(tmp_path, keep=everything), "runtime.min_coverage=0")
+    outcome = point(written(tmp_path, keep=everything))
     summary = outcome.summary
     assert (summary["ppl_delta"], summary["kl"], summary["top1_agreement"]) == (0, 0, 1)
     assert (summary["coverage"], summary["bits_per_weight"]) == (0, 32)  # fp32 in this file
@@ -149,13 +149,13 @@ def test_a_head_of_its_own_unties_the_model(point, tmp_path):
 
 
 def test_linears_in_16_bit_are_listed_and_not_covered(point, tmp_path):
-    keep = ["model.layers.0.mlp.down_proj.weight"]
-    outcome = point(written(tmp_path, keep=keep))
-    assert outcome.status == 1
-    assert "only 87.5%" in outcome.summary["error"]
-    assert "model.layers.0.mlp.down_proj (RTN8 in the file)" in outcome.summary["error"]
-    again = point(tmp_path / f"model{SUFFIX}", "runtime.min_coverage=0.5")
-    assert again.summary["coverage"] == 0.875
+    """Whatever runtime.min_coverage asks of a method."""
+    outcome = point(written(tmp_path, keep=["model.layers.0.mlp.down_proj.weight"]))
+    assert outcome.summary["coverage"] == 0.875
+    rows = {row.name: row for row in result(outcome, tmp_path).quantization.layers}
+    down = rows["model.layers.0.mlp.down_proj"]
+    assert (down.bits_per_weight, down.relative_error, down.method) == (32, 0, "RTN8")
+    assert outcome.summary["bits_per_weight"] == pytest.approx(0.875 * 8.5 + 0.125 * 32)
 
 
 def test_the_content_is_the_identity(point, tmp_path):

@@ -18,6 +18,7 @@ from qbench.readers.gguf import GGUF
 from qbench.readers.reader import ReadError
 from qbench.registry import make_quantizer
 from qbench.sources.tiny import byte_tokenizer
+from qbench.testing import ReaderConformance
 from tests.passes.architectures import build
 from tests.readers.gguf_files import ARCHITECTURES, converted, made, meta, settings_of, write
 
@@ -34,6 +35,35 @@ def own_weights(model) -> dict[str, torch.Tensor]:
                 found |= {f"{path}.{index}.{projection}.weight": weight for projection, weight in matrices}
     stacks = {f"{path}.{key}" for path, module in model.named_modules() for key in stacked_parameters(module)}
     return found | {name: value for name, value in model.state_dict().items() if name not in stacks}
+
+
+class TestGGUF(ReaderConformance):
+    """Q8_0 and Q4_1 by gguf's own encoder, embedding included; decoded by gguf's decoder."""
+
+    architecture = "qwen3"
+
+    def make(self):
+        return GGUF()
+
+    def write(self, model, folder):
+        tensors, expected = converted(model, self.architecture), {}
+        matrices = [name for name, value in tensors.items() if value.ndim > 1 and "gate_inp" not in name]
+        types = {name: "Q4_1" if "down" in name or "embd" in name else "Q8_0" for name in matrices}
+        path = write(folder / "model.gguf", self.architecture, tensors, settings_of(model.config), types)
+        stored = {tensor.name: tensor for tensor in GGUFReader(path).tensors}
+        decoded = {name: quants.dequantize(held.data, held.tensor_type) for name, held in stored.items()}
+        held = GGUF().open(path, meta(model))
+        for name, weight in held.weights.items():
+            piece = weight.pieces[0]
+            rows = decoded[piece.stored.name].reshape(piece.stored.rows, -1)
+            rows = rows[piece.start :][: piece.rows if piece.rows else None]
+            expected[name] = torch.from_numpy(rows.reshape(weight.shape).copy())
+        return path, expected
+
+
+class TestMixture(TestGGUF):
+    kind = "moe"
+    architecture = "qwen3moe"
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)

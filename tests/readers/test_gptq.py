@@ -300,6 +300,14 @@ def test_pickles_are_never_opened(edited):
         GPTQ().open(path, skeleton())
 
 
+def test_a_folder_in_the_place_of_a_file(edited):
+    path = edited()
+    (path / "model.safetensors").unlink()
+    (path / "other.safetensors").mkdir()
+    with pytest.raises(ReadError, match=r"other\.safetensors"):
+        GPTQ().open(path, skeleton())
+
+
 @pytest.mark.parametrize(("packing", "reader"), [("auto_round:auto_gptq", GPTQ), ("auto_round:auto_awq", AWQ)])
 def test_autoround_goes_by_its_packing(edited, packing, reader):
     path = edited(quant_method="auto-round", packing_format=packing)

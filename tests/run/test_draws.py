@@ -60,8 +60,8 @@ def test_a_draw_is_one_choice_for_every_method_and_another_of_the_same_text(prep
     point = prepared(*TINY, "quantizer=gptq")
     tokenizer = point.model.tokenizer(point.store.models)
     settings = point.config.calibration
-    first, second, third = (c.ids for c in cut_draws(point.calibration_text, tokenizer, settings, 3))
-    again = cut_draws(point.calibration_text, tokenizer, settings, 2)
+    first, second, third = (c.ids for c in cut_draws(point.calibration_text, tokenizer, settings, range(3)))
+    again = cut_draws(point.calibration_text, tokenizer, settings, range(2))
     np.testing.assert_array_equal(again[1].ids, second)
     ids = np.array(tokenizer(point.calibration_text.content)["input_ids"])
     np.testing.assert_array_equal(first.ravel(), ids[: first.size])
@@ -102,6 +102,21 @@ def test_the_draws_of_noise_are_its_seeds(prepared):
         np.testing.assert_array_equal(table[:, draw], scores(seed)[1]["quantized"])
 
 
+def test_other_draws_go_on_where_the_first_ones_end(prepared):
+    three = prepared(*TINY, "quantizer=gptq", "calibration.draws=3")
+    last = prepared(*TINY, "quantizer=gptq", "calibration.first_draw=2")
+    seeds = (
+        prepared(*TINY, "quantizer=noise", "calibration.first_draw=4"),
+        prepared(*TINY, "quantizer=noise quantizer.seed=4"),
+    )
+    together([three, last, *seeds])
+    np.testing.assert_array_equal(scores(three)[1]["draws/quantized"][:, 2], scores(last)[1]["quantized"])
+    np.testing.assert_array_equal(*(scores(point)[1]["quantized"] for point in seeds))
+    assert last.identity.calibration["first_draw"] == 2
+    with pytest.raises(RequestError, match=r"calibration\.first_draw must be"):
+        prepared(*TINY, "quantizer=gptq", "calibration.first_draw=-1")
+
+
 def test_a_rotation_is_drawn_where_there_is_one(prepared):
     rotated, plain = "quantizer=rtn quantizer.rotation=hadamard", "quantizer=rtn"
     assert [prepared(*TINY, method, "calibration.draws=2").draws for method in (rotated, plain)] == [2, 1]
@@ -136,7 +151,7 @@ def test_what_cannot_be_drawn_is_refused(prepared):
     few = replace(point.calibration_text, content=point.calibration_text.content[:60])
     tokens = len(tokenizer(few.content)["input_ids"])
     with pytest.raises(RequestError, match=r"too few for calibration\.draws=2"):
-        cut_draws(few, tokenizer, replace(point.config.calibration, window=tokens), 2)
+        cut_draws(few, tokenizer, replace(point.config.calibration, window=tokens), range(2))
     with pytest.raises(RequestError, match="use speed=none"):
         prepared(*TINY, "quantizer=noise", "speed=default")
     for setting in ("quantizer=noise", "quantizer=gptq calibration.draws=2"):

@@ -170,3 +170,13 @@ def test_integer_weights_are_refused_whatever_the_config_says(tiny):
     model.model.layers[0].mlp.up_proj.weight = torch.nn.Parameter(codes, requires_grad=False)
     with pytest.raises(RequestError, match=r"m is quantized already \(torch\.int8\)"):
         require_complete(model, report, "m")
+
+
+def test_a_header_without_bound_is_not_read(tmp_path):
+    """A sparse file whose first bytes tell of a header as long as itself."""
+    file = tmp_path / "model.safetensors"
+    with file.open("wb") as opened:
+        opened.write((2**33).to_bytes(8, "little"))
+        opened.truncate(2**33 + 8)
+    with pytest.raises(RequestError, match="no header fits"):
+        Shards(tmp_path)

@@ -1,0 +1,175 @@
+"""GGUF files of ours: exact where it is said, with llama.cpp's settings, and refused in a sentence where not."""
+
+from __future__ import annotations
+
+import json
+import logging
+
+import pytest
+import torch
+from gguf import GGUFReader
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from qbench.checkpoint import gguf, gguf_settings
+from qbench.errors import RequestError
+from qbench.format.gguf import of_blocks
+from qbench.passes.quantize import quantize_model
+from qbench.quant.quantizer import Quantizer
+from qbench.readers.gguf import GGUF
+from qbench.registry import make_quantizer
+from qbench.sources.tiny import byte_tokenizer
+from qbench.testing import gaussian
+from tests.passes.architectures import build
+from tests.readers.gguf_files import meta
+
+ORIGIN = {"run_id": "0123456789ab"}
+DYNAMIC = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
+
+
+def rtn(**settings) -> Quantizer:
+    return make_quantizer({"name": "rtn", "nbits": 4, "group_size": 32, "symmetric": True} | settings)
+
+
+class AsTheyAre(Quantizer):
+    def quantize_one(self, weight, stats=None):
+        return of_blocks("F32", weight.contiguous().view(torch.uint8))
+
+
+@pytest.mark.parametrize(("nbits", "type"), [(4, "Q4_0"), (8, "Q8_0")])
+@pytest.mark.parametrize("group_size", [32, 64, -1])
+def test_symmetric_integers_are_a_type_to_the_bit(nbits, type, group_size):
+    weight = rtn(nbits=nbits, group_size=group_size).quantize_one(gaussian(6, 192))
+    blocks = gguf.as_blocks(weight)
+    assert blocks.type == type
+    assert torch.equal(blocks.dequantize(), weight.dequantize())
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"symmetric": False}, "it stores zero points, which GGUF's minima in fp16 would round"),
+        ({"nbits": 3}, "codes of 3 bits in groups of 32 are no type of GGUF"),
+        ({"group_size": 48}, "in groups of 48 are no type"),
+        ({"aux_dtype": "int8"}, "use quantizer.aux_dtype=fp16"),
+    ],
+)
+def test_what_is_no_type_is_said(settings, sentence):
+    weight = rtn(**settings).quantize_one(gaussian(4, 192))
+    assert sentence in gguf.format_refusal(weight)
+    with pytest.raises(RequestError, match=r"\w"):
+        gguf.as_blocks(weight)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["Llama", "Qwen2", "Qwen3", "Mixtral", "Qwen3Moe"])
+def test_what_is_written_is_read_back_to_the_bit(name, tmp_path):
+    settings = {"Qwen2": {"use_sliding_window": False}, "Qwen3Moe": {"norm_topk_prob": True}}.get(name, {})
+    model = build(name, **settings)
+    quantize_model(model, rtn())
+    gguf.GGUF().save(model, byte_tokenizer(), tmp_path / "out", ORIGIN)
+    held = GGUF().open(tmp_path / "out", meta(model))
+    for path, module in model.named_modules():
+        if hasattr(module, "packed"):
+            for prefix, weight in module.packed().items():
+                dense = weight.dequantize()
+                for index, expected in enumerate(dense) if dense.dim() == 3 else [(None, dense)]:
+                    key = f"{path}.weight" if index is None else f"{path}.{index}.{prefix}weight"
+                    assert held.entries[key].kind == "Q4_0"
+                    assert torch.equal(held.read(key).dequantize(), expected), key
+    for key, value in model.named_parameters():
+        assert torch.equal(held.read(key), value), key
+
+
+def test_the_settings_are_those_that_llama_cpp_asks_for(tmp_path):
+    scaling = {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0}
+    scaling |= {"high_freq_factor": 4.0, "original_max_position_embeddings": 64}
+    model = build("Llama", rope_parameters=scaling)
+    gguf.write(model, byte_tokenizer(), tmp_path / "model.gguf")
+    reader = GGUFReader(tmp_path / "model.gguf")
+    found = {key: field.contents() for key, field in reader.fields.items() if key.startswith("llama.")}
+    assert found == {
+        "llama.context_length": 512,
+        "llama.embedding_length": 64,
+        "llama.block_count": 3,
+        "llama.feed_forward_length": 128,
+        "llama.attention.head_count": 4,
+        "llama.attention.head_count_kv": 2,
+        "llama.attention.key_length": 16,
+        "llama.attention.value_length": 16,
+        "llama.rope.dimension_count": 16,
+        "llama.vocab_size": 258,
+        "llama.attention.layer_norm_rms_epsilon": pytest.approx(1e-6),
+        "llama.rope.freq_base": 500000.0,
+    }
+    assert reader.fields["tokenizer.ggml.model"].contents() == "gpt2"
+    assert reader.fields["tokenizer.ggml.pre"].contents() == "gpt-2"
+    assert len(reader.fields["tokenizer.ggml.tokens"].contents()) == 258
+    [factors] = [tensor.data for tensor in reader.tensors if tensor.name == "rope_freqs.weight"]
+    assert factors.shape == (8,)
+    assert factors[0] == 1
+    assert factors[-1] == pytest.approx(8)
+
+
+def described(pre) -> dict:
+    made = Tokenizer(models.BPE(vocab={"a": 0}, merges=[]))
+    made.pre_tokenizer, made.decoder = pre, decoders.ByteLevel()
+    return json.loads(made.to_str())
+
+
+def test_how_words_are_split_has_a_name_or_none():
+    split, bytes_ = pre_tokenizers.Split, pre_tokenizers.ByteLevel
+    llama3, qwen2 = gguf_settings.SPLITS
+    whole = bytes_(add_prefix_space=False, use_regex=False)
+
+    def sequence(*steps):
+        return described(pre_tokenizers.Sequence(list(steps)))
+
+    words = gguf_settings.words_of
+    assert words(described(bytes_(add_prefix_space=False))) == "gpt-2"
+    assert words(sequence(pre_tokenizers.Digits(True), bytes_(add_prefix_space=False))) == "smollm"
+    assert words(sequence(split(Regex(llama3), "isolated"), whole)) == "llama-bpe"
+    assert words(sequence(split(Regex(qwen2), "isolated"), whole)) == "qwen2"
+    assert words(sequence(split(Regex(r"\d"), "isolated"), whole)) is None
+    assert words(described(pre_tokenizers.Whitespace())) is None
+    assert words(described(bytes_(add_prefix_space=True))) is None
+    assert words({}) is None
+
+
+def test_a_tokenizer_without_a_name_costs_a_warning_and_no_file(tmp_path, caplog):
+    made = Tokenizer(models.WordLevel(vocab={"a": 0}, unk_token="a"))
+    made.pre_tokenizer = pre_tokenizers.Whitespace()
+    with caplog.at_level(logging.WARNING):
+        gguf.write(build("Llama"), PreTrainedTokenizerFast(tokenizer_object=made), tmp_path / "model.gguf")
+    assert "the GGUF file has no tokenizer" in caplog.text
+    assert GGUFReader(tmp_path / "model.gguf").fields["tokenizer.ggml.model"].contents() == "no_vocab"
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "sentence"),
+    [
+        ("Gemma2", {}, "a gemma2 model is not written as GGUF here; known are llama"),
+        ("Qwen2", {}, "its attention sees a sliding window"),
+        ("Qwen3Moe", {}, "its router does not scale the chosen experts' weights"),
+        ("Llama", {"mlp_bias": True}, "its MLP has biases"),
+        (
+            "Llama",
+            {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
+            "of the kind dynamic",
+        ),
+    ],
+)
+def test_a_model_that_llama_cpp_computes_otherwise_is_refused(name, settings, sentence, tmp_path):
+    model = build(name, **settings)
+    assert sentence in gguf.GGUF().refuse_model(model, rtn())
+    quantize_model(model, AsTheyAre())
+    with pytest.raises(RequestError, match=sentence.split(";")[0]):
+        gguf.GGUF().save(model, byte_tokenizer(), tmp_path / "out", ORIGIN)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_layer_that_no_block_divides_is_named():
+    model = build("Llama", intermediate_size=144)
+    assert gguf.GGUF().refuse_model(model, rtn()) == (
+        "layer model.layers.0.mlp.down_proj has 144 input channels, which groups of 32 and 32 do not divide"
+    )
