@@ -20,6 +20,7 @@ from importlib import import_module
 from pathlib import Path
 
 from qbench.checkpoint import manifest
+from qbench.errors import RequestError
 from qbench.record.store import write_atomically
 
 NAME = "hashes.json"
@@ -59,16 +60,20 @@ def save(outputs: Path) -> None:
 def sha256_of(paths: Sequence[Path]) -> list[str]:
     """The sha256 of each file's content, 64 hex digits; files that are not remembered are read in parallel.
 
+    Raises RequestError for one that cannot be read, such as a link of the Hub's cache to what was never fetched.
     A large model that is not remembered is about to be loaded: what loads it takes seconds to import, and so is
     imported meanwhile.
     """
     known = _remembered.get() | _unsaved
-    with ThreadPoolExecutor(min(THREADS, os.cpu_count() or 1)) as pool:
-        found = pool.map(_sha256, paths, [known] * len(paths))
-        if sum(path.stat().st_size for path in paths if _state(path)[0] not in known) > LARGE_BYTES:
-            import_module("transformers.core_model_loading")
-            import_module("transformers.models.auto.modeling_auto")
-        return list(found)
+    try:
+        with ThreadPoolExecutor(min(THREADS, os.cpu_count() or 1)) as pool:
+            found = pool.map(_sha256, paths, [known] * len(paths))
+            if sum(path.stat().st_size for path in paths if _state(path)[0] not in known) > LARGE_BYTES:
+                import_module("transformers.core_model_loading")
+                import_module("transformers.models.auto.modeling_auto")
+            return list(found)
+    except OSError as error:
+        raise RequestError(f"cannot read {error.filename or 'a file'}: {error.strerror or error}") from None
 
 
 def _sha256(path: Path, known: dict[str, str]) -> str:

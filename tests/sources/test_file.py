@@ -104,6 +104,7 @@ def test_weights_of_another_name_are_read_and_their_settings_count(tmp_path):
 
 def test_a_file_of_weights_alone_asks_for_its_folder(tmp_path):
     (tmp_path / "model.safetensors").write_bytes(b"weights")
+    (tmp_path / "config.json").write_text('{"quantization_config": {"quant_method": "gptq", "bits": 4}}')
     with pytest.raises(RequestError, match="name its folder"):
         File(path=str(tmp_path / "model.safetensors")).place()
 

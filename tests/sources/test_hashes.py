@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from qbench.checkpoint import manifest
+from qbench.errors import RequestError
 from qbench.sources import hashes
 from qbench.sources.local import Local
 
@@ -172,3 +173,11 @@ def test_the_second_run_of_a_point_does_not_read_the_weights(qbench, tiny, tmp_p
     again = Local(path=str(tmp_path / "model")).fingerprint()
     assert second.summary["fingerprint"] == again
     assert read.count("model.safetensors") == 1  # nothing was said of outputs/
+
+
+@pytest.mark.parametrize("what", ["dangling link", "folder"])
+def test_what_cannot_be_read_is_said_by_its_name(tmp_path, what):
+    path = tmp_path / "model.safetensors"
+    path.symlink_to("absent") if what == "dangling link" else path.mkdir()
+    with pytest.raises(RequestError, match=r"cannot read .*model.safetensors: (No such file|Is a directory)"):
+        hashes.sha256_of([path])
