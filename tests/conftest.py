@@ -30,6 +30,9 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton: kernels run on the CPU then
 
 
+_frozen = 0  # modules that were imported when it was done last
+
+
 def pytest_collection_finish():
     _freeze()
     gc.set_threshold(10_000, 20, 20)
