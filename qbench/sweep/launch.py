@@ -96,7 +96,7 @@ def launcher(settings: DictConfig) -> Launcher:
         found = get_class(target)
     except Exception as error:
         reason = " ".join(str(error.__cause__ or error).split())
-        raise RequestError(f"hydra/launcher: {target} cannot be imported: {reason}") from None
+        raise RequestError(f"hydra/launcher: {target} cannot be imported: {reason}", key="hydra/launcher") from None
     if not all(hasattr(found, name) for name in ("elsewhere", "jobs", "words", "launch")):
         raise RequestError(
             f"hydra/launcher: {target} runs Hydra's jobs, not the passes of a sweep; use hydra/launcher=local, slurm "

@@ -142,7 +142,7 @@ def test_an_export_generates_as_the_model_did(qbench, tiny, format):
         (("quantizer.aux_dtype=int8",), "use quantizer.aux_dtype=fp16"),
         (("quantizer.group_size=48",), "no multiple of quantizer.group_size=48"),
         (("model=tiny-moe",), "no place for fused experts (model.layers.0.mlp.experts)"),
-        (("export.format=gguf",), "unknown export.format 'gguf'"),
+        (("export.format=onnx",), "unknown export.format 'onnx'"),
     ],
 )
 def test_what_autogptq_cannot_hold_is_refused_before_anything_is_measured(qbench, arguments, sentence):
