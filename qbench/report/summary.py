@@ -20,7 +20,7 @@ def show(result: Result) -> None:
         console.print(f"run {result.run_id}", markup=False)
         return
     quantization, model, settings = result.quantization, result.model, result.config["quantizer"]
-    options = " ".join(f"{k}={v}" for k, v in settings.items() if k != "name" and not (quantization.file and v is None))
+    options = " ".join(f"{k}={v}" for k, v in settings.items() if k != "name" and v is not None)
     title = f"{model.name}, {settings['name']}" + (f" ({options})" if options else "")
     table = Table(title_justify="left", title=None, box=None, pad_edge=False, show_header=True)
     for name, justify in (("", "left"), ("16 bit", "right"), (settings["name"], "right"), ("difference", "left")):
