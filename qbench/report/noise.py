@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -124,7 +125,7 @@ class Told:
         adjusted.T[upper] = adjusted[upper]
         return Told(paired, adjusted, floor or 0.0)
 
-    @property
+    @cached_property
     def comparisons(self) -> int:
         return int(np.isfinite(self.adjusted).sum()) // 2
 
