@@ -163,22 +163,11 @@ class Dequantized:
 
     def rest(self) -> Any:
         """The model in eval mode, all but its blocks real; its blocks stay on the meta device."""
-        model = skeleton.copy_of(self._skeleton, self._skeleton)
-        outside = [(n, m) for n, m in model.named_modules() if block_of(f"{n}.", self.prefix) is None]
-        self._fill(outside)
-        model.tie_weights()
-        for name, module in outside:
-            skeleton.initialize(model, name, module, self.device)
-        return model
+        return skeleton.filled_rest(self._skeleton, self.prefix, self._fill, self.device)
 
     def block(self, i: int) -> nn.Module:
         """Block `i` in eval mode; nobody else holds it. Raises PointError for what turns out to be damaged."""
-        block = skeleton.copy_of(self._blocks[i], self._skeleton)
-        inside = list(block.named_modules(prefix=f"{self.prefix}.{i}"))
-        self._fill(inside)
-        for name, module in inside:
-            skeleton.initialize(self._skeleton, name, module, self.device)
-        return block
+        return skeleton.filled_block(self._skeleton, self._blocks, i, self.prefix, self._fill, self.device)
 
     def _wanted(self) -> list[str]:
         tied = self._skeleton.all_tied_weights_keys

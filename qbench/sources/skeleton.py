@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from qbench.model.blocks import NotAChainError
+from qbench.model.blocks import NotAChainError, block_of
 
 
 def make(config: Any, dtype: torch.dtype, **options: Any) -> Any:
@@ -62,3 +62,29 @@ def initialize(
 
 def _put(module: nn.Module, key: str, tensor: torch.Tensor) -> None:
     setattr(module, key, nn.Parameter(tensor, requires_grad=False) if key in module._parameters else tensor)
+
+
+Named = list[tuple[str, nn.Module]]  # modules with their names in the model
+
+
+def filled_rest(skeleton: Any, prefix: str, fill: Callable[[Named], None], device: torch.device) -> Any:
+    """A copy of a model without storage, all but its blocks, whose list is `prefix`, filled and on the device."""
+    model = copy_of(skeleton, skeleton)
+    outside = [(n, m) for n, m in model.named_modules() if block_of(f"{n}.", prefix) is None]
+    fill(outside)
+    model.tie_weights()
+    for name, module in outside:
+        initialize(model, name, module, device)
+    return model
+
+
+def filled_block(
+    skeleton: Any, blocks: Sequence[nn.Module], i: int, prefix: str, fill: Callable[[Named], None], device: torch.device
+) -> nn.Module:
+    """A copy of block `i`, filled and on the device; nobody else holds it."""
+    block = copy_of(blocks[i], skeleton)
+    inside = list(block.named_modules(prefix=f"{prefix}.{i}"))
+    fill(inside)
+    for name, module in inside:
+        initialize(skeleton, name, module, device)
+    return block
