@@ -1,4 +1,4 @@
-"""Other 4-bit linears, groups of 64, bf16: name -> (package, prepare(shape, copies) -> x -> calls)."""
+"""Other 4-bit linears, groups of 64, bf16: name -> (package, largest batch, prepare(shape, copies) -> x -> calls)."""
 
 from __future__ import annotations
 
@@ -80,11 +80,11 @@ def _humming(shape: tuple[int, int], count: int, with_t: bool) -> Callable[[Tens
     return lambda x: [lambda layer=layer: layer(x * t if with_t else x) for layer in layers]
 
 
-PEERS: dict[str, tuple[str, Prepare]] = {
-    "tinygemm W4": ("torch", tinygemm),
-    "gemlite W4": ("gemlite", gemlite),
-    "t * x then gemlite W4 (as sinq)": ("gemlite", gemlite_with_t),
-    "bitsandbytes NF4": ("bitsandbytes", bitsandbytes),
-    "humming W4": ("humming", humming),
-    "t * x then humming W4": ("humming", humming_with_t),
+PEERS: dict[str, tuple[str, int, Prepare]] = {
+    "tinygemm W4": ("torch", 64, tinygemm),
+    "gemlite W4": ("gemlite", 64, gemlite),
+    "t * x then gemlite W4 (as sinq)": ("gemlite", 64, gemlite_with_t),
+    "bitsandbytes NF4": ("bitsandbytes", 8192, bitsandbytes),
+    "humming W4": ("humming", 8192, humming),
+    "t * x then humming W4": ("humming", 8192, humming_with_t),
 }

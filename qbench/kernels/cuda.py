@@ -1,7 +1,7 @@
 """Launching the CUDA C++ kernels: dual_, wide_ and long_linear.cu, dequantize.cu, and with which arguments.
 
-KERNELS says which run on which compute capability, `refusal` why one of them cannot run on a device or a machine; ops.py
-then takes another.
+KERNELS says which run on which compute capability, `refusal` why one of them cannot run on a device or a machine;
+ops.py then takes another.
 """
 
 from __future__ import annotations
@@ -76,6 +76,10 @@ def _plain(device: int | None) -> bool:
     return device is not None and torch.cuda.get_device_capability(device)[0] < 9
 
 
+def _early(device: torch.device) -> bool:
+    return EARLY_START and not _plain(device.index)
+
+
 def _for(device: int | None, defines: Defines) -> Defines:
     """The switches on this device: before Hopper dual_linear.cu is compiled without what came with it."""
     if not _plain(device):
@@ -143,7 +147,7 @@ def _launch(
         stream,
         [problem],
         chosen.splits,
-        early=EARLY_START and not _plain(device),
+        early=_early(x.device),
     )
 
 
@@ -168,7 +172,7 @@ def _launch_wide(x: Tensor, tiles: Tiles, bias: Tensor | None, y: Tensor, chosen
         _stream(x.device),
         [problem],
         chosen.splits,
-        early=EARLY_START,
+        early=_early(x.device),
     )
 
 
@@ -195,7 +199,7 @@ def _launch_long(x: Tensor, tiles: Tiles, bias: Tensor | None, y: Tensor, chosen
         _stream(device),
         [nvrtc.tensor_map(x, 8 * chosen.batch_blocks // share, LONG_COLUMNS), problem],
         share,
-        early=EARLY_START,
+        early=_early(x.device),
     )
 
 
@@ -210,7 +214,15 @@ def _launch_input(entry: str, x: Tensor, tiles: Tiles, to: Tensor, defines: Defi
     arguments += [ctypes.c_uint64(x.stride(0)), ctypes.c_int(x.shape[1]), ctypes.c_int(chunks)]
     arguments.append(ctypes.c_float(_down(x.dtype, tiles)))
     function = nvrtc.load(entry, x.device.index, defines)
-    nvrtc.launch(function, (-(-chunks // 8), len(x), 1), 128, 0, _stream(x.device), arguments, early=EARLY_START and not _plain(x.device.index))
+    nvrtc.launch(
+        function,
+        (-(-chunks // 8), len(x), 1),
+        128,
+        0,
+        _stream(x.device),
+        arguments,
+        early=_early(x.device),
+    )
 
 
 def _stream(device: torch.device) -> int:

@@ -6,8 +6,8 @@
 
 Accumulation is in fp32 and deterministic. On CUDA, fp16 and bf16: the fused kernel that blocks.py chooses by the rows
 of x, or, where that is faster, one kernel that writes W in x's dtype and cuBLAS; fp32 always dequantizes. On the CPU:
-unpack, then fp32 matmul. The ops have fake implementations, so they work under torch.compile(fullgraph=True); in a CUDA graph they need one eager
-call of the same shape before the capture, which compiles the kernels.
+unpack, then fp32 matmul. The ops have fake implementations, so they work under torch.compile(fullgraph=True); in a CUDA
+graph they need one eager call of the same shape before the capture, which compiles the kernels.
 """
 
 from __future__ import annotations

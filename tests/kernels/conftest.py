@@ -54,7 +54,9 @@ def emulated(monkeypatch, compiled):
 
     def tensor_map(x, rows, columns):
         assert columns == 64
-        assert x.stride(1) == 1 and x.stride(0) % 8 == 0 and x.data_ptr() % 16 == 0
+        assert x.stride(1) == 1
+        assert x.stride(0) % 8 == 0
+        assert x.data_ptr() % 16 == 0
         return (ctypes.c_uint64 * 16)(x.data_ptr(), x.shape[1], x.shape[0], 2 * x.stride(0), rows)
 
     monkeypatch.setattr(nvrtc, "tensor_map", tensor_map)
