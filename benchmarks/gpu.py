@@ -2,9 +2,9 @@
 
 Correctness first: every format on fresh random inputs against fp64, twice, with the allocator's memory poisoned; a
 kernel that is wrong is not timed. Then microseconds per call by CUDA-graph replay over more than 400 MB of rotated
-weights (above batch 512 four sets), all kernels of one batch by turns. `share` is the bytes that the format stores, plus
-x and y, over the time, as a share of a device copy measured in the same run. Peers that cannot be imported, or fail, are
-listed and not silently left out.
+weights (above batch 512 four sets), all kernels of one batch by turns. `share` is the bytes that the format stores,
+plus x and y, over the time, as a share of a device copy measured in the same run. Peers that cannot be imported, or
+fail, are listed and not silently left out.
 """
 
 from __future__ import annotations
@@ -83,14 +83,7 @@ def calls_of(x: Tensor, dense: list[Tensor], ours: dict[str, tuple[float, list[T
     return calls
 
 
-def measured(
-    batch: int,
-    x: Tensor,
-    dense: list[Tensor],
-    ours: dict[str, tuple[float, list[Tiles]]],
-    peers: dict,
-    missing: list[str],
-) -> Iterator[Row]:
+def measured(x: Tensor, dense: list[Tensor], ours: dict, peers: dict, missing: list[str]) -> Iterator[Row]:
     """One batch, all kernels by turns."""
     batch = len(x)
     stored = {"bf16": dense[0].nbytes, WRITTEN: ours["W4"][0]} | {label: nbytes for label, (nbytes, _) in ours.items()}
