@@ -78,13 +78,19 @@ def long(M: int, N: int) -> Iterator[LongPlan]:
         for share in (1, 2, 4):
             if (share - 1) * 64 * warpgroups < N and 4 * blocks < max(M, 128):
                 stages = (SHARED - 8192) // (128 * (64 * warpgroups + 8 * blocks))
-                yield LongPlan(warpgroups, blocks, share, min(stages, 8))
+                for finishers in (1, 2) if (warpgroups, blocks) != (4, 16) and blocks < 32 else (1,):
+                    yield LongPlan(warpgroups, blocks, share, min(stages, 8), finishers)
 
 
 def calls_of(plan: AnyPlan | None, x: Tensor, rotated: list[Tiles]) -> list[Callable[[], Tensor]]:
     if plan is None:
         return [lambda w=w: F.linear(x, cuda.dequantize(w, x.dtype)) for w in rotated]
     return [lambda w=w: cuda.linear(x, w, None, plan) for w in rotated]
+
+
+def entry(plan: AnyPlan | None) -> list[int] | dict[str, list[int]]:
+    numbers = [] if plan is None else [int(value) for value in astuple(plan)]
+    return {plan.kernel: numbers} if isinstance(plan, LongPlan) else numbers
 
 
 def splits(plan: AnyPlan | None) -> int:
@@ -117,7 +123,7 @@ def main() -> None:
                 us, best = min(
                     (pair for pair in timed if pair[0] <= within), key=lambda pair: (splits(pair[1]), pair[0])
                 )
-                table[table_key(M, N, K, first.nbits)] = [] if best is None else [int(value) for value in astuple(best)]
+                table[table_key(M, N, K, first.nbits)] = entry(best)
                 print(f"{name} {N}x{K} batch {M}: {us:.1f} us {best} of {len(timed)}", flush=True)
             path.parent.mkdir(exist_ok=True)
             lines = ",\n".join(f"{json.dumps(key)}: {json.dumps(value)}" for key, value in sorted(table.items()))

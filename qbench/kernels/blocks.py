@@ -86,13 +86,14 @@ class WidePlan:
 
 @dataclass(frozen=True)
 class LongPlan:
-    """Of long_linear.cu: a block has one warpgroup that finishes weights and `warpgroups` that multiply."""
+    """Of long_linear.cu: a block has `finishers` warpgroups that finish weights and `warpgroups` that multiply."""
 
     kernel: ClassVar[str] = "long_linear"
     warpgroups: int  # GROUPS: along the output rows, 64 each
     batch_blocks: int  # NB: 8 rows of x each
     share: int  # blocks of one cluster: the same rows of x, other rows of the weight
     stages: int  # of 64 columns, in flight per block
+    finishers: int = 1  # FINISH: 1, or 2 that take turns
 
     def __post_init__(self) -> None:
         if self.batch_blocks not in (16, 24, 32) or self.batch_blocks % self.share or self.share not in (1, 2, 4):
@@ -123,12 +124,16 @@ def table_key(M: int, N: int, K: int, nbits: int) -> str:
 
 
 @cache
-def _table(gpu: str) -> dict[str, list[int]]:
+def _table(gpu: str) -> dict[str, list[int] | dict[str, list[int]]]:
     path = Path(__file__).with_name("plans") / f"{gpu.replace(' ', '-').lower()}.json"
     return json.loads(path.read_text()) if path.is_file() else {}
 
 
-PLANS = {7: Plan, 5: WidePlan, 4: LongPlan}  # by how many numbers say them
+def _entry(numbers: list[int] | dict[str, list[int]]) -> AnyPlan:
+    """A tuned plan; long_linear's carries its name, the others are told by how many numbers say them."""
+    if isinstance(numbers, dict):
+        return LongPlan(*numbers[LongPlan.kernel])
+    return WidePlan(*numbers) if len(numbers) == 5 else Plan(*numbers[:6], bool(numbers[6]))
 
 
 @cache
@@ -139,7 +144,7 @@ def _plan(
     tuned = table.get(table_key(M, N, K, form[0]), table.get(table_key(M, N, K, 4)))
     if tuned == []:
         return None
-    found = [] if tuned is None else [PLANS[len(tuned)](*tuned)]
+    found = [] if tuned is None else [_entry(tuned)]
     found += _by_rule(M, N, K, plain) if M <= NARROW else _wide_by_rule(M, N, K) if M <= WIDE else _long_by_rule(M, N)
     return next((plan for plan in found if plan.shared_bytes(M, -(-K // COLUMNS), *form) <= limit), None)
 

@@ -184,6 +184,7 @@ def _launch_long(x: Tensor, tiles: Tiles, bias: Tensor | None, y: Tensor, chosen
     if x.stride(0) % 8 or x.data_ptr() % 16:  # of what box copies read, every row starts at a multiple of 16 bytes
         x = F.pad(x, (0, 8 - x.shape[1] % 8))[:, : x.shape[1]]
     shape = {"GROUPS": chosen.warpgroups, "NB": chosen.batch_blocks, "STAGES": chosen.stages}
+    shape["FINISH"] = chosen.finishers
     defines = _linear_defines(tiles, x.dtype, INPUT_SCALE=int(tiles.input_scale is not None), **shape)
     row_blocks, x_blocks = -(-strips // (4 * chosen.warpgroups * share)), -(-M // (8 * chosen.batch_blocks))
     clusters = min(row_blocks * x_blocks, _multiprocessors(device) // share)
@@ -194,7 +195,7 @@ def _launch_long(x: Tensor, tiles: Tiles, bias: Tensor | None, y: Tensor, chosen
     nvrtc.launch(
         nvrtc.load("long_linear", device.index, defines),
         (clusters * share, 1, 1),
-        128 * (chosen.warpgroups + 1),
+        128 * (chosen.warpgroups + chosen.finishers),
         chosen.shared_bytes(),
         _stream(device),
         [nvrtc.tensor_map(x, 8 * chosen.batch_blocks // share, LONG_COLUMNS), problem],
@@ -267,7 +268,7 @@ def _linear_defines(tiles: Tiles, dtype: torch.dtype, **others: int) -> Defines:
 _ROW = _defines(4, 64, True, False, BF16=1, MB=1, RT=1, ONE=1, DEPTH=2)
 _BATCH = _defines(4, 64, True, False, BF16=1, MB=1, RT=1, ONE=0, RING=1)
 _WIDE = _defines(4, 64, True, False, BF16=1, NB=2, GROUPS=1, WK=1)
-_LONG = _defines(4, 64, True, False, BF16=1, INPUT_SCALE=1, GROUPS=1, NB=16, STAGES=4)
+_LONG = _defines(4, 64, True, False, BF16=1, INPUT_SCALE=1, GROUPS=1, NB=16, STAGES=4, FINISH=1)
 KERNELS = {  # the compute capabilities, lowest and highest, and each of its kernels as launched for the default format
     "dequantize": (8, 99, [("dequantize", _defines(4, 64, True, False, OUT=0))]),
     "dual_linear": (8, 99, [("dual_linear", _ROW), ("scale_input", _BATCH), ("dual_linear", _BATCH)]),

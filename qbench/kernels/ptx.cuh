@@ -151,13 +151,7 @@ __device__ __forceinline__ void box_copy(u32 to, const Map& map, int column, int
 }
 __device__ __forceinline__ void barrier_arrive(u32 bar, u32 rank) {  // at the barrier of another block of the cluster
   asm volatile("{\n.reg .u32 there;\nmapa.shared::cluster.u32 there, %0, %1;\n"
-               "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [there];\n}" ::"r"(bar), "r"(rank) : "memory");
-}
-__device__ __forceinline__ void barrier_wait_cluster(u32 bar, u32 parity) {  // for arrivals of other blocks
-  asm volatile(
-      "{\n.reg .pred done;\nagain:\n"
-      "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
-      "@done bra finished;\nbra again;\nfinished:\n}" ::"r"(bar), "r"(parity) : "memory");
+               "mbarrier.arrive.shared::cluster.b64 _, [there];\n}" ::"r"(bar), "r"(rank) : "memory");
 }
 // What a thread wrote to shared memory becomes visible to wgmma.
 __device__ __forceinline__ void publish_writes() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }

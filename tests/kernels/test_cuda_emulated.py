@@ -95,8 +95,8 @@ def test_before_hopper(emulated, generator, monkeypatch):
     [
         (150, LongPlan(1, 16, 1, 2)),  # two tiles of y along x
         (150, LongPlan(1, 16, 2, 3)),  # and two along the rows, of one cluster
-        (200, LongPlan(2, 24, 2, 2)),
         (30, LongPlan(2, 32, 1, 4)),
+        (150, LongPlan(1, 16, 2, 3, 2)),  # two warpgroups that finish, three stages
     ],
 )
 def test_a_prompt(emulated, generator, batch, plan):
@@ -111,7 +111,7 @@ def test_a_prompt(emulated, generator, batch, plan):
 @pytest.mark.parametrize(("nbits", "codebook"), FORMATS)
 def test_every_format_of_a_prompt(emulated, generator, nbits, codebook, group_size, dtype):
     weight = random_weight((50, 130), nbits, group_size, generator, codebook=codebook)
-    check(generator, weight, 20, dtype, LongPlan(1, 16, 1, 2))
+    check(generator, weight, 20, dtype, LongPlan(1, 16, 1, 2, 2))
 
 
 @pytest.mark.slow
