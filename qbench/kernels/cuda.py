@@ -187,25 +187,22 @@ def _launch_long(x: Tensor, tiles: Tiles, bias: Tensor | None, y: Tensor, chosen
     shape["FINISH"] = chosen.finishers
     defines = _linear_defines(tiles, x.dtype, INPUT_SCALE=int(tiles.input_scale is not None), **shape)
     row_blocks, x_blocks = -(-strips // (4 * chosen.warpgroups * share)), -(-M // (8 * chosen.batch_blocks))
-    clusters = min(row_blocks * x_blocks, _multiprocessors(device) // share)
+    function, threads = nvrtc.load("long_linear", device.index, defines), 128 * (chosen.warpgroups + chosen.finishers)
+    clusters = min(row_blocks * x_blocks, nvrtc.clusters_at_work(function, threads, chosen.shared_bytes(), share))
     problem = _LongProblem(
         *map(_address, (tiles.data, tiles.input_scale, tiles.codebook, bias, y)),
         *(M, N, strips, chunks, row_blocks, x_blocks, clusters),
     )
     nvrtc.launch(
-        nvrtc.load("long_linear", device.index, defines),
+        function,
         (clusters * share, 1, 1),
-        128 * (chosen.warpgroups + chosen.finishers),
+        threads,
         chosen.shared_bytes(),
         _stream(device),
         [nvrtc.tensor_map(x, 8 * chosen.batch_blocks // share, LONG_COLUMNS), problem],
         share,
-        early=_early(x.device),
+        early=_early(device),
     )
-
-
-def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def _launch_input(entry: str, x: Tensor, tiles: Tiles, to: Tensor, defines: Defines) -> None:

@@ -60,7 +60,7 @@ def emulated(monkeypatch, compiled):
         return (ctypes.c_uint64 * 16)(x.data_ptr(), x.shape[1], x.shape[0], 2 * x.stride(0), rows)
 
     monkeypatch.setattr(nvrtc, "tensor_map", tensor_map)
-    monkeypatch.setattr(cuda, "_multiprocessors", lambda device: 2)  # so that a block takes several tiles of y
+    monkeypatch.setattr(nvrtc, "clusters_at_work", lambda function, *_: 2)  # so that a block takes several tiles of y
     monkeypatch.setattr(nvrtc, "load", lambda entry, device, defines: compiled(entry, defines))
     monkeypatch.setattr(nvrtc, "launch", launch)
     monkeypatch.setattr(cuda, "_stream", lambda device: 0)
