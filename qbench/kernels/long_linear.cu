@@ -170,30 +170,35 @@ long_linear(const __grid_constant__ Map x, const __grid_constant__ Problem p) {
       // Sums are [row of the weight][row of x] per warp: 16 x 16 at a time are turned through shared memory.
       const int m0 = tile % p.x_blocks * 8 * NB;
       const int strip = (tile / p.x_blocks * share + rank) * STRIPS + strip_here, n0 = strip * 16;
-      const int row = n0 + row_at(lane / 4), n = n0 + lane % 2 * 8;
-      const float first = p.bias && row < p.N ? load16(p.bias[row]) : 0.f;
-      const float second = p.bias && row + 8 < p.N ? load16(p.bias[row + 8]) : 0.f;
+      const int n = n0 + lane % 2 * 8, rows_left = p.M - m0 - lane / 2;
+      if (p.bias) {
+        const int row = n0 + row_at(lane / 4);
+        const float first = row < p.N ? load16(p.bias[row]) : 0.f, second = row + 8 < p.N ? load16(p.bias[row + 8]) : 0.f;
+#pragma unroll
+        for (int i = 0; i < NB; i++)
+          acc[4 * i] += first, acc[4 * i + 1] += first, acc[4 * i + 2] += second, acc[4 * i + 3] += second;
+      }
+      u16* to = p.y + u64(m0 + lane / 2) * p.N + n;
 #pragma unroll
       for (int i = 0; i < NB; i += 2) {
-        const u32 v[4] = {round2(acc[4 * i] + first, acc[4 * i + 1] + first),
-                          round2(acc[4 * i + 2] + second, acc[4 * i + 3] + second),
-                          round2(acc[4 * i + 4] + first, acc[4 * i + 5] + first),
-                          round2(acc[4 * i + 6] + second, acc[4 * i + 7] + second)};
+        const u32 v[4] = {round2(acc[4 * i], acc[4 * i + 1]), round2(acc[4 * i + 2], acc[4 * i + 3]),
+                          round2(acc[4 * i + 4], acc[4 * i + 5]), round2(acc[4 * i + 6], acc[4 * i + 7])};
         __syncwarp();
         store_transposed(mine + (lane / 16 * 8 + lane % 8) * 32 + lane / 8 % 2 * 16, v);
         __syncwarp();
         const uint4 turned = *reinterpret_cast<const uint4*>(smem + (mine - shared(smem)) + lane * 16);
-        const int m = m0 + 8 * i + lane / 2;
-        const u32 pairs[4] = {__byte_perm(turned.x, turned.z, 0x5410), __byte_perm(turned.x, turned.z, 0x7632),
-                              __byte_perm(turned.y, turned.w, 0x5410), __byte_perm(turned.y, turned.w, 0x7632)};
-        u16* to = p.y + u64(m) * p.N + n;
-        if (m >= p.M || n >= p.N) {
-        } else if (p.N % 8 == 0) *reinterpret_cast<uint4*>(to) = {pairs[0], pairs[1], pairs[2], pairs[3]};
-        else {
-#pragma unroll 1
-          for (int j = 0; j < 8; j++)
-            if (n + j < p.N) to[j] = u16(pairs[j / 2] >> (16 * (j % 2)));
+        const uint4 pairs = {__byte_perm(turned.x, turned.z, 0x5410), __byte_perm(turned.x, turned.z, 0x7632),
+                             __byte_perm(turned.y, turned.w, 0x5410), __byte_perm(turned.y, turned.w, 0x7632)};
+        if (8 * i < rows_left && n < p.N) {
+          if (p.N % 8 == 0) *reinterpret_cast<uint4*>(to) = pairs;
+          else {
+            const u32 words[4] = {pairs.x, pairs.y, pairs.z, pairs.w};
+#pragma unroll
+            for (int j = 0; j < 8; j++)
+              if (n + j < p.N) to[j] = u16(words[j / 2] >> (16 * (j % 2)));
+          }
         }
+        to += 16 * p.N;
       }
     }
   }
