@@ -134,7 +134,6 @@ inline void barrier_wait(u32 bar, u32 parity) {
   while ((Barrier(barrier_at(bar, here.rank)).phase & 1) == parity) std::this_thread::sleep_for(std::chrono::milliseconds(1));
 }
 inline void publish_writes() {}
-inline void prefetch(const void*) {}
 inline void store4(u32 to, uint4 v) { memcpy(here.block->memory.data() + to, &v, 16); }
 
 // Here a map holds what the driver's call is given: address, columns, rows, bytes from row to row, rows of a box.
