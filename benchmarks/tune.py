@@ -78,7 +78,11 @@ def long(M: int, N: int) -> Iterator[LongPlan]:
         for share in (1, 2, 4):
             for finishers in (1, 2):
                 fits = 65536 // (128 * (warpgroups + finishers)) >= 4 * blocks + 24  # registers
-                if fits and (share - 1) * 64 * warpgroups < N and 4 * blocks < max(M, 128):
+                if (
+                    (fits or (warpgroups, blocks) == (2, 32))
+                    and (share - 1) * 64 * warpgroups < N
+                    and 4 * blocks < max(M, 128)
+                ):
                     yield LongPlan(warpgroups, blocks, share, finishers)
 
 

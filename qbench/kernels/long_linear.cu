@@ -18,6 +18,10 @@
 #define X_BYTES (8 * NB * 128)
 #define STAGE (W_BYTES + X_BYTES)
 #define FINISHERS (4 * FINISH)                     // warps; each finishes strips w, w + 4, ... of w = warp % 4
+// Four warpgroups share 128 registers a thread, which 8 NB = 256 sums exceed: then those that finish give up some, and
+// one product is taken as two, since an instruction may name no more than every thread begins with.
+#define TIGHT (GROUPS + FINISH == 4 && NB == 32)
+#define WIDTH (TIGHT ? NB / 2 : NB)                // 8-row blocks of x in one product
 #define PACKED ((STRIPS * CHUNK + 256 + 127) & ~127)  // strips of the weight and t, 128 columns of each
 #define AHEAD (NB == 32 ? 3 : 4)                   // of them in flight, of which two may be in use
 
@@ -81,6 +85,7 @@ long_linear(const __grid_constant__ Map x, const __grid_constant__ Problem p) {
   const int first_tile = int(cluster_index());
 
   if (warp < FINISHERS) {
+    if constexpr (TIGHT) fewer_registers<88>();
     Table table = {};
 #if CODEBOOK
     table = load_table(p.codebook);
@@ -156,9 +161,10 @@ long_linear(const __grid_constant__ Map x, const __grid_constant__ Problem p) {
       }
     }
   } else {
+    if constexpr (TIGHT) more_registers<168>();
     const int strip_here = warp - FINISHERS, group = strip_here / 4;
     const u32 mine = turn + strip_here * 512;
-    float acc[4 * NB];
+    float acc[NB / WIDTH][4 * WIDTH];
     await_previous_kernel();
 #pragma unroll 1
     for (int tile = first_tile; tile < tiles; tile += p.clusters) {
@@ -174,7 +180,10 @@ long_linear(const __grid_constant__ Map x, const __grid_constant__ Problem p) {
         const u64 a = descriptor(at + group * 8192), b = descriptor(at + W_BYTES);
         wgmma_open();
 #pragma unroll
-        for (int k = 0; k < 4; k++) wgmma(acc, a + 2 * k, b + 2 * k, step > 0 || k > 0);
+        for (int k = 0; k < 4; k++)
+#pragma unroll
+          for (int part = 0; part < NB / WIDTH; part++)
+            wgmma<WIDTH>(acc[part], a + 2 * k, b + 2 * k + part * (WIDTH * 1024 >> 4), step > 0 || k > 0);
         wgmma_commit();
         wgmma_wait<1>();
         if (step > 0) release();
@@ -192,14 +201,16 @@ long_linear(const __grid_constant__ Map x, const __grid_constant__ Problem p) {
         const int row = n0 + row_at(lane / 4);
         const float first = row < p.N ? load16(p.bias[row]) : 0.f, second = row + 8 < p.N ? load16(p.bias[row + 8]) : 0.f;
 #pragma unroll
-        for (int i = 0; i < NB; i++)
-          acc[4 * i] += first, acc[4 * i + 1] += first, acc[4 * i + 2] += second, acc[4 * i + 3] += second;
+        for (int i = 0; i < NB; i++) {
+          float* sums = acc[i / WIDTH] + i % WIDTH * 4;
+          sums[0] += first, sums[1] += first, sums[2] += second, sums[3] += second;
+        }
       }
       u16* to = p.y + u64(m0 + lane / 2) * p.N + n;
 #pragma unroll
       for (int i = 0; i < NB; i += 2) {
-        const u32 v[4] = {round2(acc[4 * i], acc[4 * i + 1]), round2(acc[4 * i + 2], acc[4 * i + 3]),
-                          round2(acc[4 * i + 4], acc[4 * i + 5]), round2(acc[4 * i + 6], acc[4 * i + 7])};
+        const float* sums = acc[i / WIDTH] + i % WIDTH * 4;
+        const u32 v[4] = {round2(sums[0], sums[1]), round2(sums[2], sums[3]), round2(sums[4], sums[5]), round2(sums[6], sums[7])};
         __syncwarp();
         store_transposed(mine + (lane / 16 * 8 + lane % 8) * 32 + lane / 8 % 2 * 16, v);
         __syncwarp();

@@ -95,7 +95,7 @@ def test_before_hopper(emulated, generator, monkeypatch):
     [
         (150, LongPlan(1, 16, 1)),  # two tiles of y along x
         (150, LongPlan(1, 16, 2)),  # and two along the rows, of one cluster
-        (30, LongPlan(2, 32, 1)),
+        (30, LongPlan(2, 32, 1, 2)),
         (150, LongPlan(1, 16, 2, 2)),  # two warpgroups that finish
     ],
 )
