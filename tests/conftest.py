@@ -76,12 +76,12 @@ def _composer():
     from hydra.core.global_hydra import GlobalHydra
 
     from qbench.config import register
-    from qbench.sweep.plan import _Composer
+    from qbench.sweep.compose import Composer
 
     register()
     with initialize_config_module("qbench.conf", version_base="1.3"):
         composed = compose("config", return_hydra_config=True)
-        return _Composer(composed, GlobalHydra.instance().config_loader())
+        return Composer(composed, GlobalHydra.instance().config_loader())
 
 
 def composed(words: Iterable[str]):
