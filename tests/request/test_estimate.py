@@ -91,7 +91,7 @@ def test_published_shapes_are_those_of_their_names():
 
 @pytest.mark.slow
 def test_a_plan_of_a_plain_model_imports_no_models_code(tmp_path):
-    """Which takes longer than all the rest of it. Torch it does import: a method is asked what it stores of a matrix."""
+    """Which takes longer than all the rest of it. Torch is imported: a method is asked what it stores of a matrix."""
     packages = (
         "transformers",
         "lm_eval",
