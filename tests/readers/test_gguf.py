@@ -206,6 +206,6 @@ def test_a_folder_with_several_models_asks_which(tmp_path):
     for name in ("a.gguf", "b.gguf", "mmproj-a.gguf"):
         write(tmp_path / name, "llama", converted(model, "llama"), settings_of(model.config))
     assert GGUF().recognizes(tmp_path)
-    with pytest.raises(ReadError, match=r"holds 2 GGUF models \(a.gguf, b.gguf, ...\): name one of the files"):
+    with pytest.raises(ReadError, match=r"holds 2 GGUF models, and one is to be named, as .*/a.gguf: a.gguf, b.gguf$"):
         GGUF().open(tmp_path, meta(model))
     assert not GGUF().recognizes(tmp_path / "missing.gguf")
