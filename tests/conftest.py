@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass, replace
 from functools import cache
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -68,6 +69,19 @@ def _yaml_once():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ImportlibResourcesConfigSource, "load_config", load_once)
         yield
+
+
+def thinned(*axes):
+    """Every combination of the axes' values for parametrize: those that are slow are marked so.
+
+    Fast are as many as the longest axis has values, so that each value of each axis is in one at least. Two axes whose
+    lengths have a common divisor meet in some of their pairs alone; the slow suite has them all.
+    """
+    axes = [list(axis) for axis in axes]
+    fast = {tuple(k % len(axis) for axis in axes) for k in range(max(map(len, axes)))}
+    for places in product(*(range(len(axis)) for axis in axes)):
+        values = [axis[place] for axis, place in zip(axes, places, strict=True)]
+        yield pytest.param(*values, marks=[] if places in fast else [pytest.mark.slow])
 
 
 @cache

@@ -38,6 +38,7 @@ def test_no_private_module_of_hydra_is_imported_that_the_table_lacks():
                 assert f"`{module}.{name}` | {path.relative_to(ROOT / 'qbench').as_posix()}" in table
 
 
+@pytest.mark.slow
 def test_the_sweeper_is_a_plugin_that_is_found_outside_of_the_checkout_too(tmp_path):
     """An editable installation is found by Python's import, but not by Hydra's search."""
     code = (
@@ -182,17 +183,15 @@ def test_points_that_share_their_composing_are_those_that_hydra_composes():
         ("quantizer.nbits=3", "quantizer=gptq", "task.names=[]", "model.name='${quantizer.name}'"),
         ("quantizer=gguf/q4_k", "model=tiny-dense", "calibration=wikitext2", "speed=default", "task=wikitext2"),
         ("experiment=demo", "task.window=64", "quantizer=fp4"),
-        ("task.window=64", "+task.window=65"),
         ("export.dir='x/${quantizer.name}-${quantizer.nbits}'",),
         ("runtime.batch_size=many", "quantizer=rtn"),
         ("quantizer=nf4", "quantizer.nbits=3"),
         ("quantizer=nf4", "++quantizer.nbits=3"),
-        ("model.name=${nothing}",),
         ("hydra.job.num=3", "model=tiny-dense"),
     ]
     ours, hydras, composer = _both_ways(points)
     assert ours == hydras
-    assert sum(isinstance(said, str) for said in ours) == 5
+    assert sum(isinstance(said, str) for said in ours) == 3
     assert len(composer.loaded) == 2  # the sweep's own, and that of experiment=demo
 
 
@@ -235,6 +234,7 @@ def test_every_option_is_composed_as_hydra_composes_it():
     assert ours == hydras
 
 
+@pytest.mark.slow
 def test_help_and_typos_import_nothing_heavy():
     heavy = ("torch", "transformers", "lm_eval", "numpy", "rich", "wandb")
     code = (
