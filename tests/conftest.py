@@ -55,6 +55,9 @@ def _freeze():
 @pytest.fixture(scope="session", autouse=True)
 def _yaml_once():
     """Hydra reads each YAML of its own and of conf/ once a process, not whenever it composes: they do not change."""
+    from hydra.core.plugins import Plugins
+
+    Plugins.instance()  # its search executes modules again, and what they define is then another class
     from hydra._internal.core_plugins.importlib_resources_config_source import ImportlibResourcesConfigSource
 
     load, known = ImportlibResourcesConfigSource.load_config, {}
