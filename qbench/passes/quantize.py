@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from qbench.errors import PointError
 from qbench.format.format import Format
+from qbench.format.mixed import Mixed
 from qbench.layers.expert_form import Activation, expert_weights, form, stacked_parameters
 from qbench.layers.experts import QuantExperts
 from qbench.layers.linear import QuantLinear
@@ -199,13 +200,14 @@ def quantize_experts(
         quantized, new = [*quantized, *down], [*new, *of_down]
         if inputs:
             quantized, new = _say_what_calibrated(quantized, new, inputs, index)
-        rows += new
+        rows += [one for one in new if takes(quantizer, one.row.name)]
         for projection, weight in zip(packed, quantized, strict=True):
             projection.append(weight)
     stacks = []
     for projection in packed:
         try:
-            stacks.append(type(projection[0]).stack(projection))
+            kinds = {type(weight) for weight in projection}
+            stacks.append((kinds.pop() if len(kinds) == 1 else Mixed).stack(projection))
         except ValueError as error:
             raise PointError(f"layer {name}: {error}") from error
         projection.clear()

@@ -217,6 +217,7 @@ def recurrent_gemma():
     return RecurrentGemmaForCausalLM(RecurrentGemmaConfig(**shape, vocab_size=258, attention_window_size=16))
 
 
+@pytest.mark.slow
 def test_calibrated_point_records_what_it_was_shown(qbench):
     tiny = ("model=tiny-dense", "task.max_windows=2", "quantizer=gptq", "calibration.sequences=4")
     outcome = qbench(*tiny)
