@@ -115,7 +115,7 @@ class Variant:
             if old is not None:
                 _run_as(old, module.format)
             else:
-                _run_experts_as(experts[name], module)
+                run_experts_as(experts[name], module)
 
         found = shared
         if self.shown is not None:
@@ -190,7 +190,7 @@ def _run_as(layer: nn.Module, weight: Format) -> None:
     layer.weight = nn.Parameter(dense if isinstance(layer, nn.Linear) else dense.T, requires_grad=False)
 
 
-def _run_experts_as(module: Any, packed: QuantExperts) -> None:
+def run_experts_as(module: Any, packed: QuantExperts) -> None:
     for key, old in stacked_parameters(module).items():
         setattr(module, key, nn.Parameter(torch.empty_like(old), requires_grad=False))
     views = stack_views(module, expert_slice(module, slice(None)))
