@@ -18,7 +18,10 @@ from torch import Tensor
 from qbench.format.aux import Aux, dense_input_scale
 from qbench.format.weight import QuantizedWeight
 
-TILE = 4096  # weights that a program holds
+TILE = 4096  # weights that a program holds, to write them out
+STEP = 1024  # the same, to describe them: as many sums of each kind stay in registers
+FIELDS = ("relative_error", "imbalance_before", "kurtosis_before", "kurtosis_after")
+KINDS = tl.constexpr(12)  # of numbers that a tile is described by
 
 
 @triton.jit
@@ -72,40 +75,44 @@ def _restore(low_plane, high_plane, scale, zero, t, codebook, out, matrix_stride
 
 
 @triton.jit
+def moments(mean_of, two, three, four, there, width, height):
+    """Mean of a tile and its sums of powers around it, from those of its columns around theirs, `[PAD]`."""
+    mean = tl.sum(tl.where(there, mean_of, 0.0)) / width
+    off = tl.where(there, mean_of - mean, 0.0)
+    square = off * off
+    second = tl.sum(two + height * square)
+    third = tl.sum(three + 3 * off * two + height * square * off)
+    return mean, second, third, tl.sum(four + 4 * off * three + 6 * square * two + height * square * square)
+
+
+@triton.jit
 def _describe(weight, low_plane, high_plane, scale, zero, t, codebook, found, matrix_stride, row_stride, height,
               columns, groups, NBITS: tl.constexpr, ZERO: tl.constexpr, SCALED: tl.constexpr, CODEBOOK: tl.constexpr,
               PACKED: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, PAD: tl.constexpr):  # fmt: skip
+    """One tile: the first walk over its rows gives their variances, the columns' means and the error; the second the
+    columns' sums of powers around their means. Sums stay apart until the end, since those across threads are slow.
+    """
     group, matrix = tl.program_id(0), tl.program_id(1)
     inner = tl.arange(0, PAD)
     column = group * WIDTH + inner
     there = (inner < WIDTH) & (column < columns)
     width = tl.sum(there.to(tl.float32))
-    count = width * height
     weight += matrix.to(tl.int64) * matrix_stride
     channel = matrix * columns + column
-    column_sum = tl.zeros([ROWS, PAD], tl.float32)
+
+    column_sum, error = tl.zeros([ROWS, PAD], tl.float32), tl.zeros([ROWS, PAD], tl.float32)
     highest, lowest = tl.zeros([ROWS], tl.float32), tl.full([ROWS], float("inf"), tl.float32)
-    total, scaled_total = tl.zeros([ROWS], tl.float32), tl.zeros([ROWS], tl.float32)
-    error, norm = tl.zeros([ROWS], tl.float32), tl.zeros([ROWS], tl.float32)
-    factor = tl.full([PAD], 1.0, tl.float32)
-    if SCALED:
-        factor = tl.load(t + channel, mask=there, other=1.0)
     for start in tl.range(0, height, ROWS):
         row = start + tl.arange(0, ROWS)
         exists = row < height
         inside = exists[:, None] & there[None, :]
         at = weight + row.to(tl.int64)[:, None] * row_stride + column[None, :]
         m = tl.load(at, mask=inside, other=0.0).to(tl.float32)
-        own = tl.sum(m, 1)
-        deviation = tl.where(inside, m - (own / width)[:, None], 0.0)
-        variance = tl.sum(deviation * deviation, 1) / tl.maximum(width - 1, 1)
+        deviation = tl.where(inside, m - (tl.sum(m, 1) / width)[:, None], 0.0)
+        variance = tl.sum(deviation * deviation, 1)
         highest = tl.maximum(highest, variance)
         lowest = tl.minimum(lowest, tl.where(exists, variance, float("inf")))
         column_sum += m
-        total += own
-        norm += tl.sum(m * m, 1)
-        if SCALED:
-            scaled_total += tl.sum(m / factor[None, :], 1)
         if PACKED:
             everywhere = matrix * height + row
             r = restored(
@@ -113,48 +120,78 @@ def _describe(weight, low_plane, high_plane, scale, zero, t, codebook, found, ma
                 everywhere * groups + group, channel[None, :], exists, inside, columns, NBITS, ZERO, SCALED, CODEBOOK,
             )  # fmt: skip
             missed = tl.where(inside, m - r, 0.0)
-            error += tl.sum(missed * missed, 1)
+            error += missed * missed
 
-    column_mean = tl.sum(column_sum, 0) / height
-    mean, scaled_mean = tl.sum(total) / count, tl.sum(scaled_total) / count
-    column_squares = tl.zeros([ROWS, PAD], tl.float32)
-    two, three, four = tl.zeros([ROWS], tl.float32), tl.zeros([ROWS], tl.float32), tl.zeros([ROWS], tl.float32)
-    scaled_two, scaled_three = tl.zeros([ROWS], tl.float32), tl.zeros([ROWS], tl.float32)
-    scaled_four = tl.zeros([ROWS], tl.float32)
+    mean_of = tl.sum(column_sum, 0) / height
+    two, three = tl.zeros([ROWS, PAD], tl.float32), tl.zeros([ROWS, PAD], tl.float32)
+    four = tl.zeros([ROWS, PAD], tl.float32)
     for start in tl.range(0, height, ROWS):
         row = start + tl.arange(0, ROWS)
         inside = (row < height)[:, None] & there[None, :]
         at = weight + row.to(tl.int64)[:, None] * row_stride + column[None, :]
         m = tl.load(at, mask=inside, other=0.0).to(tl.float32)
-        deviation = tl.where(inside, m - column_mean[None, :], 0.0)
-        column_squares += deviation * deviation
-        deviation = tl.where(inside, m - mean, 0.0)
+        deviation = tl.where(inside, m - mean_of[None, :], 0.0)
         square = deviation * deviation
-        two += tl.sum(square, 1)
-        three += tl.sum(square * deviation, 1)
-        four += tl.sum(square * square, 1)
-        if SCALED:
-            deviation = tl.where(inside, m / factor[None, :] - scaled_mean, 0.0)
-            square = deviation * deviation
-            scaled_two += tl.sum(square, 1)
-            scaled_three += tl.sum(square * deviation, 1)
-            scaled_four += tl.sum(square * square, 1)
-    variance = tl.sum(column_squares, 0) / tl.maximum(height - 1, 1)
+        two += square
+        three += square * deviation
+        four += square * square
+    second, third, fourth = tl.sum(two, 0), tl.sum(three, 0), tl.sum(four, 0)
 
-    found += (matrix * groups + group) * 13
-    tl.store(found, tl.maximum(tl.max(highest), tl.max(tl.where(there, variance, 0.0))))
-    tl.store(found + 1, tl.minimum(tl.min(lowest), tl.min(tl.where(there, variance, float("inf")))))
-    tl.store(found + 2, count)
-    tl.store(found + 3, mean)
-    tl.store(found + 4, tl.sum(two))
-    tl.store(found + 5, tl.sum(three))
-    tl.store(found + 6, tl.sum(four))
-    tl.store(found + 7, scaled_mean)
-    tl.store(found + 8, tl.sum(scaled_two))
-    tl.store(found + 9, tl.sum(scaled_three))
-    tl.store(found + 10, tl.sum(scaled_four))
-    tl.store(found + 11, tl.sum(error))
-    tl.store(found + 12, tl.sum(norm))
+    per_row = 1 / tl.maximum(width - 1, 1.0)  # a single value has no spread, and its divisor is then 1
+    variance = second / tl.maximum(height - 1, 1)
+    found += (matrix * groups + group) * KINDS
+    tl.store(found, tl.maximum(tl.max(highest) * per_row, tl.max(tl.where(there, variance, 0.0))))
+    tl.store(found + 1, tl.minimum(tl.min(lowest) * per_row, tl.min(tl.where(there, variance, float("inf")))))
+    tl.store(found + 2, width * height)
+    tl.store(found + 3, tl.sum(tl.sum(error, 1)))
+    mean, all_two, all_three, all_four = moments(mean_of, second, third, fourth, there, width, height)
+    tl.store(found + 4, mean)
+    tl.store(found + 5, all_two)
+    tl.store(found + 6, all_three)
+    tl.store(found + 7, all_four)
+    if SCALED:
+        c = 1 / tl.load(t + channel, mask=there, other=1.0)
+        mean, all_two, all_three, all_four = moments(
+            mean_of * c, second * c * c, third * c * c * c, fourth * c * c * c * c, there, width, height
+        )
+    tl.store(found + 8, mean)
+    tl.store(found + 9, all_two)
+    tl.store(found + 10, all_three)
+    tl.store(found + 11, all_four)
+
+
+@triton.jit
+def kurtosis(at, there, count):
+    """Of all values of a matrix, from the mean and the sums of powers of its tiles, four numbers each at `at`."""
+    mean, two = tl.load(at, mask=there, other=0.0).to(tl.float64), tl.load(at + 1, mask=there, other=0.0).to(tl.float64)
+    three = tl.load(at + 2, mask=there, other=0.0).to(tl.float64)
+    four = tl.load(at + 3, mask=there, other=0.0).to(tl.float64)
+    total = tl.sum(count)
+    off = mean - tl.sum(count * mean) / total
+    square = off * off
+    variance = tl.sum(two + count * square) / total
+    fourth = tl.sum(four + 4 * off * three + 6 * square * two + count * square * square) / total
+    return tl.where(variance > 0, fourth / (variance * variance), 0.0)
+
+
+@triton.jit
+def _combine(found, numbers, groups, PAD: tl.constexpr):
+    """The numbers of a matrix from those of its tiles: relative error, imbalance, kurtosis before and after."""
+    group = tl.arange(0, PAD)
+    there = group < groups
+    at = found + (tl.program_id(0) * groups + group) * KINDS
+    high = tl.load(at, mask=there, other=1.0).to(tl.float64)
+    low = tl.load(at + 1, mask=there, other=1.0).to(tl.float64)
+    count = tl.load(at + 2, mask=there, other=0.0).to(tl.float64)
+    missed = tl.sum(tl.load(at + 3, mask=there, other=0.0).to(tl.float64))
+    mean = tl.load(at + 4, mask=there, other=0.0).to(tl.float64)
+    norm = tl.sum(tl.load(at + 5, mask=there, other=0.0).to(tl.float64) + count * mean * mean)
+    ratio = tl.sqrt(high) / tl.maximum(tl.sqrt(low), 1e-12)
+    numbers += tl.program_id(0) * 4
+    tl.store(numbers, tl.sqrt(tl.where(norm > 0, missed / norm, missed)))
+    tl.store(numbers + 1, tl.exp(tl.sum(tl.where(there, tl.log(ratio), 0.0)) / groups))
+    tl.store(numbers + 2, kurtosis(at + 4, there, count))
+    tl.store(numbers + 3, kurtosis(at + 8, there, count))
 
 
 def readable(weight: QuantizedWeight) -> bool:
@@ -188,33 +225,18 @@ def describe(weight: Tensor, width: int, t: Tensor | None, packed: QuantizedWeig
     matrices, rows, columns = weight.shape
     groups = -(-columns // width)
     pad = max(8, triton.next_power_of_2(width))
-    found = torch.empty(matrices, groups, 13, device=weight.device)
+    found = torch.empty(matrices, groups, KINDS.value, device=weight.device)
+    numbers = torch.empty(matrices, 4, dtype=torch.float64, device=weight.device)
     tensors, constants = _unused(weight) if packed is None else _parts(packed)
     if t is not None:
         tensors[4], constants["SCALED"] = t.contiguous(), True
     with torch.cuda.device_of(weight):
         _describe[(groups, matrices)](
             weight, *tensors, found, weight.stride(0), weight.stride(1), rows, columns, groups,
-            **constants, PACKED=packed is not None, ROWS=max(2, TILE // pad), WIDTH=width, PAD=pad, num_warps=8,
+            **constants, PACKED=packed is not None, ROWS=max(2, STEP // pad), WIDTH=width, PAD=pad, num_warps=4 if pad <= 4096 else 8,
         )  # fmt: skip
-    high, low, count, mean, two, three, four, *scaled, error, norm = found.double().unbind(2)
-    before = _kurtosis(count, mean, two, three, four)
-    error, norm = error.sum(1).sqrt(), norm.sum(1).sqrt()
-    return {
-        "relative_error": torch.where(norm > 0, error / norm, error),
-        "imbalance_before": (high.sqrt() / low.sqrt().clamp_min(1e-12)).log().mean(1).exp(),
-        "kurtosis_before": before,
-        "kurtosis_after": before if t is None else _kurtosis(count, *scaled),
-    }
-
-
-def _kurtosis(count: Tensor, mean: Tensor, two: Tensor, three: Tensor, four: Tensor) -> Tensor:
-    """Pearson kurtosis `[experts]` of all values, from the moments `[experts, tiles]` of tiles around their means."""
-    total = count.sum(1, keepdim=True)
-    off = mean - (count * mean).sum(1, keepdim=True) / total
-    variance = (two + count * off**2).sum(1) / total[:, 0]
-    fourth = (four + 4 * off * three + 6 * off**2 * two + count * off**4).sum(1) / total[:, 0]
-    return torch.where(variance > 0, fourth / variance**2, 0.0)
+        _combine[(matrices,)](found, numbers, groups, PAD=triton.next_power_of_2(groups), num_warps=1)
+    return dict(zip(FIELDS, numbers.unbind(1), strict=True))
 
 
 def _parts(packed: QuantizedWeight) -> tuple[list[Tensor], dict]:

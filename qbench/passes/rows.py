@@ -1,8 +1,7 @@
 """What a result says of quantized weights. The numbers are read off the device for many weights at once.
 
 A mixture has tens of thousands of matrices, and a GPU that is asked for a number has to finish all work before it can
-answer. So rows are pending until `settle`: their numbers are tensors of one element a matrix, and what must be finite
-is a flag.
+answer. So rows are pending until `settle`: their numbers are tensors of one element a matrix.
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ class Pending:
     methods: list[str]  # in effect
     numbers: dict[str, Tensor]  # by field of a row, or by the name of what the method reports: [matrices]
     told: list[dict[str, float]]  # what else the method reports of each
-    finite: dict[str, Tensor]  # by buffer: whether it holds no NaN or Inf, [matrices]
+    sums: dict[str, Tensor]  # by buffer, [matrices]: not finite where it holds NaN or Inf
     stored: list[tuple[float, int, dict[str, int]]]  # bits a weight, bytes, bytes by component
     backends: list[str]
     seconds: Callable[[], float]
@@ -72,19 +71,19 @@ def pending(
             continue
         for one, number in zip(told, value if isinstance(value, Sequence) else [value] * count, strict=True):
             one[key] = float(number)
-    finite = {}
+    sums = {}
     for key, tensor in held.items():
         if tensor.is_floating_point():
-            fine = torch.isfinite(tensor.float())  # of 8 bits too
+            wide = tensor.float() if tensor.itemsize == 1 else tensor
             apart = weight.ndim == 3 and len(ones) == 1 and tensor.ndim > ones[0].tensors()[key].ndim
-            finite[key] = fine.flatten(1).all(1) if apart else fine.all().expand(count)
+            sums[key] = (wide.flatten(1) if apart else wide.reshape(1, -1)).sum(1, dtype=torch.float64).expand(count)
     return Pending(
         list(names),
         tuple(weight.shape[-2:]),
         [method or quantizer.lower() for method in methods],
         numbers,
         told,
-        finite,
+        sums,
         [(one.bits_per_weight, one.nbytes, one.stored_bytes()) for one in ones] * (count // len(ones)),
         [backend(one, weight.dtype) for one in ones] * (count // len(ones)),
         seconds,
@@ -96,18 +95,18 @@ def settle(stacks: Sequence[Pending]) -> list[list[LayerRow]]:
     """The rows of each, in order; raises PointError, naming the layer, for a weight that is not finite."""
     if not stacks:
         return []
-    asked = [tensor.double() for one in stacks for tensor in (*one.finite.values(), *one.numbers.values())]
+    asked = [tensor for one in stacks for tensor in (*one.sums.values(), *one.numbers.values())]
     values = torch.cat(asked).tolist()
     settled, at = [], 0
     for one in stacks:
         count = len(one.names)
         columns = {}
-        for key in (*one.finite, *one.numbers):
+        for key in (*one.sums, *one.numbers):
             columns[key], at = values[at : at + count], at + count
-        for key in one.finite:
-            fine = columns.pop(key)
-            if not all(fine):
-                raise PointError(f"layer {one.names[fine.index(0)]}: {one.quantizer} produced NaN or Inf in {key}")
+        for key in one.sums:
+            for name, total in zip(one.names, columns.pop(key), strict=True):
+                if not math.isfinite(total):
+                    raise PointError(f"layer {name}: {one.quantizer} produced NaN or Inf in {key}")
         settled.append(_rows(one, columns))
     return settled
 
