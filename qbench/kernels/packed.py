@@ -228,12 +228,13 @@ def describe(weight: Tensor, width: int, t: Tensor | None, packed: QuantizedWeig
     found = torch.empty(matrices, groups, KINDS.value, device=weight.device)
     numbers = torch.empty(matrices, 4, dtype=torch.float64, device=weight.device)
     tensors, constants = _unused(weight) if packed is None else _parts(packed)
+    constants["PACKED"] = packed is not None
     if t is not None:
         tensors[4], constants["SCALED"] = t.contiguous(), True
     with torch.cuda.device_of(weight):
         _describe[(groups, matrices)](
             weight, *tensors, found, weight.stride(0), weight.stride(1), rows, columns, groups,
-            **constants, PACKED=packed is not None, ROWS=max(2, STEP // pad), WIDTH=width, PAD=pad, num_warps=4 if pad <= 4096 else 8,
+            **constants, ROWS=max(2, STEP // pad), WIDTH=width, PAD=pad, num_warps=4 if pad <= 4096 else 8,
         )  # fmt: skip
         _combine[(matrices,)](found, numbers, groups, PAD=triton.next_power_of_2(groups), num_warps=1)
     return dict(zip(FIELDS, numbers.unbind(1), strict=True))
