@@ -122,6 +122,24 @@ def expert_weights(module: Any, index: int) -> list[Tensor]:
     return [gate.contiguous(), up.contiguous(), down.contiguous()]
 
 
+def expert_slice(module: Any, experts: slice) -> list[Tensor]:
+    """What the module holds of these experts, as it holds it: views of both of its parameters."""
+    return [getattr(module, name).detach()[experts] for name in (form(module).first, "down_proj")]
+
+
+def stacks_of(module: Any, held: list[Tensor]) -> list[Tensor]:
+    """The matrices `[experts, out, in]` of what `expert_slice` gives, a stack for each of `form(module).projections`.
+
+    Each matrix is contiguous; the stacks are views where they can be, since gate and up lie in one parameter.
+    """
+    how = form(module)
+    first, down = (_upright(part, how) for part in held)
+    stacks = [first, down]
+    if how.gated:
+        stacks = [*((first[:, ::2], first[:, 1::2]) if how.interleaved else first.chunk(2, 1)), down]
+    return [stack if stack[0].is_contiguous() else stack.contiguous() for stack in stacks]
+
+
 def put_expert(module: Any, index: int, weights: list[Tensor]) -> None:
     """Writes what `expert_weights` reads: the matrices `[out, in]` of one expert into the module's parameters."""
     how = form(module)

@@ -25,8 +25,9 @@ from qbench.layers.expert_form import form, put_expert, stacked_parameters
 from qbench.layers.experts import QuantExperts
 from qbench.layers.linear import PackedWeight
 from qbench.passes.chain import Calls, Chain
+from qbench.passes.experts import quantize_experts
 from qbench.passes.own import take_own
-from qbench.passes.quantize import UNREACHED, quantize_experts, quantize_linears, takes, takes_experts
+from qbench.passes.quantize import UNREACHED, quantize_linears, takes, takes_experts
 from qbench.passes.shown import Collected, Group, Shown
 from qbench.passes.states import States
 from qbench.quant.quantizer import Quantizer
