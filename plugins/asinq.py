@@ -22,9 +22,9 @@ from torch import Tensor
 
 from qbench.errors import none_of
 from qbench.format.weight import QuantizedWeight
-from qbench.quant.channel_scale import T_RANGE, OutputError, calibration, channel_scale
+from qbench.quant.channel_scale import T_RANGE, OutputError, calibration, channel_scale, search
 from qbench.quant.quantizer import InputStatistics, Quantizer, Statistic
-from qbench.quant.rounding import round_to_nearest, rounding_error
+from qbench.quant.rounding import round_to_nearest
 from qbench.quant.sinkhorn import check_steps, column_factors
 
 LOSSES = ("l1", "l2")
@@ -75,10 +75,10 @@ class ASINQ(Quantizer):
             "aux_dtype": self.aux_dtype,
         }
 
-        def attempt(ratio: float) -> tuple[float, float, Tensor]:
-            t = (mu / channel_scale(absmean, magnitude, ratio)).clamp(*T_RANGE)
-            return output_error(rounding_error(weight, input_scale=t, **rounding)), ratio, t
+        def scales(ratio: float) -> Tensor:
+            return (mu / channel_scale(absmean, magnitude, ratio)).clamp(*T_RANGE)
 
-        loss, ratio, t = min((attempt(i / self.ratios) for i in range(self.ratios)), key=lambda found: found[0])
+        loss, ratio, t = search([weight], scales, self.ratios, output_error, rounding)
+        loss, ratio = torch.stack([loss, ratio]).tolist()
         diagnostics = {"ratio": ratio, "loss": loss, "imbalance_after": after}
         return round_to_nearest(weight, input_scale=t, method="asinq", diagnostics=diagnostics, **rounding)
