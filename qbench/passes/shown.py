@@ -33,7 +33,7 @@ from qbench.quant.quantizer import Statistic
 Group = dict[str, nn.Module]
 Run = Callable[[int, Tensor], Tensor]  # a batch's number and its states `[rows, tokens, hidden]` -> those after
 
-BATCH_TOKENS = 16384  # of one run through a block on a GPU: enough to keep it busy
+BATCH_TOKENS = {"cpu": 1, "cuda": 16384}  # of one run through a block, or one sequence: enough to keep a GPU busy
 
 
 @dataclass
@@ -57,7 +57,7 @@ class Shown:
     def __init__(self, chain: Chain, ids: np.ndarray, needs: frozenset[Statistic], original: bool) -> None:
         """`ids` is int64 `[sequences, window]`. Raises NotAChainError when the chain does not hold for them."""
         device = chain.model.device
-        rows = 1 if device.type == "cpu" else max(1, BATCH_TOKENS // ids.shape[1])
+        rows = max(1, BATCH_TOKENS[device.type] // ids.shape[1])
         begun = [chain.begin(batch) for batch in torch.from_numpy(ids).to(device).split(rows)]
         self.hidden, self.calls = [states for states, _ in begun], [handed for _, handed in begun]
         self.needs, self.original = needs, original

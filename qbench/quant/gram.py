@@ -14,6 +14,7 @@ from torch import Tensor
 
 PANEL = 2048  # rows of H at a time: 7/12 of the product at 12288 columns, 3/4 at 4096
 ROWS = 16384  # of X at a time: few enough for fp32 sums, many enough that adding H costs a tenth of them at most
+LARGEST_ERROR = 1e-5  # of an entry H_ij against fp64, as a share of sqrt(H_ii H_jj); tested
 NARROW = (torch.bfloat16, torch.float16)
 
 
