@@ -58,7 +58,7 @@ class ASINQ(Quantizer):
         output_error = OutputError(inputs, self.loss)  # the group shares its inputs, and nothing else
         factors = column_factors(weights, self.columns(weights[0]), self.iterations, self.step_min, self.step_max)
         return [
-            self._search(weight.float(), mu, after, absmean, output_error)
+            self._search(weight.float(), mu, float(after), absmean, output_error)
             for weight, (mu, after) in zip(weights, factors, strict=True)
         ]
 

@@ -46,6 +46,7 @@ def concat(stacks: Sequence[F]) -> F:
     """
     if len(stacks) == 1:
         return stacks[0]
+    stacks = [replace(one, diagnostics={}) for one in stacks]
     own = getattr(type(stacks[0]), "concat", None)
     if own is not None:
         return own(stacks)

@@ -17,11 +17,10 @@ import torch
 from torch import Tensor
 
 from qbench.errors import PointError
-from qbench.format.aux import dense_input_scale
 from qbench.format.format import Format
 from qbench.format.mixed import Mixed
-from qbench.layers.linear import backend, relative_error
-from qbench.quant.diagnostics import kurtosis, mean_imbalance
+from qbench.layers.linear import backend
+from qbench.passes.measured import measured
 from qbench.quant.quantizer import Quantizer
 from qbench.record.quantization import LayerRow
 
@@ -91,24 +90,6 @@ def pending(
         seconds,
         quantizer,
     )
-
-
-def measured(weight: Tensor, quantized: Format) -> dict[str, Tensor]:
-    """By field of a row, `[matrices]`, for a weight `[out, in]` or a stack of them."""
-    if weight.ndim == 3:
-        each = [measured(one, quantized.select(i)) for i, one in enumerate(weight)]
-        return {key: torch.cat([one[key] for one in each]) for key in each[0]}
-    t, wide = quantized.tensors().get("input_scale"), weight.float()
-    rotation = getattr(quantized, "rotation", None)
-    basis = wide if rotation is None else rotation(wide)
-    basis = basis if t is None else basis / dense_input_scale(t)
-    numbers = {
-        "relative_error": relative_error(wide, quantized),
-        "imbalance_before": mean_imbalance(wide, quantized.group_size),
-        "kurtosis_before": (tails := kurtosis(wide)),
-        "kurtosis_after": tails if t is None and rotation is None else kurtosis(basis),
-    }
-    return {key: number.view(1) for key, number in numbers.items()}
 
 
 def settle(stacks: Sequence[Pending]) -> list[list[LayerRow]]:

@@ -60,6 +60,7 @@ class Quantizer:
 
     needs: ClassVar[frozenset[Statistic]] = frozenset()  # empty: calibration-free
     joint: ClassVar[bool] = False  # True: it is handed a linear group as a whole; else linears may come one by one
+    stacks: ClassVar[bool] = False  # True: `quantize` takes stacks [experts, out, in], too, matrix by matrix to the bit
     partial: ClassVar[bool] = False  # True: it is asked to leave linears alone, and runtime.min_coverage asks nothing
 
     def __post_init__(self) -> None:
@@ -128,10 +129,13 @@ class Quantizer:
         Each matrix is contiguous, the stacks need not be: gate and up may be views of one parameter.
 
         names[j][e] is what matrix e of projection j is called, stats[e] is what expert e's matrices read. To the bit
-        what `quantize_layers` makes of each expert's, and by default made by it. A stack's diagnostics are a number for
-        each matrix, a tensor `[experts]` on any device or a sequence, or one number for all; where the methods in
-        effect differ, `method` among them holds theirs, one for each matrix.
+        what `quantize_layers` makes of each expert's, and made by it or, if `stacks`, by `quantize`.
+
+        A stack's diagnostics are a number for each matrix, a tensor `[experts]` on any device or a sequence, or one
+        number for all; where the methods in effect differ, `method` among them holds theirs, one for each matrix.
         """
+        if self.stacks:
+            return self.quantize(weights, None)
         made = []
         for e in range(len(weights[0])):
             own = [weight[e] for weight in weights]
