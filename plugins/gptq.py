@@ -129,20 +129,12 @@ class GPTQ(RotatingQuantizer):
         stored: list[Stored] = []
         dense = []
         for lows, highs in zip(low.split(rows, -2), high.split(rows, -2), strict=True):
-            scale, zero, divisor = self._grid(lows, highs, aux_dtype)
+            scale, zero, divisor = grid(lows, highs, self.nbits, self.symmetric, aux_dtype)
             stored.append((scale, zero))
             middle = torch.full_like(divisor, 2.0 ** (self.nbits - 1)) if zero is None else zero.dense()
             dense.append((divisor, middle, scale.dense()))
         divisors, zeros, scales = (torch.cat(parts, -2).mT.contiguous() for parts in zip(*dense, strict=True))
         return stored, (divisors, zeros, scales)
-
-    def _grid(self, low: Tensor, high: Tensor, aux_dtype: str) -> tuple[Aux, Aux | None, Tensor]:
-        """As `grid`; of a stack `[n, rows, groups]` each matrix has tables of int8 of its own."""
-        if low.ndim == 2 or aux_dtype == "fp16":
-            return grid(low, high, self.nbits, self.symmetric, aux_dtype)
-        each = [grid(*one, self.nbits, self.symmetric, aux_dtype) for one in zip(low, high, strict=True)]
-        scales, zeros, divisors = zip(*each, strict=True)
-        return _stacked(scales), None if self.symmetric else _stacked(zeros), torch.stack(divisors)
 
     def _sweep(
         self, values: Tensor, unit: Tensor, width: int, members: list[int], fixed: Grids | None = None
@@ -298,10 +290,6 @@ def _given(weights: Sequence[Tensor], stats: InputStatistics | None) -> Tensor:
     if columns != {stats.hessian.shape[-1]}:
         raise ValueError(f"the weights have {sorted(columns)} input channels, the Hessian {list(stats.hessian.shape)}")
     return stats.hessian
-
-
-def _stacked(parts: Sequence[Aux]) -> Aux:
-    return Aux(*(torch.stack(same) for same in zip(*((p.stored, p.step, p.offset) for p in parts), strict=True)))
 
 
 def blocks(columns: int, width: int, size: int) -> Iterator[tuple[int, int]]:

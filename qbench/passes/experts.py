@@ -58,12 +58,12 @@ def quantize_experts(
         stats = [inputs.of_first(index) for index in experts] if inputs else None
         made, new = _quantize_stacks(name, names[:-1], weights[:-1], quantizer, stats)
         if inputs:
-            stats = []
-            for at, index in enumerate(experts):
-                before = [weight[at] for weight in weights[:-1]]
-                if not inputs.original:
-                    before = [stack.select(at).dequantize(inputs.x.dtype) for stack in made]
-                stats.append(inputs.of_down(index, partial(_before_down, activation, before, index)))
+            before = weights[:-1] if inputs.original else [stack.dequantize(inputs.x.dtype) for stack in made]
+            stats = [
+                inputs.of_down(index, partial(_before_down, activation, [weight[at] for weight in before], index))
+                for at, index in enumerate(experts)
+            ]
+            del before
         down, of_down = _quantize_stacks(name, names[-1:], weights[-1:], quantizer, stats)
         made, new = [*made, *down], [*new, *of_down]
         if inputs:

@@ -50,6 +50,7 @@ def test_gptq(kernels, quantizer):  # noqa: F811
         GPTQ(group_size=16, block_size=32),
         GPTQ(group_size=24, nbits=3, aux_dtype="int8", static_groups=False),
         AWQ(group_size=16, ratios=3),
+        ASINQ(group_size=16, ratios=3, iterations=4),
     ],
     ids=str,
 )
