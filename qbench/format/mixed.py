@@ -81,10 +81,6 @@ class Mixed(Format):
         parts = [part for weight in weights for part in (weight.parts if isinstance(weight, Mixed) else (weight,))]
         return Mixed((len(parts), *shape), tuple(parts), "+".join(sorted({weight.method for weight in weights})))
 
-    @classmethod
-    def concat(cls, stacks: Sequence[Mixed]) -> Mixed:
-        return cls.stack([cls.of(part) for one in stacks for part in one.parts])
-
     def select(self, index: int) -> Mixed:
         return replace(Mixed.of(self.parts[index]), method=self.method)
 

@@ -40,18 +40,18 @@ def stack(weights: Sequence[F], once: Collection[str] = ()) -> F:
 
 
 def concat(stacks: Sequence[F]) -> F:
-    """Stacks of equal form, `[n, out, in]` each, one after the other in one stack, bit for bit.
+    """Stacks `[n, out, in]` one after the other in one stack, bit for bit; of formats that mix, in any form.
 
-    Raises ValueError as `stack` does. What a stack's matrices share is known by its having no dimension in front.
+    Raises ValueError as `stack` does.
     """
+    from qbench.format.mixed import Mixed
+
     if len(stacks) == 1:
         return stacks[0]
     stacks = [replace(one, diagnostics={}) for one in stacks]
-    own = getattr(type(stacks[0]), "concat", None)
-    if own is not None:
-        return own(stacks)
-    first = stacks[0].select(0)
-    once = {key for key, tensor in first.tensors().items() if tensor.ndim == stacks[0].tensors()[key].ndim}
+    if any(isinstance(one, Mixed) for one in stacks) or mixes(stacks):
+        return Mixed.stack([one.select(i) for one in stacks for i in range(one.shape[0])])
+    first, once = stacks[0].select(0), _shared(stacks[0])
     alike([first, *(one.select(0) for one in stacks[1:])])
     named = [one.tensors() for one in stacks]
     joined = {}
@@ -66,6 +66,32 @@ def concat(stacks: Sequence[F]) -> F:
     methods = "+".join(sorted({one.method for one in stacks}))
     form = replace(stacks[0], shape=(count, *first.shape), method=methods, diagnostics={})
     return form.with_tensors(joined)
+
+
+def part(stack: F, matrices: slice) -> F:
+    """Some matrices of a stack, `[n, out, in]`; its tensors are views."""
+    from qbench.format.mixed import Mixed
+
+    if isinstance(stack, Mixed):
+        return Mixed.stack(stack.parts[matrices])
+    once = _shared(stack)
+    named = {key: tensor if key in once else tensor[matrices] for key, tensor in stack.tensors().items()}
+    count = len(range(*matrices.indices(stack.shape[0])))
+    return replace(stack, shape=(count, *stack.shape[1:]), diagnostics={}).with_tensors(named)
+
+
+def mixes(weights: Sequence[Format]) -> bool:
+    """Whether they are of several formats, one of which stacks with any other."""
+    from qbench.format.mixed import Mixed
+    from qbench.format.plain import Plain
+
+    return len({type(one) for one in weights}) > 1 and any(isinstance(one, Mixed | Plain) for one in weights)
+
+
+def _shared(stack: Format) -> set[str]:
+    """Tensors that all matrices share: one matrix' have as many dimensions."""
+    held = stack.tensors()
+    return {key for key, tensor in stack.select(0).tensors().items() if tensor.ndim == held[key].ndim}
 
 
 def alike(weights: Sequence[Format]) -> None:

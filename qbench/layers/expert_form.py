@@ -127,17 +127,18 @@ def expert_slice(module: Any, experts: slice) -> list[Tensor]:
     return [getattr(module, name).detach()[experts] for name in (form(module).first, "down_proj")]
 
 
-def stacks_of(module: Any, held: list[Tensor]) -> list[Tensor]:
-    """The matrices `[experts, out, in]` of what `expert_slice` gives, a stack for each of `form(module).projections`.
-
-    Each matrix is contiguous; the stacks are views where they can be, since gate and up lie in one parameter.
-    """
+def stack_views(module: Any, held: list[Tensor]) -> list[Tensor]:
+    """The matrices `[experts, out, in]` in what `expert_slice` gives, a view for each of `form(module).projections`."""
     how = form(module)
     first, down = (_upright(part, how) for part in held)
-    stacks = [first, down]
-    if how.gated:
-        stacks = [*((first[:, ::2], first[:, 1::2]) if how.interleaved else first.chunk(2, 1)), down]
-    return [stack if stack[0].is_contiguous() else stack.contiguous() for stack in stacks]
+    if not how.gated:
+        return [first, down]
+    return [*((first[:, ::2], first[:, 1::2]) if how.interleaved else first.chunk(2, 1)), down]
+
+
+def stacks_of(module: Any, held: list[Tensor]) -> list[Tensor]:
+    """As `stack_views`, but every matrix is contiguous."""
+    return [stack if stack[0].is_contiguous() else stack.contiguous() for stack in stack_views(module, held)]
 
 
 def put_expert(module: Any, index: int, weights: list[Tensor]) -> None:

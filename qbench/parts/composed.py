@@ -60,6 +60,24 @@ class Composed(Quantizer):
         """As the method does where it is not told which linears these are."""
         return self.inner.quantize(weights, stats)
 
+    def quantize_stacks(
+        self,
+        names: Sequence[Sequence[str]],
+        weights: Sequence[Tensor],
+        stats: Sequence[InputStatistics] | None = None,
+    ) -> list[Format]:
+        """Stacks go to a quantizer as stacks if all their experts go to the same one; else expert by expert."""
+        chosen = [{id(one): one for one in map(self.for_layer, of)} for of in names]
+        if any(len(ones) > 1 for ones in chosen):
+            return super().quantize_stacks(names, weights, stats)
+        own = [next(iter(ones.values())) for ones in chosen]
+        found: dict[int, Format] = {j: Plain.of(weights[j]) for j, one in enumerate(own) if one is None}
+        for quantizer in {id(one): one for one in own if one is not None}.values():
+            places = [j for j, one in enumerate(own) if one is quantizer]
+            made = quantizer.quantize_stacks([names[j] for j in places], [weights[j] for j in places], stats)
+            found |= dict(zip(places, made, strict=True))
+        return [found[j] for j in range(len(names))]
+
     def quantize_layers(
         self, names: Sequence[str], weights: Sequence[Tensor], stats: InputStatistics | None
     ) -> list[Format]:

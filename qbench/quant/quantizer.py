@@ -28,7 +28,9 @@ from torch import Tensor
 from qbench.errors import none_of
 from qbench.format.aux import AUX_DTYPES
 from qbench.format.format import Format
+from qbench.format.mixed import Mixed
 from qbench.format.packing import PLANES
+from qbench.format.stack import mixes
 
 
 class Statistic(Enum):
@@ -168,4 +170,5 @@ def stacked(weights: Sequence[Format]) -> Format:
     methods = [one.method for one in weights]
     if len(set(methods)) > 1:
         told["method"] = methods
-    return replace(type(weights[0]).stack(weights), diagnostics=told)
+    cls = Mixed if mixes(weights) else type(weights[0])
+    return replace(cls.stack(weights), diagnostics=told)
