@@ -1,13 +1,14 @@
 """What calibrated methods cost through the product's own pass, beside a bare forward pass over the same tokens.
 
-    python benchmarks/calibrate.py --shape qwen3-8b --layers 2 6 --sequences 128 --methods gptq
-    python benchmarks/calibrate.py --shape qwen3-30b-a3b --layers 2 6 --sequences 32 --methods gptq --profile
+    python benchmarks/calibrate.py --shape qwen3-8b --sequences 128 --methods gptq         the whole model
+    python benchmarks/calibrate.py --shape qwen3-30b-a3b --sequences 32 --methods gptq awq --layers 2 6 --profile
     python benchmarks/calibrate.py --parts                 X^T X, the factors and the column loop, one by one
 
-A random model of the shape, made on the device, is quantized with each method twice: with fewer layers and with more.
-The whole model's seconds are those of the fewer and, for every block more, what one of the blocks between took. Before,
-each method runs once on a short text, so that kernels are compiled. The calibration text is random letters, 2048
-tokens a sequence, so that a mixture's tokens go to many experts. Each line is JSON, and is appended to --out.
+A random model of the shape, made on the device block by block, is quantized with each method. With --layers two
+numbers of layers are measured, and the whole model's seconds are those of the fewer and, for every layer more, what one
+of the layers between took. Before, each method runs once on a short text, so that kernels are compiled. The
+calibration text is random letters, 2048 tokens a sequence, so that a mixture's tokens go to many experts. Each line
+is JSON, and is appended to --out.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -87,24 +89,25 @@ def bare(shape: str, layers: int, sequences: int, window: int) -> float:
     return timed(run) if torch.cuda.is_available() else 0.0
 
 
-def whole(shape: str, layers: list[int], sequences: int, window: int, methods: list[str], profile: bool):
+def through_the_pass(shape: str, layers: list[int], sequences: int, window: int, methods: list[str], profile: bool):
+    """The whole model where `layers` are none, else the two numbers of layers that the whole one's are taken from."""
     from qbench.sources.shapes import depth
 
-    few, more = layers
-    blocks = depth(shape)
     settings = {"shape": shape, "layers": layers, "tokens": sequences * window}
-    yield settings | {"bare_forward_seconds_a_layer": bare(shape, more, sequences, window) / more}
+    most = layers[-1] if layers else 4
+    yield settings | {"bare_forward_seconds_a_layer": bare(shape, most, sequences, window) / most}
     for method in methods:
-        quantized(shape, few, method, min(sequences, 2), window)
-        first, second = (quantized(shape, count, method, sequences, window) for count in (few, more))
-        a_block = {key: (second[key] - first[key]) / (more - few) for key in ("quantize", "quantizer")}
-        total = {key: first[key] + a_block[key] * (blocks - few) for key in a_block}
-        yield settings | {"method": method, "whole_seconds": total, "a_block": a_block, "measured": [first, second]}
+        quantized(shape, 2, method, min(sequences, 2), window)
+        measured = [quantized(shape, count, method, sequences, window) for count in layers or [depth(shape)]]
+        found = {key: measured[-1][key] for key in ("quantize", "quantizer")}
+        if layers:
+            few, more = layers
+            a_block = {key: (found[key] - measured[0][key]) / (more - few) for key in found}
+            found = {key: measured[0][key] + a_block[key] * (depth(shape) - few) for key in found}
+        yield settings | {"method": method, "whole_seconds": found, "measured": measured}
         if profile:
-            yield settings | {
-                "method": method,
-                **profiled(lambda m=method: quantized(shape, few, m, sequences, window)),
-            }
+            call = partial(quantized, shape, 2, method, sequences, window)
+            yield settings | {"method": method, **profiled(call)}
 
 
 def profiled(call: Callable[[], Any], top: int = 24) -> dict[str, Any]:
@@ -163,15 +166,23 @@ def parts():
         }
         yield {"what": "X^T X of 16,384 rows", "columns": columns, "largest error": error, "milliseconds": took}
 
+    for tokens in (2048, 4096, 8192, 16384, 65536):
+        x = rows(2048, tokens)
+        made, exact = torch.mm(x.T, x, out_dtype=torch.float32).double(), x.double().T @ x.double()
+        size = exact.diagonal().sqrt()
+        apart = (made - exact) / (size[:, None] * size)
+        row = {"what": "one product of 16 bits", "rows": tokens, "largest error": float(apart.abs().max())}
+        yield row | {"mean error of the diagonal": float(apart.diagonal().mean())}
+
     for count, columns in ((1, 4096), (1, 12288), (32, 2048), (64, 768)):
         x = [rows(columns, max(2048, columns)).float() for _ in range(count)]
         hessians = torch.stack([one.T @ one for one in x])
         hessians /= hessians.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]
         row: dict[str, Any] = {"what": "factor", "matrices": count, "columns": columns}
-        for block in (64, 128, 256) if count > 1 else (0,):
+        for block in (128, 256, 512) if count > 1 else (0,):
             cholesky.BLOCK = block or cholesky.BLOCK
             row[f"blocks of {block}"] = milliseconds(lambda h=hessians: cholesky.unit_factors(h.clone(), 0.01), 3)
-        cholesky.BLOCK = 128
+        cholesky.BLOCK = 256
         unit, _ = cholesky.unit_factors(hessians[:1].flip(1, 2).clone(), 0.01)
         damped = hessians[0].double() + 0.01 * torch.eye(columns, device="cuda")
         lower = torch.linalg.cholesky(damped.flip(0, 1)).flip(0, 1)
@@ -194,7 +205,7 @@ def parts():
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", default="qwen3-8b")
-    parser.add_argument("--layers", type=int, nargs=2, default=(2, 6))
+    parser.add_argument("--layers", type=int, nargs=2, default=())
     parser.add_argument("--sequences", type=int, default=32)
     parser.add_argument("--window", type=int, default=WINDOW)
     parser.add_argument("--methods", nargs="+", default=["gptq", "awq"], help="as `gptq quantizer.nbits=3`, quoted")
@@ -211,7 +222,7 @@ def main() -> None:
         found = parts()
         if not asked.parts:
             given = asked.shape, list(asked.layers), asked.sequences, asked.window
-            found = whole(*given, asked.methods, asked.profile)
+            found = through_the_pass(*given, asked.methods, asked.profile)
         for row in found:
             line = json.dumps(card | row)
             print(line, flush=True)

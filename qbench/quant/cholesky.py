@@ -19,7 +19,7 @@ from torch import Tensor
 
 DAMPING_TRIES = 4
 LEAST_RETRY = 1e-3  # damping of the first retry at least: ten times zero would change nothing
-BLOCK = 128  # on the diagonal, left to the library
+BLOCK = 256  # on the diagonal, left to the library
 WIDE = 512  # columns that are corrected at a time: what lies above the diagonal in them is computed for nothing
 
 
