@@ -105,34 +105,27 @@ def settle(stacks: Sequence[Pending]) -> list[list[LayerRow]]:
         for key in (*one.finite, *one.numbers):
             columns[key], at = values[at : at + count], at + count
         for key in one.finite:
-            for name, fine in zip(one.names, columns.pop(key), strict=True):
-                if not fine:
-                    raise PointError(f"layer {name}: {one.quantizer} produced NaN or Inf in {key}")
-        seconds = one.seconds() / count
-        settled.append(
-            [_row(one, i, {key: column[i] for key, column in columns.items()}, seconds) for i in range(count)]
-        )
+            fine = columns.pop(key)
+            if not all(fine):
+                raise PointError(f"layer {one.names[fine.index(0)]}: {one.quantizer} produced NaN or Inf in {key}")
+        settled.append(_rows(one, columns))
     return settled
 
 
-def _row(one: Pending, i: int, numbers: dict[str, float], seconds: float) -> LayerRow:
-    numbers |= one.told[i]
-    fields = {key: numbers.pop(key, None) for key in FIELDS}
-    if not math.isfinite(fields["relative_error"]):  # finite scales can be too large for their codes
-        raise PointError(f"layer {one.names[i]}: {one.quantizer} produced NaN or Inf in the dequantized weight")
-    bits, packed, stored = one.stored[i]
-    return LayerRow(
-        name=one.names[i],
-        shape=one.shape,
-        method=one.methods[i],
-        backend=one.backends[i],
-        seconds=seconds,
-        bits_per_weight=bits,
-        packed_bytes=packed,
-        diagnostics=numbers,
-        stored_bytes=stored,
-        **fields,
-    )
+def _rows(one: Pending, columns: dict[str, list[float]]) -> list[LayerRow]:
+    """`columns` are the numbers, by field or by the name of what the method reports, of every matrix."""
+    count, rows = len(one.names), []
+    seconds = one.seconds() / count
+    fields = [columns.pop(key, [None] * count) for key in FIELDS]
+    for i, (error, before, after, tails_before, tails_after) in enumerate(zip(*fields, strict=True)):
+        if not math.isfinite(error):  # finite scales can be too large for their codes
+            raise PointError(f"layer {one.names[i]}: {one.quantizer} produced NaN or Inf in the dequantized weight")
+        reported = {key: column[i] for key, column in columns.items()} | one.told[i]
+        after = reported.pop("imbalance_after", after)
+        bits, packed, stored = one.stored[i]
+        numbers = seconds, bits, packed, error, before, after, tails_before, tails_after
+        rows.append(LayerRow(one.names[i], one.shape, one.methods[i], one.backends[i], *numbers, reported, stored))
+    return rows
 
 
 def timed(
@@ -145,14 +138,15 @@ def timed(
 
     names[j] are those of weight j's matrices. Raises PointError, naming them, if the quantizer breaks its contract.
     """
-    stop, where = stopwatch(weights[0].device), ", ".join(name for of in names for name in of)
+    stop = stopwatch(weights[0].device)
     try:
         results = quantize()
     except ValueError as error:
-        raise PointError(f"layer {where}: {error}") from error
+        raise PointError(f"layer {', '.join(name for of in names for name in of)}: {error}") from error
     seconds, method = stop(), type(quantizer).__name__
     if len(results) != len(weights) or not all(isinstance(result, Format) for result in results):
-        raise PointError(f"layer {where}: {method}.quantize must return one Format per weight")
+        told = ", ".join(name for of in names for name in of)
+        raise PointError(f"layer {told}: {method}.quantize must return one Format per weight")
     total = sum(weight.numel() for weight in weights)
     rows = [
         pending(of, weight, quantized, method, partial(_part, seconds, weight.numel() / total))
