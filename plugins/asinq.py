@@ -94,7 +94,7 @@ class ASINQ(Quantizer):
             "aux_dtype": self.aux_dtype,
         }
 
-        def scales(ratio: float) -> Tensor:
+        def scales(ratio: float | Tensor) -> Tensor:
             return (mu / channel_scale(absmean, magnitude, ratio)).clamp(*T_RANGE)
 
         loss, ratio, t = search([weight], scales, self.ratios, output_error, rounding)

@@ -81,9 +81,11 @@ class AWQ(Quantizer):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Loss, ratio and t, of one linear group or of each of a batch."""
 
-        def scales(ratio: float) -> Tensor:
+        def scales(ratio: float | Tensor) -> Tensor:
             return channel_scale(absmean, magnitude, ratio).reciprocal().clamp(*T_RANGE)
 
+        if gpu.enabled(weights[0]) and self.aux_dtype == "fp16":  # rows then do not depend on each other
+            weights = [torch.cat(weights, -2)]
         rounding = {"group_size": self.columns(weights[0]), "symmetric": self.symmetric, "aux_dtype": self.aux_dtype}
         return search(weights, scales, self.ratios, output_error, {"nbits": self.nbits, **rounding})
 

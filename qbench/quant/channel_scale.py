@@ -64,7 +64,7 @@ def _require_usable(flags: Tensor) -> None:
         raise ValueError("the inputs are zero throughout: no calibration token reached this layer")
 
 
-def channel_scale(absmean: Tensor, magnitude: Tensor, ratio: float) -> Tensor:
+def channel_scale(absmean: Tensor, magnitude: Tensor, ratio: float | Tensor) -> Tensor:
     """s `[..., in]` = mean|x|^ratio / magnitude^(1 - ratio), centred: its largest times its smallest value is 1.
 
     `magnitude` `[..., in]` is the mean size of the weights of a channel. A channel that is never active gets the floor.
@@ -76,7 +76,7 @@ def channel_scale(absmean: Tensor, magnitude: Tensor, ratio: float) -> Tensor:
 
 def search(
     weights: Sequence[Tensor],
-    scales: Callable[[float], Tensor],
+    scales: Callable[[float | Tensor], Tensor],
     ratios: int,
     output_error: OutputError,
     rounding: dict[str, Any],
@@ -86,17 +86,19 @@ def search(
     Weights are `[..., out, in]`; each matrix of a stack has a ratio of its own. Returns loss and ratio `[...]` and t
     `[..., in]`, on the device, which is asked for nothing meanwhile.
     """
-    found, losses = [], []
-    for ratio in (i / ratios for i in range(ratios)):
-        found.append(scales(ratio))
+    if weights[0].is_cuda:  # in few launches; a CPU's powers by a tensor may end in another bit than by a number
+        steps = torch.arange(ratios, device=weights[0].device) / ratios
+        ts = scales(steps.view(-1, *[1] * (weights[0].ndim - 1)))
+    else:
+        ts = torch.stack([scales(i / ratios) for i in range(ratios)])
+    losses = []
+    for t in ts:
         of_each = (
-            output_error(rounding_error(weight, input_scale=found[-1], **rounding)).double() * weight.shape[-2]
+            output_error(rounding_error(weight, input_scale=t, **rounding)).double() * weight.shape[-2]
             for weight in weights
         )
         losses.append(sum(of_each) / sum(weight.shape[-2] for weight in weights))
-    tried = torch.stack(losses).nan_to_num_(torch.inf)  # [ratios, ...]
-    loss, best = tried.min(0)
-    ts = torch.stack(found)
+    loss, best = torch.stack(losses).nan_to_num_(torch.inf).min(0)  # of [ratios, ...]
     return loss, best.double() / ratios, ts.gather(0, best[None, ..., None].expand_as(ts[:1]))[0]
 
 
