@@ -2,7 +2,8 @@
 // bytes; compiled at run time.
 //
 // Compile-time switches: those of codes.cuh, NB (8-row blocks of the batch: 2, 4, 8 or 16), GROUPS (warpgroups along the
-// rows of the weight, 64 each) and WK (as many times more, which take turns at the chunks of K).
+// rows of the weight, 64 each), WK (as many times more, which take turns at the chunks of K) and SHARE (blocks of a cluster
+// that take the same x, other rows of the weight, and all of K).
 //
 // wgmma takes the weights as A from registers and x * t as B from shared memory, so x is read once per 64 rows and not
 // once per warp. Unlike in dual_linear.cu a weight is finished before it is multiplied: with a wide batch two instructions
@@ -14,6 +15,10 @@
 // their way before the kernel in front has ended. Sums over the splits of K as in dual_linear.cu: the same every run.
 
 #include "finish.cuh"
+
+#ifndef SHARE
+#define SHARE 1
+#endif
 
 #define STRIPS (4 * GROUPS)                        // of 16 rows, per block
 #define WARPS (STRIPS * WK)                        // that multiply
@@ -53,9 +58,10 @@ tile_input(const u16* x, const u16* t, const int* permutation, u8* image, u64 x_
 extern "C" __global__ void __launch_bounds__(32 * WARPS + 32) wide_linear(const __grid_constant__ Problem p) {
   SHARED_MEMORY(smem);
   allow_next_kernel();
-  const u32 splits = cluster_size(), rank = cluster_rank();
+  constexpr u32 share = SHARE;
+  const u32 within = cluster_rank(), splits = share > 1 ? 1 : cluster_size(), rank = share > 1 ? 0 : within;  // along K
   const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0), lane = threadIdx.x % 32, g = lane / 4, tig = lane % 4;
-  const int strip0 = int(cluster_index()) * STRIPS, strip = warp % STRIPS, turn = warp / STRIPS;
+  const int strip0 = int(share > 1 ? blockIdx.x : cluster_index()) * STRIPS, strip = warp % STRIPS, turn = warp / STRIPS;
   const int lo = min(int(rank) * p.per, p.chunks), mine = min(lo + p.per, p.chunks) - lo;
   const int m0 = blockIdx.y * 8 * NB, batch = min(p.M - m0, 8 * NB);
 
@@ -63,10 +69,11 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS + 32) wide_linear(const 
   const u32 full = shared(smem + p.stages * STAGE), empty = full + 8 * p.stages;
   if (threadIdx.x == 0) {
 #pragma unroll 1
-    for (int s = 0; s < p.stages; s++) barrier_init(full + 8 * s), barrier_init(empty + 8 * s, STRIPS);
+    for (int s = 0; s < p.stages; s++) barrier_init(full + 8 * s), barrier_init(empty + 8 * s, STRIPS * share);
     publish_barriers();
   }
-  __syncthreads();
+  if (share > 1) cluster_sync();
+  else __syncthreads();
 
   float acc[4 * NB];
 #pragma unroll
@@ -82,7 +89,9 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS + 32) wide_linear(const 
       if (lane < STRIPS) bulk_copy(shared(to), weights_from + u64(i) * CHUNK, CHUNK, full + 8 * stage);
     };
     auto fetch_x = [&](int i, int stage) {
-      if (lane == 0) bulk_copy(shared(smem + stage * STAGE), x_from + u64(i) * X_BYTES, X_BYTES, full + 8 * stage);
+      const u32 piece = X_BYTES / share, at = piece * (share > 1 ? within : 0);  // each block's share goes to all of them
+      if (lane == 0)
+        bulk_copy(shared(smem + stage * STAGE) + at, x_from + u64(i) * X_BYTES + at, piece, full + 8 * stage, (1u << share) - 1);
     };
     const int ahead = min(p.stages, mine);
 #pragma unroll 1
@@ -124,7 +133,10 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS + 32) wide_linear(const 
       weights<0>(codes, table, a[0]);
       multiply(a[0], b);
       wgmma_wait<1>();
-      if (i >= WK && lane == 0) barrier_arrive(empty + 8 * before);       // the chunk before has been multiplied
+      if (i >= WK) {                                                     // the chunk before has been multiplied
+        if (share == 1 && lane == 0) barrier_arrive(empty + 8 * before);
+        if (share > 1 && lane < share) barrier_arrive(empty + 8 * before, lane);
+      }
       weights<1>(codes, table, a[1]);
       multiply(a[1], b + (64 >> 4));
       wgmma_wait<1>();
@@ -138,6 +150,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS + 32) wide_linear(const 
     }
     wgmma_wait<0>();
   }
+  if (share > 1) cluster_sync();  // until then others arrive at this block's barriers
 
   // Sum the splits of K in a fixed order. partial[turn][m][row] overlays the stages.
   __syncthreads();
