@@ -81,11 +81,8 @@ def part(stack: F, matrices: slice) -> F:
 
 
 def mixes(weights: Sequence[Format]) -> bool:
-    """Whether they are of several formats, one of which stacks with any other."""
-    from qbench.format.mixed import Mixed
-    from qbench.format.plain import Plain
-
-    return len({type(one) for one in weights}) > 1 and any(isinstance(one, Mixed | Plain) for one in weights)
+    """Whether they are of several formats, which no stack holds but a mixed one."""
+    return len({type(one) for one in weights}) > 1
 
 
 def _shared(stack: Format) -> set[str]:

@@ -10,12 +10,14 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from qbench.errors import PointError
 from qbench.format.format import Format
 from qbench.format.stack import concat
+from qbench.layers.dense import write
 from qbench.layers.expert_form import Activation, expert_slice, form, stacks_of
 from qbench.layers.experts import QuantExperts
 from qbench.passes.collect import INPUT_ROWS, ExpertInputs
@@ -58,12 +60,12 @@ def quantize_experts(
         stats = [inputs.of_first(index) for index in experts] if inputs else None
         made, new = _quantize_stacks(name, names[:-1], weights[:-1], quantizer, stats)
         if inputs:
-            stats = []
-            for at, index in enumerate(experts):
-                before = [weight[at] for weight in weights[:-1]]
-                if not inputs.original:
-                    before = [stack.select(at).dequantize(inputs.x.dtype) for stack in made]
-                stats.append(inputs.of_down(index, partial(_before_down, activation, before, index)))
+            before = weights[:-1] if inputs.original else [_dense(stack, inputs.x.dtype) for stack in made]
+            stats = [
+                inputs.of_down(index, partial(_before_down, activation, [weight[at] for weight in before], index))
+                for at, index in enumerate(experts)
+            ]
+            del before
         down, of_down = _quantize_stacks(name, names[-1:], weights[-1:], quantizer, stats)
         made, new = [*made, *down], [*new, *of_down]
         if inputs:
@@ -81,6 +83,7 @@ def quantize_experts(
         projection.clear()
     settled = iter(settle([one for chunk in rows for one in chunk]))
     ordered = [row for chunk in rows for expert in zip(*(next(settled) for _ in chunk), strict=True) for row in expert]
+    ordered = [row for row in ordered if quantizer.for_layer(row.name) is not None]  # the rest is as it was
     # biases of an offloaded model have waited in host memory
     return QuantExperts(stacks, module).to(stacks[0].device), ordered
 
@@ -119,6 +122,12 @@ def _quantize_stacks(
             own = [[of[e]] for of in names], [weight[e : e + 1] for weight in weights]
             _quantize_stacks(block, *own, quantizer, None if stats is None else stats[e : e + 1])
         raise PointError(f"layer {block}: {error.__cause__ or error}") from error
+
+
+def _dense(stack: Format, dtype: torch.dtype) -> Tensor:
+    dense = torch.empty(stack.shape, dtype=dtype, device=stack.device)
+    write(stack, dense)
+    return dense
 
 
 def _before_down(activation: Activation, weights: list[Tensor], index: int, x: Tensor) -> Tensor:
