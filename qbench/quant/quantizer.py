@@ -30,7 +30,6 @@ from qbench.format.aux import AUX_DTYPES
 from qbench.format.format import Format
 from qbench.format.mixed import Mixed
 from qbench.format.packing import PLANES
-from qbench.format.stack import mixes
 
 
 class Statistic(Enum):
@@ -170,5 +169,5 @@ def stacked(weights: Sequence[Format]) -> Format:
     methods = [one.method for one in weights]
     if len(set(methods)) > 1:
         told["method"] = methods
-    cls = Mixed if mixes(weights) else type(weights[0])
-    return replace(cls.stack(weights), diagnostics=told)
+    kinds = {type(one) for one in weights}
+    return replace((kinds.pop() if len(kinds) == 1 else Mixed).stack(weights), diagnostics=told)
