@@ -40,7 +40,7 @@ def stack(weights: Sequence[F], once: Collection[str] = ()) -> F:
 
 
 def concat(stacks: Sequence[F]) -> F:
-    """Stacks `[n, out, in]` one after the other in one stack, bit for bit; of several formats, a Mixed one.
+    """Stacks `[n, out, in]` one after the other in one stack, bit for bit; of formats that mix, in any form.
 
     Raises ValueError as `stack` does.
     """
@@ -49,7 +49,7 @@ def concat(stacks: Sequence[F]) -> F:
     if len(stacks) == 1:
         return stacks[0]
     stacks = [replace(one, diagnostics={}) for one in stacks]
-    if isinstance(stacks[0], Mixed) or len({type(one) for one in stacks}) > 1:
+    if any(isinstance(one, Mixed) for one in stacks) or mixes(stacks):
         return Mixed.stack([one.select(i) for one in stacks for i in range(one.shape[0])])
     first, once = stacks[0].select(0), _shared(stacks[0])
     alike([first, *(one.select(0) for one in stacks[1:])])
@@ -78,6 +78,14 @@ def part(stack: F, matrices: slice) -> F:
     named = {key: tensor if key in once else tensor[matrices] for key, tensor in stack.tensors().items()}
     count = len(range(*matrices.indices(stack.shape[0])))
     return replace(stack, shape=(count, *stack.shape[1:]), diagnostics={}).with_tensors(named)
+
+
+def mixes(weights: Sequence[Format]) -> bool:
+    """Whether they are of several formats, one of which stacks with any other."""
+    from qbench.format.mixed import Mixed
+    from qbench.format.plain import Plain
+
+    return len({type(one) for one in weights}) > 1 and any(isinstance(one, Mixed | Plain) for one in weights)
 
 
 def _shared(stack: Format) -> set[str]:
