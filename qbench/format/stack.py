@@ -48,6 +48,19 @@ def select(weight: F, index: int, once: Collection[str] = ()) -> F:
     return replace(weight, shape=weight.shape[1:]).with_tensors(named)
 
 
+def span(weight: F, first: int, last: int) -> F:
+    """Matrices `first` to `last` of a stack, as a stack `[last - first, out, in]` whose tensors are views.
+
+    A tensor that `select` hands over as it is belongs to all matrices. Formats whose tensors are one matrix's each
+    (mixed.py) are put together from their matrices.
+    """
+    whole, one = weight.tensors(), weight.select(0).tensors()
+    if whole.keys() != one.keys():
+        return type(weight).stack([weight.select(index) for index in range(first, last)])
+    named = {key: tensor if one[key].shape == tensor.shape else tensor[first:last] for key, tensor in whole.items()}
+    return replace(weight, shape=(last - first, *weight.shape[1:])).with_tensors(named)
+
+
 def _form(weight: Format) -> dict[str, Any]:
     described = {key: value for key, value in weight.describe().items() if key not in ("method", "diagnostics")}
     tensors = {key: (tuple(tensor.shape), tensor.dtype) for key, tensor in weight.tensors().items()}

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from qbench.format.weight import QuantizedWeight
-from qbench.kernels import ops
+from qbench.kernels import grouped, ops
+from qbench.kernels.routes import Routes
 from qbench.kernels.tiles import Tiles, from_tiles, to_tiles, unsupported
 
 AUX_PARTS = ("", "_step", "_offset")
@@ -55,6 +56,9 @@ class DualScaleKernel:
 
     def experts(self, x: Tensor, index: Tensor, layout: Tiles) -> Tensor:
         return ops.linear_experts(x, index, layout)
+
+    def grouped(self, x: Tensor, layout: Tiles, routes: Routes, gather: bool) -> Tensor:
+        return grouped.dual_linear(x, layout, routes, gather)
 
     def backend(self, device: torch.device, dtype: torch.dtype) -> str:
         return ops.backend(device, dtype)

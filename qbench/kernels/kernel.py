@@ -17,6 +17,7 @@ from torch import Tensor
 from qbench.format.format import Format
 from qbench.format.weight import QuantizedWeight
 from qbench.kernels.dual import DualScaleKernel
+from qbench.kernels.routes import Routes
 
 
 class Layout(Protocol):
@@ -67,6 +68,13 @@ class Kernel(Protocol):
 
     def experts(self, x: Tensor, index: Tensor, layout: Layout) -> Tensor:
         """x `[tokens, in]` times matrices index `[tokens, k]` of a stack: `[tokens, k, out]`."""
+        ...
+
+    def grouped(self, x: Tensor, layout: Layout, routes: Routes, gather: bool) -> Tensor:
+        """Pairs sorted by expert times their matrices: `[pairs, out]`. With `gather` x is `[tokens, in]`, else sorted.
+
+        Asks the GPU nothing, so that it may run in a CUDA graph; `grouped.multiply` does it for any dense stack.
+        """
         ...
 
     def backend(self, device: torch.device, dtype: torch.dtype) -> str:

@@ -2,7 +2,8 @@
 // bytes; compiled at run time.
 //
 // Compile-time switches: those of codes.cuh, NB (8-row blocks of the batch: 2, 4, 8 or 16), GROUPS (warpgroups along the
-// rows of the weight, 64 each) and WK (as many times more, which take turns at the chunks of K).
+// rows of the weight, 64 each) and WK (as many times more, which take turns at the chunks of K). EXPERTS 1: the weights of
+// a mixture, whose rows of x are sorted by expert; blockIdx.y is a slot of routes.py then, one expert's rows of x.
 //
 // wgmma takes the weights as A from registers and x * t as B from shared memory, so x is read once per 64 rows and not
 // once per warp. Unlike in dual_linear.cu a weight is finished before it is multiplied: with a wide batch two instructions
@@ -15,6 +16,9 @@
 
 #include "linear.cuh"
 
+#ifndef EXPERTS
+#define EXPERTS 0
+#endif
 #define STRIPS (4 * GROUPS)                        // of 16 rows, per block
 #define WARPS (STRIPS * WK)                        // that multiply
 #define X_BYTES (8 * NB * 256)                     // x * t of one chunk
@@ -30,17 +34,37 @@ struct Problem {
   float t_up;             // undoes t_down of tile_input
   int M, N, strips, chunks;
   int per, stages;        // chunks of K per block; in flight
+#if EXPERTS
+  const int* slots;       // [slots][3]: expert, first row of y, rows
+#endif
 };
 
 // x * t into the image; a thread per 8 columns.
 extern "C" __global__ void __launch_bounds__(128)
-tile_input(const u16* x, const u16* t, const int* permutation, u8* image, u64 x_stride, int K, int chunks, float t_down) {
+tile_input(const u16* x, const u16* t, const int* permutation, u8* image, u64 x_stride, int K, int chunks, float t_down
+#if EXPERTS
+           , const int* token, const int* experts, const int* rows
+#endif
+) {
+#if EXPERTS  // blockIdx.x is a place of routes.py
+  await_previous_kernel();
+  allow_next_kernel();
+  const int v = blockIdx.y * 128 + threadIdx.x, m = rows[blockIdx.x], k = v * 8, expert = experts[blockIdx.x];
+  if (v / 16 >= chunks || m < 0) return;
+  x += (token ? token[blockIdx.x] : int(blockIdx.x)) * x_stride;
+  if (t) t += u64(expert) * chunks * 128;
+  if (permutation) permutation += u64(expert) * K;
+#else
   allow_next_kernel();
   const int v = blockIdx.x * 128 + threadIdx.x, m = blockIdx.y, k = v * 8;
   if (v / 16 >= chunks) return;
+  x += m * x_stride;
+#endif
   const uint4 factors = t ? *reinterpret_cast<const uint4*>(t + k) : uint4{};
+#if !EXPERTS
   await_previous_kernel();
-  uint4 values = load_x(x + m * x_stride, permutation, k, K, aligned_rows(x, x_stride, permutation, K));
+#endif
+  uint4 values = load_x(x, permutation, k, K, aligned_rows(x, x_stride, permutation, K));
   if (t) values = scaled(values, factors, t_down);
   const u32 pairs[4] = {values.x, values.y, values.z, values.w};
   const int unit = v % 16 / 4, tig = v % 4, n = m % (8 * NB);
@@ -104,7 +128,15 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS + 32) wide_linear(const 
   const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0), lane = threadIdx.x % 32, g = lane / 4, tig = lane % 4;
   const int strip0 = int(cluster_index()) * STRIPS, strip = warp % STRIPS, turn = warp / STRIPS;
   const int lo = min(int(rank) * p.per, p.chunks), mine = min(lo + p.per, p.chunks) - lo;
+#if EXPERTS
+  await_previous_kernel();
+  const int expert = p.slots[3 * blockIdx.y], m0 = p.slots[3 * blockIdx.y + 1], batch = p.slots[3 * blockIdx.y + 2];
+  if (batch <= 0) return;
+  const u8* tiles = p.tiles + expert * (u64(p.strips) * p.chunks * CHUNK);
+#else
   const int m0 = blockIdx.y * 8 * NB, batch = min(p.M - m0, 8 * NB);
+  const u8* tiles = p.tiles;
+#endif
 
   // Shared memory: stages of x and weights, then their barriers: full, empty.
   const u32 full = shared(smem + p.stages * STAGE), empty = full + 8 * p.stages;
@@ -120,7 +152,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS + 32) wide_linear(const 
   for (int i = 0; i < 4 * NB; i++) acc[i] = 0.f;
 
   if (warp == WARPS) {  // the warp that fetches
-    const u8* weights_from = p.tiles + (u64(min(strip0 + lane, p.strips - 1)) * p.chunks + lo) * CHUNK;
+    const u8* weights_from = tiles + (u64(min(strip0 + lane, p.strips - 1)) * p.chunks + lo) * CHUNK;
     const u8* x_from = p.x + (u64(blockIdx.y) * p.chunks + lo) * X_BYTES;
     auto fetch_weights = [&](int i, int stage) {
       if (lane == 0) barrier_expect(full + 8 * stage, X_BYTES + STRIPS * CHUNK);

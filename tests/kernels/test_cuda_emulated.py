@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from qbench.kernels import blocks, cuda
+from qbench.kernels import blocks, cuda, cuda_experts
 from qbench.kernels.blocks import Plan, WidePlan
+from qbench.kernels.routes import route
 from qbench.kernels.tiles import to_tiles
 from tests.kernels.cases import FORMATS, random_weight, relative_error
 
@@ -113,12 +114,48 @@ def test_experts_in_one_launch(emulated, generator):
     assert tiles.select(1).shape == (24, 200)
 
 
+def check_sorted_experts(generator, weight, tokens, per_token, dtype, plan):
+    """Rows of x gathered, then sorted ones; experts that live elsewhere are left as they were."""
+    experts, columns = weight.shape[0], weight.shape[2]
+    x = torch.randn(tokens, columns, generator=generator).to(dtype)
+    index = torch.rand(tokens, experts + 1, generator=generator).argsort(-1)[:, :per_token]
+    held, tiles, dense = route(index, experts, 8 * plan.batch_blocks), to_tiles(weight), weight.dequantize().double()
+    here = int(held.starts[-1])
+    assert 0 < here < len(held.token)
+    expected = torch.einsum("poi,pi->po", dense[held.expert[:here].long()], x[held.token[:here].long()].double())
+    gathered = cuda_experts.linear(x, tiles, held, True, plan)
+    assert torch.equal(cuda_experts.linear(x[held.token.long()], tiles, held, False, plan)[:here], gathered[:here])
+    assert gathered.dtype == dtype
+    assert (gathered[:here].double() - expected).norm() <= LIMITS[dtype] * expected.norm()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("group_size", [32, 64, 128])
+@pytest.mark.parametrize(("nbits", "codebook"), FORMATS)
+def test_sorted_experts(emulated, generator, nbits, codebook, group_size):
+    weight = random_weight((3, 40, 200), nbits, group_size, generator, codebook=codebook)
+    check_sorted_experts(generator, weight, 5, 2, torch.bfloat16, WidePlan(2, 1, 1, 1, 2))
+    assert [launch[0] for launch in emulated] == [(10, 1, 1), (1, 3, 1)] * 2
+
+
+@pytest.mark.slow
+def test_sorted_experts_of_every_kind(emulated, generator):
+    """More pairs than a slot holds; splits of K; act-order; no t; fp16."""
+    permuted = random_weight((3, 72, 330), 4, 64, generator, permuted=True)
+    check_sorted_experts(generator, permuted, 30, 3, torch.float16, WidePlan(2, 2, 1, 1, 2))
+    check_sorted_experts(generator, permuted, 30, 3, torch.bfloat16, WidePlan(4, 1, 1, 2, 2))
+    check_sorted_experts(generator, random_weight((2, 24, 130), 4, 64, generator, t=False), 30, 2, torch.bfloat16,
+                         WidePlan(2, 1, 2, 1, 4))  # fmt: skip
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("nbits", "codebook"), FORMATS)
 def test_dequantize_bit_for_bit(emulated, generator, nbits, codebook):
     for group_size, columns, dtype in ((32, 136, torch.float16), (64, 130, torch.bfloat16), (128, 264, torch.float32)):
         weight = random_weight((24, columns), nbits, group_size, generator, codebook=codebook)
         assert torch.equal(cuda.dequantize(to_tiles(weight), dtype), weight.dequantize(dtype))
+    stack = random_weight((3, 24, 130), nbits, 64, generator, codebook=codebook)
+    assert torch.equal(cuda.dequantize(to_tiles(stack), torch.bfloat16), stack.dequantize(torch.bfloat16))
 
 
 def test_a_warpgroup_keeps_to_its_own_stages():
