@@ -1,4 +1,4 @@
-"""A mixture's experts on one GPU, W4 with t beside transformers' in bf16: python benchmarks/experts_multiply.py [-o FILE]
+"""A layer's experts on a GPU, W4 with t beside transformers in bf16: python benchmarks/experts_multiply.py [-o FILE]
 
 One layer of each shape: its experts hold random codes, scales, zero points and t, and the bf16 experts hold what those
 stand for, so that both compute the same and are compared before they are timed. Tokens are sent to experts at random.
