@@ -1,4 +1,4 @@
-// W[N, K] from its codes, in 16 or 32 bits, one warp a chunk; blockIdx.y is the matrix of a stack. Switches: those of codes.cuh and OUT (0 fp16, 1 bf16,
+// W[N, K] from its codes, in 16 or 32 bits, one warp a chunk. Switches: those of codes.cuh and OUT (0 fp16, 1 bf16,
 // 2 fp32).
 #include "codes.cuh"
 
@@ -9,9 +9,6 @@ dequantize(const u8* tiles, const u16* t, const float* codebook, void* w, int N,
   const int lane = threadIdx.x % 32, g = lane / 4, tig = lane % 4;
   const u64 tile = u64(blockIdx.x) * (blockDim.x / 32) + threadIdx.x / 32;
   if (tile >= u64(strips) * chunks) return;
-  tiles += blockIdx.y * u64(strips) * chunks * CHUNK;
-  w = static_cast<u8*>(w) + blockIdx.y * u64(N) * K * (OUT == 2 ? 4 : 2);
-  if (t) t += blockIdx.y * u64(chunks) * 128;
   const int strip = int(tile / chunks), chunk = int(tile % chunks);
   const u8* from = tiles + tile * CHUNK;
   const Codes codes = load_codes<true>(from + lane_codes(lane), from + lane_aux(lane));
