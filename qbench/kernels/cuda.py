@@ -172,17 +172,18 @@ def _address(tensor: Tensor | None) -> int | None:
 
 
 def dequantize(tiles: Tiles, dtype: torch.dtype) -> Tensor:
-    """W `[N, K]` in fp16, bf16 or fp32, in stored column order, t included: read once, written once."""
-    N, K = tiles.shape
+    """W `[..., N, K]` in fp16, bf16 or fp32, in stored column order, t included: read once, written once."""
+    N, K = tiles.shape[-2:]
     strips, chunks = tiles.data.shape[-3:-1]
-    w = torch.empty(N, K, dtype=dtype, device=tiles.data.device)
+    w = torch.empty(tiles.shape, dtype=dtype, device=tiles.data.device)
     out = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}[dtype]
     defines = _defines(tiles.nbits, tiles.group_size, tiles.has_zero, tiles.codebook is not None, OUT=out)
     function = nvrtc.load("dequantize", w.device.index, defines)
     arguments = [ctypes.c_void_p(_address(part)) for part in (tiles.data, tiles.input_scale, tiles.codebook, w)]
     arguments += [ctypes.c_int(value) for value in (N, K, strips, chunks)]
-    stream = _stream(w.device)
-    nvrtc.launch(function, (-(-strips * chunks // 8), 1, 1), 256, 0, stream, arguments)
+    warps = min(8, chunks)
+    grid = (tiles.data.shape[:-2].numel(), -(-chunks // warps), 1)
+    nvrtc.launch(function, grid, 32 * warps, 0, _stream(w.device), arguments)
     return w
 
 

@@ -156,6 +156,12 @@ def test_dequantize_bit_for_bit(emulated, generator, nbits, codebook):
         assert torch.equal(cuda.dequantize(to_tiles(weight), dtype), weight.dequantize(dtype))
 
 
+def test_dequantize_a_stack(emulated, generator):
+    weight = random_weight((3, 24, 130), 4, 64, generator)
+    assert torch.equal(cuda.dequantize(to_tiles(weight), torch.bfloat16), weight.dequantize(torch.bfloat16))
+    assert len(emulated) == 1
+
+
 def test_a_warpgroup_keeps_to_its_own_stages():
     for stages in (2, 3):
         with pytest.raises(ValueError, match="times splits_in_block"):
