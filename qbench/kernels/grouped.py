@@ -1,8 +1,8 @@
-"""Products over the experts of a mixture, for pairs that are sorted by expert (routes.py): three ops of torch.library.
+"""Products over the experts of a mixture, for pairs that are sorted by expert (routes.py): ops of torch.library.
 
     grouped_mm(x [pairs, in], stack [experts, out, in]) -> [pairs, out]      every pair times its expert's matrix
     dual_linear_grouped(x, tiles of a stack) -> [pairs, out]                 the same for the kernel of dual-scale
-    combine(y [pairs, hidden], scores [tokens, k]) -> [tokens, hidden]       the sum over a token's pairs
+    combine(y [pairs, hidden], index, scores [tokens, k]) -> [tokens, hidden]    the sum over a token's pairs
 
 None of them asks the GPU which experts were chosen: they run in a CUDA graph and under torch.compile(fullgraph=True).
 On a CPU they go expert by expert. Rows of pairs whose expert lives elsewhere hold anything; combine leaves them out.
@@ -54,9 +54,13 @@ def dual_linear(x: Tensor, tiles: Tiles, routes: Routes, gather: bool) -> Tensor
     return dual_linear_grouped(x, gather, routes.flat(), routes.rows, *tiles.flat())
 
 
-def combine(y: Tensor, routes: Routes, scores: Tensor) -> Tensor:
-    """The sum over a token's pairs of scores `[tokens, k]` times y `[pairs, hidden]`, in fp32, then y's dtype."""
-    return combined(y, routes.flat(), routes.rows, scores)
+def combine(y: Tensor, index: Tensor, scores: Tensor, experts: int, routes: Routes | None = None) -> Tensor:
+    """The sum over a token's pairs of scores `[tokens, k]` times y `[pairs, hidden]`, in fp32, then y's dtype.
+
+    y is in the order of `routes`, or without them in that of index `[tokens, k]`. Pairs whose index is `experts` or
+    above count nothing, whatever y holds of them.
+    """
+    return combined(y, index, scores, experts, None if routes is None else routes.place)
 
 
 def _one_by_one(y: Tensor, x: Tensor, stack: Tensor, first_expert: int, routes: Sequence[Tensor], rows: int) -> None:
@@ -145,34 +149,52 @@ def _(x, gather, routes, rows, tensors, numbers):
         return _in_parts(x, _dense(tiles, x.dtype, native), held, tiles.shape[-2])
 
 
-def _added_up(y: Tensor, routes: Sequence[Tensor], rows: int, scores: Tensor) -> Tensor:
-    held = Routes.over(routes, rows)
-    found = y.index_select(0, held.place).view(*scores.shape, -1).float() * scores.unsqueeze(-1)
-    here = (held.place < held.starts[-1]).view(*scores.shape, 1)
-    return torch.where(here, found, 0).sum(1).to(y.dtype)
+def _added_up(y: Tensor, index: Tensor, scores: Tensor, experts: int, place: Tensor | None) -> Tensor:
+    found = (y if place is None else y.index_select(0, place)).view(*scores.shape, -1).float() * scores.unsqueeze(-1)
+    return torch.where((index < experts).unsqueeze(-1), found, 0).sum(1).to(y.dtype)
 
 
 @torch.library.custom_op("qbench::combined", mutates_args=())
-def combined(y: Tensor, routes: Sequence[Tensor], rows: int, scores: Tensor) -> Tensor:
+def combined(y: Tensor, index: Tensor, scores: Tensor, experts: int, place: Tensor | None) -> Tensor:
     """The op behind `combine`."""
-    return _added_up(y, routes, rows, scores)
+    return _added_up(y, index, scores, experts, place)
 
 
 @combined.register_fake
-def _(y, routes, rows, scores):
+def _(y, index, scores, experts, place):
     return y.new_empty(len(scores), y.shape[1])
 
 
 @combined.register_kernel("cuda")
-def _(y, routes, rows, scores):
+def _(y, index, scores, experts, place):
     if not has_triton():
-        return _added_up(y, routes, rows, scores)
+        return _added_up(y, index, scores, experts, place)
     from qbench.kernels import triton_experts
 
     out = y.new_empty(len(scores), y.shape[1])
     if len(out):
-        triton_experts.combine(y, Routes.over(routes, rows), scores, out)
+        triton_experts.combine(y, index, scores, experts, place, out)
     return out
+
+
+@torch.library.custom_op("qbench::silu_times", mutates_args=())
+def silu_times(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up, each rounded to their dtype; on a GPU in one launch."""
+    return F.silu(gate) * up
+
+
+@silu_times.register_fake
+def _(gate, up):
+    return torch.empty_like(gate)
+
+
+@silu_times.register_kernel("cuda")
+def _(gate, up):
+    if not has_triton() or not gate.numel():
+        return F.silu(gate) * up
+    from qbench.kernels import triton_experts
+
+    return triton_experts.silu_times(gate, up)
 
 
 def _in_parts(x: Tensor, dense: Callable[[int, int], Tensor], routes: Routes, out: int) -> Tensor:

@@ -26,7 +26,7 @@ from qbench.kernels.tiles import Tiles
 
 FUSED_BATCH = 512  # above it, dequantizing once and cuBLAS is as fast on an H200 (docs/performance.md)
 TRITON_BATCH = 64  # the same for the Triton kernels
-EXPERT_PAIRS = 64  # (token, expert) pairs that one grouped launch serves; more go expert by expert
+EXPERT_PAIRS = 64  # (token, expert) pairs up to which each is multiplied for itself; more are sorted (grouped.py)
 HALF = (torch.float16, torch.bfloat16)
 
 
@@ -80,7 +80,7 @@ def _(x, tensors, numbers, bias):
 
 @torch.library.custom_op("qbench::dual_linear_experts", mutates_args=())
 def dual_linear_experts(x: Tensor, index: Tensor, tensors: Sequence[Tensor | None], numbers: Sequence[int]) -> Tensor:
-    """The op behind `linear_experts`: expert by expert, reading back which are needed."""
+    """The op behind `linear_experts`; on the CPU expert by expert. Experts may not live elsewhere."""
     return _expert_by_expert(x, index, Tiles.over(tensors, numbers))
 
 
@@ -100,7 +100,10 @@ def _(x, index, tensors, numbers):
             x, tiles = _rotated(x, tiles)
             with torch.cuda.device(x.device):
                 return cuda.experts(_unit_stride(x), index, tiles, plan).view(*index.shape, rows)
-    return _expert_by_expert(x, index, tiles)
+    from qbench.kernels import grouped, routes
+
+    held = routes.route(index, tiles.data.shape[0])
+    return grouped.dual_linear(x, tiles, held, gather=True).index_select(0, held.place).view(*index.shape, -1)
 
 
 def _expert_by_expert(x: Tensor, index: Tensor, tiles: Tiles) -> Tensor:

@@ -107,23 +107,45 @@ def multiply(x: Tensor, stack: Tensor, routes: Routes, y: Tensor, first_expert: 
 
 
 @triton.jit
-def _combine(y, place, here, scores, out, N, PER_TOKEN: tl.constexpr, BLOCK: tl.constexpr):
+def _combine(
+    y, index, scores, place, out, N, experts, SORTED: tl.constexpr, PER_TOKEN: tl.constexpr, BLOCK: tl.constexpr
+):
     token, n = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    count = tl.load(here)
     total = tl.zeros((BLOCK,), tl.float32)
     for j in tl.static_range(PER_TOKEN):
-        at = tl.load(place + token * PER_TOKEN + j)
-        score = tl.load(scores + token * PER_TOKEN + j).to(tl.float32)
-        found = tl.load(y + at.to(tl.int64) * N + n, mask=(n < N) & (at < count), other=0.0).to(tl.float32)
-        total += found * score
+        pair = token * PER_TOKEN + j
+        here = tl.load(index + pair) < experts
+        at = tl.load(place + pair).to(tl.int64) if SORTED else pair
+        score = tl.load(scores + pair).to(tl.float32)
+        total += tl.load(y + at * N + n, mask=(n < N) & here, other=0.0).to(tl.float32) * score
     tl.store(out + token * N + n, total.to(out.dtype.element_ty), mask=n < N)
 
 
-def combine(y: Tensor, routes: Routes, scores: Tensor, out: Tensor) -> None:
-    """Into out `[tokens, hidden]`: the sum over a token's pairs of score `[tokens, k]` times y `[pairs, hidden]`."""
+def combine(y: Tensor, index: Tensor, scores: Tensor, experts: int, place: Tensor | None, out: Tensor) -> None:
+    """Into out `[tokens, hidden]`, as grouped.combine says."""
     tokens, per_token = scores.shape
     with torch.cuda.device_of(y):
         _combine[(tokens, -(-y.shape[1] // BLOCK))](
-            y.contiguous(), routes.place, routes.starts[-1:], scores.contiguous(), out, y.shape[1],
-            PER_TOKEN=per_token, BLOCK=BLOCK, num_warps=4,
+            y.contiguous(), index.contiguous(), scores.contiguous(), index if place is None else place, out,
+            y.shape[1], experts, SORTED=place is not None, PER_TOKEN=per_token, BLOCK=BLOCK, num_warps=4,
         )  # fmt: skip
+
+
+@triton.jit
+def _silu_times(gate, up, y, count, BLOCK: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < count
+    g = tl.load(gate + at, mask=inside, other=0.0).to(tl.float32)
+    silu = (g / (1.0 + tl.exp(-g))).to(y.dtype.element_ty).to(tl.float32)
+    tl.store(
+        y + at, (silu * tl.load(up + at, mask=inside, other=0.0).to(tl.float32)).to(y.dtype.element_ty), mask=inside
+    )
+
+
+def silu_times(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up, which are of one shape and dtype."""
+    gate, up = gate.contiguous(), up.contiguous()
+    y, count = torch.empty_like(gate), gate.numel()
+    with torch.cuda.device_of(gate):
+        _silu_times[(-(-count // BLOCK),)](gate, up, y, count, BLOCK=BLOCK, num_warps=4)
+    return y

@@ -90,7 +90,7 @@ class QuantExperts(nn.Module):
         *first, down = held
         inner = self.activation([one.multiply_sorted(x, routes, gather=True) for one in first], routes.expert)
         y = self._finish(down.multiply_sorted(inner, routes, gather=False), routes.expert)
-        return combine(y, routes, scores).to(x.dtype)
+        return combine(y, index, scores, self.num_experts, routes).to(x.dtype)
 
     def _expert(self, index: int, x: Tensor, multiply: list[Multiply]) -> Tensor:
         """What one expert makes of the tokens x `[tokens, hidden]`."""
@@ -118,9 +118,9 @@ class QuantExperts(nn.Module):
         return output.view(-1, self.hidden_dim)
 
     def _pairs(self, x: Tensor, index: Tensor, scores: Tensor, held: list[PackedWeight]) -> Tensor:
-        here = index < self.num_experts  # transformers' mark for an expert that lives elsewhere
-        index, scores = index.clamp_max(self.num_experts - 1), scores * here
+        chosen = index.clamp_max(self.num_experts - 1).int()
         *first, down = held
-        inner = self.activation([one.kernel.experts(x, index, one.layout) for one in first], index)
-        y = down.kernel.experts(inner.flatten(0, 1), index.reshape(-1, 1), down.layout).view(*index.shape, -1)
-        return (self._finish(y, index) * scores.unsqueeze(-1)).sum(1).to(x.dtype)
+        inner = self.activation([one.kernel.experts(x, chosen, one.layout) for one in first], chosen)
+        y = down.kernel.experts(inner.flatten(0, 1), chosen.reshape(-1, 1), down.layout)
+        y = self._finish(y.flatten(0, 1), chosen.flatten())
+        return combine(y, index, scores, self.num_experts).to(x.dtype)

@@ -65,9 +65,9 @@ def test_every_format(generator, monkeypatch, nbits, codebook, group_size, way):
                     poison = torch.full((2**22,), float("nan"), device="cuda")
                     del poison
                     held = route(index, EXPERTS, rows)
-                    y = grouped.combine(grouped.dual_linear(x, tiles, held, True), held, scores)
+                    y = grouped.combine(grouped.dual_linear(x, tiles, held, True), index, scores, EXPERTS, held)
                     assert relative(y, x, dense, index, scores) <= limit, (shape, tokens, dtype, rows)
-                    again = grouped.combine(grouped.dual_linear(x, tiles, held, True), held, scores)
+                    again = grouped.combine(grouped.dual_linear(x, tiles, held, True), index, scores, EXPERTS, held)
                     assert torch.equal(y, again), "not deterministic"
 
 
@@ -93,7 +93,7 @@ def test_dense_stacks(generator, monkeypatch, dtype):
         scores, held = torch.rand(200, PER_TOKEN, device="cuda"), route(index, EXPERTS)
         for largest in (2**32, 3 * shape[1] * shape[2] * x.element_size()):
             monkeypatch.setattr(grouped, "DENSE_BYTES", largest)
-            y = grouped.combine(grouped.multiply(x, weight, held, True), held, scores)
+            y = grouped.combine(grouped.multiply(x, weight, held, True), index, scores, EXPERTS, held)
             assert relative(y, x, weight.dequantize(), index, scores) <= limit
 
 

@@ -61,7 +61,7 @@ def test_stacks_on_the_cpu(generator, nbits, codebook, permuted):
     scores, made = torch.rand(9, 3, generator=generator), route(index, EXPERTS)
     expected = expected_sum(weight.dequantize(), x, index, scores)
     for y in (grouped.dual_linear(x, to_tiles(weight), made, True), grouped.multiply(x, weight, made, True)):
-        assert (grouped.combine(y, made, scores).double() - expected).norm() < 1e-5 * expected.norm()
+        assert (grouped.combine(y, index, scores, EXPERTS, made).double() - expected).norm() < 1e-5 * expected.norm()
 
 
 @pytest.mark.parametrize("limits", [(2**20, 2**8), (1, 2**30)], ids=["dequantized in parts", "multiplied in parts"])
@@ -85,7 +85,7 @@ def test_opcheck(generator):
     torch.library.opcheck(grouped.grouped_mm, (sorted_x, stack, made.flat(), 16), test_utils=tests)
     y = torch.zeros(10, 24)
     torch.library.opcheck(grouped.grouped_mm_part, (y, sorted_x, stack[2:], 2, made.flat(), 16), test_utils=tests)
-    torch.library.opcheck(grouped.combined, (y, made.flat(), 16, torch.rand(5, 2)), test_utils=tests)
+    torch.library.opcheck(grouped.combined, (y, index, torch.rand(5, 2), EXPERTS, made.place), test_utils=tests)
 
 
 def test_routes_pass_through_the_ops():

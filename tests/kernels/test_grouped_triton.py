@@ -46,9 +46,17 @@ def test_combine_by_triton(generator):
     made, scores = route(index, EXPERTS, 16), torch.rand(8, 3, generator=generator)
     y, out = torch.randn(24, 40, generator=generator), torch.empty(8, 40)
     y[made.starts[-1] :] = float("nan")  # what nobody wrote
-    triton_experts.combine(y, made, scores, out)
-    torch.testing.assert_close(out, grouped.combine(y, made, scores))
+    triton_experts.combine(y, index, scores, EXPERTS, made.place, out)
+    torch.testing.assert_close(out, grouped.combine(y, index, scores, EXPERTS, made))
     assert torch.isfinite(out).all()
+    in_order = torch.randn(24, 40, generator=generator)
+    triton_experts.combine(in_order, index, scores, EXPERTS, None, out)
+    torch.testing.assert_close(out, grouped.combine(in_order, index, scores, EXPERTS))
+
+
+def test_gates_by_triton(generator):
+    gate, up = (4 * torch.randn(3, 700, generator=generator).half() for _ in range(2))
+    torch.testing.assert_close(triton_experts.silu_times(gate, up), grouped.silu_times(gate, up), rtol=2e-3, atol=1e-6)
 
 
 def test_stacks_are_dequantized_as_their_matrices_by_triton(generator):
