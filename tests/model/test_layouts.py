@@ -185,6 +185,21 @@ def test_experts_whose_pairs_are_sorted_compute_the_same(build, laid_out, monkey
     assert len(calls) == sum(isinstance(module, QuantExperts) for module in model.modules())
 
 
+@pytest.mark.parametrize("laid_out", [False, True])
+def test_sorted_experts_are_one_graph(laid_out, monkeypatch):
+    model = made(nemotron_h)
+    quantize_model(model, SINQ())
+    block = next(module for module in model.modules() if isinstance(module, QuantExperts))
+    if laid_out:
+        assert all(module.lay_out() for module in block.children() if hasattr(module, "lay_out"))
+    monkeypatch.setattr(experts, "sorts", lambda x: True)
+    compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
+    x = torch.randn(6, block.hidden_dim, generator=torch.Generator().manual_seed(0))
+    for index in (torch.tensor([[0, 3], [2, 1]] * 3), torch.tensor([[1, 2], [1, 4]] * 3)):
+        scores = torch.full((6, 2), 0.5)
+        torch.testing.assert_close(compiled(x, index, scores), block(x, index, scores))
+
+
 def test_experts_that_live_elsewhere_add_nothing(monkeypatch):
     """Alone and among others, expert by expert and sorted."""
     model = made(aria)
