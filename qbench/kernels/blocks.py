@@ -80,6 +80,24 @@ class WidePlan:
         return max(stages, partial)
 
 
+@dataclass(frozen=True)
+class LongPlan:
+    """Of long_linear.cu: a block has one warpgroup that finishes weights and `warpgroups` that multiply."""
+
+    warpgroups: int  # GROUPS: along the output rows, 64 each
+    batch_blocks: int  # NB: 8 rows of x each
+    share: int  # blocks of one cluster: the same rows of x, other rows of the weight
+    stages: int  # of 64 columns, in flight per block
+
+    def __post_init__(self) -> None:
+        if self.batch_blocks not in (16, 24, 32) or self.batch_blocks % self.share or self.share not in (1, 2, 4):
+            raise ValueError("batch_blocks must be 16, 24 or 32, and share 1, 2 or 4")
+
+    def shared_bytes(self, *_: object) -> int:
+        stage = 128 * (64 * self.warpgroups + 8 * self.batch_blocks)
+        return self.stages * (stage + 16) + 4 * self.warpgroups * 512
+
+
 def plan(M: int, N: int, K: int, tiles: Tiles, device: int) -> Plan | WidePlan | None:
     """For x `[M, K]` and W `[N, K]`: from the tuned table, else by rule; None if nothing fits."""
     properties = torch.cuda.get_device_properties(device)

@@ -5,6 +5,8 @@
 #pragma once
 #include "ptx.cuh"
 
+template <int I> struct Index { static constexpr int value = I; };  // hands a constant to a lambda
+
 #define PER_CHUNK (128 / GROUP)                     // groups in one chunk
 #define AUX (ZERO ? 4 : 2)                          // bytes of scale and zero per row and group
 #define CODES (256 * BITS)                          // bytes of codes in one chunk of 16 x 128

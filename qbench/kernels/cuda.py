@@ -1,4 +1,4 @@
-"""Launching the CUDA C++ kernels: dual_linear.cu, wide_linear.cu, dequantize.cu, and with which arguments.
+"""Launching the CUDA C++ kernels: dual_, wide_ and long_linear.cu, dequantize.cu, and with which arguments.
 
 They need compute capability 9.0 (bulk copies, clusters). `refusal` says why a device or a machine cannot run them;
 ops.py then takes the Triton kernels instead.
@@ -11,14 +11,16 @@ import logging
 from functools import cache
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from qbench.kernels import nvrtc
-from qbench.kernels.blocks import Plan, WidePlan, x_record_bytes
+from qbench.kernels.blocks import LongPlan, Plan, WidePlan, x_record_bytes
 from qbench.kernels.tiles import COLUMNS, Tiles
 
 log = logging.getLogger(__name__)
 
+LONG_COLUMNS = 64  # of x in one stage of long_linear.cu
 EARLY_START = True  # let a kernel fetch its first weights while the kernel in front of it ends
 
 
@@ -44,6 +46,13 @@ class _WideProblem(ctypes.Structure):  # of wide_linear.cu
     ]
 
 
+class _LongProblem(ctypes.Structure):  # of long_linear.cu
+    _fields_ = [
+        *_fields(ctypes.c_void_p, "tiles", "t", "codebook", "bias", "y"),
+        *_fields(ctypes.c_int, "M", "N", "strips", "chunks", "row_blocks", "x_blocks", "clusters"),
+    ]
+
+
 @cache
 def refusal(device: int) -> str | None:
     """Why the CUDA C++ kernels cannot run on CUDA device `device`; None if they can. Said once in the log."""
@@ -62,9 +71,12 @@ def refusal(device: int) -> str | None:
     return reason
 
 
-def linear(x: Tensor, tiles: Tiles, bias: Tensor | None, chosen: Plan | WidePlan) -> Tensor:
+def linear(x: Tensor, tiles: Tiles, bias: Tensor | None, chosen: Plan | WidePlan | LongPlan) -> Tensor:
     """y `[M, N]` for x `[M, K]`, fp16 or bf16, in one pass over the weight per 8 * batch_blocks rows of x."""
     y = x.new_empty(len(x), tiles.shape[-2])
+    if isinstance(chosen, LongPlan):
+        _launch_long(x, tiles, bias, y, chosen)
+        return y
     if isinstance(chosen, WidePlan):
         _launch_wide(x, tiles, bias, y, chosen)
     else:
@@ -148,6 +160,37 @@ def _launch_wide(x: Tensor, tiles: Tiles, bias: Tensor | None, y: Tensor, chosen
     )
 
 
+def _launch_long(x: Tensor, tiles: Tiles, bias: Tensor | None, y: Tensor, chosen: LongPlan) -> None:
+    (M, N), device, share = y.shape, x.device, chosen.share
+    strips, chunks = tiles.data.shape[-3:-1]
+    if tiles.permutation is not None:
+        x = x.index_select(-1, tiles.permutation)
+    if x.stride(0) % 8 or x.data_ptr() % 16:  # of what box copies read, every row starts at a multiple of 16 bytes
+        x = F.pad(x, (0, 8 - x.shape[1] % 8))[:, : x.shape[1]]
+    shape = {"GROUPS": chosen.warpgroups, "NB": chosen.batch_blocks, "STAGES": chosen.stages}
+    defines = _linear_defines(tiles, x.dtype, INPUT_SCALE=int(tiles.input_scale is not None), **shape)
+    row_blocks, x_blocks = -(-strips // (4 * chosen.warpgroups * share)), -(-M // (8 * chosen.batch_blocks))
+    clusters = min(row_blocks * x_blocks, _multiprocessors(device) // share)
+    problem = _LongProblem(
+        *map(_address, (tiles.data, tiles.input_scale, tiles.codebook, bias, y)),
+        *(M, N, strips, chunks, row_blocks, x_blocks, clusters),
+    )
+    nvrtc.launch(
+        nvrtc.load("long_linear", device.index, defines),
+        (clusters * share, 1, 1),
+        128 * (chosen.warpgroups + 1),
+        chosen.shared_bytes(),
+        _stream(device),
+        [nvrtc.tensor_map(x, 8 * chosen.batch_blocks // share, LONG_COLUMNS), problem],
+        share,
+        early=EARLY_START,
+    )
+
+
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
 def _launch_input(entry: str, x: Tensor, tiles: Tiles, to: Tensor, defines: tuple) -> None:
     """x * t for all blocks at once, a thread per 8 columns."""
     chunks = tiles.data.shape[-2]
@@ -199,6 +242,7 @@ _EACH_KERNEL = (  # each of nvrtc.SOURCES as it is launched for the default form
     ("dual_linear", _defines(4, 64, True, False, BF16=1, MB=1, RT=1, ONE=1, DEPTH=2)),
     *(("scale_input", _BATCH), ("dual_linear", _BATCH)),
     *(("tile_input", _WIDE), ("wide_linear", _WIDE)),
+    ("long_linear", _defines(4, 64, True, False, BF16=1, INPUT_SCALE=1, GROUPS=1, NB=16, STAGES=4)),
 )
 
 

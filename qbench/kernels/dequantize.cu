@@ -2,8 +2,6 @@
 // by side, so that its rows are written in long runs. Switches: those of codes.cuh and OUT (0 fp16, 1 bf16, 2 fp32).
 #include "codes.cuh"
 
-template <int I> struct Index { static constexpr int value = I; };
-
 extern "C" __global__ void __launch_bounds__(256)
 dequantize(const u8* tiles, const u16* t, const float* codebook, void* w, int N, int K, int strips, int chunks) {
   const int lane = threadIdx.x % 32, g = lane / 4, tig = lane % 4;
