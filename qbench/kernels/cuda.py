@@ -34,7 +34,7 @@ class _Problem(ctypes.Structure):  # of dual_linear.cu
         ("x_stride", ctypes.c_uint64),
         *_fields(ctypes.c_float, "t_down", "t_up"),
         *_fields(ctypes.c_int, "M", "N", "K", "strips", "chunks", "per", "log_splits_in_block"),
-        *_fields(ctypes.c_int, "stages", "pairs_per_row"),
+        *_fields(ctypes.c_int, "stages", "pairs_per_row", "last_expert"),
     ]
 
 
@@ -85,9 +85,12 @@ def linear(x: Tensor, tiles: Tiles, bias: Tensor | None, chosen: Plan | WidePlan
 
 
 def experts(x: Tensor, index: Tensor, tiles: Tiles, chosen: Plan) -> Tensor:
-    """y `[tokens * k, N]`: row p is x[p // k] times the matrix index[p // k, p % k] of the stack, in one launch."""
+    """y `[tokens * k, N]`: row p is x[p // k] times the matrix index[p // k, p % k] of the stack, in one launch.
+
+    Rows whose expert is none of the stack's hold anything.
+    """
     y = x.new_empty(index.numel(), tiles.shape[-2])
-    _launch(x, tiles, None, y, chosen, 1, index.int().contiguous(), index.numel() // len(x))
+    _launch(x, tiles, None, y, chosen, 1, index.long().contiguous(), index.numel() // len(x))
     return y
 
 
@@ -120,7 +123,7 @@ def _launch(
         down,
         1 / down,
         *(M, N, K, strips, chunks, -(-chunks // chosen.splits), chosen.splits_in_block.bit_length() - 1),
-        *(chosen.stages, pairs_per_row),
+        *(chosen.stages, pairs_per_row, 0 if index is None else tiles.data.shape[0] - 1),
     )
     blocks_n = -(-strips // (chosen.strips_per_warp * chosen.strips))
     nvrtc.launch(

@@ -34,13 +34,13 @@ struct Problem {
   const int* permutation; // [experts][K] stored column -> column of x, or null
   const float* codebook;  // [16] or null
   const u16* bias;        // [N] or null
-  const int* experts;     // [pairs]: row p of x goes to expert experts[p] (M is 1 then), or null
+  const long long* experts;  // [pairs]: row p of x goes to expert experts[p] (M is 1 then), or null
   u16* y;                 // [M, N]
   u64 x_stride;
   float t_down, t_up;     // a power of two that keeps x * t finite in fp16, and its inverse
   int M, N, K, strips, chunks;
   int per, log_splits_in_block;  // chunks of K per block; log2 of its warps along K
-  int stages, pairs_per_row;
+  int stages, pairs_per_row, last_expert;  // an expert after the last one lives elsewhere: its result is not used
 };
 
 template <int S>
@@ -114,7 +114,7 @@ extern "C" __global__ void __launch_bounds__(512) dual_linear(const __grid_const
   const int row0 = int(cluster_index()) * rows;
   const int lo = min(int(rank) * p.per, p.chunks), hi = min(lo + p.per, p.chunks);
   const int m0 = blockIdx.y * 8 * MB, batch = min(p.M - m0, 8 * MB);
-  const int expert = p.experts ? p.experts[blockIdx.z] : 0;
+  const int expert = p.experts ? min(int(p.experts[blockIdx.z]), p.last_expert) : 0;
   const u64 expert_bytes = u64(p.strips) * p.chunks * CHUNK;
 
   // Shared memory: the warps' rings and their barriers (RING), then x * t and its sums: ONE row of each, else records

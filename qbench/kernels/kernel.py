@@ -67,7 +67,10 @@ class Kernel(Protocol):
         ...
 
     def experts(self, x: Tensor, index: Tensor, layout: Layout) -> Tensor:
-        """x `[tokens, in]` times matrices index `[tokens, k]` of a stack: `[tokens, k, out]`."""
+        """x `[tokens, in]` times matrices index `[tokens, k]` of a stack: `[tokens, k, out]`.
+
+        Where an index is none of the stack's, since that expert lives elsewhere, the result may be anything.
+        """
         ...
 
     def grouped(self, x: Tensor, layout: Layout, routes: Routes, gather: bool) -> Tensor:

@@ -80,8 +80,9 @@ def _(x, tensors, numbers, bias):
 
 @torch.library.custom_op("qbench::dual_linear_experts", mutates_args=())
 def dual_linear_experts(x: Tensor, index: Tensor, tensors: Sequence[Tensor | None], numbers: Sequence[int]) -> Tensor:
-    """The op behind `linear_experts`; on the CPU expert by expert. Experts may not live elsewhere."""
-    return _expert_by_expert(x, index, Tiles.over(tensors, numbers))
+    """The op behind `linear_experts`; on the CPU expert by expert. Rows of experts that live elsewhere are any."""
+    tiles = Tiles.over(tensors, numbers)
+    return _expert_by_expert(x, index.clamp_max(tiles.data.shape[0] - 1), tiles)
 
 
 @dual_linear_experts.register_fake

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-SLOT_ROWS = (16, 32, 64, 128)
+SLOT_ROWS = (16, 32, 64, 128, 192)
 SCANNED_PAIRS = 2**15  # up to as many, one launch in which every expert looks through all pairs; above it, a sort
 
 

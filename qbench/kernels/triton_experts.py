@@ -76,11 +76,12 @@ def _multiply(
     BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One slot's rows of y against BLOCK_N rows of its expert's matrix."""
+    """BLOCK_M of a slot's rows of y against BLOCK_N rows of its expert's matrix."""
     slot = tl.program_id(1)
     expert, first, held = tl.load(slots + 3 * slot), tl.load(slots + 3 * slot + 1), tl.load(slots + 3 * slot + 2)
-    if (held > 0) & (expert >= first_expert) & (expert < last_expert):
-        m, n = tl.arange(0, BLOCK_M), tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    above = tl.program_id(2) * BLOCK_M
+    if (held > above) & (expert >= first_expert) & (expert < last_expert):
+        m, n = above + tl.arange(0, BLOCK_M), tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
         a = x + (first + m).to(tl.int64)[:, None] * K
         b = stack + (expert - first_expert).to(tl.int64) * N * K + n.to(tl.int64)[None, :] * K
         total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
@@ -96,13 +97,13 @@ def _multiply(
 def multiply(x: Tensor, stack: Tensor, routes: Routes, y: Tensor, first_expert: int = 0) -> None:
     """Into y `[pairs, out]`: x `[pairs, in]`, sorted, times the matrices of `stack` `[some, out, in]`, whose first is
     expert `first_expert`'s; rows of other experts stay as they are. Sums in fp32; fp32 is multiplied as such."""
-    count, N, K = stack.shape
+    (count, N, K), block_m = stack.shape, min(routes.rows, 64)
     block_n, block_k = (64, 32) if x.dtype == torch.float32 else (128, 64)
     with torch.cuda.device_of(x):
-        _multiply[(-(-N // block_n), len(routes.slots))](
+        _multiply[(-(-N // block_n), len(routes.slots), routes.rows // block_m)](
             x.contiguous(), stack.contiguous(), routes.slots, y, first_expert, first_expert + count, N, K,
-            BLOCK_M=routes.rows, BLOCK_N=block_n, BLOCK_K=block_k, PRECISION="ieee",
-            num_warps=8 if routes.rows >= 64 else 4,
+            BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, PRECISION="ieee",
+            num_warps=8 if block_m == 64 else 4,
         )  # fmt: skip
 
 

@@ -1,7 +1,7 @@
 // y = x W^T + b for wider batches, up to 128 rows in one pass over the weights, where the products weigh as much as the
 // bytes; compiled at run time.
 //
-// Compile-time switches: those of codes.cuh, NB (8-row blocks of the batch: 2, 4, 8 or 16), GROUPS (warpgroups along the
+// Compile-time switches: those of codes.cuh, NB (8-row blocks of the batch: 2, 4, 8, 16 or 24), GROUPS (warpgroups along the
 // rows of the weight, 64 each) and WK (as many times more, which take turns at the chunks of K). EXPERTS 1: the weights of
 // a mixture, whose rows of x are sorted by expert; blockIdx.y is a slot of routes.py then, one expert's rows of x.
 //
@@ -106,15 +106,22 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS + 32) wide_linear(const 
 
   if (warp == WARPS) {  // the warp that fetches
     const u8* weights_from = tiles + (u64(min(strip0 + lane, p.strips - 1)) * p.chunks + lo) * CHUNK;
+    const int x_bytes = EXPERTS ? 256 * batch : X_BYTES;
     const u8* x_from = p.x + (u64(blockIdx.y) * p.chunks + lo) * X_BYTES;
     auto fetch_weights = [&](int i, int stage) {
-      if (lane == 0) barrier_expect(full + 8 * stage, X_BYTES + STRIPS * CHUNK);
+      if (lane == 0) barrier_expect(full + 8 * stage, x_bytes + STRIPS * CHUNK);
       __syncwarp();
       u8* to = smem + stage * STAGE + X_BYTES + lane * CHUNK;
       if (lane < STRIPS) bulk_copy(shared(to), weights_from + u64(i) * CHUNK, CHUNK, full + 8 * stage);
     };
     auto fetch_x = [&](int i, int stage) {
+#if EXPERTS  // of both halves the rows that the slot holds
+      if (lane < 2)
+        bulk_copy(shared(smem + stage * STAGE + lane * HALF_OF_X), x_from + u64(i) * X_BYTES + lane * HALF_OF_X, x_bytes / 2,
+                  full + 8 * stage);
+#else
       if (lane == 0) bulk_copy(shared(smem + stage * STAGE), x_from + u64(i) * X_BYTES, X_BYTES, full + 8 * stage);
+#endif
     };
     const int ahead = min(p.stages, mine);
 #pragma unroll 1
@@ -137,38 +144,50 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS + 32) wide_linear(const 
 #if CODEBOOK
     table = load_table(p.codebook);
 #endif
-    u32 a[2][2][4];
-    int stage = turn, before = 0;                                       // WK divides the stages, see blocks.py
-    u32 parity = 0;
+    // Of the batch the first 8 B rows, which are as many as a slot holds.
+    auto multiply_all = [&](auto blocks) {
+      constexpr int B = decltype(blocks)::value;
+      u32 a[2][2][4];
+      int stage = turn, before = 0;                                       // WK divides the stages, see blocks.py
+      u32 parity = 0;
 #pragma unroll 1
-    for (int i = turn; i < mine; i += WK) {
-      barrier_wait(full + 8 * stage, parity);
-      const u8* chunk = smem + stage * STAGE + X_BYTES + strip * CHUNK;
-      const Codes codes = load_codes<false>(chunk + lane_codes(lane), chunk + lane_aux(lane));
-      const u64 b = descriptor(shared(smem + stage * STAGE));
-      // While one unit is multiplied the next is made: its registers are free once all but one group are done.
-      auto multiply = [&](u32 (&unit)[2][4], u64 columns) {
-        wgmma_open();
-        wgmma(acc, unit[0], columns), wgmma(acc, unit[1], columns + (32 >> 4));
-        wgmma_commit();
-      };
-      wgmma_wait<1>();
-      weights<0>(codes, table, a[0]);
-      multiply(a[0], b);
-      wgmma_wait<1>();
-      if (i >= WK && lane == 0) barrier_arrive(empty + 8 * before);       // the chunk before has been multiplied
-      weights<1>(codes, table, a[1]);
-      multiply(a[1], b + (64 >> 4));
-      wgmma_wait<1>();
-      weights<2>(codes, table, a[0]);
-      multiply(a[0], b + (HALF_OF_X >> 4));
-      wgmma_wait<1>();
-      weights<3>(codes, table, a[1]);
-      multiply(a[1], b + (HALF_OF_X + 64 >> 4));
-      before = stage, stage += WK;
-      if (stage >= p.stages) stage -= p.stages, parity ^= 1;
-    }
-    wgmma_wait<0>();
+      for (int i = turn; i < mine; i += WK) {
+        barrier_wait(full + 8 * stage, parity);
+        const u8* chunk = smem + stage * STAGE + X_BYTES + strip * CHUNK;
+        const Codes codes = load_codes<false>(chunk + lane_codes(lane), chunk + lane_aux(lane));
+        const u64 b = descriptor(shared(smem + stage * STAGE));
+        // While one unit is multiplied the next is made: its registers are free once all but one group are done.
+        auto multiply = [&](u32 (&unit)[2][4], u64 columns) {
+          wgmma_open();
+          wgmma<B>(acc, unit[0], columns), wgmma<B>(acc, unit[1], columns + (32 >> 4));
+          wgmma_commit();
+        };
+        wgmma_wait<1>();
+        weights<0>(codes, table, a[0]);
+        multiply(a[0], b);
+        wgmma_wait<1>();
+        if (i >= WK && lane == 0) barrier_arrive(empty + 8 * before);       // the chunk before has been multiplied
+        weights<1>(codes, table, a[1]);
+        multiply(a[1], b + (64 >> 4));
+        wgmma_wait<1>();
+        weights<2>(codes, table, a[0]);
+        multiply(a[0], b + (HALF_OF_X >> 4));
+        wgmma_wait<1>();
+        weights<3>(codes, table, a[1]);
+        multiply(a[1], b + (HALF_OF_X + 64 >> 4));
+        before = stage, stage += WK;
+        if (stage >= p.stages) stage -= p.stages, parity ^= 1;
+      }
+      wgmma_wait<0>();
+    };
+#if EXPERTS
+    const int used = (batch + 7) / 8;
+    if (NB >= 8 && used <= NB / 4) multiply_all(Index<NB / 4 < 2 ? 2 : NB / 4>{});
+    else if (NB >= 4 && used <= NB / 2) multiply_all(Index<NB / 2 < 2 ? 2 : NB / 2>{});
+    else if (NB >= 8 && used <= NB * 3 / 4) multiply_all(Index<NB < 8 ? NB : NB * 3 / 4>{});
+    else
+#endif
+      multiply_all(Index<NB>{});
   }
 
   // Sum the splits of K in a fixed order. partial[turn][m][row] overlays the stages.
@@ -178,6 +197,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS + 32) wide_linear(const 
   if (warp < WARPS) {
 #pragma unroll
     for (int n = 0; n < NB; n++) {
+      if (EXPERTS && 8 * n >= batch) break;
       float* to = partial + (turn * 8 * NB + 8 * n + 2 * tig) * stride + strip * 16 + g;
       to[0] = acc[4 * n], to[stride] = acc[4 * n + 1], to[8] = acc[4 * n + 2], to[stride + 8] = acc[4 * n + 3];
     }

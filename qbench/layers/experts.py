@@ -118,9 +118,10 @@ class QuantExperts(nn.Module):
         return output.view(-1, self.hidden_dim)
 
     def _pairs(self, x: Tensor, index: Tensor, scores: Tensor, held: list[PackedWeight]) -> Tensor:
-        chosen = index.clamp_max(self.num_experts - 1).int()
+        biased = self.activation.bias is not None or self.down_proj_bias is not None
+        chosen = index.clamp_max(self.num_experts - 1) if biased else index
         *first, down = held
-        inner = self.activation([one.kernel.experts(x, chosen, one.layout) for one in first], chosen)
-        y = down.kernel.experts(inner.flatten(0, 1), chosen.reshape(-1, 1), down.layout)
+        inner = self.activation([one.kernel.experts(x, index, one.layout) for one in first], chosen)
+        y = down.kernel.experts(inner.flatten(0, 1), index.reshape(-1, 1), down.layout)
         y = self._finish(y.flatten(0, 1), chosen.flatten())
         return combine(y, index, scores, self.num_experts).to(x.dtype)

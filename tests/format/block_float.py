@@ -121,7 +121,8 @@ class BytePerCodeKernel:
         return F.linear(x, values_of(layout.codes, layout.exponent).to(x.dtype), bias)
 
     def experts(self, x: Tensor, index: Tensor, layout: BytePerCode) -> Tensor:
-        return torch.einsum("tkoi,ti->tko", values_of(layout.codes, layout.exponent)[index].to(x.dtype), x)
+        stack = values_of(layout.codes, layout.exponent).to(x.dtype)
+        return torch.einsum("tkoi,ti->tko", stack[index.clamp_max(len(stack) - 1)], x)
 
     def grouped(self, x: Tensor, layout: BytePerCode, routes: Routes, gather: bool) -> Tensor:
         x = x.index_select(0, routes.token) if gather else x

@@ -131,6 +131,7 @@ def test_experts_in_one_launch(emulated, generator):
     index = torch.tensor([[2, 0], [1, 1]])
     y = cuda.experts(x, index, tiles, Plan(1, 1, 1, 2, 1, 1)).view(2, 2, 24)
     assert len(emulated) == 1
+    cuda.experts(x, torch.tensor([[3, 0], [1, 7]]), tiles, Plan(1, 1, 1, 2, 1, 1))  # some live elsewhere
     dense = weight.dequantize().double()
     for token in range(2):
         for slot in range(2):
@@ -139,11 +140,12 @@ def test_experts_in_one_launch(emulated, generator):
     assert tiles.select(1).shape == (24, 200)
 
 
-def check_sorted_experts(generator, weight, tokens, per_token, dtype, plan):
+def check_sorted_experts(generator, weight, tokens, per_token, dtype, plan, index=None):
     """Rows of x gathered, then sorted ones; experts that live elsewhere are left as they were."""
     experts, columns = weight.shape[0], weight.shape[2]
     x = torch.randn(tokens, columns, generator=generator).to(dtype)
-    index = torch.rand(tokens, experts + 1, generator=generator).argsort(-1)[:, :per_token]
+    if index is None:
+        index = torch.rand(tokens, experts + 1, generator=generator).argsort(-1)[:, :per_token]
     held, tiles, dense = route(index, experts, 8 * plan.batch_blocks), to_tiles(weight), weight.dequantize().double()
     here = int(held.starts[-1])
     assert 0 < here < len(held.token)
@@ -161,6 +163,24 @@ def test_sorted_experts(emulated, generator, nbits, codebook, group_size):
     weight = random_weight((3, 40, 200), nbits, group_size, generator, codebook=codebook)
     check_sorted_experts(generator, weight, 5, 2, torch.bfloat16, WidePlan(2, 1, 1, 1, 2))
     assert [launch[0] for launch in emulated] == [(10, 1, 1), (1, 3, 1)] * 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("plan", "counts"),
+    [
+        (WidePlan(4, 1, 1, 1, 2), (9, 17, 32, 33)),
+        (WidePlan(8, 1, 1, 1, 2), (3, 20, 45, 64)),
+        (WidePlan(16, 1, 1, 1, 2), (33, 0, 97, 65)),
+        (WidePlan(24, 1, 1, 1, 2), (49, 97, 0, 150)),
+    ],
+)
+def test_slots_that_are_not_full(emulated, generator, plan, counts):
+    """The products are of as many rows as a slot holds, up to the next quarter."""
+    index = torch.repeat_interleave(torch.arange(5), torch.tensor([*counts, 2])).unsqueeze(-1)
+    index = index[torch.randperm(len(index), generator=generator)]
+    weight = random_weight((4, 24, 130), 4, 64, generator)
+    check_sorted_experts(generator, weight, len(index), 1, torch.bfloat16, plan, index)
 
 
 @pytest.mark.slow

@@ -25,10 +25,10 @@ def test_routes_by_triton(generator, tokens, per_token, rows):
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(made, expected, strict=True))
 
 
-@pytest.mark.parametrize("first", [0, 2])
+@pytest.mark.parametrize(("first", "rows"), [(0, 16), (2, 16), (0, 192)])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
-def test_dense_stacks_by_triton(generator, first, dtype):
-    made = route(some_index(generator, 20, 2), EXPERTS, 16)
+def test_dense_stacks_by_triton(generator, first, rows, dtype):
+    made = route(some_index(generator, 20, 2), EXPERTS, rows)
     stack = torch.randn(EXPERTS - first, 24, 72, generator=generator).to(dtype)
     x = torch.randn(40, 72, generator=generator).to(dtype)
     y = torch.full((40, 24), 7.0, dtype=dtype)
@@ -36,9 +36,9 @@ def test_dense_stacks_by_triton(generator, first, dtype):
     start = int(made.starts[first])
     assert (y[:start] == 7).all()
     assert (y[made.starts[-1] :] == 7).all()
-    rows = slice(start, int(made.starts[-1]))
-    expected = torch.einsum("poi,pi->po", stack[made.expert[rows].long() - first].double(), x[rows].double())
-    torch.testing.assert_close(y[rows].double(), expected, rtol=2e-3, atol=2e-2 if dtype == torch.float16 else 1e-4)
+    here = slice(start, int(made.starts[-1]))
+    expected = torch.einsum("poi,pi->po", stack[made.expert[here].long() - first].double(), x[here].double())
+    torch.testing.assert_close(y[here].double(), expected, rtol=2e-3, atol=2e-2 if dtype == torch.float16 else 1e-4)
 
 
 def test_combine_by_triton(generator):

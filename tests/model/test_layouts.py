@@ -201,7 +201,7 @@ def test_sorted_experts_are_one_graph(laid_out, monkeypatch):
 
 
 def test_experts_that_live_elsewhere_add_nothing(monkeypatch):
-    """Alone and among others, expert by expert and sorted."""
+    """Alone and among others: expert by expert, sorted, and a few pairs each for itself."""
     model = made(aria)
     quantize_model(model, RTN())
     block = next(module for module in model.modules() if isinstance(module, QuantExperts))
@@ -211,6 +211,8 @@ def test_experts_that_live_elsewhere_add_nothing(monkeypatch):
     one_by_one = block(x, index, scores)
     assert not one_by_one[1].any()
     monkeypatch.setattr(experts, "sorts", lambda x: True)
+    torch.testing.assert_close(block(x, index, scores), one_by_one, rtol=1e-4, atol=1e-5)
+    assert all(module.lay_out() for module in block.children() if hasattr(module, "lay_out"))
     torch.testing.assert_close(block(x, index, scores), one_by_one, rtol=1e-4, atol=1e-5)
 
 
