@@ -1,7 +1,7 @@
 """Launching the CUDA C++ kernels: dual_, wide_ and long_linear.cu, dequantize.cu, and with which arguments.
 
-They need compute capability 9.0 (bulk copies, clusters). `refusal` says why a device or a machine cannot run them;
-ops.py then takes the Triton kernels instead.
+KERNELS says which run on which compute capability, `refusal` why one of them cannot run on a device or a machine;
+ops.py then takes another.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from qbench.kernels.blocks import LongPlan, Plan, WidePlan, x_record_bytes
 from qbench.kernels.tiles import COLUMNS, Tiles
 
 log = logging.getLogger(__name__)
+Defines = tuple[tuple[str, int], ...]
 
 LONG_COLUMNS = 64  # of x in one stage of long_linear.cu
 EARLY_START = True  # let a kernel fetch its first weights while the kernel in front of it ends
@@ -54,21 +55,36 @@ class _LongProblem(ctypes.Structure):  # of long_linear.cu
 
 
 @cache
-def refusal(device: int) -> str | None:
-    """Why the CUDA C++ kernels cannot run on CUDA device `device`; None if they can. Said once in the log."""
-    major, minor = torch.cuda.get_device_capability(device)
-    reason = None
-    if major < 9:
-        reason = f"compute capability {major}.{minor} is below 9.0"
-    else:
-        try:
-            for entry, defines in _EACH_KERNEL:
-                nvrtc.load(entry, device, defines)
-        except nvrtc.KernelError as error:
-            reason = str(error)
-    if reason:
-        log.warning("the CUDA C++ kernels cannot run here, Triton's take over: %s", reason)
-    return reason
+def refusal(device: int, kernel: str = "dual_linear") -> str | None:
+    """Why `kernel` (a key of KERNELS) cannot run on CUDA device `device`; None if it can."""
+    capability = torch.cuda.get_device_capability(device)
+    lowest, highest, launches = KERNELS[kernel]
+    if not lowest <= capability[0] <= highest:
+        return f"{kernel} does not run on compute capability {capability[0]}.{capability[1]}"
+    try:
+        for entry, defines in launches:
+            nvrtc.load(entry, device, _for(device, defines))
+    except nvrtc.KernelError as error:
+        log.warning("another kernel takes the place of %s: %s", kernel, error)  # once: the answer is kept
+        return str(error)
+    return None
+
+
+@cache
+def _plain(device: int | None) -> bool:
+    """Whether the device has neither clusters nor bulk copies nor the early start: those came with 9.0."""
+    return device is not None and torch.cuda.get_device_capability(device)[0] < 9
+
+
+def _early(device: torch.device) -> bool:
+    return EARLY_START and not _plain(device.index)
+
+
+def _for(device: int | None, defines: Defines) -> Defines:
+    """The switches on this device: before Hopper dual_linear.cu is compiled without what came with it."""
+    if not _plain(device):
+        return defines
+    return tuple(sorted((dict(defines) | {"PLAIN": 1, "RING": 0}).items()))
 
 
 def linear(x: Tensor, tiles: Tiles, bias: Tensor | None, chosen: Plan | WidePlan | LongPlan) -> Tensor:
@@ -110,7 +126,7 @@ def _launch(
     device, stream = x.device.index, _stream(x.device)
     depth = {"RING": 1} if chosen.ring else {"DEPTH": chosen.stages}
     shape = {"MB": 1 if M == 1 else chosen.batch_blocks, "RT": chosen.strips_per_warp, "ONE": int(M == 1)}
-    defines = _linear_defines(tiles, x.dtype, **shape, **depth)
+    defines = _for(device, _linear_defines(tiles, x.dtype, **shape, **depth))
     down = _down(x.dtype, tiles)
     source = x
     if M > 1:  # x * t once for all blocks; a single row each block scales while its weights are on their way
@@ -134,7 +150,7 @@ def _launch(
         stream,
         [problem],
         chosen.splits,
-        early=EARLY_START,
+        early=_early(x.device),
     )
 
 
@@ -159,7 +175,7 @@ def _launch_wide(x: Tensor, tiles: Tiles, bias: Tensor | None, y: Tensor, chosen
         _stream(x.device),
         [problem],
         chosen.splits,
-        early=EARLY_START,
+        early=_early(x.device),
     )
 
 
@@ -171,37 +187,43 @@ def _launch_long(x: Tensor, tiles: Tiles, bias: Tensor | None, y: Tensor, chosen
     if x.stride(0) % 8 or x.data_ptr() % 16:  # of what box copies read, every row starts at a multiple of 16 bytes
         x = F.pad(x, (0, 8 - x.shape[1] % 8))[:, : x.shape[1]]
     shape = {"GROUPS": chosen.warpgroups, "NB": chosen.batch_blocks, "STAGES": chosen.stages}
+    shape["FINISH"] = chosen.finishers
     defines = _linear_defines(tiles, x.dtype, INPUT_SCALE=int(tiles.input_scale is not None), **shape)
     row_blocks, x_blocks = -(-strips // (4 * chosen.warpgroups * share)), -(-M // (8 * chosen.batch_blocks))
-    clusters = min(row_blocks * x_blocks, _multiprocessors(device) // share)
+    function, threads = nvrtc.load("long_linear", device.index, defines), 128 * (chosen.warpgroups + chosen.finishers)
+    clusters = min(row_blocks * x_blocks, nvrtc.clusters_at_work(function, threads, chosen.shared_bytes(), share))
     problem = _LongProblem(
         *map(_address, (tiles.data, tiles.input_scale, tiles.codebook, bias, y)),
         *(M, N, strips, chunks, row_blocks, x_blocks, clusters),
     )
     nvrtc.launch(
-        nvrtc.load("long_linear", device.index, defines),
+        function,
         (clusters * share, 1, 1),
-        128 * (chosen.warpgroups + 1),
+        threads,
         chosen.shared_bytes(),
         _stream(device),
         [nvrtc.tensor_map(x, 8 * chosen.batch_blocks // share, LONG_COLUMNS), problem],
         share,
-        early=EARLY_START,
+        early=_early(device),
     )
 
 
-def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-def _launch_input(entry: str, x: Tensor, tiles: Tiles, to: Tensor, defines: tuple) -> None:
+def _launch_input(entry: str, x: Tensor, tiles: Tiles, to: Tensor, defines: Defines) -> None:
     """x * t for all blocks at once, a thread per 8 columns."""
     chunks = tiles.data.shape[-2]
     arguments = [ctypes.c_void_p(_address(part)) for part in (x, tiles.input_scale, tiles.permutation, to)]
     arguments += [ctypes.c_uint64(x.stride(0)), ctypes.c_int(x.shape[1]), ctypes.c_int(chunks)]
     arguments.append(ctypes.c_float(_down(x.dtype, tiles)))
     function = nvrtc.load(entry, x.device.index, defines)
-    nvrtc.launch(function, (-(-chunks // 8), len(x), 1), 128, 0, _stream(x.device), arguments, early=EARLY_START)
+    nvrtc.launch(
+        function,
+        (-(-chunks // 8), len(x), 1),
+        128,
+        0,
+        _stream(x.device),
+        arguments,
+        early=_early(x.device),
+    )
 
 
 def _stream(device: torch.device) -> int:
@@ -233,22 +255,23 @@ def dequantize(tiles: Tiles, dtype: torch.dtype) -> Tensor:
     return w
 
 
-def _defines(nbits: int, group_size: int, has_zero: bool, codebook: bool, **others: int) -> tuple[tuple[str, int], ...]:
+def _defines(nbits: int, group_size: int, has_zero: bool, codebook: bool, **others: int) -> Defines:
     found = {"BITS": nbits, "GROUP": min(group_size, COLUMNS), "ZERO": int(has_zero), "CODEBOOK": int(codebook)}
     return tuple(sorted((found | others).items()))
 
 
-_BATCH = _defines(4, 64, True, False, BF16=1, MB=1, RT=1, ONE=0, RING=1)
-_WIDE = _defines(4, 64, True, False, BF16=1, NB=2, GROUPS=1, WK=1)
-_EACH_KERNEL = (  # each of nvrtc.SOURCES as it is launched for the default format, for `refusal`
-    ("dequantize", _defines(4, 64, True, False, OUT=0)),
-    ("dual_linear", _defines(4, 64, True, False, BF16=1, MB=1, RT=1, ONE=1, DEPTH=2)),
-    *(("scale_input", _BATCH), ("dual_linear", _BATCH)),
-    *(("tile_input", _WIDE), ("wide_linear", _WIDE)),
-    ("long_linear", _defines(4, 64, True, False, BF16=1, INPUT_SCALE=1, GROUPS=1, NB=16, STAGES=4)),
-)
-
-
-def _linear_defines(tiles: Tiles, dtype: torch.dtype, **others: int) -> tuple[tuple[str, int], ...]:
+def _linear_defines(tiles: Tiles, dtype: torch.dtype, **others: int) -> Defines:
     form = (tiles.nbits, tiles.group_size, tiles.has_zero, tiles.codebook is not None)
     return _defines(*form, BF16=int(dtype == torch.bfloat16), **others)
+
+
+_ROW = _defines(4, 64, True, False, BF16=1, MB=1, RT=1, ONE=1, DEPTH=2)
+_BATCH = _defines(4, 64, True, False, BF16=1, MB=1, RT=1, ONE=0, RING=1)
+_WIDE = _defines(4, 64, True, False, BF16=1, NB=2, GROUPS=1, WK=1)
+_LONG = _defines(4, 64, True, False, BF16=1, INPUT_SCALE=1, GROUPS=1, NB=16, STAGES=4, FINISH=1)
+KERNELS = {  # the compute capabilities, lowest and highest, and each of its kernels as launched for the default format
+    "dequantize": (8, 99, [("dequantize", _defines(4, 64, True, False, OUT=0))]),
+    "dual_linear": (8, 99, [("dual_linear", _ROW), ("scale_input", _BATCH), ("dual_linear", _BATCH)]),
+    "wide_linear": (9, 9, [("tile_input", _WIDE), ("wide_linear", _WIDE)]),  # wgmma is Hopper's alone
+    "long_linear": (9, 9, [("long_linear", _LONG)]),
+}

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from qbench.kernels import cuda, nvrtc
 from qbench.kernels.blocks import WidePlan
-from qbench.kernels.routes import Routes
+from qbench.kernels.routes import SLOT_ROWS, Routes
 from qbench.kernels.tiles import COLUMNS, ROWS, Tiles
 
 
@@ -24,19 +24,18 @@ class _Problem(ctypes.Structure):  # of wide_linear.cu, with EXPERTS
 
 
 def plan(routes: Routes, tiles: Tiles, device: int) -> WidePlan | None:
-    """How the product with a stack is cut into blocks; None if nothing fits, or where there is no wgmma."""
-    properties = torch.cuda.get_device_properties(device)
-    if properties.major != 9:
-        return None
-    form = (tiles.nbits, tiles.group_size, tiles.has_zero)
-    return _plan(routes.rows, *tiles.shape[-2:], form, properties.shared_memory_per_block_optin)
+    """How the product with a stack is cut into blocks; None if nothing fits."""
+    limit = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+    return _plan(routes.rows, *tiles.shape[-2:], (tiles.nbits, tiles.group_size, tiles.has_zero), limit)
 
 
 @cache
 def _plan(rows: int, N: int, K: int, form: tuple[int, int, bool], limit: int) -> WidePlan | None:
-    """Blocks are many, so that one ends while another begins: as small as keeps two on a multiprocessor."""
+    """As large as leaves room for two on a multiprocessor, so that one ends while another begins; the largest slots
+    keep so much of x that one block with more rows of the weight is better.
+    """
     chunks, strips = -(-K // COLUMNS), -(-N // ROWS)
-    groups = min(2, -(-strips // 4))
+    groups = min(3 if rows == SLOT_ROWS[-1] else 2, -(-strips // 4))
     found = [WidePlan(rows // 8, groups, 1, 1, stages) for stages in (4, 3, 2)]
     fitting = [one for one in found if one.shared_bytes(rows, chunks, *form) <= limit]
     twice = [one for one in fitting if 2 * one.shared_bytes(rows, chunks, *form) + 2048 <= limit]

@@ -1,7 +1,8 @@
 // y = x W^T + b for batches of 1 to 16: weights of 2, 3, 4 or 8 bits in the layout of tiles.py; compiled at run time.
 //
 // Compile-time switches: those of codes.cuh and MB (8-row blocks of the batch), ONE 0|1 (row in the batch), RT (16-row
-// strips of the weight per warp), RING 0|1, DEPTH (chunks under way per warp without RING).
+// strips of the weight per warp), RING 0|1, DEPTH (chunks under way per warp without RING), PLAIN
+// 0|1 (for GPUs before Hopper: no RING, one split of K between blocks).
 //
 // How it reaches memory bandwidth. The weights are the A operand of mma.m16n8k16, the batch its narrow side of 8, so
 // batch 1 to 8 cost the same and nothing is padded to 64. Two weights cost one lop3 and at most one shift: their bits
@@ -187,6 +188,11 @@ extern "C" __global__ void __launch_bounds__(512) dual_linear(const __grid_const
     if (v < 16 * chunks && v % (SUB / 8) == 0) reinterpret_cast<Sums*>(sums)[v / (SUB / 8) * 8] = sum;
   }
   __syncthreads();
+#elif PLAIN
+  const u8* records = static_cast<const u8*>(p.x) + u64(blockIdx.y) * p.chunks * RECORD;
+  for (int v = threadIdx.x; v < p.chunks * (RECORD / 16); v += blockDim.x) copy16(shared(xs) + 16 * v, records + 16 * v);
+  await_copies();
+  __syncthreads();
 #else  // chunk by chunk, so that the first products do not wait for all of x
   for (int i = threadIdx.x; i < chunks; i += blockDim.x) barrier_init(x_bar + 8 * i);
   publish_barriers();
@@ -214,7 +220,7 @@ extern "C" __global__ void __launch_bounds__(512) dual_linear(const __grid_const
   const u8* sum_lane = sums + wk * SUMS_STEP + 2 * tig * 8;
   u32 arrival = x_bar + 8 * wk;
   auto multiply = [&](const Codes (&codes)[RT]) {
-    if (!ONE) barrier_wait(arrival, 0);
+    if (!ONE && !PLAIN) barrier_wait(arrival, 0);
     const u8* x_row = x_lane;
     const float* sub_sums = reinterpret_cast<const float*>(sum_lane);
     arrival += 8 * WK, x_lane += WK * X_STEP, sum_lane += WK * SUMS_STEP;

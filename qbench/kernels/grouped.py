@@ -137,16 +137,16 @@ def _(x, gather, routes, rows, tensors, numbers):
     tiles, held = Tiles.over(tensors, numbers), Routes.over(routes, rows)
     ops._check(x, tiles)
     x, tiles = ops._rotated(x, tiles)
-    pairs, native = len(held.token), cuda.refusal(x.device.index) is None
+    few, device = 0 < len(held.token) <= FUSED_PAIRS * held.experts, x.device.index
     with torch.cuda.device(x.device):
-        if native and x.dtype in ops.HALF and 0 < pairs <= FUSED_PAIRS * held.experts:
-            plan = cuda_experts.plan(held, tiles, x.device.index)
+        if few and x.dtype in ops.HALF and cuda.refusal(device, "wide_linear") is None:
+            plan = cuda_experts.plan(held, tiles, device)
             if plan is not None:
                 return cuda_experts.linear(ops._unit_stride(x), tiles, held, gather, plan)
         x = x.index_select(0, held.token) if gather else x
         if tiles.permutation is not None:
             x = x.gather(1, tiles.permutation.index_select(0, held.expert).long())
-        return _in_parts(x, _dense(tiles, x.dtype, native), held, tiles.shape[-2])
+        return _in_parts(x, _dense(tiles, x.dtype), held, tiles.shape[-2])
 
 
 def _added_up(y: Tensor, index: Tensor, scores: Tensor, experts: int, place: Tensor | None) -> Tensor:
@@ -209,12 +209,12 @@ def _in_parts(x: Tensor, dense: Callable[[int, int], Tensor], routes: Routes, ou
     return y
 
 
-def _dense(tiles: Tiles, dtype: torch.dtype, native: bool) -> Callable[[int, int], Tensor]:
+def _dense(tiles: Tiles, dtype: torch.dtype) -> Callable[[int, int], Tensor]:
     """What gives the matrices of some experts in stored column order; the allocator hands the same buffer to each."""
 
     def some(first: int, last: int) -> Tensor:
         part = tiles.span(first, last)
-        if native:
+        if cuda.refusal(tiles.data.device.index, "dequantize") is None:
             return cuda.dequantize(part, dtype)
         if has_triton():
             from qbench.kernels import triton_linear

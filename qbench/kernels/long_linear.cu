@@ -1,10 +1,10 @@
 // y = x W^T + b for prompts, hundreds of rows of x and more, where the tensor cores are the limit; compiled at run time.
 //
 // Compile-time switches: those of codes.cuh, INPUT_SCALE 0|1, GROUPS (warpgroups that multiply, 64 rows of the weight
-// each), NB (8-row blocks of x: 16, 24 or 32) and STAGES (of 64 columns, in flight).
+// each), NB (8-row blocks of x: 16, 24 or 32), STAGES (of 64 columns, in flight) and FINISH 1|2 (warpgroups that finish).
 //
-// One warpgroup finishes weights, t included, and writes them to shared memory as wgmma reads them; the others do nothing
-// but multiply. A weight is so finished once per 8 NB rows of x, next to the tensor cores and not in their way, and W in 16
+// One or two warpgroups finish weights, t included, and write them to shared memory as wgmma reads them, two by turns; the
+// others do nothing but multiply. A weight is so finished once per 8 NB rows of x, next to the tensor cores and not in their way, and W in 16
 // bits never reaches the L2 cache. x arrives as it is, by box copies. What limits blocks of this size is what L2
 // delivers, some 25 bytes a cycle and multiprocessor: each block of a cluster fetches a share of the rows of x and sends it
 // to all of them, their rows of the weight differ. Blocks stay and take one tile of y after the other, so that the next
@@ -16,7 +16,7 @@
 #define W_BYTES (GROUPS * 64 * 128)                // of one stage: rows of 64 columns, 128 bytes
 #define X_BYTES (8 * NB * 128)
 #define STAGE (W_BYTES + X_BYTES)
-#define FINISHERS 4                                // warps; each finishes strips w, w + 4, ...
+#define FINISHERS (4 * FINISH)                     // warps; each finishes strips w, w + 4, ... of w = warp % 4
 
 struct Problem {
   const u8* tiles;        // [strips][chunks][CHUNK]
@@ -48,7 +48,7 @@ __device__ __forceinline__ void finish(const Codes& codes, const Table& table, c
   }
 }
 
-extern "C" __global__ void __launch_bounds__(128 * (GROUPS + 1), 1)
+extern "C" __global__ void __launch_bounds__(128 * (GROUPS + FINISH), 1)
 long_linear(const __grid_constant__ Map x, const __grid_constant__ Problem p) {
   SHARED_MEMORY(smem);
   const u32 share = cluster_size(), rank = cluster_rank();
@@ -59,7 +59,7 @@ long_linear(const __grid_constant__ Map x, const __grid_constant__ Problem p) {
   const u32 turn = shared(smem) + STAGES * STAGE, full = turn + STRIPS * 512, empty = full + 8 * STAGES;
   if (threadIdx.x == 0) {
 #pragma unroll 1
-    for (int s = 0; s < STAGES; s++) barrier_init(full + 8 * s, FINISHERS + 1), barrier_init(empty + 8 * s, STRIPS * share);
+    for (int s = 0; s < STAGES; s++) barrier_init(full + 8 * s, 5), barrier_init(empty + 8 * s, STRIPS * share);
     publish_barriers();
   }
   if (share > 1) cluster_sync();
@@ -78,59 +78,64 @@ long_linear(const __grid_constant__ Map x, const __grid_constant__ Problem p) {
     table = load_table(p.codebook);
 #endif
     Codes codes[GROUPS];
-    auto load = [&](int s, int tile, int chunk) {
-      const int strip = (tile / p.x_blocks * share + rank) * STRIPS + warp + 4 * s;
+    auto load = [&](auto index, int s, int tile, int chunk) {
+      const int strip = (tile / p.x_blocks * share + rank) * STRIPS + warp % 4 + 4 * s;
       const u8* from = p.tiles + (u64(min(strip, p.strips - 1)) * p.chunks + chunk) * CHUNK;
-      codes[s] = load_codes<true>(from + lane_codes(lane), from + lane_aux(lane));
+      load_half<decltype(index)::value>(codes[s], from + lane_codes(lane), from + lane_aux(lane));
       if (chunk + 2 < p.chunks && lane * 128 < CHUNK) prefetch(from + 2 * CHUNK + lane * 128);
     };
+    auto half = [&](auto index, int tile, int chunk, int next_tile, int next_chunk) {
+      constexpr int H = decltype(index)::value;
+      u32 t[2][4];
+      if (INPUT_SCALE) {
+#pragma unroll
+        for (int unit = 0; unit < 2; unit++) {
+          const uint4 v = *reinterpret_cast<const uint4*>(p.t + chunk * 128 + (2 * H + unit) * 32 + lane % 4 * 8);
+          const u32 pairs[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+          for (int i = 0; i < 4; i++)
+            t[unit][i] = BF16 ? two_bf16(from_half(u16(pairs[i])), from_half(u16(pairs[i] >> 16))) : pairs[i];
+        }
+      }
+      barrier_wait(empty + 8 * stage, parity ^ 1);
+      const u32 at = shared(smem) + stage * STAGE;
+      if (threadIdx.x % 128 == 0) {
+        const int row = tile % p.x_blocks * 8 * NB + int(rank * (8 * NB / share));
+        barrier_expect(full + 8 * stage, X_BYTES);
+        box_copy(at + W_BYTES + rank * (X_BYTES / share), x, chunk * 128 + H * 64, row, full + 8 * stage, (1u << share) - 1);
+      }
+#pragma unroll
+      for (int s = 0; s < GROUPS; s++) {
+        const u32 strip_at = at + (warp % 4 + 4 * s) * 2048;
+        finish<2 * H>(codes[s], table, t[0], strip_at, lane);
+        finish<2 * H + 1>(codes[s], table, t[1], strip_at, lane);
+        if (next_tile < tiles) load(index, s, next_tile, next_chunk);
+      }
+      publish_writes();
+      __syncwarp();
+      if (lane == 0) barrier_arrive(full + 8 * stage);
+      advance();
+    };
+    const bool first = FINISH == 1 || warp < 4, second = FINISH == 1 || warp >= 4;
     int tile = int(cluster_index());
     if (tile < tiles) {
 #pragma unroll
-      for (int s = 0; s < GROUPS; s++) load(s, tile, 0);
+      for (int s = 0; s < GROUPS; s++) {
+        if (first) load(Index<0>{}, s, tile, 0);
+        if (second) load(Index<1>{}, s, tile, 0);
+      }
     }
     await_previous_kernel();
 #pragma unroll 1
     for (; tile < tiles; tile += p.clusters) {
-      const int m0 = tile % p.x_blocks * 8 * NB;
 #pragma unroll 1
       for (int chunk = 0; chunk < p.chunks; chunk++) {
         const bool last = chunk + 1 == p.chunks;
         const int next_tile = last ? tile + p.clusters : tile, next_chunk = last ? 0 : chunk + 1;
-        u32 t[4][4];
-        if (INPUT_SCALE) {
-#pragma unroll
-          for (int unit = 0; unit < 4; unit++) {
-            const uint4 v = *reinterpret_cast<const uint4*>(p.t + chunk * 128 + unit * 32 + lane % 4 * 8);
-            const u32 pairs[4] = {v.x, v.y, v.z, v.w};
-#pragma unroll
-            for (int i = 0; i < 4; i++)
-              t[unit][i] = BF16 ? two_bf16(from_half(u16(pairs[i])), from_half(u16(pairs[i] >> 16))) : pairs[i];
-          }
-        }
-        auto half = [&](auto index) {
-          constexpr int H = decltype(index)::value;
-          barrier_wait_cluster(empty + 8 * stage, parity ^ 1);
-          const u32 at = shared(smem) + stage * STAGE;
-          if (threadIdx.x == 0) {
-            barrier_expect(full + 8 * stage, X_BYTES);
-            box_copy(at + W_BYTES + rank * (X_BYTES / share), x, chunk * 128 + H * 64, m0 + int(rank * (8 * NB / share)),
-                     full + 8 * stage, (1u << share) - 1);
-          }
-#pragma unroll
-          for (int s = 0; s < GROUPS; s++) {
-            const u32 strip_at = at + (warp + 4 * s) * 2048;
-            finish<2 * H>(codes[s], table, t[2 * H], strip_at, lane);
-            finish<2 * H + 1>(codes[s], table, t[2 * H + 1], strip_at, lane);
-            if (H == 1 && next_tile < tiles) load(s, next_tile, next_chunk);
-          }
-          publish_writes();
-          __syncwarp();
-          if (lane == 0) barrier_arrive(full + 8 * stage);
-          advance();
-        };
-        half(Index<0>{});
-        half(Index<1>{});
+        if (first) half(Index<0>{}, tile, chunk, next_tile, next_chunk);
+        else advance();
+        if (second) half(Index<1>{}, tile, chunk, next_tile, next_chunk);
+        else advance();
       }
     }
   } else {
@@ -165,30 +170,35 @@ long_linear(const __grid_constant__ Map x, const __grid_constant__ Problem p) {
       // Sums are [row of the weight][row of x] per warp: 16 x 16 at a time are turned through shared memory.
       const int m0 = tile % p.x_blocks * 8 * NB;
       const int strip = (tile / p.x_blocks * share + rank) * STRIPS + strip_here, n0 = strip * 16;
-      const int row = n0 + row_at(lane / 4), n = n0 + lane % 2 * 8;
-      const float first = p.bias && row < p.N ? load16(p.bias[row]) : 0.f;
-      const float second = p.bias && row + 8 < p.N ? load16(p.bias[row + 8]) : 0.f;
+      const int n = n0 + lane % 2 * 8, rows_left = p.M - m0 - lane / 2;
+      if (p.bias) {
+        const int row = n0 + row_at(lane / 4);
+        const float first = row < p.N ? load16(p.bias[row]) : 0.f, second = row + 8 < p.N ? load16(p.bias[row + 8]) : 0.f;
+#pragma unroll
+        for (int i = 0; i < NB; i++)
+          acc[4 * i] += first, acc[4 * i + 1] += first, acc[4 * i + 2] += second, acc[4 * i + 3] += second;
+      }
+      u16* to = p.y + u64(m0 + lane / 2) * p.N + n;
 #pragma unroll
       for (int i = 0; i < NB; i += 2) {
-        const u32 v[4] = {round2(acc[4 * i] + first, acc[4 * i + 1] + first),
-                          round2(acc[4 * i + 2] + second, acc[4 * i + 3] + second),
-                          round2(acc[4 * i + 4] + first, acc[4 * i + 5] + first),
-                          round2(acc[4 * i + 6] + second, acc[4 * i + 7] + second)};
+        const u32 v[4] = {round2(acc[4 * i], acc[4 * i + 1]), round2(acc[4 * i + 2], acc[4 * i + 3]),
+                          round2(acc[4 * i + 4], acc[4 * i + 5]), round2(acc[4 * i + 6], acc[4 * i + 7])};
         __syncwarp();
         store_transposed(mine + (lane / 16 * 8 + lane % 8) * 32 + lane / 8 % 2 * 16, v);
         __syncwarp();
         const uint4 turned = *reinterpret_cast<const uint4*>(smem + (mine - shared(smem)) + lane * 16);
-        const int m = m0 + 8 * i + lane / 2;
-        const u32 pairs[4] = {__byte_perm(turned.x, turned.z, 0x5410), __byte_perm(turned.x, turned.z, 0x7632),
-                              __byte_perm(turned.y, turned.w, 0x5410), __byte_perm(turned.y, turned.w, 0x7632)};
-        u16* to = p.y + u64(m) * p.N + n;
-        if (m >= p.M || n >= p.N) {
-        } else if (p.N % 8 == 0) *reinterpret_cast<uint4*>(to) = {pairs[0], pairs[1], pairs[2], pairs[3]};
-        else {
-#pragma unroll 1
-          for (int j = 0; j < 8; j++)
-            if (n + j < p.N) to[j] = u16(pairs[j / 2] >> (16 * (j % 2)));
+        const uint4 pairs = {__byte_perm(turned.x, turned.z, 0x5410), __byte_perm(turned.x, turned.z, 0x7632),
+                             __byte_perm(turned.y, turned.w, 0x5410), __byte_perm(turned.y, turned.w, 0x7632)};
+        if (8 * i < rows_left && n < p.N) {
+          if (p.N % 8 == 0) *reinterpret_cast<uint4*>(to) = pairs;
+          else {
+            const u32 words[4] = {pairs.x, pairs.y, pairs.z, pairs.w};
+#pragma unroll
+            for (int j = 0; j < 8; j++)
+              if (n + j < p.N) to[j] = u16(words[j / 2] >> (16 * (j % 2)));
+          }
         }
+        to += 16 * p.N;
       }
     }
   }

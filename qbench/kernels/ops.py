@@ -4,10 +4,10 @@
                                                                    with a rotation R, x R in place of x
     dual_linear_experts(x [tokens, in], index [tokens, k], tiles of a stack) -> [tokens, k, out]
 
-Accumulation is in fp32 and deterministic. On CUDA, fp16 and bf16: up to FUSED_BATCH rows of x a fused kernel, above
-it one kernel that writes W in x's dtype and cuBLAS; fp32 always dequantizes. On the CPU: unpack, then fp32 matmul. The
-ops have fake implementations, so they work under torch.compile(fullgraph=True); in a CUDA graph they need one eager
-call of the same shape before the capture, which compiles the kernels.
+Accumulation is in fp32 and deterministic. On CUDA, fp16 and bf16: the fused kernel that blocks.py chooses by the rows
+of x, or, where that is faster, one kernel that writes W in x's dtype and cuBLAS; fp32 always dequantizes. On the CPU:
+unpack, then fp32 matmul. The ops have fake implementations, so they work under torch.compile(fullgraph=True); in a CUDA
+graph they need one eager call of the same shape before the capture, which compiles the kernels.
 """
 
 from __future__ import annotations
@@ -24,9 +24,8 @@ from qbench.kernels import blocks, cuda
 from qbench.kernels import tiles as layout
 from qbench.kernels.tiles import Tiles
 
-FUSED_BATCH = 512  # above it, dequantizing once and cuBLAS is as fast on an H200 (docs/performance.md)
-TRITON_BATCH = 64  # the same for the Triton kernels
-EXPERT_PAIRS = 64  # (token, expert) pairs up to which each is multiplied for itself; more are sorted (grouped.py)
+TRITON_BATCH = 64  # rows of x up to which the Triton kernel is faster than dequantizing
+EXPERT_PAIRS = 24  # (token, expert) pairs up to which each is multiplied for itself; more are sorted (grouped.py)
 HALF = (torch.float16, torch.bfloat16)
 
 
@@ -49,11 +48,16 @@ def backend(device: torch.device, dtype: torch.dtype) -> str:
     """What multiplies with tiles on `device`, for activations of `dtype`."""
     if device.type != "cuda":
         return "unpack + matmul"
-    which = "cuda" if cuda.refusal(device.index or 0) is None else "triton" if _has_triton() else "torch"
-    if dtype not in HALF or which == "torch":
-        return f"dequantize ({which}) + matmul"
-    limit = FUSED_BATCH if which == "cuda" else TRITON_BATCH
-    return f"dual_linear ({which}), dequantize + matmul above batch {limit}"
+    runs = [kernel for kernel in cuda.KERNELS if cuda.refusal(device.index or 0, kernel) is None]
+    dense = "cuda" if "dequantize" in runs else "triton" if _has_triton() else "torch"
+    dense, fused = f"dequantize ({dense}) + matmul", [kernel for kernel in runs if kernel != "dequantize"]
+    if dtype not in HALF:
+        return dense
+    if "dual_linear" not in fused and _has_triton():
+        return f"dual_linear (triton), {dense} above batch {TRITON_BATCH}"
+    if fused == ["dual_linear"]:
+        return f"dual_linear (cuda), {dense} above batch {blocks.NARROW}"
+    return f"{', '.join(fused)} (cuda) or {dense}, by batch" if fused else dense
 
 
 @torch.library.custom_op("qbench::dual_linear", mutates_args=())
@@ -141,28 +145,27 @@ def _linear_on_gpu(x: Tensor, tiles: Tiles, bias: Tensor | None) -> Tensor:
     device = x.device.index
     if not len(x):
         return x.new_empty(0, tiles.shape[0])
-    native = cuda.refusal(device) is None
     with torch.cuda.device(x.device):
-        if x.dtype in HALF and len(x) <= FUSED_BATCH:
+        if x.dtype in HALF:
             bias = None if bias is None else bias.to(x.dtype).contiguous()
-            plan = blocks.plan(len(x), *tiles.shape, tiles, device) if native else None
-            if plan is not None:
+            plan = blocks.plan(len(x), *tiles.shape, tiles, device)
+            if plan is not None and cuda.refusal(device, plan.kernel) is None:
                 return cuda.linear(_unit_stride(x), tiles, bias, plan)
-            if len(x) <= TRITON_BATCH and _has_triton():
+            if len(x) <= TRITON_BATCH and cuda.refusal(device) is not None and _has_triton():
                 from qbench.kernels import triton_linear
 
                 y = triton_linear.linear(_unit_stride(x), tiles)
                 return y if bias is None else y + bias
-        weight = _dequantize_on_gpu(tiles, x.dtype, native)
+        weight = _dequantize_on_gpu(tiles, x.dtype)
         if tiles.permutation is not None:
             x = x.index_select(-1, tiles.permutation)
         return F.linear(x, weight, None if bias is None else bias.to(x.dtype))
 
 
-def _dequantize_on_gpu(tiles: Tiles, dtype: torch.dtype, native: bool) -> Tensor:
+def _dequantize_on_gpu(tiles: Tiles, dtype: torch.dtype) -> Tensor:
     """W `[out, in]` in stored column order; the allocator hands the same buffer to layer after layer."""
     computed = dtype if dtype in (*HALF, torch.float32) else torch.float32
-    if native:
+    if cuda.refusal(tiles.data.device.index, "dequantize") is None:
         return cuda.dequantize(tiles, computed).to(dtype)
     if _has_triton():
         from qbench.kernels import triton_linear

@@ -252,6 +252,11 @@ def backend(weight: Format, dtype: torch.dtype) -> str:
     return kernel.backend(weight.device, dtype)
 
 
+def backend_of(device: torch.device) -> str:
+    """What multiplies with a dual-scaled weight on `device`, for activations in bf16."""
+    return ops.backend(device, torch.bfloat16) if _have_kernels(device) else DEQUANTIZE
+
+
 def _told(weight: Format) -> str:
     return f"format={weight.name}, bits_per_weight={weight.bits_per_weight:.3f}, method={weight.method}"
 

@@ -131,9 +131,8 @@ inline void bulk_copy(u32 to, const void* from, u32 bytes, u32 bar) {
   change(bar, here.rank, 0, -int(bytes));
 }
 inline void barrier_wait(u32 bar, u32 parity) {
-  while ((Barrier(barrier_at(bar, here.rank)).phase & 1) == parity) std::this_thread::sleep_for(std::chrono::microseconds(20));
+  while ((Barrier(barrier_at(bar, here.rank)).phase & 1) == parity) std::this_thread::sleep_for(std::chrono::milliseconds(1));
 }
-inline void barrier_wait_cluster(u32 bar, u32 parity) { barrier_wait(bar, parity); }
 inline void publish_writes() {}
 inline void prefetch(const void*) {}
 inline void store4(u32 to, uint4 v) { memcpy(here.block->memory.data() + to, &v, 16); }
