@@ -27,7 +27,7 @@ SHAPES = {  # experts, of which a token is sent to; hidden and intermediate size
     "deepseek-v2.5": (160, 6, 5120, 1536),
     "tiny": (8, 2, 256, 128),
 }
-TOKENS = (1, 8, 16, 64, 128, 512, 2048, 8192)
+TOKENS = (1, 8, 16, 64, 128, 512, 2048, 8192, 16384)
 ROUTINGS = 4  # a call each in one graph
 
 
@@ -92,12 +92,13 @@ def time_module(module: torch.nn.Module, calls: list[tuple[Tensor, Tensor, Tenso
 
 def ways(tokens: int, pairs: int) -> dict[str, dict[tuple[object, str], int]]:
     """What is timed: the product as it is chosen, and the others, by the constants that choose them."""
-    fused = {(ops, "EXPERT_PAIRS"): 0, (grouped, "FUSED_PAIRS"): 2**30}
-    found = {"W4": {}, "W4 sorted, fused": fused}
-    if tokens >= 512:
-        found["W4 sorted, written in bf16"] = {(ops, "EXPERT_PAIRS"): 0, (grouped, "FUSED_PAIRS"): 0}
-    if pairs <= 256:
+    found = {"W4": {}}
+    if pairs <= 4 * ops.EXPERT_PAIRS:
         found["W4 a pair at a time"] = {(ops, "EXPERT_PAIRS"): 2**30}
+        found["W4 sorted, fused"] = {(ops, "EXPERT_PAIRS"): 0}
+    if tokens >= 2048:
+        found["W4 sorted, fused"] = {(grouped, "FUSED_PAIRS"): 2**30}
+        found["W4 sorted, written in bf16"] = {(grouped, "FUSED_PAIRS"): 0}
     return found
 
 

@@ -66,8 +66,8 @@ class Kernel(Protocol):
         """x `[..., in]` times the weight `[out, in]`, plus bias `[out]`; in x's dtype. Under torch.compile too."""
         ...
 
-    def experts(self, x: Tensor, index: Tensor, layout: Layout) -> Tensor:
-        """x `[tokens, in]` times matrices index `[tokens, k]` of a stack: `[tokens, k, out]`.
+    def experts(self, x: Tensor, index: Tensor, layouts: Sequence[Layout]) -> list[Tensor]:
+        """x `[tokens, in]` times matrices index `[tokens, k]` of each of one or two stacks: `[tokens, k, out]` each.
 
         Where an index is none of the stack's, since that expert lives elsewhere, the result may be anything.
         """

@@ -39,6 +39,11 @@ def linear_experts(x: Tensor, index: Tensor, tiles: Tiles) -> Tensor:
     return dual_linear_experts(x, index, *tiles.flat())
 
 
+def linear_both_experts(x: Tensor, index: Tensor, first: Tiles, second: Tiles) -> list[Tensor]:
+    """The same for two stacks that read the same x; in one launch where it can be."""
+    return dual_linear_both_experts(x, index, *first.flat(), *second.flat())
+
+
 def wanted() -> bool:
     """Whether the environment lets the kernels run: QBENCH_KERNELS=0 asks for plain torch."""
     return os.environ.get("QBENCH_KERNELS", "1") != "0"
@@ -96,19 +101,62 @@ def _(x, index, tensors, numbers):
 
 @dual_linear_experts.register_kernel("cuda")
 def _(x, index, tensors, numbers):
-    tiles = Tiles.over(tensors, numbers)
-    if x.dtype in HALF and 0 < index.numel() <= EXPERT_PAIRS and cuda.refusal(x.device.index) is None:
-        _check(x, tiles)
-        rows, columns = tiles.shape[-2:]
-        plan = blocks.plan(1, rows, columns, tiles, x.device.index)
+    return _pairs_on_gpu(x, index, [Tiles.over(tensors, numbers)])[0]
+
+
+@torch.library.custom_op("qbench::dual_linear_both_experts", mutates_args=())
+def dual_linear_both_experts(
+    x: Tensor,
+    index: Tensor,
+    tensors: Sequence[Tensor | None],
+    numbers: Sequence[int],
+    second_tensors: Sequence[Tensor | None],
+    second_numbers: Sequence[int],
+) -> list[Tensor]:
+    """The op behind `linear_both_experts`."""
+    both = (tensors, numbers), (second_tensors, second_numbers)
+    return [dual_linear_experts(x, index, *one) for one in both]
+
+
+@dual_linear_both_experts.register_fake
+def _(x, index, tensors, numbers, second_tensors, second_numbers):
+    both = Tiles.over(tensors, numbers), Tiles.over(second_tensors, second_numbers)
+    return [x.new_empty(*index.shape, tiles.shape[-2]) for tiles in both]
+
+
+@dual_linear_both_experts.register_kernel("cuda")
+def _(x, index, tensors, numbers, second_tensors, second_numbers):
+    first, second = Tiles.over(tensors, numbers), Tiles.over(second_tensors, second_numbers)
+    if _launch_together(first, second, x.dtype):
+        return _pairs_on_gpu(x, index, [first, second])
+    return [_pairs_on_gpu(x, index, [tiles])[0] for tiles in (first, second)]
+
+
+def _launch_together(first: Tiles, second: Tiles, dtype: torch.dtype) -> bool:
+    """Whether one launch serves both: they differ in nothing but what they hold."""
+    alike = first.shape == second.shape and first.nbits == second.nbits and first.group_size == second.group_size
+    stored = [[tensor is None for tensor in tiles.flat()[0]] for tiles in (first, second)]
+    scaled = dtype == torch.bfloat16 or first.exponent == second.exponent
+    own = first.codebook is not None or first.rotation is not None or second.rotation is not None
+    return alike and first.has_zero == second.has_zero and stored[0] == stored[1] and scaled and not own
+
+
+def _pairs_on_gpu(x: Tensor, index: Tensor, stacks: list[Tiles]) -> list[Tensor]:
+    """For each stack `[tokens, k, out]`; in one launch if they are few, else sorted."""
+    tiles, device, pairs = stacks[0], x.device.index, index.numel()
+    _check(x, tiles)
+    rows, columns = tiles.shape[-2:]
+    if x.dtype in HALF and 0 < pairs <= EXPERT_PAIRS and cuda.refusal(device) is None:
+        plan = blocks.plan(1, rows * pairs * len(stacks), columns, tiles, device)  # as one matrix of so many rows
         if plan is not None:
-            x, tiles = _rotated(x, tiles)
+            x = _unit_stride(_rotated(x, tiles)[0])
             with torch.cuda.device(x.device):
-                return cuda.experts(_unit_stride(x), index, tiles, plan).view(*index.shape, rows)
+                return [y.view(*index.shape, rows) for y in cuda.experts(x, index, stacks, plan)]
     from qbench.kernels import grouped, routes
 
     held = routes.route(index, tiles.data.shape[0])
-    return grouped.dual_linear(x, tiles, held, gather=True).index_select(0, held.place).view(*index.shape, -1)
+    found = [grouped.dual_linear(x, one, held, gather=True).index_select(0, held.place) for one in stacks]
+    return [y.view(*index.shape, rows) for y in found]
 
 
 def _expert_by_expert(x: Tensor, index: Tensor, tiles: Tiles) -> Tensor:

@@ -71,7 +71,10 @@ class QuantExperts(nn.Module):
         held = [getattr(self, name) for name in self.projections]
         if top_k_index is None or top_k_weights is None:
             return self._shares(hidden_states, held)
-        if all(one.kernel is not None and top_k_index.numel() <= one.kernel.pairs for one in held):
+        kernels = [one.kernel for one in held]
+        if all(kernel is not None and top_k_index.numel() <= kernel.pairs for kernel in kernels) and (
+            kernels[:-1] == kernels[:1] * (len(kernels) - 1)  # what reads x is multiplied together
+        ):
             return self._pairs(hidden_states, top_k_index, top_k_weights, held)
         if sorts(hidden_states):
             return self._sorted(hidden_states, top_k_index, top_k_weights, held)
@@ -121,7 +124,8 @@ class QuantExperts(nn.Module):
         biased = self.activation.bias is not None or self.down_proj_bias is not None
         chosen = index.clamp_max(self.num_experts - 1) if biased else index
         *first, down = held
-        inner = self.activation([one.kernel.experts(x, index, one.layout) for one in first], chosen)
-        y = down.kernel.experts(inner.flatten(0, 1), index.reshape(-1, 1), down.layout)
+        outputs = first[0].kernel.experts(x, index, [one.layout for one in first])
+        inner = self.activation(outputs, chosen).flatten(0, 1)
+        (y,) = down.kernel.experts(inner, index.reshape(-1, 1), [down.layout])
         y = self._finish(y.flatten(0, 1), chosen.flatten())
         return combine(y, index, scores, self.num_experts).to(x.dtype)

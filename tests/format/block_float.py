@@ -120,9 +120,9 @@ class BytePerCodeKernel:
     def linear(self, x: Tensor, layout: BytePerCode, bias: Tensor | None = None) -> Tensor:
         return F.linear(x, values_of(layout.codes, layout.exponent).to(x.dtype), bias)
 
-    def experts(self, x: Tensor, index: Tensor, layout: BytePerCode) -> Tensor:
-        stack = values_of(layout.codes, layout.exponent).to(x.dtype)
-        return torch.einsum("tkoi,ti->tko", stack[index.clamp_max(len(stack) - 1)], x)
+    def experts(self, x: Tensor, index: Tensor, layouts: Sequence[BytePerCode]) -> list[Tensor]:
+        stacks = [values_of(layout.codes, layout.exponent).to(x.dtype) for layout in layouts]
+        return [torch.einsum("tkoi,ti->tko", stack[index.clamp_max(len(stack) - 1)], x) for stack in stacks]
 
     def grouped(self, x: Tensor, layout: BytePerCode, routes: Routes, gather: bool) -> Tensor:
         x = x.index_select(0, routes.token) if gather else x

@@ -135,19 +135,20 @@ def test_options(emulated, generator):
 
 @pytest.mark.slow
 def test_experts_in_one_launch(emulated, generator):
-    weight = random_weight((3, 24, 200), 4, 64, generator)
-    tiles = to_tiles(weight)
+    """Of one stack, and of two that read the same x; some experts live elsewhere."""
+    stacks = [random_weight((3, 24, 200), 4, 64, generator, permuted=True) for _ in range(2)]
     x = torch.randn(2, 200, generator=generator).bfloat16()
-    index = torch.tensor([[2, 0], [1, 1]])
-    y = cuda.experts(x, index, tiles, Plan(1, 1, 1, 2, 1, 1)).view(2, 2, 24)
-    assert len(emulated) == 1
-    cuda.experts(x, torch.tensor([[3, 0], [1, 7]]), tiles, Plan(1, 1, 1, 2, 1, 1))  # some live elsewhere
-    dense = weight.dequantize().double()
-    for token in range(2):
-        for slot in range(2):
-            expected = dense[index[token, slot]] @ x[token].double()
-            assert (y[token, slot].double() - expected).norm() / expected.norm() < 1e-2
-    assert tiles.select(1).shape == (24, 200)
+    index, plan = torch.tensor([[2, 0, 3], [1, 1, 9]]), Plan(1, 1, 1, 2, 1, 1)
+    for count in (1, 2):
+        ys = cuda.experts(x, index, [to_tiles(weight) for weight in stacks[:count]], plan)
+        assert len(emulated) == count
+        for weight, y in zip(stacks, ys, strict=False):
+            dense = weight.dequantize().double()[index.clamp_max(2)]
+            expected = torch.einsum("tkoi,ti->tko", dense, x.double())
+            here = (index < 3).flatten()
+            found = y.double()[here] - expected.view(6, 24)[here]
+            assert found.norm() < 1e-2 * expected.view(6, 24)[here].norm()
+    assert to_tiles(stacks[0]).select(1).shape == (24, 200)
 
 
 def check_sorted_experts(generator, weight, tokens, per_token, dtype, plan, index=None):
