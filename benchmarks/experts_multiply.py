@@ -28,7 +28,6 @@ SHAPES = {  # experts, of which a token is sent to; hidden and intermediate size
     "tiny": (8, 2, 256, 128),
 }
 TOKENS = (1, 8, 16, 64, 128, 512, 2048, 8192, 16384)
-ROUTINGS = 4  # a call each in one graph
 
 
 def random_stack(experts: int, rows: int, columns: int, nbits: int = 4, group_size: int = 64) -> QuantizedWeight:
@@ -75,10 +74,10 @@ def made(shape: str, nbits: int = 4) -> tuple[QuantExperts, torch.nn.Module]:
 
 
 def inputs(shape: str, tokens: int) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """x, indices and scores of `ROUTINGS` calls, each token to the best of random scores."""
+    """x, indices and scores of some calls, one graph's, each token to the best of random scores."""
     experts, per_token, hidden, _ = SHAPES[shape]
     calls = []
-    for seed in range(ROUTINGS * (4 if tokens <= 16 else 1)):  # what few tokens read would stay in the cache
+    for seed in range(16 if tokens <= 16 else 2 if tokens >= 2048 else 4):  # what few tokens read stays in the cache
         generator = torch.Generator(DEVICE).manual_seed(seed)
         scores = torch.rand(tokens, experts, generator=generator, device=DEVICE).topk(per_token)
         x = torch.randn(tokens, hidden, generator=generator, device=DEVICE).bfloat16()
@@ -87,7 +86,7 @@ def inputs(shape: str, tokens: int) -> list[tuple[Tensor, Tensor, Tensor]]:
 
 
 def time_module(module: torch.nn.Module, calls: list[tuple[Tensor, Tensor, Tensor]]) -> Timing:
-    return time_calls([lambda call=call: module(*call) for call in calls])
+    return time_calls([lambda call=call: module(*call) for call in calls], 21 if len(calls[0][0]) < 2048 else 9)
 
 
 def ways(tokens: int, pairs: int) -> dict[str, dict[tuple[object, str], int]]:
