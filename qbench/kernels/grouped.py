@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qbench.format.format import Format
-from qbench.format.stack import span
+from qbench.format.stack import span, take
 from qbench.kernels import cuda, cuda_experts, ops
 from qbench.kernels import tiles as layout
 from qbench.kernels.routes import Routes, has_triton
@@ -35,6 +35,8 @@ def multiply(x: Tensor, weight: Format, routes: Routes, gather: bool) -> Tensor:
     """
     experts, out, columns = weight.shape
     x = x.index_select(0, routes.token) if gather else x
+    if 0 < len(x) <= experts // 2 and (y := _own_matrices(x, weight, routes.expert)) is not None:
+        return y
 
     def dense(first: int, last: int) -> Tensor:
         step = max(1, TRANSIENT_NUMBERS // (out * columns))
@@ -47,6 +49,21 @@ def multiply(x: Tensor, weight: Format, routes: Routes, gather: bool) -> Tensor:
         return stack
 
     return _in_parts(x, dense, routes, out)
+
+
+def _own_matrices(x: Tensor, weight: Format, expert: Tensor) -> Tensor | None:
+    """Rows of x `[pairs, in]` times the matrix of each, all dequantized: less than the stack where pairs are few.
+
+    None for a format whose tensors no index on the device can choose from.
+    """
+    step = max(1, TRANSIENT_NUMBERS // (weight.shape[1] * weight.shape[2]))
+    parts = []
+    for at in range(0, len(x), step):
+        some = take(weight, expert[at : at + step])
+        if some is None:
+            return None
+        parts.append(torch.bmm(some.dequantize(x.dtype), x[at : at + step].unsqueeze(-1)).squeeze(-1))
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def dual_linear(x: Tensor, tiles: Tiles, routes: Routes, gather: bool) -> Tensor:

@@ -75,6 +75,19 @@ def test_stacks_that_do_not_fit(generator, monkeypatch, limits):
     assert torch.equal(grouped.multiply(x[made.token.long()], weight, made, False), whole)
 
 
+def test_few_pairs_dequantize_their_own_matrices(generator, monkeypatch):
+    weight = random_weight((EXPERTS, 24, 64), 4, 64, generator)
+    index, x = torch.tensor([[5, 2, 6]]), torch.randn(1, 64, generator=generator)
+    made, dense, shapes = route(index, EXPERTS), weight.dequantize(), []
+    before = type(weight).dequantize
+    monkeypatch.setattr(type(weight), "dequantize", lambda self, *a: shapes.append(self.shape) or before(self, *a))
+    for largest in (2**27, 1):
+        monkeypatch.setattr(grouped, "TRANSIENT_NUMBERS", largest)
+        y = grouped.multiply(x, weight, made, True)
+        torch.testing.assert_close(y[:2], torch.stack([dense[2] @ x[0], dense[5] @ x[0]]))
+    assert shapes == [(3, 24, 64), *[(1, 24, 64)] * 3]
+
+
 def test_opcheck(generator):
     tiles = to_tiles(random_weight((EXPERTS, 24, 200), 3, 64, generator, permuted=True))
     index, x = some_index(generator, 5, 2), torch.randn(5, 200, generator=generator)
