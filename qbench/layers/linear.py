@@ -16,8 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qbench.format.format import Format
-from qbench.kernels import ops
+from qbench.kernels import grouped, ops
 from qbench.kernels.kernel import Kernel, Layout, kernel_of
+from qbench.kernels.routes import Routes
 
 DEQUANTIZE = "dequantize + matmul"
 LAID_OUT = "kernel_"  # in front of the names of a layout's buffers
@@ -111,6 +112,16 @@ class PackedWeight(nn.Module):
             return lambda x, index: kernel.linear(x, layout.select(index))
         weight = self.quantized
         return lambda x, index: F.linear(x, weight.select(index).dequantize(x.dtype))
+
+    def multiply_sorted(self, x: Tensor, routes: Routes, gather: bool) -> Tensor:
+        """For a stack: pairs of token and expert, sorted by expert, times their matrices: `[pairs, out]`.
+
+        x is `[tokens, in]` with `gather`, else `[pairs, in]` and sorted. Nothing is read back from the GPU.
+        """
+        kernel, layout = self._kernel, self.layout
+        if kernel is not None and layout is not None:
+            return kernel.grouped(x, layout, routes, gather)
+        return grouped.multiply(x, self.quantized, routes, gather)
 
     def _stored(self) -> dict[str, Tensor]:
         """The format's tensors that are buffers now: all of them, or those that stay beside a kernel's layout."""
@@ -239,6 +250,11 @@ def backend(weight: Format, dtype: torch.dtype) -> str:
         reason = f"the format {weight.name}" if kernel is None else reason
         return f"{DEQUANTIZE} (no fused kernel for {reason})"
     return kernel.backend(weight.device, dtype)
+
+
+def backend_of(device: torch.device) -> str:
+    """What multiplies with a dual-scaled weight on `device`, for activations in bf16."""
+    return ops.backend(device, torch.bfloat16) if _have_kernels(device) else DEQUANTIZE
 
 
 def _told(weight: Format) -> str:
