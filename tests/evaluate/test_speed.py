@@ -9,7 +9,7 @@ from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
 from qbench.config import SpeedConfig
 from qbench.errors import PointError, RequestError
-from qbench.evaluate import energy, speed
+from qbench.evaluate import energy, speed, steps
 from qbench.passes.quantize import quantize_model
 from qbench.record.result import Result
 from qbench.registry import make_quantizer
@@ -44,7 +44,7 @@ def decoded(decoder, steps):
 @torch.inference_mode()
 def test_the_timed_decode_is_greedy_generation(quantizer):
     tested, ids = model(quantizer=quantizer), prompt()
-    decoder = speed.Decoder(tested, ids, steps=6)
+    decoder = steps.Decoder(tested, ids, steps=6)
     found = decoded(decoder, 5)
     assert len(found.unique()) > 2
     options = dict(max_new_tokens=6, min_new_tokens=6, do_sample=False, pad_token_id=0)
@@ -73,7 +73,7 @@ def test_a_step_can_be_captured(quantizer, monkeypatch):
     if quantizer is not None:
         settings = {"name": quantizer, "group_size": 64} | ({} if quantizer == "nf4" else {"nbits": 4})
         quantize_model(built, make_quantizer(settings))
-    decoder = speed.Decoder(built, prompt(), steps=6)
+    decoder = steps.Decoder(built, prompt(), steps=6)
     expected = decoded(decoder, 4)
     decoder.rewind()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -86,7 +86,7 @@ def test_a_step_can_be_captured(quantizer, monkeypatch):
 @torch.inference_mode()
 def test_what_is_not_captured():
     for quantizer in (None, "rtn"):
-        decoder = speed.Decoder(model("moe", quantizer), prompt(), steps=6)
+        decoder = steps.Decoder(model("moe", quantizer), prompt(), steps=6)
         assert decoder.capture() == (decoder.step, "the model is a mixture of experts")
 
 
@@ -99,7 +99,7 @@ def test_sliding_windows_are_filled_again():
     )  # fmt: skip
     torch.manual_seed(0)
     tested, ids = Gemma3ForCausalLM(config).eval().requires_grad_(False), prompt()
-    decoder = speed.Decoder(tested, ids, steps=6)
+    decoder = steps.Decoder(tested, ids, steps=6)
     first = decoded(decoder, 5)
     decoder.rewind()
     assert torch.equal(decoded(decoder, 5), first)
@@ -178,7 +178,7 @@ def test_joules_per_token(monkeypatch):
 def test_graph_decode_is_the_eager_decode():
     tested = model(quantizer="sinq").to("cuda", torch.bfloat16)
     with torch.inference_mode():
-        decoder = speed.Decoder(tested, prompt().cuda(), steps=6)
+        decoder = steps.Decoder(tested, prompt().cuda(), steps=6)
         expected = decoded(decoder, 5)
         replay, refused = decoder.capture()
         assert refused is None
