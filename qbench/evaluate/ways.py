@@ -21,11 +21,13 @@ from torch import Tensor, nn
 from qbench.evaluate import attention
 from qbench.evaluate.memory import Peak
 from qbench.evaluate.steps import Decoder, Prefill
+from qbench.kernels import together
 from qbench.layers.experts import stacked_parameters
 from qbench.model.linears import block_list
 
 BACKEND = "inductor"
 OPTIONS: dict[str, Any] = {"triton.cudagraphs": False}  # of inductor
+TOGETHER = True  # packed weights that multiply the same x, as q, k and v do, share a launch
 KINDS = 64  # compilations: kinds of blocks, times what differs in whole numbers between blocks of one kind
 MOST_DIFFERENCE = 0.3  # of the logits: 16-bit rounding gives some 0.02, a model that computes something else above 1
 
@@ -175,7 +177,7 @@ def _compiled_blocks(model: Any, cache: Any) -> Iterator[None]:
             block.forward = _Block(run, block, cache, Cache(layers=[layer]))
         for module in numbered:
             module.layer_idx = 0
-        with patched:
+        with patched, _merging():
             yield
     finally:
         for module, number in zip(numbered, numbers, strict=True):
@@ -183,6 +185,15 @@ def _compiled_blocks(model: Any, cache: Any) -> Iterator[None]:
         for block in blocks:
             vars(block).pop("forward", None)
         _forget()
+
+
+def _merging() -> Any:
+    """While it lasts, inductor lets the linears of one x share a launch."""
+    if BACKEND != "inductor" or not TOGETHER:
+        return nullcontext()
+    from torch._inductor import config
+
+    return config.patch(post_grad_custom_pre_pass=together.graph_pass())
 
 
 class _Block:
