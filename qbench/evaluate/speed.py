@@ -31,6 +31,7 @@ from qbench.record.speed import InferenceRecord, Method, PhaseRecord, SpeedRecor
 log = logging.getLogger(__name__)
 
 NAMES = ("none", "default")
+FEW = 8  # tokens at a time for which both ways of multiplying experts are tried: one of them copies the chosen experts
 SIZES = ("batch_size", "prefill_tokens", "context_tokens", "decode_tokens", "repeats")
 
 
@@ -80,10 +81,13 @@ def _phase(work: Prefill | Decoder, steps: int, config: SpeedConfig) -> PhaseRec
     """The work in each way that there is, as the fastest has it; `steps` make one run."""
     device, experts = work.model.device.type, ways.experts_of(work.model)
     plain = "cuda graph" if device == "cuda" else "eager"
-    several = ways.EXPERTS if experts in ways.EXPERTS and device == "cuda" else (experts,)
+    few = device == "cuda" and work.attends_to_past and work.tokens <= FEW
+    several = ways.EXPERTS if few and experts in ways.EXPERTS else (experts,)
     tried = [_timed(work, steps, config.repeats, plain, how) for how in several]
     if config.compiles(device):
         how = _fastest(tried)[0].experts
+        if work.tokens == 1 and len(several) > 1:  # where a compiler reads the experts from where they lie
+            how = "batched_mm"
         tried.append(_timed(work, steps, config.repeats, "compiled", how))
     refused = tried[0][0].refused
     if _fastest(tried)[1] is None:
