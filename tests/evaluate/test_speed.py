@@ -198,14 +198,14 @@ def test_a_replayed_prefill_gives_the_eager_logits(way):
     use_kernels(tested)
     with torch.inference_mode():
         work = steps.Prefill(tested, prompt(tokens=40).cuda())
-        expected = work.step().float()
+        expected, step, newest = work.step().float(), work.step, []
+        work.step = lambda: newest.append(step()) or newest[-1]
         with ways.WAYS[way](work) as found:
             for _ in range(2):
                 work.rewind()
-                logits = found.run()
-                work.rewind()
-            assert logits is None or torch.allclose(logits.float(), expected)
-            assert (found.difference or 0) < 0.1
+                newest[-1].zero_()  # what the captured step writes
+                found.run()
+                assert (newest[-1].float() - expected).norm() / expected.norm() < (0.1 if way == "compiled" else 1e-6)
 
 
 @pytest.mark.gpu
