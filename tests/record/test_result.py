@@ -119,7 +119,8 @@ def test_every_way_is_kept_and_summarized():
     assert "decode_compiled_tokens_per_second" not in summary
 
 
-def test_every_way_is_shown(capsys):
+def test_every_way_is_shown(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
     result = example(speed=several_ways())
     terminal.show(replace(result, config=result.config | {"outputs": "outputs"}))
     shown = [" ".join(line.split()) for line in capsys.readouterr().err.splitlines()]
