@@ -57,3 +57,20 @@ def test_the_op_and_the_pass(generator):
     assert names.count("qbench.dual_linears.default") == 1
     assert names.count("qbench.dual_linear.default") == 1  # of another x, and with a bias
     assert all(torch.equal(a, b) for a, b in zip(traced(x), expected, strict=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("rows", [(4096, 1024, 1024), (12288, 12288), (72, 24, 40, 16)])
+def test_on_a_gpu(rows, dtype):
+    draw = torch.Generator().manual_seed(0)
+    weights = [random_weight((count, 1088), 4, 64, draw) for count in rows]
+    on_gpu = [w.with_tensors({name: tensor.cuda() for name, tensor in w.tensors().items()}) for w in weights]
+    tiles = [to_tiles(weight) for weight in on_gpu]
+    x = torch.randn(1, 1, 1088, generator=draw).to("cuda", dtype)
+    found = torch.ops.qbench.dual_linears(x, *flattened(tiles))
+    assert [tuple(y.shape) for y in found] == [(1, 1, count) for count in rows]
+    for y, weight in zip(found, weights, strict=True):
+        assert relative_error(y[0].cpu(), x[0].cpu(), weight, None) <= (1e-3 if dtype == torch.float16 else 1e-2)
+    again = torch.ops.qbench.dual_linears(x, *flattened(tiles))
+    assert all(torch.equal(a, b) for a, b in zip(found, again, strict=True))
