@@ -45,9 +45,9 @@ def check(config: SpeedConfig) -> None:
             raise RequestError(f"speed.{key}={value}, but speed=none measures nothing; add speed=default")
         if config.name == "none" or key == "compile":
             continue
-        for each in config.lengths if key == "prefill_tokens" else (value,):
+        for each in (config.lengths or (value,)) if key == "prefill_tokens" else (value,):
             if not isinstance(each, int) or isinstance(each, bool) or each < 1:
-                raise RequestError(f"speed.{key} must be at least 1, got {each}")
+                raise RequestError(f"speed.{key} must be a whole number, at least 1, got {each}")
     if len(set(config.lengths)) != len(config.lengths):
         raise RequestError(f"speed.prefill_tokens={list(config.lengths)} names a length twice")
 

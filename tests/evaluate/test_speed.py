@@ -130,6 +130,10 @@ def test_a_sequence_that_is_too_long():
     [
         (SpeedConfig("none", batch_size=4), "speed.batch_size", ["speed=none", "speed=default"]),
         (SpeedConfig("default", 1, 8, 8, 8, 0), "speed.repeats", ["1", "0"]),
+        (SpeedConfig("default", 1, [8, "long"], 8, 8, 1), "speed.prefill_tokens", ["1", "long"]),
+        (SpeedConfig("default", 1, [], 8, 8, 1), "speed.prefill_tokens", ["1", "[]"]),
+        (SpeedConfig("default", 1, [8, 8], 8, 8, 1), "speed.prefill_tokens", ["twice"]),
+        (SpeedConfig("none", compile=True), "speed.compile", ["speed=none", "speed=default"]),
         (SpeedConfig("fast"), "speed", ["default", "none"]),
     ],
 )
