@@ -31,7 +31,9 @@ class PackedWeight(nn.Module):
         super().__init__()
         self._format = weight  # describes the weight; its tensors are replaced by the module's buffers below
         self._kernel: Kernel | None = None  # while the weight is laid out for it
-        self._numbers: tuple[int, ...] = ()  # of that layout
+        self._numbers: list[
+            int
+        ] = []  # of that layout; a compiler takes those of a list one by one, a tuple's as they are
         for name, tensor in weight.tensors().items():
             self.register_buffer(name, tensor)
 
@@ -77,7 +79,7 @@ class PackedWeight(nn.Module):
             del self._buffers[name]
         for name, tensor in zip(kernel.buffers, tensors, strict=True):
             self.register_buffer(LAID_OUT + name, tensor, persistent=False)
-        self._kernel, self._numbers = kernel, tuple(numbers)
+        self._kernel, self._numbers = kernel, list(numbers)
         return True
 
     def restore(self) -> None:
@@ -87,7 +89,7 @@ class PackedWeight(nn.Module):
         weight = self.quantized
         for name in self._kernel.buffers:
             delattr(self, LAID_OUT + name)
-        self._kernel, self._numbers, self._format = None, (), weight
+        self._kernel, self._numbers, self._format = None, [], weight
         for name, tensor in weight.tensors().items():
             self._buffers.pop(name, None)
             self.register_buffer(name, tensor)
