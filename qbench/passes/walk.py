@@ -32,11 +32,12 @@ from qbench.model.readers import mark_without_storage
 from qbench.passes.account import Tally
 from qbench.passes.chain import Calls, Chain
 from qbench.passes.groups import Groups
-from qbench.passes.own import has_own, take_own
+from qbench.passes.own import has_own, sharing, take_own
 from qbench.passes.quantize import require_finite_weights
 from qbench.passes.shown import Collected, Group, Shown
 from qbench.passes.states import States
-from qbench.passes.variant import Names, Variant, sharing
+from qbench.passes.transformed import Replaced
+from qbench.passes.variant import Names, Variant
 from qbench.sources.ahead import ahead
 from qbench.sources.stream import Stream
 
@@ -81,11 +82,12 @@ class Walk:
         Its own embedding, norms and head are put in their places. Raises PointError for what does not fit.
         """
         variant.states = None if begun is None else States.like(begun)
-        if not has_own(variant.quantizer):
+        around = {} if variant.transformed is None else variant.transformed.begin()
+        if not has_own(variant.quantizer) and not around:
             return
-        model = sharing(self.model)
+        model, own = sharing(self.model), Replaced(around) if around else variant.quantizer
         blocks = {f"{self.stream.prefix}.{i}.{name}" for i in range(len(self.stream)) for name in self._in_block(i)}
-        variant.others += take_own(model, variant.quantizer, without=blocks, places=model)
+        variant.others += take_own(model, own, without=blocks, places=model)
         if not variant.others:
             return
         variant.model, variant.chain = model, Chain.of(model)
