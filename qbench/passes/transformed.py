@@ -66,7 +66,6 @@ class Transformed:
         self.folds: dict[str, FoldRow] = {}
         self.alone: list[AloneRow] = []
         self.covered = 0  # weights
-        self._known: dict[Any, Observed] = {}
 
     @torch.no_grad()
     def begin(self) -> Tensors:
@@ -142,10 +141,10 @@ class Transformed:
         )
 
     def _observed(self, i: int, wide: nn.Module) -> Observed:
-        kind = tuple((n, type(m).__name__, *(p.shape for p in m.parameters(False))) for n, m in wide.named_modules())
-        if kind not in self._known:
-            self._known[kind] = observe(wide, lambda: self._runs(i)(wide, self.states))
-        return self._known[kind]
+        known, kind = self.walk.observed, _kind(wide)
+        if kind not in known:
+            known[kind] = observe(wide, lambda: self._runs(i)(wide, self.states))
+        return known[kind]
 
     def _runs(self, i: int) -> Callable[[nn.Module, Tensor], Tensor]:
         call = _call_in_fp32(self.calls[i])
@@ -184,10 +183,7 @@ class Transformed:
         """The reason of the first block of its kind that is not the same block in the other basis."""
         kinds: set[Any] = set()
         for i, skeleton in enumerate(self.walk.skeleton.get_submodule(self.walk.stream.prefix)):
-            kind = tuple(
-                (n, type(m).__name__, *(p.shape for p in m.parameters(False))) for n, m in skeleton.named_modules()
-            )
-            if kind in kinds:
+            if (kind := _kind(skeleton)) in kinds:
                 continue
             kinds.add(kind)
             wide, run = in_fp32(self.walk.stream.block(i)), self._runs(i)
@@ -252,6 +248,10 @@ def _as_fold_says(block: nn.Module, reader: str) -> str:
     module = block.get_submodule(reader)
     stacks = stacked_parameters(module)
     return f"{reader}.{next(key for key in stacks if key != 'down_proj')}" if stacks else reader
+
+
+def _kind(block: nn.Module) -> Any:
+    return tuple((n, type(m).__name__, *(p.shape for p in m.parameters(False))) for n, m in block.named_modules())
 
 
 def _moved(one: Tensor, other: Tensor) -> float:

@@ -40,6 +40,7 @@ from qbench.passes.transformed import Replaced
 from qbench.passes.variant import Names, Variant
 from qbench.sources.ahead import ahead
 from qbench.sources.stream import Stream
+from qbench.transforms.observe import Observed
 
 After = Callable[[Tensor, int, int], None]  # changes, in place, what block `i` gave out for batch `b`: (states, i, b)
 
@@ -63,6 +64,7 @@ class Walk:
                 require_finite_weights(*names.inside(stream.block(i)))
         self.ids: list[Tensor] = []
         self.calls: list[Calls] = []
+        self.observed: dict[Any, Observed] = {}  # of blocks, by kind, for those variants that are transformed
 
     def begin(self, batches: Sequence[np.ndarray], on_host: bool) -> States:
         """The states in front of the first block; `batches` are int64 `[rows, tokens]`."""

@@ -62,10 +62,8 @@ class Identity(Strict):
     @property
     def method(self) -> str:
         """What quantized, after the transform that the weights were given: `presinq+rtn`."""
-        transform = (
-            self.quantizer.get("transform") if self.transform is None else self.transform["name"]
-        )  # packed: both
-        return "+".join(map(str, filter(None, (transform, self.quantizer.get("name")))))
+        before = (self.transform or {}).get("name", self.quantizer.get("transform"))  # the latter: packed
+        return "+".join(str(name) for name in (before, self.quantizer.get("name")) if name is not None)
 
     @property
     def original(self) -> tuple[str, ...]:

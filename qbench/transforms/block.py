@@ -2,10 +2,10 @@
 
 Two things carry a factor from one weight to another without a change of the block's function:
 
-    a norm and what reads it      y = gain * x / rms(x),  W y:   gain * t, W / t          for every reader of y
-    a linear that feeds another   W2 (a * (W1 x)):               W1's rows * t, W2 / t    a is made without W1
+    a norm and what reads it      y = gain * x / rms(x),  W y: gain * t, W / t            for every reader of y
+    a linear that feeds another   W2 (a * (W1 x)):             W1's rows * t, W2 / t      a is made without W1
 
-What reads a norm is linears, fused experts, routers and gates: all are divided, or the function is another. A feed holds
+What reads a norm is linears, fused experts, routers and gates: all are divided, or the function is another. A feed has
 its channels: v feeds o head by head, and with grouped queries a channel of v feeds a channel of several heads of o.
 """
 

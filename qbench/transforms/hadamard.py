@@ -77,4 +77,5 @@ def orthogonal(channels: int, seed: int) -> Tensor:
     block = channels & -channels
     signs = torch.randint(0, 2, (channels, 1), generator=random, dtype=torch.float64) * 2 - 1
     odd, _ = torch.linalg.qr(torch.randn(channels // block, channels // block, generator=random, dtype=torch.float64))
-    return (signs * torch.kron(odd.contiguous(), hadamard(torch.eye(block, dtype=torch.float64), block))).float()
+    mixed = hadamard(torch.eye(block, dtype=torch.float64), block)
+    return (signs * torch.kron(odd.contiguous(), mixed.contiguous())).float()
