@@ -92,6 +92,7 @@ class Walk:
         variant.others += take_own(model, own, without=blocks, places=model)
         if not variant.others:
             return
+        _untie(model)
         variant.model, variant.chain = model, Chain.of(model)
         if begun is not None:
             handed = [variant.chain.begin(ids) for ids in self.ids]
@@ -263,6 +264,16 @@ def without_storage(model: Any) -> Any:
     skeleton = copy.deepcopy(model, memo | configs)
     mark_without_storage(skeleton)
     return skeleton
+
+
+def _untie(model: Any) -> None:
+    """Lets the configuration say that head and embedding are two now: a checkpoint is loaded as it says."""
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    config = model.config.get_text_config()
+    if getattr(config, "tie_word_embeddings", False) and head is not None and head.weight is not embedding.weight:
+        model.config = copy.deepcopy(model.config)
+        for each in (model.config, model.config.get_text_config()):
+            each.tie_word_embeddings = False
 
 
 @contextmanager

@@ -14,7 +14,6 @@ import pytest
 import torch
 
 from qbench.transforms.presinq import PreSINQ
-from tests.plugins.conftest import real_groups  # noqa: F401
 
 pytestmark = pytest.mark.oracle
 
@@ -32,7 +31,7 @@ def theirs(weights, iterations):
 
 
 @pytest.mark.parametrize("iterations", [2, 8, 16])
-def test_t_of_every_group_of_real_layers(real_groups, iterations):  # noqa: F811
+def test_t_of_every_group_of_real_layers(real_groups, iterations):
     ours = PreSINQ(iterations=iterations, repeats=1, group_size=GROUP)
     for group in real_groups:
         torch.testing.assert_close(
