@@ -131,6 +131,7 @@ def prepare(
     if quantizer is not None and quantizer.partial:
         config = replace(config, runtime=replace(config.runtime, min_coverage=0.0))
     transform = _transform(config, quantizer)
+    changed = transform and {TRANSFORM.key: config.transform[TRANSFORM.key], **transform.settings()}
     device = pick_device(config.runtime, here)
     check_offload(config.runtime, device)
     coverage.check_setting(config.runtime)
@@ -155,7 +156,7 @@ def prepare(
         weights = fingerprint(model)
         if isinstance(quantizer, Mixed) and quantizer.assignment is None:
             settings = {PROTOCOL.key: config.task[PROTOCOL.key], **protocol.settings()}
-            quantizer = resolved(quantizer, store.results, weights, source.sha256, settings)
+            quantizer = resolved(quantizer, store.results, weights, source.sha256, settings, changed)
             config = replace(config, quantizer=config.quantizer | {"assignment": quantizer.assignment})
             command = [*command, f"quantizer.assignment='{quantizer.assignment}'"]
         contents = [] if quantizer is None else hashes.sha256_of(quantizer.files())
@@ -181,7 +182,7 @@ def prepare(
         device=device.type,
         dtype=str(dtype).removeprefix("torch."),
         draws=draws(quantizer, config.calibration, searches),
-        transform=transform and {TRANSFORM.key: config.transform[TRANSFORM.key], **transform.settings()},
+        transform=changed,
     )
     run_id = identity(point.key, __version__)
     if folder is not None and quantizer is not None:
