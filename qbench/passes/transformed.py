@@ -12,6 +12,7 @@ is the end of the variant.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -85,21 +86,27 @@ class Transformed:
     @torch.no_grad()
     def take(self, i: int, block: nn.Module, names: Names) -> list[OtherRow]:
         """Changes the variant's block `i`, whose tensors it shares with the original: it has others afterwards."""
-        wide, run = in_fp32(block), self._runs(i)
-        found = self._observed(i, wide)
-        expected, states, changed = run(wide, self.states), self.states, set()
         layers, experts = names.inside(block)
         inside = {name.removeprefix(names.prefix) for name in (*layers, *experts)}
+        wide, run, states = in_fp32(block), self._runs(i), self.states
+        try:
+            found, expected = self._observed(i, wide), run(wide, states)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # the block's own code, which need not be able to run in fp32
+            reason = f"its block cannot be observed in fp32: {_first_line(error)}"
+            if self.basis is not None:
+                raise PointError(f"{names.prefix[:-1]} cannot follow the residual stream: {reason}") from error
+            self.alone += [AloneRow(names.prefix + name, reason) for name in sorted(inside)]
+            return []
+        changed: set[str] = set()
         covered: set[str] = set()
         if self.basis is not None:
             tensors = turned_block(wide, found, self.basis)
             put(wide, tensors)
             states, expected = states @ self.basis, expected @ self.basis
             if not (moved := _moved(run(wide, states), expected)) <= LIMIT:
-                raise PointError(
-                    f"transform={type(self.transform).__name__.lower()} cannot turn the residual stream: "
-                    f"{names.prefix[:-1]}: {MOVED.format(moved, LIMIT)}"
-                )
+                raise PointError(f"{names.prefix[:-1]} cannot follow the residual stream: {MOVED.format(moved, LIMIT)}")
             changed |= tensors.keys()
             readers = {r for n in found.norms for r in n.readers if n.name + ".weight" in tensors} & inside
             covered |= (read := {_as_fold_says(wide, r) for r in readers})
@@ -187,7 +194,12 @@ class Transformed:
                 continue
             kinds.add(kind)
             wide, run = in_fp32(self.walk.stream.block(i)), self._runs(i)
-            found, expected = self._observed(i, wide), run(wide, self.states) @ basis
+            try:
+                found, expected = self._observed(i, wide), run(wide, self.states) @ basis
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:
+                return f"{self.walk.stream.prefix}.{i} cannot be observed in fp32: {_first_line(error)}"
             put(wide, turned_block(wide, found, basis))
             if not (moved := _moved(run(wide, self.states @ basis), expected)) <= LIMIT:
                 return f"a rotation of it is none of {self.walk.stream.prefix}.{i}: {MOVED.format(moved, LIMIT)}"
@@ -229,6 +241,9 @@ def in_fp32(block: nn.Module) -> nn.Module:
         for name, buffer in list(module.named_buffers(recurse=False)):
             if buffer.is_floating_point():
                 setattr(module, name, buffer.float())
+        if stacked_parameters(module) and hasattr(module, "config"):  # kernels for experts may know 16 bit alone
+            module.config = copy.copy(module.config)
+            vars(module.config)["_experts_implementation_internal"] = "eager"
     return wide
 
 
@@ -248,6 +263,10 @@ def _as_fold_says(block: nn.Module, reader: str) -> str:
     module = block.get_submodule(reader)
     stacks = stacked_parameters(module)
     return f"{reader}.{next(key for key in stacks if key != 'down_proj')}" if stacks else reader
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _kind(block: nn.Module) -> Any:

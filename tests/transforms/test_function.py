@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 
+from qbench.passes.transformed import Transformed
 from qbench.testing.transforms import transformed
 from qbench.transforms.block import Block, Fold
 from qbench.transforms.hadamard import Hadamard
@@ -160,3 +161,17 @@ def test_the_rotations_rotate():
     other = transformed(uneven("Llama"), Hadamard(residual=False))[2]
     assert not other.residual
     assert all("->" in row.where for row in other.folds)
+
+
+def test_a_block_that_does_not_run_in_fp32_is_left_alone(monkeypatch):
+    model = uneven("Llama")
+
+    def observed(self, i, wide):
+        raise RuntimeError("expected scalar type BFloat16\nand more")
+
+    monkeypatch.setattr(Transformed, "_observed", observed)
+    before, after, record, _ = transformed(model, PRESINQ)
+    assert torch.equal(before, after)
+    assert record.coverage == 0
+    reasons = {row.reason for row in record.alone}
+    assert reasons == {"its block cannot be observed in fp32: expected scalar type BFloat16"}
