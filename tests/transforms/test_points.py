@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from qbench.record.result import Result
 from qbench.report.board import sections
 from qbench.report.entries import read
+from qbench.report.published import Published, beside
 from tests.conftest import refused
 
 SHORT = ("task.window=64", "task.max_windows=2")
@@ -92,6 +93,10 @@ def test_a_sweep_names_the_transform(qbench, tmp_path):
     rows = {row.entry.quantizer: row for row in section.rows}
     assert set(rows) == {"rtn", "none", "presinq+rtn", "presinq+none", "hadamard+rtn", "hadamard+none"}
     assert rows["presinq+rtn"].options == {}
+    common = {"model": "tiny-dense", "quantizer": "rtn", "protocol": section.protocol, "where": "Table 8", "nbits": 4}
+    numbers = [Published(**common, value=1.0, settings={"transform": "presinq"}), Published(**common, value=2.0)]
+    beside_ours = {name: beside(numbers, section, row) for name, row in rows.items()}
+    assert {name: one.value for name, one in beside_ours.items() if one} == {"presinq+rtn": 1.0, "rtn": 2.0}
 
 
 @pytest.mark.parametrize("format", ["gguf", "compressed-tensors", "autogptq"])
