@@ -81,9 +81,10 @@ def _search(asking: Sequence[Asked], walk: Walk) -> Iterator[tuple[Asked, Except
     for one in asking:
         assert one.point.transform is not None
         for transform in one.point.transform.choices(one.point.config.quantizer["name"]):
-            variant = Variant(f"{one.label} {transform.settings()}", one.quantizer, None)
-            variant.transformed = Transformed(transform, walk)
-            choices.append(Choice(one, transform, variant))
+            choice = Choice(one, transform, Variant(one.label, one.quantizer, None))
+            choice.variant.label += f", {choice.name}"
+            choice.variant.transformed = Transformed(transform, walk)
+            choices.append(choice)
     for choice in choices:
         variant = choice.variant
         try:
