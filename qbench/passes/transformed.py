@@ -1,9 +1,9 @@
 """A variant's transform on its way through a pass: each block is observed, changed in fp32, verified, and put back.
 
-A few tokens go through a copy of the block in fp32. Every fold is put in place there and the block is run again: what
-moves its output by more than LIMIT is taken back, and the result says so. Then the changed parameters go into the
-variant's block, rounded once to the precision of the run; the original's are not written. What has been observed of
-one block holds for all that have parts of the same names, kinds and shapes.
+A few tokens go through a copy of the block in fp32 (wide.py). Every fold is put in place there and the block is run
+again: what moves its output by more than LIMIT is taken back, and the result says so. Then the changed parameters go
+into the variant's block, rounded once to the precision of the run; the original's are not written. What has been
+observed of one block holds for all that have parts of the same names, kinds and shapes.
 
 A residual stream in another basis is decided before the first block, since the embedding is turned: the first block of
 each kind is read ahead and verified, and the embedding and the head with their norm. A later block that does not follow
@@ -12,8 +12,7 @@ is the end of the variant.
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -22,8 +21,9 @@ from torch import Tensor, nn
 
 from qbench.errors import PointError
 from qbench.layers.expert_form import stacked_parameters
-from qbench.passes.chain import Call, Chain
+from qbench.passes.chain import Chain
 from qbench.passes.own import sharing, take_own
+from qbench.passes.wide import Wide, get, put, relative
 from qbench.quant.quantizer import Quantizer
 from qbench.record.quantization import OtherRow
 from qbench.record.transform import AloneRow, FoldRow, TransformRecord
@@ -88,9 +88,10 @@ class Transformed:
         """Changes the variant's block `i`, whose tensors it shares with the original: it has others afterwards."""
         layers, experts = names.inside(block)
         inside = {name.removeprefix(names.prefix) for name in (*layers, *experts)}
-        wide, run, states = in_fp32(block), self._runs(i), self.states
+        run, states = Wide(block, self.calls[i], self.states), self.states
+        wide = run.module
         try:
-            found, expected = self._observed(i, wide), run(wide, states)
+            found, expected = self._observed(run), run(states)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # the block's own code, which need not be able to run in fp32
@@ -105,7 +106,7 @@ class Transformed:
             tensors = turned_block(wide, found, self.basis)
             put(wide, tensors)
             states, expected = states @ self.basis, expected @ self.basis
-            if not (moved := _moved(run(wide, states), expected)) <= LIMIT:
+            if not (moved := run.moved(run(states), expected, LIMIT)) <= LIMIT:
                 raise PointError(f"{names.prefix[:-1]} cannot follow the residual stream: {MOVED.format(moved, LIMIT)}")
             changed |= tensors.keys()
             readers = {r for n in found.norms for r in n.readers if n.name + ".weight" in tensors} & inside
@@ -116,9 +117,9 @@ class Transformed:
         view = Block(names.prefix[:-1], wide, inside, found.norms, feeds, expert_feeds)
         refused: dict[str, str] = {}
         for fold in self.transform.folds(view):
-            before = {name: _get(wide, name) for name in fold.tensors}
+            before = {name: get(wide, name) for name in fold.tensors}
             put(wide, {name: tensor.float() for name, tensor in fold.tensors.items()})
-            if not (moved := _moved(run(wide, states), expected)) <= LIMIT:
+            if not (moved := run.moved(run(states), expected, LIMIT)) <= LIMIT:
                 put(wide, before)
                 refused |= dict.fromkeys(fold.linears, f"folding {fold.where}: {MOVED.format(moved, LIMIT)}")
                 continue
@@ -126,11 +127,11 @@ class Transformed:
             covered |= set(fold.linears)
             self._note(f"{names.prefix}{{}}", fold.where, list(fold.linears), moved)
         self._account(wide, names.prefix, inside, covered, refused, found)
-        new = {names.prefix + name: _get(wide, name) for name in changed}
+        new = {names.prefix + name: get(wide, name) for name in changed}
         packed = names.weights(block)
         for name in new.keys() & packed:
             key = name.removeprefix(names.prefix)
-            put(block, {key: new[name].to(_get(block, key).dtype)})
+            put(block, {key: new[name].to(get(block, key).dtype)})
         return take_own(block, Replaced(new), names.prefix, without=packed)
 
     def record(self, name: str, weights: int, searched: Mapping[str, float]) -> TransformRecord:
@@ -147,15 +148,11 @@ class Transformed:
             searched=dict(searched),
         )
 
-    def _observed(self, i: int, wide: nn.Module) -> Observed:
-        known, kind = self.walk.observed, _kind(wide)
+    def _observed(self, run: Wide) -> Observed:
+        known, kind = self.walk.observed, _kind(run.module)
         if kind not in known:
-            known[kind] = observe(wide, lambda: self._runs(i)(wide, self.states))
+            known[kind] = observe(run.module, lambda: run(self.states))
         return known[kind]
-
-    def _runs(self, i: int) -> Callable[[nn.Module, Tensor], Tensor]:
-        call = _call_in_fp32(self.calls[i])
-        return lambda block, states: call.run(block, states.clone())
 
     def _note(self, prefix: str, where: str, linears: list[str], moved: float) -> None:
         full = prefix.format(where)
@@ -193,15 +190,15 @@ class Transformed:
             if (kind := _kind(skeleton)) in kinds:
                 continue
             kinds.add(kind)
-            wide, run = in_fp32(self.walk.stream.block(i)), self._runs(i)
+            run = Wide(self.walk.stream.block(i), self.calls[i], self.states)
             try:
-                found, expected = self._observed(i, wide), run(wide, self.states) @ basis
+                found, expected = self._observed(run), run(self.states) @ basis
             except torch.OutOfMemoryError:
                 raise
             except Exception as error:
                 return f"{self.walk.stream.prefix}.{i} cannot be observed in fp32: {_first_line(error)}"
-            put(wide, turned_block(wide, found, basis))
-            if not (moved := _moved(run(wide, self.states @ basis), expected)) <= LIMIT:
+            put(run.module, turned_block(run.module, found, basis))
+            if not (moved := run.moved(run(self.states @ basis), expected, LIMIT)) <= LIMIT:
                 return f"a rotation of it is none of {self.walk.stream.prefix}.{i}: {MOVED.format(moved, LIMIT)}"
         return None
 
@@ -224,39 +221,12 @@ class Transformed:
         put(model, tensors)
         turned = Chain.of(model)
         for moved, what in (
-            (_moved(turned.begin(self.ids)[0], states @ basis), "embedding"),
-            (_moved(turned.finish(last @ basis, self.ids), expected), "head"),
+            (relative(turned.begin(self.ids)[0], states @ basis), "embedding"),
+            (relative(turned.finish(last @ basis, self.ids), expected), "head"),
         ):
             if not moved <= LIMIT:
                 return {}, f"turning the {what} moved what it gives out by {moved:.1e} relative in fp32"
         return tensors, None
-
-
-def in_fp32(block: nn.Module) -> nn.Module:
-    """A copy of a block whose floating-point numbers are in fp32; those that are already are shared."""
-    wide = sharing(block)
-    for module in wide.modules():
-        for name, parameter in list(module.named_parameters(recurse=False)):
-            setattr(module, name, nn.Parameter(parameter.detach().float(), requires_grad=False))
-        for name, buffer in list(module.named_buffers(recurse=False)):
-            if buffer.is_floating_point():
-                setattr(module, name, buffer.float())
-        if stacked_parameters(module) and hasattr(module, "config"):  # kernels for experts may know 16 bit alone
-            module.config = copy.copy(module.config)
-            vars(module.config)["_experts_implementation_internal"] = "eager"
-    return wide
-
-
-def put(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Gives the module other parameters; the old ones are not written."""
-    for name, tensor in tensors.items():
-        holder, _, key = name.rpartition(".")
-        setattr(module.get_submodule(holder), key, nn.Parameter(tensor.detach(), requires_grad=False))
-
-
-def _get(module: nn.Module, name: str) -> Tensor:
-    holder, _, key = name.rpartition(".")
-    return getattr(module.get_submodule(holder), key).detach()
 
 
 def _as_fold_says(block: nn.Module, reader: str) -> str:
@@ -271,18 +241,3 @@ def _first_line(error: Exception) -> str:
 
 def _kind(block: nn.Module) -> Any:
     return tuple((n, type(m).__name__, *(p.shape for p in m.parameters(False))) for n, m in block.named_modules())
-
-
-def _moved(one: Tensor, other: Tensor) -> float:
-    return float((one - other).norm() / other.norm().clamp_min(1e-30))
-
-
-def _call_in_fp32(call: Call) -> Call:
-    return Call(tuple(map(_in_fp32, call.args)), {name: _in_fp32(value) for name, value in call.kwargs.items()})
-
-
-def _in_fp32(value: Any) -> Any:
-    """An argument of a block; masks and rotary embeddings are in the precision of the run."""
-    if isinstance(value, Tensor) and value.is_floating_point():
-        return value.float()
-    return tuple(map(_in_fp32, value)) if type(value) is tuple else value

@@ -8,7 +8,9 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 
-from qbench.passes.transformed import Transformed
+from qbench.passes.chain import Chain
+from qbench.passes.transformed import TOKENS, Transformed
+from qbench.passes.wide import Wide
 from qbench.testing.transforms import transformed
 from qbench.transforms.block import Block, Fold
 from qbench.transforms.hadamard import Hadamard
@@ -166,7 +168,7 @@ def test_the_rotations_rotate():
 def test_a_block_that_does_not_run_in_fp32_is_left_alone(monkeypatch):
     model = uneven("Llama")
 
-    def observed(self, i, wide):
+    def observed(self, run):
         raise RuntimeError("expected scalar type BFloat16\nand more")
 
     monkeypatch.setattr(Transformed, "_observed", observed)
@@ -175,3 +177,26 @@ def test_a_block_that_does_not_run_in_fp32_is_left_alone(monkeypatch):
     assert record.coverage == 0
     reasons = {row.reason for row in record.alone}
     assert reasons == {"its block cannot be observed in fp32: expected scalar type BFloat16"}
+
+
+@torch.no_grad()
+def test_a_tie_between_experts_is_no_reason_to_refuse_a_fold():
+    """The router is made to give second and third place the same logit for one token of each block that is observed."""
+    model = uneven("Mixtral")
+    ids = torch.arange(TOKENS)[None] * (258 // TOKENS)
+    for number, layer in enumerate(model.model.layers):
+        handed = []
+        handle = layer.mlp.gate.register_forward_pre_hook(lambda _, args, handed=handed: handed.append(args[0]))
+        model(ids)
+        handle.remove()
+        x = handed[0].view(-1, 64)[5 + number]
+        weight = layer.mlp.gate.weight
+        second, third = (weight @ x).topk(3).indices[1:]
+        weight[third] += x * ((weight[second] - weight[third]) @ x) / (x @ x)
+    states, calls = Chain.of(model).begin(ids)
+    run = Wide(model.model.layers[0], calls[0], states)
+    assert (~run._settled).nonzero().tolist() == [[5]]
+    for transform in (PRESINQ, Hadamard()):
+        record = transformed(model, transform)[2]
+        assert not [row for row in record.alone if row.reason.startswith("folding")]
+        assert record.coverage > 0.7
