@@ -12,7 +12,9 @@ from qbench.record.result import Result
 from qbench.report.board import sections
 from qbench.report.entries import read
 from qbench.report.published import Published, beside
+from qbench.sources.tiny import byte_tokenizer
 from tests.conftest import refused
+from tests.passes.architectures import build
 
 SHORT = ("task.window=64", "task.max_windows=2")
 SET = ("transform=presinq", "transform.iterations=8", "transform.repeats=1")
@@ -155,3 +157,12 @@ def test_a_rotated_model_is_exported_with_its_own_embedding_and_head(qbench, tmp
 )
 def test_what_cannot_be_meant_is_refused_in_one_sentence(qbench, words, key, names):
     refused(qbench("model=tiny-dense", *words, *SHORT), key, names)
+
+
+def test_a_model_that_is_no_chain_of_blocks_is_refused(qbench, tmp_path):
+    build("Gemma3nText").save_pretrained(tmp_path / "model")
+    byte_tokenizer().save_pretrained(tmp_path / "model")
+    done = qbench("model=local", f"model.path={tmp_path / 'model'}", "quantizer=rtn", *SET, *SHORT)
+    assert done.status == 1
+    expected = "transform=presinq needs a model that is a plain chain of blocks, and model is none"
+    assert done.summary["error"] == expected
