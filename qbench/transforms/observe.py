@@ -136,17 +136,17 @@ def _shift(call: Seen) -> float | None:
 def feeds(run: Run, linears: dict[str, nn.Module], consumers: list[str]) -> list[Feed]:
     """For each consumer the linear that feeds all of its input channels, the first that is found."""
     found: list[Feed] = []
+    plain = _handed(run, {name: linears[name] for name in consumers}) if consumers else {}
     for producer in linears:
         for part in _parts(len(matrix(linears[producer]))):
             left = [c for c in consumers if c != producer and all(feed.consumer != c for feed in found)]
             if not left:
                 return found
             inputs = {name: linears[name] for name in left}
-            plain = _handed(run, inputs)
             factors = _factors(part, linears[producer], seed=0)
             changed = _handed(run, inputs, linears[producer], lambda out, by=factors: out * by)
             for consumer in left:
-                if consumer not in plain or plain[consumer].shape != changed[consumer].shape:
+                if not _alike(plain.get(consumer), changed.get(consumer)):
                     continue
                 channels = _channels(plain[consumer], changed[consumer], factors, part)
                 if channels is None:
@@ -154,12 +154,18 @@ def feeds(run: Run, linears: dict[str, nn.Module], consumers: list[str]) -> list
                 others = torch.ones_like(factors)
                 others[channels] = _factors(part, linears[producer], seed=1)[channels]
                 again = _handed(run, {consumer: linears[consumer]}, linears[producer], lambda o, by=others: o * by)
-                if _near(again[consumer], plain[consumer] * others[channels]):
+                expected = plain[consumer] * others[channels]
+                if _alike(again.get(consumer), expected) and _near(again[consumer], expected):
                     heads = _heads(run, linears[producer], linears[consumer], channels)
                     found.append(Feed(producer, consumer, channels, heads))
             if any(feed.producer == producer for feed in found):
                 break
     return found
+
+
+def _alike(one: Tensor | None, other: Tensor | None) -> bool:
+    """Whether both are of as many tokens: a routed linear may be handed others, or none."""
+    return one is not None and other is not None and one.shape == other.shape
 
 
 def _parts(rows: int) -> Iterator[Tensor]:
