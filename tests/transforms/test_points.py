@@ -151,7 +151,11 @@ def test_a_rotated_model_is_exported_with_its_own_embedding_and_head(qbench, tmp
         (["transform=presink"], "transform", ["presinq"]),
         (["transform=presinq", "transform.iteration=3"], "transform.iteration", ["transform.iterations"]),
         (["transform=presinq", "transform.repeats=0"], "transform.repeats", ["at least 1"]),
-        (["transform=hadamard", "transform.residual=false", "transform.values=false"], "transform", ["leave one"]),
+        (
+            ["transform=hadamard", "transform.residual=false", "transform.values=false"],
+            "transform.residual",
+            ["leave one"],
+        ),
         (["transform=presinq", "quantizer=noise"], "transform", ["quantizer=noise"]),
     ],
 )
