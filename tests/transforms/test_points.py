@@ -156,7 +156,7 @@ def test_a_rotated_model_is_exported_with_its_own_embedding_and_head(qbench, tmp
             "transform.residual",
             ["leave one"],
         ),
-        (["transform=presinq", "quantizer=noise"], "transform", ["quantizer=noise"]),
+        (["transform=presinq", "quantizer=noise"], "quantizer", ["transform=presinq"]),
     ],
 )
 def test_what_cannot_be_meant_is_refused_in_one_sentence(qbench, words, key, names):
