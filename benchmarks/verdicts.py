@@ -27,7 +27,8 @@ from qbench.report import entries
 from qbench.report.noise import Paired, Told
 
 RUNS, ROWS = 400, 6
-SIZES = [(24, 4), (48, 6)]  # windows, draws
+SIZES = [(24, 4), (48, 6), (166, 6)]  # windows, draws; 166 windows of 2048 are all of WikiText-2's test
+SKEWED = 1.0  # of simulated windows, sigma of the lognormal that their differences have
 DOCUMENTS = [(200, 0.1), (1000, 0.05)]  # and the share of them that turn right or wrong
 SWEEPS = [
     "model=tiny-dense quantizer=none,noise,rtn,sinq,gptq,awq task.window=256 task.max_windows=48 calibration.draws=24 "
@@ -65,6 +66,17 @@ class Pool:
             return np.stack([own, *(own + rest)]), [None] * rows
 
         return sample
+
+
+def simulated(rows: int, windows: int, skewed: bool) -> Sample:
+    """Windows that no model scored: differences that are normal, or lognormal as of a text with a few hard windows."""
+
+    def sample(random: np.random.Generator) -> tuple[np.ndarray, list[np.ndarray | None]]:
+        own, rest = 3 + 0.3 * random.standard_normal(windows), random.standard_normal((rows - 1, windows))
+        rest = np.exp(SKEWED * rest) - np.exp(SKEWED**2 / 2) if skewed else rest
+        return np.stack([own, *(own + 0.02 * rest)]), [None] * rows
+
+    return sample
 
 
 def documents(rows: int, count: int, changed: float) -> Sample:
@@ -168,6 +180,14 @@ def comparisons(pools: dict[str, dict[str, Pool]]) -> Iterator[dict[str, Any]]:
             yield {
                 **{"kind": "other windows of the same text", "model": model, "method": "sinq", "windows": windows},
                 **{"draws": 1, "differing_as": "rtn"},
+                **alike(two, six, "exp mean", random),
+                "detectable_found": found(two, random),
+            }
+    for windows, _ in SIZES:
+        for skewed in (False, True):
+            two, six = (simulated(rows, windows, skewed) for rows in (2, ROWS))
+            yield {
+                **{"kind": "simulated windows", "differences": "lognormal" if skewed else "normal", "windows": windows},
                 **alike(two, six, "exp mean", random),
                 "detectable_found": found(two, random),
             }
