@@ -18,6 +18,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -200,6 +201,19 @@ def comparisons(pools: dict[str, dict[str, Pool]]) -> Iterator[dict[str, Any]]:
         }
 
 
+def seeds_that_do_nothing() -> Iterator[dict[str, Any]]:
+    """Pools of few and of many seeds that change no window on average: what a small pool does by itself."""
+    random = np.random.default_rng(19)
+    for count in (4, 24, 100):
+        pools = [
+            Pool("", 3 + random.normal(0, 0.3, (48, 1)) + random.normal(0, 1e-6, (48, count))) for _ in range(RUNS)
+        ]
+        for windows, draws in SIZES[:2]:
+            apart = [any_apart(told(*pool.of_draws(2, windows, draws)(random), "exp mean")) for pool in pools]
+            kind = {"kind": "noise seeds (simulated)", "seeds_of_a_pool": count, "windows": windows, "draws": draws}
+            yield kind | {"different": float(np.mean(apart))}
+
+
 def recorded(outputs: Path, sweeps: list[str]) -> dict[str, dict[str, Pool]]:
     """What the sweeps measured, by model and method; runs them where they have not been."""
     for sweep in sweeps:
@@ -218,7 +232,7 @@ def main() -> None:
     sweeps = [sweep for sweep in SWEEPS if not models or sweep.split()[0].removeprefix("model=") in models]
     pools = recorded(Path(outputs), sweeps)
     made = []
-    for comparison in comparisons(pools):
+    for comparison in chain(comparisons(pools), seeds_that_do_nothing()):
         print(json.dumps(comparison), file=sys.stderr)
         made.append({k: round(v, 4) if isinstance(v, float) else v for k, v in comparison.items()})
     spread = {
