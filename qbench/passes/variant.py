@@ -21,12 +21,14 @@ from qbench.errors import PointError
 from qbench.evaluate.memory import Peak
 from qbench.format.format import Format
 from qbench.format.mixed import quantized_numel
-from qbench.layers.expert_form import form, put_expert, stacked_parameters
+from qbench.layers.dense import write
+from qbench.layers.expert_form import expert_slice, form, stack_views, stacked_parameters
 from qbench.layers.experts import QuantExperts
 from qbench.layers.linear import PackedWeight
 from qbench.passes.chain import Calls, Chain
+from qbench.passes.experts import quantize_experts
 from qbench.passes.own import take_own
-from qbench.passes.quantize import UNREACHED, quantize_experts, quantize_linears, takes, takes_experts
+from qbench.passes.quantize import UNREACHED, quantize_linears, takes, takes_experts
 from qbench.passes.shown import Collected, Group, Shown
 from qbench.passes.states import States
 from qbench.quant.quantizer import Quantizer
@@ -113,7 +115,7 @@ class Variant:
             if old is not None:
                 _run_as(old, module.format)
             else:
-                _run_experts_as(experts[name], module)
+                run_experts_as(experts[name], module)
 
         found = shared
         if self.shown is not None:
@@ -183,17 +185,17 @@ def _packed_parameters(layer: nn.Module | None, experts: nn.Module | None) -> li
 
 def _run_as(layer: nn.Module, weight: Format) -> None:
     """The linear multiplies with what the packed weight stands for; GPT-2's Conv1D holds its weight transposed."""
-    dense = weight.dequantize(layer.weight.dtype)
+    dense = torch.empty(weight.shape, dtype=layer.weight.dtype, device=layer.weight.device)
+    write(weight, dense)
     layer.weight = nn.Parameter(dense if isinstance(layer, nn.Linear) else dense.T, requires_grad=False)
 
 
-def _run_experts_as(module: Any, packed: QuantExperts) -> None:
+def run_experts_as(module: Any, packed: QuantExperts) -> None:
     for key, old in stacked_parameters(module).items():
         setattr(module, key, nn.Parameter(torch.empty_like(old), requires_grad=False))
-    stacks = [getattr(packed, name).format for name in form(module).projections]
-    dtype = next(iter(stacked_parameters(module).values())).dtype
-    for index in range(module.num_experts):
-        put_expert(module, index, [stack.select(index).dequantize(dtype) for stack in stacks])
+    views = stack_views(module, expert_slice(module, slice(None)))
+    for name, view in zip(form(module).projections, views, strict=True):
+        write(getattr(packed, name).format, view)
 
 
 def _with(block: nn.Module, names: Names, packed: dict[str, nn.Module]) -> nn.Module:

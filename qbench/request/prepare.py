@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -226,5 +225,5 @@ def _every_field(asked: dict[str, Any], quantizer: Quantizer | None, contents: l
     """
     if quantizer is None:
         return asked
-    content = {"sha256": hashlib.sha256("".join(contents).encode()).hexdigest()} if contents else {}
+    content = {"sha256": hashes.of_all(contents)} if contents else {}
     return {"name": asked["name"], **quantizer.settings(), **content}

@@ -12,16 +12,16 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
-from importlib import import_module
 from pathlib import Path
 
 from qbench.checkpoint import manifest
 from qbench.errors import RequestError
 from qbench.record.store import write_atomically
+from qbench.sources.imports import model_code
 
 NAME = "hashes.json"
 SETTLED_S = 2.0
@@ -57,7 +57,7 @@ def save(outputs: Path) -> None:
     _unsaved.clear()
 
 
-def sha256_of(paths: Sequence[Path]) -> list[str]:
+def sha256_of(paths: Collection[Path]) -> list[str]:
     """The sha256 of each file's content, 64 hex digits; files that are not remembered are read in parallel.
 
     Raises RequestError for one that cannot be read, such as a link of the Hub's cache to what was never fetched.
@@ -69,11 +69,15 @@ def sha256_of(paths: Sequence[Path]) -> list[str]:
         with ThreadPoolExecutor(min(THREADS, os.cpu_count() or 1)) as pool:
             found = pool.map(_sha256, paths, [known] * len(paths))
             if sum(path.stat().st_size for path in paths if _state(path)[0] not in known) > LARGE_BYTES:
-                import_module("transformers.core_model_loading")
-                import_module("transformers.models.auto.modeling_auto")
+                model_code()
             return list(found)
     except OSError as error:
         raise RequestError(f"cannot read {error.filename or 'a file'}: {error.strerror or error}") from None
+
+
+def of_all(contents: Iterable[str]) -> str:
+    """One sha256 for many."""
+    return hashlib.sha256("".join(contents).encode()).hexdigest()
 
 
 def _sha256(path: Path, known: dict[str, str]) -> str:

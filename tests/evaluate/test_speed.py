@@ -143,6 +143,7 @@ def test_refusals(config, key, names):
     refused(error.value, key, names)
 
 
+@pytest.mark.slow
 def test_a_point_records_both_models(qbench, tmp_path):
     plain = qbench("model=tiny-dense", "task.max_windows=2").summary
     sizes = [f"speed.{k}={getattr(SMALL, k)}" for k in speed.SIZES]

@@ -20,6 +20,7 @@ def check(generator, weight, batch, dtype, plan, bias=None, x=None):
     assert relative_error(y, x, weight, bias) <= LIMITS[dtype]
 
 
+@pytest.mark.slow
 def test_one_row_through_registers(emulated, generator):
     check(generator, random_weight((40, 300), 4, 64, generator), 1, torch.bfloat16, Plan(1, 1, 1, 2, 1, 2))
     ((grid, threads, _, cluster),) = emulated
