@@ -23,6 +23,7 @@ import numpy as np
 from qbench.intervals import pooled_contributions
 
 Arrays = dict[str, np.ndarray]
+SAME = "same_answer,none"  # a metric of ours, called as lm-eval calls one without a filter
 
 
 @dataclass(frozen=True)
@@ -181,6 +182,26 @@ def flips(ours: TaskScores, theirs: TaskScores, metric: str) -> np.ndarray | Non
     """Of sampled answers, the share of a document's samples that turned right or wrong, `[documents]`."""
     one, other = ours.sampled(metric), theirs.sampled(metric)
     return None if one is None or other is None else np.abs(one - other).mean(1)
+
+
+def same_answers(ours: TaskScores, theirs: TaskScores) -> tuple[TaskScores, TaskScores]:
+    """Both with a metric more, whether a document's answers are the original's to the letter; 1 for the original.
+
+    As they are where something else than an answer is asked for, or answers are sampled, which differ by chance.
+    """
+    pairs = [(leaf, theirs.leaves[name]) for name, leaf in ours.leaves.items()]
+    if ours.samples or not all(one.answers and other.answers for one, other in pairs):
+        return ours, theirs
+    same = [np.array([a == b for a, b in zip(o.answers, t.answers, strict=True)], float) for o, t in pairs]
+    return _with_same(ours, same), _with_same(theirs, [np.ones(len(values)) for values in same])
+
+
+def _with_same(scores: TaskScores, same: Sequence[np.ndarray]) -> TaskScores:
+    leaves = {
+        name: replace(leaf, numbers=leaf.numbers | {SAME: float(v.mean())}, documents=leaf.documents | {SAME: v})
+        for (name, leaf), v in zip(scores.leaves.items(), same, strict=True)
+    }
+    return replace(scores, leaves=leaves, numbers=scores.numbers | {SAME: float(np.concatenate(same).mean())})
 
 
 def as_bytes(value: Any) -> np.ndarray:

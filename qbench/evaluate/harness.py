@@ -136,6 +136,8 @@ class TaskEvaluation:
         for task in self.tasks:
             ours = TaskScores.of(scores, task.name, task.leaves)
             theirs = None if baseline is None else TaskScores.of(baseline, task.name, task.leaves)
+            if theirs is not None:
+                ours, theirs = documents.same_answers(ours, theirs)
             if task.rolling:
                 record, file, kept = self._perplexity(task, ours, theirs, baseline_cached)
                 evaluation.append(record)

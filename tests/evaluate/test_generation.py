@@ -155,7 +155,7 @@ def test_flips_and_mcnemar_are_counted_from_the_answers_and_stand_on_the_board(f
     baseline = evaluation.score_baseline(models[0])
     scores = evaluation.score(models[1], baseline)
     _, [record], files = evaluation.records(scores, baseline, False)
-    [metric] = record.metrics
+    metric, same = record.metrics
     kept = files[record.scores_file]
     right, before = (kept[f"{whose}/school/exact_match,first"] for whose in ("quantized", "baseline"))
     targets = [letter if n % 4 else "wrong" for n, letter in enumerate(said)]
@@ -167,13 +167,18 @@ def test_flips_and_mcnemar_are_counted_from_the_answers_and_stand_on_the_board(f
     assert lost > 0
     assert metric.p_value == mcnemar(gained, lost)
     assert metric.flip_rate == (gained + lost) / 8
+    kept_answers = np.array([a == b for a, b in zip(answers, of_bytes(kept["baseline/school/answers"]), strict=True)])
+    assert (same.name, same.value, same.baseline) == ("same_answer", kept_answers.mean(), 1)
+    assert same.turned_wrong == (~kept_answers).sum()
+    assert kept["quantized/school/same_answer,none"].tolist() == kept_answers.tolist()
     result, _ = point("rtn")
     place = tmp_path / "out" / "results" / result.run_id
     place.mkdir(parents=True)
     save_file(kept, place / record.scores_file)
     (place / "result.json").write_text(replace(result, evaluation=[], tasks=[record]).to_json())
     recorded = entries.read(tmp_path / "out").entries
-    [section] = board.sections(recorded, *columns.order("quality"))
+    section, answers_kept = board.sections(recorded, *columns.order("quality"))
+    assert (section.metric, answers_kept.metric) == ("exact_match,first", "same_answer")
     written = columns.table(section)
     for style in ("md", "json"):
         text = table.write([written], style)
