@@ -92,10 +92,16 @@ def _add_metric(table: Table, metric: MetricRecord, protocol: str = "", also: st
         change += f"  (95 %: {metric.delta_low:+.{digits}f} to {metric.delta_high:+.{digits}f})"
     if metric.spread is not None:
         change += f"; {len(metric.draws or ())} draws, spread {metric.spread:.{digits}f}"
+    if metric.sample_spread is not None:
+        change += f"; {len(metric.samples or ())} samples, spread {metric.sample_spread:.{digits}f}"
     if told := detected(metric.verdict, metric.detectable, digits):
         change += f"; {told}"
     if metric.flip_rate is not None:
         change += f"; {metric.flip_rate:.1%} flipped"
+    if metric.turned_right is not None and metric.p_value is not None:
+        change += f" ({metric.turned_right} right, {metric.turned_wrong} wrong, McNemar p {metric.p_value:.3f})"
+    if metric.flip_rate_alone is not None:
+        change += f" ({metric.flip_rate_alone:.1%} by sampling alone)"
     if metric.kinds and (worst := metric.worst_kind) is not None:
         change += f"; worst on {worst}, {metric.kinds[worst]:.{digits}f}"
     if also:
