@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import logging
+from collections.abc import Sequence
 from functools import cache
 
 import torch
@@ -33,9 +34,10 @@ class _Problem(ctypes.Structure):  # of dual_linear.cu
     _fields_ = [
         *_fields(ctypes.c_void_p, "tiles", "x", "t", "permutation", "codebook", "bias", "experts", "y"),
         ("x_stride", ctypes.c_uint64),
+        *_fields(ctypes.c_int64, "next_tiles", "next_t", "next_permutation", "next_y"),
         *_fields(ctypes.c_float, "t_down", "t_up"),
         *_fields(ctypes.c_int, "M", "N", "K", "strips", "chunks", "per", "log_splits_in_block"),
-        *_fields(ctypes.c_int, "stages", "pairs_per_row"),
+        *_fields(ctypes.c_int, "stages", "pairs", "pairs_per_row", "last_expert"),
     ]
 
 
@@ -100,11 +102,15 @@ def linear(x: Tensor, tiles: Tiles, bias: Tensor | None, chosen: Plan | WidePlan
     return y
 
 
-def experts(x: Tensor, index: Tensor, tiles: Tiles, chosen: Plan) -> Tensor:
-    """y `[tokens * k, N]`: row p is x[p // k] times the matrix index[p // k, p % k] of the stack, in one launch."""
-    y = x.new_empty(index.numel(), tiles.shape[-2])
-    _launch(x, tiles, None, y, chosen, 1, index.int().contiguous(), index.numel() // len(x))
-    return y
+def experts(x: Tensor, index: Tensor, stacks: Sequence[Tiles], chosen: Plan) -> list[Tensor]:
+    """For each of one or two stacks of one form, y `[tokens * k, N]`, in one launch.
+
+    Row p is x[p // k] times the matrix index[p // k, p % k] of the stack; if there is none, the row holds anything.
+    """
+    ys = [x.new_empty(index.numel(), tiles.shape[-2]) for tiles in stacks]
+    index, second = index.long().contiguous(), (stacks[1], ys[1]) if len(stacks) > 1 else None
+    _launch(x, stacks[0], None, ys[0], chosen, 1, index, index.numel() // len(x), second)
+    return ys
 
 
 def _launch(
@@ -116,6 +122,7 @@ def _launch(
     blocks_m: int,
     index: Tensor | None = None,
     pairs_per_row: int = 1,
+    second: tuple[Tiles, Tensor] | None = None,
 ) -> None:
     N, K = tiles.shape[-2:]
     M = len(x) if index is None else 1
@@ -123,25 +130,32 @@ def _launch(
     device, stream = x.device.index, _stream(x.device)
     depth = {"RING": 1} if chosen.ring else {"DEPTH": chosen.stages}
     shape = {"MB": 1 if M == 1 else chosen.batch_blocks, "RT": chosen.strips_per_warp, "ONE": int(M == 1)}
-    defines = _for(device, _linear_defines(tiles, x.dtype, **shape, **depth))
+    kind = {} if index is None else {"EXPERTS": 1}
+    defines = _for(device, _linear_defines(tiles, x.dtype, **shape, **depth, **kind))
     down = _down(x.dtype, tiles)
     source = x
     if M > 1:  # x * t once for all blocks; a single row each block scales while its weights are on their way
         record = x_record_bytes(chosen.batch_blocks, tiles.group_size)
         source = torch.empty(blocks_m * chunks * record, dtype=torch.uint8, device=x.device)
         _launch_input("scale_input", x, tiles, source, defines)
+    next_tiles, next_y = (tiles, y) if second is None else second
+    pairs, launched = (1, 1) if index is None else (index.numel(), index.numel() * (1 if second is None else 2))
     problem = _Problem(
         *map(_address, (tiles.data, source, tiles.input_scale, tiles.permutation, tiles.codebook, bias, index, y)),
         x.stride(0),
+        _apart(tiles.data, next_tiles.data),
+        _apart(tiles.input_scale, next_tiles.input_scale),
+        _apart(tiles.permutation, next_tiles.permutation),
+        _apart(y, next_y),
         down,
         1 / down,
         *(M, N, K, strips, chunks, -(-chunks // chosen.splits), chosen.splits_in_block.bit_length() - 1),
-        *(chosen.stages, pairs_per_row),
+        *(chosen.stages, pairs, pairs_per_row, 0 if index is None else tiles.data.shape[0] - 1),
     )
     blocks_n = -(-strips // (chosen.strips_per_warp * chosen.strips))
     nvrtc.launch(
         nvrtc.load("dual_linear", device, defines),
-        (blocks_n * chosen.splits, blocks_m, 1 if index is None else index.numel()),
+        (blocks_n * chosen.splits, blocks_m, launched),
         32 * chosen.strips * chosen.splits_in_block,
         chosen.shared_bytes(M, chunks, tiles.nbits, tiles.group_size, tiles.has_zero),
         stream,
@@ -242,6 +256,11 @@ def _down(dtype: torch.dtype, tiles: Tiles) -> float:
 
 def _address(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
+
+
+def _apart(first: Tensor | None, second: Tensor | None) -> int:
+    """Bytes from one to the other."""
+    return 0 if first is None or second is None else second.data_ptr() - first.data_ptr()
 
 
 def dequantize(tiles: Tiles, dtype: torch.dtype) -> Tensor:

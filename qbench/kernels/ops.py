@@ -25,7 +25,7 @@ from qbench.kernels import tiles as layout
 from qbench.kernels.tiles import Tiles
 
 TRITON_BATCH = 64  # rows of x up to which the Triton kernel is faster than dequantizing
-EXPERT_PAIRS = 64  # (token, expert) pairs that one grouped launch serves; more go expert by expert
+EXPERT_PAIRS = 24  # (token, expert) pairs up to which each is multiplied for itself; more are sorted (grouped.py)
 HALF = (torch.float16, torch.bfloat16)
 
 
@@ -37,6 +37,11 @@ def linear(x: Tensor, tiles: Tiles, bias: Tensor | None = None) -> Tensor:
 def linear_experts(x: Tensor, index: Tensor, tiles: Tiles) -> Tensor:
     """x `[tokens, in]` times matrices index `[tokens, k]` of a stack `[experts, out, in]`: `[tokens, k, out]`."""
     return dual_linear_experts(x, index, *tiles.flat())
+
+
+def linear_both_experts(x: Tensor, index: Tensor, first: Tiles, second: Tiles) -> list[Tensor]:
+    """The same for two stacks that read the same x; in one launch where it can be."""
+    return dual_linear_both_experts(x, index, *first.flat(), *second.flat())
 
 
 def wanted() -> bool:
@@ -84,8 +89,9 @@ def _(x, tensors, numbers, bias):
 
 @torch.library.custom_op("qbench::dual_linear_experts", mutates_args=())
 def dual_linear_experts(x: Tensor, index: Tensor, tensors: Sequence[Tensor | None], numbers: Sequence[int]) -> Tensor:
-    """The op behind `linear_experts`: expert by expert, reading back which are needed."""
-    return _expert_by_expert(x, index, Tiles.over(tensors, numbers))
+    """The op behind `linear_experts`; on the CPU expert by expert. Rows of experts that live elsewhere are any."""
+    tiles = Tiles.over(tensors, numbers)
+    return _expert_by_expert(x, index.clamp_max(tiles.data.shape[0] - 1), tiles)
 
 
 @dual_linear_experts.register_fake
@@ -95,16 +101,62 @@ def _(x, index, tensors, numbers):
 
 @dual_linear_experts.register_kernel("cuda")
 def _(x, index, tensors, numbers):
-    tiles = Tiles.over(tensors, numbers)
-    if x.dtype in HALF and 0 < index.numel() <= EXPERT_PAIRS and cuda.refusal(x.device.index) is None:
-        _check(x, tiles)
-        rows, columns = tiles.shape[-2:]
-        plan = blocks.plan(1, rows, columns, tiles, x.device.index)
+    return _pairs_on_gpu(x, index, [Tiles.over(tensors, numbers)])[0]
+
+
+@torch.library.custom_op("qbench::dual_linear_both_experts", mutates_args=())
+def dual_linear_both_experts(
+    x: Tensor,
+    index: Tensor,
+    tensors: Sequence[Tensor | None],
+    numbers: Sequence[int],
+    second_tensors: Sequence[Tensor | None],
+    second_numbers: Sequence[int],
+) -> list[Tensor]:
+    """The op behind `linear_both_experts`."""
+    both = (tensors, numbers), (second_tensors, second_numbers)
+    return [dual_linear_experts(x, index, *one) for one in both]
+
+
+@dual_linear_both_experts.register_fake
+def _(x, index, tensors, numbers, second_tensors, second_numbers):
+    both = Tiles.over(tensors, numbers), Tiles.over(second_tensors, second_numbers)
+    return [x.new_empty(*index.shape, tiles.shape[-2]) for tiles in both]
+
+
+@dual_linear_both_experts.register_kernel("cuda")
+def _(x, index, tensors, numbers, second_tensors, second_numbers):
+    first, second = Tiles.over(tensors, numbers), Tiles.over(second_tensors, second_numbers)
+    if _launch_together(first, second, x.dtype):
+        return _pairs_on_gpu(x, index, [first, second])
+    return [_pairs_on_gpu(x, index, [tiles])[0] for tiles in (first, second)]
+
+
+def _launch_together(first: Tiles, second: Tiles, dtype: torch.dtype) -> bool:
+    """Whether one launch serves both: they differ in nothing but what they hold."""
+    alike = first.shape == second.shape and first.nbits == second.nbits and first.group_size == second.group_size
+    stored = [[tensor is None for tensor in tiles.flat()[0]] for tiles in (first, second)]
+    scaled = dtype == torch.bfloat16 or first.exponent == second.exponent
+    own = first.codebook is not None or first.rotation is not None or second.rotation is not None
+    return alike and first.has_zero == second.has_zero and stored[0] == stored[1] and scaled and not own
+
+
+def _pairs_on_gpu(x: Tensor, index: Tensor, stacks: list[Tiles]) -> list[Tensor]:
+    """For each stack `[tokens, k, out]`; in one launch if they are few, else sorted."""
+    tiles, device, pairs = stacks[0], x.device.index, index.numel()
+    _check(x, tiles)
+    rows, columns = tiles.shape[-2:]
+    if x.dtype in HALF and 0 < pairs <= EXPERT_PAIRS and cuda.refusal(device) is None:
+        plan = blocks.plan(1, rows * pairs * len(stacks), columns, tiles, device)  # as one matrix of so many rows
         if plan is not None:
-            x, tiles = _rotated(x, tiles)
+            x = _unit_stride(_rotated(x, tiles)[0])
             with torch.cuda.device(x.device):
-                return cuda.experts(_unit_stride(x), index, tiles, plan).view(*index.shape, rows)
-    return _expert_by_expert(x, index, tiles)
+                return [y.view(*index.shape, rows) for y in cuda.experts(x, index, stacks, plan)]
+    from qbench.kernels import grouped, routes
+
+    held = routes.route(index, tiles.data.shape[0])
+    found = [grouped.dual_linear(x, one, held, gather=True).index_select(0, held.place) for one in stacks]
+    return [y.view(*index.shape, rows) for y in found]
 
 
 def _expert_by_expert(x: Tensor, index: Tensor, tiles: Tiles) -> Tensor:

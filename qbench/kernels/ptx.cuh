@@ -218,13 +218,13 @@ __device__ __forceinline__ u32 times2(u32 a, u32 b) {
 #ifdef NB
 #define R8 "%0,%1,%2,%3,%4,%5,%6,%7"
 #define R16 R8 ",%8,%9,%10,%11,%12,%13,%14,%15"
-#define R32 R16 ",%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
-#define R64                                                                                                 \
-  R32 ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55," \
-      "%56,%57,%58,%59,%60,%61,%62,%63"
-#define R96                                                                                                  \
-  R64 ",%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79,%80,%81,%82,%83,%84,%85,%86,%87," \
-      "%88,%89,%90,%91,%92,%93,%94,%95"
+#define R24 R16 ",%16,%17,%18,%19,%20,%21,%22,%23"
+#define R32 R24 ",%24,%25,%26,%27,%28,%29,%30,%31"
+#define R48 R32 ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47"
+#define R64 R48 ",%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
+#define R72 R64 ",%64,%65,%66,%67,%68,%69,%70,%71"
+#define R96                                                                                                      \
+  R72 ",%72,%73,%74,%75,%76,%77,%78,%79,%80,%81,%82,%83,%84,%85,%86,%87,%88,%89,%90,%91,%92,%93,%94,%95"
 #define R128                                                                                                     \
   R96 ",%96,%97,%98,%99,%100,%101,%102,%103,%104,%105,%106,%107,%108,%109,%110,%111,%112,%113,%114,%115,%116," \
       "%117,%118,%119,%120,%121,%122,%123,%124,%125,%126,%127"
@@ -247,20 +247,22 @@ template <int W> __device__ __forceinline__ void wgmma(float (&d)[4 * W], u64 a,
     asm volatile(BOTH_SHARED(256, R128, 128, 129, 130)
                  : D32(0), D32(32), D32(64), D32(96) : "l"(a), "l"(b), "r"(int(accumulate)));
 }
-__device__ __forceinline__ void wgmma(float (&d)[4 * NB], const u32 (&a)[4], u64 b) {
-#if NB == 2
-  asm volatile(WGMMA(16) "{" R8 "}, {%8,%9,%10,%11}, %12, 1, 1, 1, 0;"
-               : D8(0) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
-#elif NB == 4
-  asm volatile(WGMMA(32) "{" R16 "}, {%16,%17,%18,%19}, %20, 1, 1, 1, 0;"
-               : D8(0), D8(8) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
-#elif NB == 8
-  asm volatile(WGMMA(64) "{" R32 "}, {%32,%33,%34,%35}, %36, 1, 1, 1, 0;"
-               : D32(0) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
-#elif NB == 16
-  asm volatile(WGMMA(128) "{" R64 "}, {%64,%65,%66,%67}, %68, 1, 1, 1, 0;"
-               : D32(0), D32(32) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
-#endif
+// With A in registers; of the first 8 B rows of B alone, if a block has no more of them.
+template <int B = NB> __device__ __forceinline__ void wgmma(float (&d)[4 * NB], const u32 (&a)[4], u64 b) {
+#define A_IN_REGISTERS(n, registers, a0, a1, a2, a3, b) \
+  WGMMA(n) "{" registers "}, {%" #a0 ",%" #a1 ",%" #a2 ",%" #a3 "}, %" #b ", 1, 1, 1, 0;"
+#define OPERANDS "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b)
+  if constexpr (B == 2) asm volatile(A_IN_REGISTERS(16, R8, 8, 9, 10, 11, 12) : D8(0) : OPERANDS);
+  else if constexpr (B == 4) asm volatile(A_IN_REGISTERS(32, R16, 16, 17, 18, 19, 20) : D8(0), D8(8) : OPERANDS);
+  else if constexpr (B == 6) asm volatile(A_IN_REGISTERS(48, R24, 24, 25, 26, 27, 28) : D8(0), D8(8), D8(16) : OPERANDS);
+  else if constexpr (B == 8) asm volatile(A_IN_REGISTERS(64, R32, 32, 33, 34, 35, 36) : D32(0) : OPERANDS);
+  else if constexpr (B == 12)
+    asm volatile(A_IN_REGISTERS(96, R48, 48, 49, 50, 51, 52) : D32(0), D8(32), D8(40) : OPERANDS);
+  else if constexpr (B == 16) asm volatile(A_IN_REGISTERS(128, R64, 64, 65, 66, 67, 68) : D32(0), D32(32) : OPERANDS);
+  else if constexpr (B == 18)
+    asm volatile(A_IN_REGISTERS(144, R72, 72, 73, 74, 75, 76) : D32(0), D32(32), D8(64) : OPERANDS);
+  else if constexpr (B == 24)
+    asm volatile(A_IN_REGISTERS(192, R96, 96, 97, 98, 99, 100) : D32(0), D32(32), D32(64) : OPERANDS);
 }
 __device__ __forceinline__ void wgmma_open() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }

@@ -226,12 +226,12 @@ template <int W> inline void wgmma(float (&d)[4 * W], u64 a, u64 b, bool accumul
   __syncwarp();  // a warp multiplies as one
 }
 // B in shared memory: rows of 128 bytes, bits 4 to 6 of the address swizzled by bits 7 to 9.
-inline void wgmma(float (&d)[4 * NB], const u32 (&a)[4], u64 b) {
+template <int B = NB> inline void wgmma(float (&d)[4 * NB], const u32 (&a)[4], u64 b) {
   Warp& warp = *here.warp;
   const unsigned lane = lane_id(), g = lane / 4, tig = lane % 4, start = unsigned(b & 0x3fff) << 4;
   memcpy(warp.a[lane], a, 16);
   __syncwarp();
-  for (int i = 0; i < 4 * NB; i++) {
+  for (int i = 0; i < 4 * B; i++) {
     const unsigned row = i % 4 / 2, column = 8 * (i / 4) + 2 * tig + i % 2;
     float sum = d[i];
     for (unsigned k = 0; k < 16; k++) {
