@@ -16,8 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qbench.format.format import Format
-from qbench.kernels import ops
+from qbench.kernels import grouped, ops
 from qbench.kernels.kernel import Kernel, Layout, kernel_of
+from qbench.kernels.routes import Routes
 
 DEQUANTIZE = "dequantize + matmul"
 LAID_OUT = "kernel_"  # in front of the names of a layout's buffers
@@ -30,7 +31,9 @@ class PackedWeight(nn.Module):
         super().__init__()
         self._format = weight  # describes the weight; its tensors are replaced by the module's buffers below
         self._kernel: Kernel | None = None  # while the weight is laid out for it
-        self._numbers: tuple[int, ...] = ()  # of that layout
+        self._numbers: list[
+            int
+        ] = []  # of that layout; a compiler takes those of a list one by one, a tuple's as they are
         for name, tensor in weight.tensors().items():
             self.register_buffer(name, tensor)
 
@@ -76,7 +79,7 @@ class PackedWeight(nn.Module):
             del self._buffers[name]
         for name, tensor in zip(kernel.buffers, tensors, strict=True):
             self.register_buffer(LAID_OUT + name, tensor, persistent=False)
-        self._kernel, self._numbers = kernel, tuple(numbers)
+        self._kernel, self._numbers = kernel, list(numbers)
         return True
 
     def restore(self) -> None:
@@ -86,7 +89,7 @@ class PackedWeight(nn.Module):
         weight = self.quantized
         for name in self._kernel.buffers:
             delattr(self, LAID_OUT + name)
-        self._kernel, self._numbers, self._format = None, (), weight
+        self._kernel, self._numbers, self._format = None, [], weight
         for name, tensor in weight.tensors().items():
             self._buffers.pop(name, None)
             self.register_buffer(name, tensor)
@@ -111,6 +114,16 @@ class PackedWeight(nn.Module):
             return lambda x, index: kernel.linear(x, layout.select(index))
         weight = self.quantized
         return lambda x, index: F.linear(x, weight.select(index).dequantize(x.dtype))
+
+    def multiply_sorted(self, x: Tensor, routes: Routes, gather: bool) -> Tensor:
+        """For a stack: pairs of token and expert, sorted by expert, times their matrices: `[pairs, out]`.
+
+        x is `[tokens, in]` with `gather`, else `[pairs, in]` and sorted. Nothing is read back from the GPU.
+        """
+        kernel, layout = self._kernel, self.layout
+        if kernel is not None and layout is not None:
+            return kernel.grouped(x, layout, routes, gather)
+        return grouped.multiply(x, self.quantized, routes, gather)
 
     def _stored(self) -> dict[str, Tensor]:
         """The format's tensors that are buffers now: all of them, or those that stay beside a kernel's layout."""
@@ -261,6 +274,11 @@ def backend(weight: Format, dtype: torch.dtype) -> str:
         reason = f"the format {weight.name}" if kernel is None else reason
         return f"{DEQUANTIZE} (no fused kernel for {reason})"
     return kernel.backend(weight.device, dtype)
+
+
+def backend_of(device: torch.device) -> str:
+    """What multiplies with a dual-scaled weight on `device`, for activations in bf16."""
+    return ops.backend(device, torch.bfloat16) if _have_kernels(device) else DEQUANTIZE
 
 
 def _told(weight: Format) -> str:

@@ -70,7 +70,8 @@ def pending(
             numbers[key] = value.to(weight.device).expand(count)
             continue
         for one, number in zip(told, value if isinstance(value, Sequence) else [value] * count, strict=True):
-            one[key] = float(number)
+            if not math.isnan(number):  # which says that it says nothing
+                one[key] = float(number)
     sums = {}
     for key, tensor in held.items():
         if tensor.is_floating_point():

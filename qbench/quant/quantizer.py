@@ -17,6 +17,7 @@ that treats matrices one by one writes `quantize_one`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from enum import Enum
@@ -164,9 +165,11 @@ class Quantizer:
 def stacked(weights: Sequence[Format]) -> Format:
     """Weights `[out, in]` as one stack that keeps what each says of itself, as `quantize_stacks` gives it.
 
+    NaN stands for what one of them does not say.
     Raises ValueError where their form differs.
     """
-    told: dict[str, Any] = {key: [float(one.diagnostics[key]) for one in weights] for key in weights[0].diagnostics}
+    keys = dict.fromkeys(key for one in weights for key in one.diagnostics)
+    told: dict[str, Any] = {key: [float(one.diagnostics.get(key, math.nan)) for one in weights] for key in keys}
     methods = [one.method for one in weights]
     if len(set(methods)) > 1:
         told["method"] = methods
