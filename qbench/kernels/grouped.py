@@ -25,7 +25,7 @@ from qbench.kernels.tiles import Tiles
 
 DENSE_BYTES = 2**32  # of a stack in 16 or 32 bits that is written as one; a larger one is multiplied in parts
 TRANSIENT_NUMBERS = 2**27  # that a format without a kernel dequantizes at a time: it may need several copies in fp32
-FUSED_PAIRS = 1024  # pairs an expert above which writing its matrices and multiplying those is faster
+FUSED_PAIRS = 896  # pairs an expert above which writing its matrices and multiplying those is faster
 
 
 def multiply(x: Tensor, weight: Format, routes: Routes, gather: bool) -> Tensor:
