@@ -1,7 +1,8 @@
 """Files of the reference model in the formats that people have, each written by the library that they are made with.
 
     make oracle                                         bitsandbytes, hqq and sinq, which write theirs
-    python benchmarks/files.py write DIR                the files, a folder each
+    python benchmarks/files.py write DIR [NAME ...]     the files, a folder each; of all, or of these names
+    python benchmarks/file_bits.py DIR -o JSON          what qbench reads of them beside what their libraries decode
     python -m qbench -m experiment=files 'files=DIR/*' task=wikitext2 task.path=TEXT task.window=1024 task.max_windows=8
     python benchmarks/files.py table OUTPUTS            all rows by KL, with the front of KL over the model's bytes
 
@@ -13,7 +14,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,24 +57,29 @@ BITSANDBYTES = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True, dest="command")
-    commands.add_parser("write").add_argument("folder", type=Path)
+    writing = commands.add_parser("write")
+    writing.add_argument("folder", type=Path)
+    writing.add_argument("names", nargs="*")
     commands.add_parser("table").add_argument("outputs", type=Path)
     asked = parser.parse_args()
     if asked.command == "write":
-        write(asked.folder)
+        write(asked.folder, asked.names)
     else:
         print(table(asked.outputs))
 
 
-def write(folder: Path) -> None:
-    """Every file that is not there yet."""
+def write(folder: Path, names: Sequence[str] = ()) -> None:
+    """Every file, or of these names, that is not there yet."""
     original = smollm2.prepare(Path("outputs/models"), 0)
+    ways: dict[str, Callable[[Path], None]] = {}
     for name, (format, settings) in EXPORTED.items():
-        attempt(folder / name, lambda path, f=format, s=settings: export(path, f, s))
+        ways[name] = lambda path, f=format, s=settings: export(path, f, s)
     for name, settings in BITSANDBYTES.items():
-        attempt(folder / name, lambda path, s=settings: with_bitsandbytes(original, path, s))
-    attempt(folder / "hqq-int4-g64", lambda path: with_hqq(original, path))
-    attempt(folder / "sinq-int4-g64", lambda path: with_sinq(original, path))
+        ways[name] = lambda path, s=settings: with_bitsandbytes(original, path, s)
+    ways["hqq-int4-g64"] = lambda path: with_hqq(original, path)
+    ways["sinq-int4-g64"] = lambda path: with_sinq(original, path)
+    for name in names or ways:
+        attempt(folder / name, ways[name])
 
 
 def attempt(path: Path, make: Callable[[Path], None]) -> None:

@@ -14,17 +14,19 @@ a group that reads the same tensor, and nothing is clipped. Not taken over: thei
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from qbench.errors import none_of
+from qbench.format.format import Format
 from qbench.format.weight import QuantizedWeight
-from qbench.quant.channel_scale import T_RANGE, OutputError, calibration, channel_scale
+from qbench.quant import gpu
+from qbench.quant.channel_scale import T_RANGE, OutputError, calibration, calibrations, channel_scale, search
 from qbench.quant.quantizer import InputStatistics, Quantizer, Statistic
-from qbench.quant.rounding import round_to_nearest, rounding_error
+from qbench.quant.rounding import round_to_nearest
 from qbench.quant.sinkhorn import check_steps, column_factors
 
 LOSSES = ("l1", "l2")
@@ -55,7 +57,25 @@ class ASINQ(Quantizer):
     def quantize(self, weights: Sequence[Tensor], stats: InputStatistics | None) -> list[QuantizedWeight]:
         """Quantizes the weights `[out, in]` of a linear group; ValueError without usable inputs."""
         absmean, inputs = calibration(weights, stats, "asinq")
-        output_error = OutputError(inputs, self.loss)  # the group shares its inputs, and nothing else
+        found = self._search_each(weights, absmean, OutputError(inputs, self.loss))
+        return [replace(one, diagnostics={k: float(v) for k, v in one.diagnostics.items()}) for one in found]
+
+    def quantize_stacks(
+        self,
+        names: Sequence[Sequence[str]],
+        weights: Sequence[Tensor],
+        stats: Sequence[InputStatistics] | None = None,
+    ) -> list[Format]:
+        """On a GPU the searches of all experts at once; on a CPU expert by expert."""
+        if stats is None or not gpu.enabled(weights[0]):
+            return super().quantize_stacks(names, weights, stats)
+        absmean, inputs, tokens = calibrations(weights, stats, "asinq")
+        return self._search_each(weights, absmean, OutputError(inputs, self.loss, tokens))
+
+    def _search_each(
+        self, weights: Sequence[Tensor], absmean: Tensor, output_error: OutputError
+    ) -> list[QuantizedWeight]:
+        """Of weights `[..., out, in]`, which share their inputs and nothing else."""
         factors = column_factors(weights, self.columns(weights[0]), self.iterations, self.step_min, self.step_max)
         return [
             self._search(weight.float(), mu, after, absmean, output_error)
@@ -63,11 +83,10 @@ class ASINQ(Quantizer):
         ]
 
     def _search(
-        self, weight: Tensor, mu: Tensor, after: float, absmean: Tensor, output_error: OutputError
+        self, weight: Tensor, mu: Tensor, after: Tensor, absmean: Tensor, output_error: OutputError
     ) -> QuantizedWeight:
         width = self.columns(weight)
-        magnitude = weight.abs().mean(0) if self.weight_part else torch.ones_like(mu)
-
+        magnitude = weight.abs().mean(-2) if self.weight_part else torch.ones_like(mu)
         rounding = {
             "nbits": self.nbits,
             "group_size": width,
@@ -75,10 +94,9 @@ class ASINQ(Quantizer):
             "aux_dtype": self.aux_dtype,
         }
 
-        def attempt(ratio: float) -> tuple[float, float, Tensor]:
-            t = (mu / channel_scale(absmean, magnitude, ratio)).clamp(*T_RANGE)
-            return output_error(rounding_error(weight, input_scale=t, **rounding)), ratio, t
+        def scales(ratio: float | Tensor) -> Tensor:
+            return (mu / channel_scale(absmean, magnitude, ratio)).clamp(*T_RANGE)
 
-        loss, ratio, t = min((attempt(i / self.ratios) for i in range(self.ratios)), key=lambda found: found[0])
+        loss, ratio, t = search([weight], scales, self.ratios, output_error, rounding)
         diagnostics = {"ratio": ratio, "loss": loss, "imbalance_after": after}
         return round_to_nearest(weight, input_scale=t, method="asinq", diagnostics=diagnostics, **rounding)

@@ -17,16 +17,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from qbench.format.format import Format
 from qbench.format.weight import QuantizedWeight
-from qbench.quant.channel_scale import T_RANGE, OutputError, calibration, channel_scale
+from qbench.quant import gpu
+from qbench.quant.channel_scale import T_RANGE, OutputError, calibration, calibrations, channel_scale, search
 from qbench.quant.diagnostics import column_tiles
 from qbench.quant.quantizer import InputStatistics, Quantizer, Statistic
-from qbench.quant.rounding import grid, round_to_nearest, rounding_error
+from qbench.quant.rounding import grid, round_to_nearest
 
 SHRINKS = [1 - i / 20 for i in range(10)]  # AWQ's grid of 20 steps, followed to half the range
 
@@ -52,33 +54,43 @@ class AWQ(Quantizer):
         width = self.columns(weights[0])
         dense = [weight.float() for weight in weights]
         magnitude = relative_magnitude(torch.cat(dense), width)
-        output_error = OutputError(inputs)
-
-        best: tuple[float, float, Tensor] | None = None
-        for ratio in (i / self.ratios for i in range(self.ratios)):
-            t = channel_scale(absmean, magnitude, ratio).reciprocal().clamp(*T_RANGE)
-            total = 0.0
-            for weight in dense:
-                error = rounding_error(
-                    weight,
-                    nbits=self.nbits,
-                    group_size=width,
-                    symmetric=self.symmetric,
-                    aux_dtype=self.aux_dtype,
-                    input_scale=t,
-                )
-                total += output_error(error) * len(weight)
-            loss = total / sum(map(len, dense))
-            if best is None or loss < best[0]:
-                best = loss, ratio, t
-        assert best is not None
-        loss, ratio, t = best
+        loss, ratio, t = self._search(dense, absmean, magnitude, OutputError(inputs))
         if self.clip:
             dense = [self._clipped(weight, width, t, inputs) for weight in dense]
+        diagnostics = dict(zip(("ratio", "loss"), torch.stack([ratio, loss]).tolist(), strict=True))
+        return [self._round(weight, width, t, diagnostics) for weight in dense]
+
+    def quantize_stacks(
+        self,
+        names: Sequence[Sequence[str]],
+        weights: Sequence[Tensor],
+        stats: Sequence[InputStatistics] | None = None,
+    ) -> list[Format]:
+        """On a GPU the searches of all experts at once; with `clip`, and on a CPU, expert by expert."""
+        if stats is None or self.clip or not gpu.enabled(weights[0]):
+            return super().quantize_stacks(names, weights, stats)
+        absmean, inputs, tokens = calibrations(weights, stats, "awq")
+        width = self.columns(weights[0])
+        dense = [weight.float() for weight in weights]
+        magnitude = torch.stack([relative_magnitude(torch.cat(each), width) for each in zip(*dense, strict=True)])
+        loss, ratio, t = self._search(dense, absmean, magnitude, OutputError(inputs, tokens=tokens))
         return [self._round(weight, width, t, {"ratio": ratio, "loss": loss}) for weight in dense]
 
+    def _search(
+        self, weights: Sequence[Tensor], absmean: Tensor, magnitude: Tensor, output_error: OutputError
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Loss, ratio and t, of one linear group or of each of a batch."""
+
+        def scales(ratio: float | Tensor) -> Tensor:
+            return channel_scale(absmean, magnitude, ratio).reciprocal().clamp(*T_RANGE)
+
+        if gpu.enabled(weights[0]) and self.aux_dtype == "fp16":  # rows then do not depend on each other
+            weights = [torch.cat(weights, -2)]
+        rounding = {"group_size": self.columns(weights[0]), "symmetric": self.symmetric, "aux_dtype": self.aux_dtype}
+        return search(weights, scales, self.ratios, output_error, {"nbits": self.nbits, **rounding})
+
     def _round(
-        self, weight: Tensor, width: int, t: Tensor, diagnostics: dict[str, float] | None = None
+        self, weight: Tensor, width: int, t: Tensor, diagnostics: dict[str, Any] | None = None
     ) -> QuantizedWeight:
         return round_to_nearest(
             weight,

@@ -8,6 +8,7 @@ rounded here: kernels that also round the inputs lose more.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -24,11 +25,13 @@ BLOCK = (128, 128)
 class FP8(Quantizer):
     scale: str = "channel"
 
+    stacks: ClassVar[bool] = True
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.scale not in SCALES:
             raise none_of("scale", self.scale, SCALES)
 
     def quantize_one(self, weight: Tensor, stats: InputStatistics | None = None) -> FP8Weight:
-        rows, columns = weight.shape
+        rows, columns = weight.shape[-2:]
         return round_to_fp8(weight, {"tensor": (rows, columns), "channel": (1, columns), "block": BLOCK}[self.scale])

@@ -26,24 +26,26 @@ passed on is that of the scales as stored.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from qbench.format.aux import Aux
+from qbench.format.format import Format
 from qbench.format.weight import QuantizedWeight
 from qbench.quant import gpu
+from qbench.quant.cholesky import unit_factor, unit_factors
 from qbench.quant.quantizer import InputStatistics, Statistic
 from qbench.quant.rotating import RotatingQuantizer
 from qbench.quant.rounding import grid, group_extremes
 
-DAMPING_TRIES = 4
-LEAST_RETRY = 1e-3  # damping of the first retry at least: ten times zero would change nothing
+NOT_FINITE = "the Hessian of the layer's input holds NaN or Inf"
+ALL_ZERO = "the Hessian is zero: no calibration token reached this layer"
 
 Stored = tuple[Aux, Aux | None]  # scale and zero of one weight, [out, groups]
-# divisor, zero, scale; fp32 [groups, rows], so that a group is contiguous
+# divisor, zero, scale; fp32 [..., groups, rows], so that a group is contiguous
 Grids = tuple[Tensor, Tensor, Tensor]
 
 
@@ -68,6 +70,12 @@ class GPTQ(RotatingQuantizer):
 
     def quantize_basis(self, weights: Sequence[Tensor], stats: InputStatistics | None) -> list[QuantizedWeight]:
         """Quantizes the weights `[out, in]` of a linear group; ValueError without a usable Hessian."""
+        if gpu.enabled(weights[0]):
+            made = self._quantize_batch([weight[None] for weight in weights], _hessians(weights, [stats]))
+            return [
+                replace(one.select(0), diagnostics={name: each[0] for name, each in one.diagnostics.items()})
+                for one in made
+            ]
         hessian = _hessian(weights, stats)
         width = self.columns(weights[0])
         rows = [len(weight) for weight in weights]
@@ -117,15 +125,15 @@ class GPTQ(RotatingQuantizer):
         ]
 
     def _grids(self, low: Tensor, high: Tensor, rows: list[int], aux_dtype: str) -> tuple[list[Stored], Grids]:
-        """From the extremes `[rows, groups]` of the stacked weights: what each stores, and it all dense."""
+        """From the extremes `[..., rows, groups]` of the joined weights: what each stores, and it all dense."""
         stored: list[Stored] = []
         dense = []
-        for lows, highs in zip(low.split(rows), high.split(rows), strict=True):
+        for lows, highs in zip(low.split(rows, -2), high.split(rows, -2), strict=True):
             scale, zero, divisor = grid(lows, highs, self.nbits, self.symmetric, aux_dtype)
             stored.append((scale, zero))
             middle = torch.full_like(divisor, 2.0 ** (self.nbits - 1)) if zero is None else zero.dense()
             dense.append((divisor, middle, scale.dense()))
-        divisors, zeros, scales = (torch.cat(parts).T.contiguous() for parts in zip(*dense, strict=True))
+        divisors, zeros, scales = (torch.cat(parts, -2).mT.contiguous() for parts in zip(*dense, strict=True))
         return stored, (divisors, zeros, scales)
 
     def _sweep(
@@ -136,8 +144,6 @@ class GPTQ(RotatingQuantizer):
         Without `fixed` grids each group takes its own on arrival. Returns the codes, uint8 `[in, rows]`, and
         then the extremes `[rows, 1]` of every group too.
         """
-        if gpu.enabled(values):
-            return self._sweep_fused(values, unit, width, members, fixed)
         values = values.clone()
         codes = torch.empty_like(values, dtype=torch.uint8)
         top = 2**self.nbits - 1
@@ -158,75 +164,132 @@ class GPTQ(RotatingQuantizer):
             values[stop:].addmm_(unit[start:stop, stop:].T, errors, alpha=-1)
         return codes, extremes
 
-    def _sweep_fused(
-        self, values: Tensor, unit: Tensor, width: int, members: list[int], fixed: Grids | None
-    ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
-        """The same with one kernel per block in place of a loop over its columns."""
+    def quantize_stacks(
+        self,
+        names: Sequence[Sequence[str]],
+        weights: Sequence[Tensor],
+        stats: Sequence[InputStatistics] | None = None,
+    ) -> list[Format]:
+        """On a GPU all experts at once; rotated weights, and those on a CPU, expert by expert."""
+        if stats is None or self.rotation is not None or not gpu.enabled(weights[0]):
+            return super().quantize_stacks(names, weights, stats)
+        return self._quantize_batch(weights, _hessians(weights, stats))
+
+    def _quantize_batch(self, weights: Sequence[Tensor], hessians: Tensor) -> list[QuantizedWeight]:
+        """On a GPU, of as many linear groups at once as there are Hessians, fp32 `[n, in, in]`: stacks `[n, out, in]`.
+
+        On static groups columns are corrected by the errors of the weights as they were (quant/cholesky.py), which
+        needs no inverse. A group that takes its grid on arrival must see the columns after it as the CPU's loop does.
+        """
+        width, rows = self.columns(weights[0]), [weight.shape[1] for weight in weights]
+        values = torch.cat([weight.float() for weight in weights], 1).mT.contiguous()  # [n, in, rows]
+        energy = hessians.diagonal(dim1=1, dim2=2)
+        dead = energy <= 0
+        mean = energy.masked_fill(dead, 0).sum(1, keepdim=True) / (~dead).sum(1, keepdim=True)
+        energy = (energy / mean).masked_fill_(dead, 1)
+        values.masked_fill_(dead[..., None], 0)
+        order = channel = torch.arange(energy.shape[1], device=energy.device).expand(energy.shape).contiguous()
+        fixed = None
+        if self.static_groups:
+            stored, fixed = self._grids(*group_extremes(values.mT, width), rows, self.aux_dtype)
+        if self.act_order:
+            order = energy.argsort(dim=1, descending=True, stable=True)
+            values = values.gather(1, order[..., None].expand_as(values))
+
+        last = order.flip(1)
+        numbers = torch.arange(len(order), device=order.device)[:, None, None]
+        backwards = hessians[numbers, last[:, :, None], last[:, None]]
+        backwards /= mean[..., None]
+        backwards.diagonal(dim1=1, dim2=2).copy_(energy.gather(1, last))
+        unit, damping = unit_factors(backwards, self.damping, inverse=not self.static_groups)
+        del backwards
+
+        groups = ((order if self.static_groups else channel) // width).int()
+        codes, extremes = self._sweep_batch(values, unit, width, groups, fixed)
+        if fixed is None:
+            stored, fixed = self._grids(*extremes, rows, self.aux_dtype)
+            if self.aux_dtype != "fp16":
+                codes, _ = self._sweep_batch(values, unit, width, groups, fixed)
+        permuted = self.act_order and not self.static_groups
+        if self.act_order and not permuted:
+            codes = torch.empty_like(codes).scatter_(1, order[..., None].expand_as(codes), codes)
+        return [
+            QuantizedWeight.build(
+                part.contiguous(),
+                scale,
+                nbits=self.nbits,
+                group_size=width,
+                zero=zero,
+                permutation=order if permuted else None,
+                method="gptq",
+                diagnostics={"damping": damping},
+            )
+            for part, (scale, zero) in zip(codes.mT.split(rows, 1), stored, strict=True)
+        ]
+
+    def _sweep_batch(
+        self, original: Tensor, unit: Tensor, width: int, group_of: Tensor, fixed: Grids | None
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """The column loop over fp32 `[n, in, rows]`, with one kernel a block; `group_of`, int32 `[n, in]`, of a column.
+
+        Returns the codes, uint8 `[n, in, rows]`, and the extremes `[n, rows, groups]`, which mean something without
+        `fixed` grids.
+        """
         from qbench.kernels import gptq as kernels
 
-        values, unit = values.clone(), unit.contiguous()
-        columns, rows = values.shape
+        values, given = original.clone(), original if self.static_groups else None
+        n, columns, rows = values.shape
         codes = torch.empty_like(values, dtype=torch.uint8)
-        lows, highs = (values.new_empty(-(-columns // width), rows) for _ in range(2))
+        lows, highs = (values.new_empty(n, -(-columns // width), rows) for _ in range(2))
         size = min(self.block_size, kernels.LARGEST_BLOCK)
-        errors = values.new_empty(size, rows)
-        group_of = torch.tensor(members, dtype=torch.int32, device=values.device)
+        errors = values.new_empty(n, size, rows)
+        alone = fixed is None and width > size  # a group of several blocks: no block holds all it takes its grid from
         for start, stop in blocks(columns, width, size):
-            if fixed is None and width > size and start % width == 0:
-                # a group of several blocks: its grid comes from columns that this block does not hold
-                low, high = group_extremes(values[start : start + width].T, width)
-                lows[start // width], highs[start // width] = low[:, 0], high[:, 0]
+            if alone and start % width == 0:
+                low, high = group_extremes(values[:, start : start + width].mT, width)
+                lows[:, start // width], highs[:, start // width] = low[..., 0], high[..., 0]
                 _, taken = self._grids(low, high, [rows], "fp16")
-            grids = fixed
-            if fixed is None and width > size:
-                grids = taken
-                group_of = torch.zeros_like(group_of)
+            grids = (taken, torch.zeros_like(group_of)) if alone else None if fixed is None else (fixed, group_of)
             kernels.sweep_block(
-                values, unit, codes, errors, start, stop, width, self.nbits, self.symmetric, (lows, highs),
-                None if grids is None else (grids, group_of),
+                values, given, unit, codes, errors, start, stop, width, self.nbits, self.symmetric, (lows, highs),
+                grids,
             )  # fmt: skip
-            values[stop:].addmm_(unit[start:stop, stop:].T, errors[: stop - start], alpha=-1)
-        return codes, [(lows.T, highs.T)]
+            if stop < columns:
+                values[:, stop:].baddbmm_(unit[:, start:stop, stop:].mT, errors[:, : stop - start])
+        return codes, (lows.mT, highs.mT)
 
 
 def _hessian(weights: Sequence[Tensor], stats: InputStatistics | None) -> Tensor:
     """X^T X of the group's input, fp64 on a CPU and fp32 elsewhere; raises ValueError if it is of no use."""
+    hessian = _given(weights, stats)
+    if not torch.isfinite(hessian).all():
+        raise ValueError(NOT_FINITE)
+    if not (hessian.diagonal() > 0).any():
+        raise ValueError(ALL_ZERO)
+    device = weights[0].device
+    return hessian.to(device, torch.float64 if device.type == "cpu" else torch.float32)
+
+
+def _hessians(weights: Sequence[Tensor], stats: Sequence[InputStatistics | None]) -> Tensor:
+    """Those of a batch, fp32 `[n, in, in]`; raises ValueError if one is of no use, and asks the device once."""
+    given = [_given(weights, one).to(weights[0].device, torch.float32) for one in stats]
+    hessians = given[0][None] if len(given) == 1 else torch.stack(given)
+    finite, active = torch.isfinite(hessians).all(), (hessians.diagonal(dim1=1, dim2=2) > 0).any(1).all()
+    finite, active = torch.stack([finite, active]).tolist()
+    if not finite:
+        raise ValueError(NOT_FINITE)
+    if not active:
+        raise ValueError(ALL_ZERO)
+    return hessians
+
+
+def _given(weights: Sequence[Tensor], stats: InputStatistics | None) -> Tensor:
     if stats is None or stats.hessian is None:
         raise ValueError("gptq needs the Hessian X^T X of the layer's input: run it with calibration data")
     columns = {weight.shape[-1] for weight in weights}
     if columns != {stats.hessian.shape[-1]}:
         raise ValueError(f"the weights have {sorted(columns)} input channels, the Hessian {list(stats.hessian.shape)}")
-    if not torch.isfinite(stats.hessian).all():
-        raise ValueError("the Hessian of the layer's input holds NaN or Inf")
-    if not (stats.hessian.diagonal() > 0).any():
-        raise ValueError("the Hessian is zero: no calibration token reached this layer")
-    device = weights[0].device
-    return stats.hessian.to(device, torch.float64 if device.type == "cpu" else torch.float32)
-
-
-def unit_factor(hessian: Tensor, damping: float) -> tuple[Tensor, float]:
-    """U / diag(U), fp32 `[in, in]`, for (H + damping * I)^-1 = U^T U, H scaled to a mean diagonal of 1.
-
-    U is the inverse of the upper R in H = R R^T, which is the Cholesky factor of H read backwards; this way
-    H^-1 is never formed. Returns the damping that worked too; each failure multiplies it by ten, and the last
-    raises ValueError.
-    """
-    share = damping
-    for _ in range(DAMPING_TRIES):
-        damped = hessian.flip(0, 1)  # a copy
-        damped.diagonal().add_(share)
-        lower, failed = torch.linalg.cholesky_ex(damped)
-        del damped
-        if not failed:
-            # cheaper than scaling afterwards: R with its columns divided by its diagonal has a unit inverse
-            upper = lower.flip(0, 1)
-            del lower  # these are the largest things a layer needs: no more of them at once than must be
-            upper /= upper.diagonal().clone()
-            unit = torch.eye(len(upper), dtype=upper.dtype, device=upper.device)
-            torch.linalg.solve_triangular(upper, unit, upper=True, unitriangular=True, out=unit)
-            return unit.float(), share
-        tried, share = share, max(10 * share, LEAST_RETRY)
-    raise ValueError(f"the Hessian is not positive definite, not even damped by {tried:g} of its mean diagonal")
+    return stats.hessian
 
 
 def blocks(columns: int, width: int, size: int) -> Iterator[tuple[int, int]]:

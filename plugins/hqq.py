@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -28,6 +29,8 @@ class HQQ(RotatingQuantizer):
     beta: float = Schedule.beta
     kappa: float = Schedule.kappa
     iterations: int = Schedule.iterations
+
+    stacks: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -9,6 +9,7 @@ largest magnitude rounds up to a power of two (quant/blockfloat.py). gpt-oss is 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -21,6 +22,8 @@ from qbench.quant.quantizer import InputStatistics, Quantizer
 @dataclass(frozen=True)
 class MXFP4(Quantizer):
     exponent: str = "floor"
+
+    stacks: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -30,6 +30,7 @@ class NF4(RotatingQuantizer):
     group_size: int = 64
     aux_dtype: str = "fp16"
 
+    stacks: ClassVar[bool] = True
     levels: ClassVar[tuple[float, ...]] = NF4_LEVELS
     method: ClassVar[str] = "nf4"
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -20,7 +21,9 @@ from qbench.quant.quantizer import InputStatistics, Quantizer
 
 @dataclass(frozen=True)
 class NVFP4(Quantizer):
+    stacks: ClassVar[bool] = True
+
     def quantize(self, weights: Sequence[Tensor], stats: InputStatistics | None) -> list[NVFP4Weight]:
-        """Quantizes the weights `[out, in]` of a linear group under one global scale; ValueError for NaN or Inf."""
-        absmax = float(torch.stack([weight.float().abs().amax() for weight in weights]).amax())
+        """Quantizes the weights `[..., out, in]` of a group under one global scale; ValueError for NaN or Inf."""
+        absmax = torch.stack([weight.float().abs().amax((-2, -1)) for weight in weights]).amax(0)
         return [round_to_nvfp4(weight, absmax) for weight in weights]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -19,6 +20,8 @@ class RTN(RotatingQuantizer):
     group_size: int = 64
     symmetric: bool = False
     aux_dtype: str = "fp16"
+
+    stacks: ClassVar[bool] = True
 
     def quantize_basis(self, weights: Sequence[Tensor], stats: InputStatistics | None) -> list[QuantizedWeight]:
         return [

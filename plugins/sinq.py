@@ -85,13 +85,18 @@ class SINQ(RotatingQuantizer):
     def joint(self) -> bool:
         return self.shared_t
 
+    @property
+    def stacks(self) -> bool:  # the gate decides matrix by matrix
+        return self.kurtosis_gate is None
+
     def quantize_basis(self, weights: Sequence[Tensor], stats: InputStatistics | None) -> list[QuantizedWeight]:
-        """Quantizes the weights `[out, in]` of a linear group; they share t if asked to, else one kernel launch."""
+        """Quantizes the weights `[..., out, in]` of a group; they share t if asked to, else one kernel launch."""
         gate, width = self.kurtosis_gate, self.columns(weights[0])
         balance = [gate is None or float(kurtosis(weight)) <= gate for weight in weights]
         balanced = list(compress(weights, balance))
         if balanced and self.shared_t:
-            factors = iter(self._factors([torch.cat([weight.float() for weight in balanced])], width) * len(balanced))
+            together = torch.cat([weight.float() for weight in balanced], -2)
+            factors = iter(self._factors([together], width) * len(balanced))
         else:
             factors = iter(self._factors(balanced, width) if balanced else [])
         chosen = zip(weights, balance, strict=True)
@@ -101,18 +106,18 @@ class SINQ(RotatingQuantizer):
         common = {"group_size": self.columns(weight), "symmetric": self.symmetric, "aux_dtype": self.aux_dtype}
         return round_to_nearest(weight, nbits=self.nbits, **common)
 
-    def _round(self, weight: Tensor, t: Tensor, after: float) -> QuantizedWeight:
+    def _round(self, weight: Tensor, t: Tensor, after: Tensor) -> QuantizedWeight:
         if self.t_dtype == "fp16":
             return self._round_balanced(weight, t, after)
         stored = store_input_scale(t, self.t_dtype)
         return replace(self._round_balanced(weight, dense_input_scale(stored), after), input_scale=stored)
 
-    def _round_balanced(self, weight: Tensor, t: Tensor, after: float) -> QuantizedWeight:
+    def _round_balanced(self, weight: Tensor, t: Tensor, after: Tensor) -> QuantizedWeight:
         common = {
             "group_size": self.columns(weight),
             "aux_dtype": self.aux_dtype,
             "input_scale": t,
-            "diagnostics": {"imbalance_after": after},
+            "diagnostics": {"imbalance_after": after if after.ndim else float(after)},
         }
         if self.codebook:
             return round_to_levels(weight, NF4_LEVELS, method="sinq-nf4", **common)
@@ -122,7 +127,8 @@ class SINQ(RotatingQuantizer):
 
     def input_scale(self, weight: Tensor, width: int) -> tuple[Tensor, float]:
         """`t`, fp32 `[in]`, and the geometric mean over tiles of the imbalance that is left, for `[out, in]`."""
-        return self._factors([weight], width)[0]
+        [(t, after)] = self._factors([weight], width)
+        return t, float(after)
 
-    def _factors(self, weights: Sequence[Tensor], width: int) -> list[tuple[Tensor, float]]:
+    def _factors(self, weights: Sequence[Tensor], width: int) -> list[tuple[Tensor, Tensor]]:
         return column_factors(weights, width, self.iterations, self.step_min, self.step_max)

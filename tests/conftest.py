@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass, replace
 from functools import cache
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -54,6 +55,9 @@ def _freeze():
 @pytest.fixture(scope="session", autouse=True)
 def _yaml_once():
     """Hydra reads each YAML of its own and of conf/ once a process, not whenever it composes: they do not change."""
+    from hydra.core.plugins import Plugins
+
+    Plugins.instance()  # its search executes modules again, and what they define is then another class
     from hydra._internal.core_plugins.importlib_resources_config_source import ImportlibResourcesConfigSource
 
     load, known = ImportlibResourcesConfigSource.load_config, {}
@@ -70,18 +74,33 @@ def _yaml_once():
         yield
 
 
+def thinned(*axes):
+    """Every combination of the axes' values for parametrize: those that are slow are marked so.
+
+    Fast are as many as the longest axis has values, so that each value of each axis is in one at least. Two axes whose
+    lengths have a common divisor meet in some of their pairs alone; the slow suite has them all.
+    """
+    axes = [list(axis) for axis in axes]
+    fast = {tuple(k % len(axis) for axis in axes) for k in range(max(map(len, axes)))}
+    cases = []
+    for places in product(*(range(len(axis)) for axis in axes)):
+        values = [axis[place] for axis, place in zip(axes, places, strict=True)]
+        cases.append(pytest.param(*values, marks=[] if places in fast else [pytest.mark.slow]))
+    return cases
+
+
 @cache
 def _composer():
     from hydra import compose, initialize_config_module
     from hydra.core.global_hydra import GlobalHydra
 
     from qbench.config import register
-    from qbench.sweep.plan import _Composer
+    from qbench.sweep.compose import Composer
 
     register()
     with initialize_config_module("qbench.conf", version_base="1.3"):
         composed = compose("config", return_hydra_config=True)
-        return _Composer(composed, GlobalHydra.instance().config_loader())
+        return Composer(composed, GlobalHydra.instance().config_loader())
 
 
 def composed(words: Iterable[str]):

@@ -66,6 +66,7 @@ def by_size(path):
     return path.stat().st_size
 
 
+@pytest.mark.slow
 def test_a_baseline_file_of_another_model_is_refused(qbench):
     """Whoever copies baselines between folders is told, instead of being compared with the wrong model."""
     qbench(*TINY)
@@ -94,6 +95,7 @@ def test_divergence_from_the_baseline_is_recorded_and_can_be_switched_off(qbench
     assert without["run_id"] != summary["run_id"]
 
 
+@pytest.mark.slow
 def test_what_cannot_change_a_number_does_not_change_the_point(qbench, tmp_path):
     first = qbench(*TINY, "tracker=none").summary["run_id"]
     assert qbench(*TINY, "outputs=elsewhere").summary["run_id"] == first
@@ -377,6 +379,7 @@ def test_results_hold_no_secrets_and_no_folders(qbench, monkeypatch):
     assert str(Path.home()) not in path.read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("module", ["qbench.config", "qbench.registry", "qbench.catalog", "qbench.__main__"])
 def test_the_command_line_layer_imports_nothing_heavy(module):
     code = (

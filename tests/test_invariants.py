@@ -1,6 +1,7 @@
 """What this project promises, each promise as a test: the file to read first.
 
-Every method, on a dense and a mixture model, in fp32, bf16 and fp16, on windows so few that all of it takes a minute.
+Every method, on a dense and a mixture model, in fp32, bf16 and fp16, on windows so few that all of it takes a minute;
+the fast suite takes each method once, with models and precisions in turn.
 A measure that breaks one of these has measured something else than it says, whatever its number.
 """
 
@@ -21,7 +22,7 @@ from qbench import leaderboard
 from qbench.plugins.rtn import RTN
 from qbench.record.result import Result
 from qbench.run import run_point
-from tests.conftest import composed
+from tests.conftest import composed, thinned
 from tests.report import examples
 
 MODELS = ("tiny-dense", "tiny-moe")
@@ -44,10 +45,7 @@ METHODS = {
 }
 SHORT = ("task.window=64", "task.max_windows=2")
 SHORT_CALIBRATION = ("calibration.window=64", "calibration.sequences=4")
-EVERYWHERE = pytest.mark.parametrize(
-    ("model", "dtype"), [(m, d) for m in MODELS for d in DTYPES], ids=lambda value: value
-)
-EVERY_METHOD = pytest.mark.parametrize("method", METHODS)
+EVERY_METHOD = pytest.mark.parametrize(("method", "model", "dtype"), thinned(METHODS, MODELS, DTYPES))
 
 
 @pytest.fixture(scope="module")
@@ -106,8 +104,7 @@ TASKS = {
 }
 
 
-@EVERYWHERE
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize(("task", "model", "dtype"), thinned(TASKS, MODELS, DTYPES))
 def test_the_original_beside_itself_differs_by_exactly_nothing(run, folder, model, dtype, task):
     """quantizer=none is evaluated as any other: what is not zero or one here is an error of the measure."""
     (folder / "pages.jsonl").write_text(PAGES)
@@ -142,7 +139,6 @@ def test_the_original_beside_itself_in_lm_evals_tasks(run, folder, dtype):
         assert (metric.delta, metric.delta_low, metric.delta_high) == (0, 0, 0)
 
 
-@EVERYWHERE
 @EVERY_METHOD
 def test_a_difference_is_that_of_the_two_numbers_that_are_shown(run, model, dtype, method):
     result = quantized(run, model, dtype, method)
@@ -154,7 +150,6 @@ def test_a_difference_is_that_of_the_two_numbers_that_are_shown(run, model, dtyp
         assert metric.delta is None or metric.delta == pytest.approx(metric.value - metric.baseline, abs=1e-12)
 
 
-@EVERYWHERE
 @EVERY_METHOD
 def test_bytes_are_those_that_are_held_and_finite(run, model, dtype, method):
     result = quantized(run, model, dtype, method)
@@ -169,7 +164,6 @@ def test_bytes_are_those_that_are_held_and_finite(run, model, dtype, method):
         assert not tensor.is_floating_point() or torch.isfinite(tensor).all(), name
 
 
-@EVERYWHERE
 @EVERY_METHOD
 def test_a_checkpoint_read_back_is_the_model_that_was_measured(run, model, dtype, method):
     measured = quantized(run, model, dtype, method).evaluation[0]
@@ -180,15 +174,15 @@ def test_a_checkpoint_read_back_is_the_model_that_was_measured(run, model, dtype
     assert again.evaluation[0].protocol == measured.protocol
 
 
-@pytest.mark.parametrize("model", MODELS)
 @EVERY_METHOD
-def test_two_runs_give_the_same_bits(run, folder, model, method):
+def test_two_runs_give_the_same_bits(run, folder, model, dtype, method):
     """The codes as well as the numbers; only times and memory may differ."""
-    first = quantized(run, model, "bfloat16", method)
-    settings = (f"model={model}", "runtime.dtype=bfloat16", *METHODS[method], f"export.dir=again-{method}-{model}")
+    first = quantized(run, model, dtype, method)
+    export = f"again-{method}-{model}-{dtype}"
+    settings = (f"model={model}", f"runtime.dtype={dtype}", *METHODS[method], f"export.dir={export}")
     second = run(*settings, outputs="again")
     assert second.run_id == first.run_id
-    one, other = tensors(f"{method}-{model}-bfloat16"), tensors(f"again-{method}-{model}")
+    one, other = tensors(f"{method}-{model}-{dtype}"), tensors(export)
     assert one.keys() == other.keys()
     assert all(torch.equal(one[name], other[name]) for name in one)
     assert replace(second.evaluation[0], baseline_cached=True) == replace(first.evaluation[0], baseline_cached=True)

@@ -37,6 +37,7 @@ def test_every_folder_of_code_is_a_package_of_the_wheel():
     assert found | {".".join(("qbench", *folder.parts)) for folder in conf} == set(project["packages"])
 
 
+@pytest.mark.slow
 def test_everything_lives_under_qbench(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     elsewhere = {name for name in names if ".dist-info" not in name and not name.startswith("qbench/")}
@@ -47,6 +48,7 @@ def test_everything_lives_under_qbench(wheel):
     assert {f"conf/{p.relative_to(ROOT / 'conf')}" for p in (ROOT / "conf").rglob("*.yaml")} <= built
 
 
+@pytest.mark.slow
 def test_it_runs_from_an_empty_folder(wheel, tmp_path):
     """The environment holds the wheel alone; its dependencies are lent by this one, which saves their download.
 

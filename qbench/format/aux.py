@@ -1,6 +1,6 @@
 """Aux as stored. Scales and zero points: 16-bit floats, or 8-bit integers with a small table of their own.
 
-With `int8`, consecutive values (row-major over `[..., out, groups]`) form blocks of 64 that share a step and
+With `int8`, consecutive values of a matrix (row-major over `[out, groups]`) form blocks of 64 that share a step and
 an offset in fp16, as in the double quantization of QLoRA (arXiv 2305.14314): 8.5 bits per value instead
 of 16. Integer zero points keep a step of one, so they survive exactly as long as a block spans at most 255.
 
@@ -33,22 +33,24 @@ class Aux:
 
     @staticmethod
     def compress(values: Tensor, aux_dtype: str) -> Aux:
-        """Stores `values` in `aux_dtype`; raises ValueError for another name or a value fp16 cannot hold."""
+        """Stores `values` `[..., out, groups]`; ValueError for another `aux_dtype` or a value that fp16 cannot hold."""
         if aux_dtype not in AUX_DTYPES:
             raise ValueError(f"aux_dtype must be one of {', '.join(AUX_DTYPES)}, got {aux_dtype!r}")
-        if not torch.isfinite(values).all() or values.abs().max() > FP16_MAX:
+        if not values.abs().amax() <= FP16_MAX:  # NaN is not, either
             raise ValueError(f"a scale or zero point is not a finite number below {FP16_MAX:.0f}")
         if aux_dtype == "fp16":
             return Aux(values.half())
-        flat = values.float().flatten()
-        padded = torch.cat([flat, flat[-1:].expand(-flat.numel() % BLOCK)]).view(-1, BLOCK)
-        low, high = padded.amin(1), padded.amax(1)
+        flat = values.float().flatten(-2) if values.ndim > 1 else values.float()
+        count = flat.shape[-1]
+        padding = flat[..., -1:].expand(*flat.shape[:-1], -count % BLOCK)
+        padded = torch.cat([flat, padding], -1).unflatten(-1, (-1, BLOCK))
+        low, high = padded.amin(-1), padded.amax(-1)
         step = (high - low) / 255
-        integers = (padded == padded.round()).all(1) & (high - low <= 255) & (low.abs() <= 2048)
+        integers = (padded == padded.round()).all(-1) & (high - low <= 255) & (low.abs() <= 2048)
         step = torch.where(integers, torch.ones_like(step), step).clamp_min(FP16_TINY).half()
         offset = low.half()
-        codes = ((padded - offset.float()[:, None]) / step.float()[:, None]).round().clamp(0, 255)
-        stored = codes.to(torch.uint8).flatten()[: flat.numel()].view(values.shape)
+        codes = ((padded - offset.float().unsqueeze(-1)) / step.float().unsqueeze(-1)).round().clamp(0, 255)
+        stored = codes.to(torch.uint8).flatten(-2)[..., :count].reshape(values.shape)
         return Aux(stored.clone(), step, offset)  # a view would keep the padding in memory
 
     def dense(self) -> Tensor:

@@ -19,6 +19,7 @@ BUCKETS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)  # batches t
 NARROW = 16  # rows of x up to which the rule takes dual_linear.cu
 WIDE = 128  # and up to which wide_linear.cu
 MULTIPROCESSORS = 132  # of an H100 or H200; for the rules alone
+HOPPERS_SHARED = 227 * 1024  # bytes that a block may have
 
 
 def x_record_bytes(batch_blocks: int, group_size: int) -> int:
@@ -92,16 +93,30 @@ class LongPlan:
     warpgroups: int  # GROUPS: along the output rows, 64 each
     batch_blocks: int  # NB: 8 rows of x each
     share: int  # blocks of one cluster: the same rows of x, other rows of the weight
-    stages: int  # of 64 columns, in flight per block
     finishers: int = 1  # FINISH: 1, or 2 that take turns
 
     def __post_init__(self) -> None:
-        if self.batch_blocks not in (16, 24, 32) or self.batch_blocks % self.share or self.share not in (1, 2, 4):
+        if self.batch_blocks not in (16, 24, 32) or self.share not in (1, 2, 4):
             raise ValueError("batch_blocks must be 16, 24 or 32, and share 1, 2 or 4")
 
-    def shared_bytes(self, *_: object) -> int:
-        stage = 128 * (64 * self.warpgroups + 8 * self.batch_blocks)
-        return self.stages * (stage + 16) + 4 * self.warpgroups * 512
+    def threads(self) -> int:
+        return 128 * (self.warpgroups + self.finishers)
+
+    def stages(self, nbits: int, group_size: int, has_zero: bool) -> int:
+        """STAGES: of 64 columns, in flight per block; as many as there is room for, at most 8."""
+        return min(8, (HOPPERS_SHARED - self._beside_stages(nbits, group_size, has_zero)) // (self._stage() + 16))
+
+    def shared_bytes(self, batch: int, chunks: int, nbits: int, group_size: int, has_zero: bool) -> int:
+        form = nbits, group_size, has_zero
+        return max(2, self.stages(*form)) * (self._stage() + 16) + self._beside_stages(*form)
+
+    def _stage(self) -> int:
+        return 128 * (64 * self.warpgroups + 8 * self.batch_blocks)
+
+    def _beside_stages(self, nbits: int, group_size: int, has_zero: bool) -> int:
+        strips = 4 * self.warpgroups
+        packed = -(-(strips * chunk_bytes(nbits, group_size, has_zero) + 256) // 128) * 128
+        return 512 * strips + (3 if self.batch_blocks == 32 else 4) * (packed + 16)
 
 
 AnyPlan = Plan | WidePlan | LongPlan
@@ -206,5 +221,5 @@ def _long_by_rule(M: int, N: int) -> list[LongPlan]:
         area = plan.warpgroups * plan.batch_blocks
         return -(-tiles // MULTIPROCESSORS) * (area + 6)  # 6: what a tile costs beside its products
 
-    shapes = [LongPlan(2, 32, 2, 4), LongPlan(3, 16, 2, 5), LongPlan(2, 16, 2, 6), LongPlan(1, 16, 2, 8)]
+    shapes = [LongPlan(2, 32, 2), LongPlan(3, 16, 2, 2), LongPlan(2, 16, 2, 2), LongPlan(1, 16, 2, 2)]
     return sorted(shapes, key=cost)

@@ -115,26 +115,26 @@ template <int H> __device__ __forceinline__ void load_half(Codes& c, const u8* c
 #if BITS == 3
 #pragma unroll
   for (int j = 0; j < 3; j++) {
-    uint2 v = load2<true>(codes + 256 * j);
+    uint2 v = load2<false>(codes + 256 * j);
     c.w[2 * j] = v.x, c.w[2 * j + 1] = v.y;
   }
 #elif BITS == 2
-  uint2 v = load2<true>(codes + 8 * H);
+  uint2 v = load2<false>(codes + 8 * H);
   c.w[2 * H] = v.x, c.w[2 * H + 1] = v.y;
 #else
 #pragma unroll
   for (int j = H * WORDS / 8; j < (H + 1) * WORDS / 8; j++) {
-    uint4 v = load4<true>(codes + 512 * j);
+    uint4 v = load4<false>(codes + 512 * j);
     c.w[4 * j] = v.x, c.w[4 * j + 1] = v.y, c.w[4 * j + 2] = v.z, c.w[4 * j + 3] = v.w;
   }
 #endif
 #pragma unroll
   for (int j = H * PER_CHUNK / 2; j < (H * PER_CHUNK + PER_CHUNK + 1) / 2; j++) {
 #if ZERO
-    uint2 v = load2<true>(aux + 64 * j);
+    uint2 v = load2<false>(aux + 64 * j);
     c.aux[2 * j] = v.x, c.aux[2 * j + 1] = v.y;
 #else
-    c.aux[j] = load1<true>(aux + 32 * j);
+    c.aux[j] = load1<false>(aux + 32 * j);
 #endif
   }
 }

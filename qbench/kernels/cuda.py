@@ -197,12 +197,12 @@ def _launch_long(x: Tensor, tiles: Tiles, bias: Tensor | None, y: Tensor, chosen
         x = x.index_select(-1, tiles.permutation)
     if x.stride(0) % 8 or x.data_ptr() % 16:  # of what box copies read, every row starts at a multiple of 16 bytes
         x = F.pad(x, (0, 8 - x.shape[1] % 8))[:, : x.shape[1]]
-    shape = {"GROUPS": chosen.warpgroups, "NB": chosen.batch_blocks, "STAGES": chosen.stages}
-    shape["FINISH"] = chosen.finishers
-    defines = _linear_defines(tiles, x.dtype, INPUT_SCALE=int(tiles.input_scale is not None), **shape)
+    defines = long_defines(tiles, x.dtype, chosen)
+    shared_bytes = chosen.shared_bytes(M, chunks, tiles.nbits, tiles.group_size, tiles.has_zero)
     row_blocks, x_blocks = -(-strips // (4 * chosen.warpgroups * share)), -(-M // (8 * chosen.batch_blocks))
-    function, threads = nvrtc.load("long_linear", device.index, defines), 128 * (chosen.warpgroups + chosen.finishers)
-    clusters = min(row_blocks * x_blocks, nvrtc.clusters_at_work(function, threads, chosen.shared_bytes(), share))
+    function = nvrtc.load("long_linear", device.index, defines)
+    at_work = nvrtc.clusters_at_work(function, chosen.threads(), shared_bytes, share)
+    clusters = min(row_blocks * x_blocks, at_work)
     problem = _LongProblem(
         *map(_address, (tiles.data, tiles.input_scale, tiles.codebook, bias, y)),
         *(M, N, strips, chunks, row_blocks, x_blocks, clusters),
@@ -210,13 +210,19 @@ def _launch_long(x: Tensor, tiles: Tiles, bias: Tensor | None, y: Tensor, chosen
     nvrtc.launch(
         function,
         (clusters * share, 1, 1),
-        threads,
-        chosen.shared_bytes(),
+        chosen.threads(),
+        shared_bytes,
         _stream(device),
         [nvrtc.tensor_map(x, 8 * chosen.batch_blocks // share, LONG_COLUMNS), problem],
         share,
         early=_early(device),
     )
+
+
+def long_defines(tiles: Tiles, dtype: torch.dtype, chosen: LongPlan) -> Defines:
+    shape = {"GROUPS": chosen.warpgroups, "NB": chosen.batch_blocks, "FINISH": chosen.finishers}
+    shape["STAGES"] = chosen.stages(tiles.nbits, tiles.group_size, tiles.has_zero)
+    return _linear_defines(tiles, dtype, INPUT_SCALE=int(tiles.input_scale is not None), **shape)
 
 
 def _launch_input(entry: str, x: Tensor, tiles: Tiles, to: Tensor, defines: Defines) -> None:

@@ -31,6 +31,9 @@
 #ifndef DEPTH
 #define DEPTH 1
 #endif
+#ifndef TOGETHER
+#define TOGETHER 1
+#endif
 
 struct Problem {
   const u8* tiles;        // [experts][strips][chunks][CHUNK]
@@ -48,6 +51,11 @@ struct Problem {
   int per, log_splits_in_block;  // chunks of K per block; log2 of its warps along K
   int stages, pairs, pairs_per_row;  // blockIdx.z is a pair of the first stack, then of the second
   int last_expert;                // an expert after it lives elsewhere: its result is not used
+};
+
+struct Problems {  // several weights of one K that multiply the same row of x
+  Problem each[TOGETHER];
+  int first[TOGETHER];    // clusters of those before
 };
 
 template <int S>
@@ -112,7 +120,17 @@ template <class T> __device__ __forceinline__ T* moved(T* p, long long bytes) {
   return reinterpret_cast<T*>(reinterpret_cast<u64>(p) + bytes);
 }
 
+#if TOGETHER > 1
+extern "C" __global__ void __launch_bounds__(512) dual_linear(const __grid_constant__ Problems all) {
+  int which = 0;
+#pragma unroll
+  for (int i = 1; i < TOGETHER; i++) which += int(cluster_index()) >= all.first[i];
+  const Problem& p = all.each[which];
+  const int before = all.first[which];
+#else
 extern "C" __global__ void __launch_bounds__(512) dual_linear(const __grid_constant__ Problem p) {
+  constexpr int before = 0;
+#endif
   SHARED_MEMORY(smem);
   allow_next_kernel();
   const u32 splits = cluster_size(), rank = cluster_rank();
@@ -122,7 +140,7 @@ extern "C" __global__ void __launch_bounds__(512) dual_linear(const __grid_const
   const int WK = 1 << p.log_splits_in_block, WR = warps >> p.log_splits_in_block;
   const int wr = warp >> p.log_splits_in_block, wk = warp & (WK - 1);
   const int rows = 16 * RT * WR;                                        // of the weight, in this block
-  const int row0 = int(cluster_index()) * rows;
+  const int row0 = (int(cluster_index()) - before) * rows;
   const int lo = min(int(rank) * p.per, p.chunks), hi = min(lo + p.per, p.chunks);
   const int m0 = blockIdx.y * 8 * MB, batch = min(p.M - m0, 8 * MB);
   if (EXPERTS) await_previous_kernel();  // it may be what chose the experts

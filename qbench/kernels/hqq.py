@@ -18,20 +18,21 @@ TILE = 2048  # weights that a program holds
 
 
 @triton.jit
-def _rounds(weight, t, divisor_given, zero_given, zeros, errors, row_stride, pairs, columns, groups, rounds, programs,
+def _rounds(weight, t, divisor_given, zero_given, zeros, errors,
+            matrix_stride, row_stride, pairs, columns, groups, rounds, all_pairs, all_programs,
             beta, kappa, lp_norm, NBITS: tl.constexpr, SCALED: tl.constexpr,
             PAIRS: tl.constexpr, WIDTH: tl.constexpr, PAD: tl.constexpr):  # fmt: skip
-    values, inside, pair, _, first = pair_tile(weight, row_stride, pairs, columns, groups, PAIRS, WIDTH, PAD)
+    values, inside, exists, pair, _, first, channel = pair_tile(
+        weight, matrix_stride, row_stride, pairs, columns, groups, PAIRS, WIDTH, PAD
+    )
     if SCALED:
-        at = first[:, None] + tl.arange(0, PAD)[None, :]
-        values = quotient(values, tl.load(t + at, mask=inside, other=1.0))
-    exists = pair < pairs
+        values = quotient(values, tl.load(t + channel, mask=inside, other=1.0))
     scale = tl.load(divisor_given + pair, mask=exists, other=1.0)
     zero = tl.load(zero_given + pair, mask=exists, other=0.0)
     steps = quotient(values, scale[:, None])
     count = tl.minimum(columns - first, WIDTH).to(tl.float32)
     zeros += pair
-    errors += tl.program_id(0)
+    errors += tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
     for _ in range(rounds):
         tl.store(zeros, zero, mask=exists)
         moved = steps + zero[:, None]
@@ -47,8 +48,8 @@ def _rounds(weight, t, divisor_given, zero_given, zeros, errors, row_stride, pai
             kept = tl.where(left < 0, -kept, kept)
             zero += tl.sum(kept, 1) / count / scale
         beta = beta * kappa
-        zeros += pairs
-        errors += programs
+        zeros += all_pairs
+        errors += all_programs
 
 
 def search(
@@ -59,29 +60,32 @@ def search(
     zero: Tensor,
     schedule: tuple[float, float, float, int],
     input_scale: Tensor | None = None,
-) -> tuple[Tensor, int]:
+) -> tuple[Tensor, Tensor]:
     """quant.half_quadratic.search for `weight / input_scale` `[out, in]`, its divisor and first zero `[out, groups]`.
 
-    `schedule` is lp_norm, beta, kappa and iterations. Returns the best zero and the number of updates tried.
+    `schedule` is lp_norm, beta, kappa and iterations. Returns the best zero and the number of updates tried, one
+    element; of a stack `[experts, out, in]` every matrix has a search of its own, and its number of updates.
     """
     lp_norm, beta, kappa, iterations = schedule
-    rows, columns = weight.shape
+    stack = weight if weight.ndim == 3 else weight.unsqueeze(0)
+    matrices, rows, columns = stack.shape
     groups, rounds = -(-columns // width), iterations + 1  # the last update is scored too
     pairs, pad = rows * groups, max(8, triton.next_power_of_2(width))
     per_program = max(1, TILE // pad)
     programs = triton.cdiv(pairs, per_program)
-    zeros = torch.empty(rounds, rows, groups, device=weight.device)
-    errors = torch.empty(rounds, programs, device=weight.device)
-    t = weight if input_scale is None else input_scale
+    zeros = torch.empty(rounds, matrices, rows, groups, device=weight.device)
+    errors = torch.empty(rounds, matrices, programs, device=weight.device)
+    t = weight if input_scale is None else input_scale.contiguous()
     with torch.cuda.device_of(weight):
-        _rounds[(programs,)](
-            weight, t, divisor.contiguous(), zero.contiguous(), zeros, errors, weight.stride(0), pairs, columns,
-            groups, rounds, programs, beta, kappa, lp_norm, NBITS=nbits, SCALED=input_scale is not None,
-            PAIRS=per_program, WIDTH=width, PAD=pad, num_warps=4 if pad <= 4096 else 8,
+        _rounds[(programs, matrices)](
+            weight, t, divisor.contiguous(), zero.contiguous(), zeros, errors, stack.stride(0), stack.stride(1), pairs,
+            columns, groups, rounds, matrices * pairs, matrices * programs, beta, kappa, lp_norm, NBITS=nbits,
+            SCALED=input_scale is not None, PAIRS=per_program, WIDTH=width, PAD=pad, num_warps=4 if pad <= 4096 else 8,
         )  # fmt: skip
-    best = float("inf")
-    for updates, error in enumerate(errors.sum(1, dtype=torch.float64).tolist()):
-        if not error < best:
-            return zeros[max(updates - 1, 0)], updates
-        best = error
-    return zeros[-1], iterations
+    error = errors.sum(2, dtype=torch.float64)  # [rounds, matrices]
+    before = torch.cat([torch.full_like(error[:1], torch.inf), error[:-1]])
+    ended = ~(error < before)  # the first of these ends the search
+    updates = torch.where(ended.any(0), ended.int().argmax(0), rounds)
+    best = zeros[(updates - 1).clamp_min(0), torch.arange(matrices, device=weight.device)]
+    updates = updates.clamp_max(iterations)
+    return (best, updates) if weight.ndim == 3 else (best[0], updates[0])

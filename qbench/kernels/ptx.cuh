@@ -163,7 +163,12 @@ __device__ __forceinline__ void store_transposed(u32 to, const u32 (&v)[4]) {
   asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1,%2,%3,%4};"
                ::"r"(to), "r"(v[0]), "r"(v[1]), "r"(v[2]), "r"(v[3]) : "memory");
 }
-__device__ __forceinline__ void prefetch(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
+template <int COUNT> __device__ __forceinline__ void fewer_registers() {  // of every thread of a warpgroup, for others
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(COUNT));
+}
+template <int COUNT> __device__ __forceinline__ void more_registers() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(COUNT));
+}
 __device__ __forceinline__ void copy16(u32 to, const void* from) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
 }
@@ -225,19 +230,16 @@ __device__ __forceinline__ u32 times2(u32 a, u32 b) {
 #define WGMMA(n) "wgmma.mma_async.sync.aligned.m64n" #n "k16.f32.f16.f16 "
 #endif
 // With A `[64 rows][16 columns]` in shared memory as well; the sums start from 0 unless `accumulate`.
-__device__ __forceinline__ void wgmma(float (&d)[4 * NB], u64 a, u64 b, bool accumulate) {
 #define BOTH_SHARED(n, registers, a, b, flag) \
   "{\n.reg .pred more;\nsetp.ne.b32 more, %" #flag ", 0;\n" WGMMA(n) "{" registers "}, %" #a ", %" #b ", more, 1, 1, 0, 0;\n}"
-#if NB == 8
-  asm volatile(BOTH_SHARED(64, R32, 32, 33, 34) : D32(0) : "l"(a), "l"(b), "r"(int(accumulate)));
-#elif NB == 16
-  asm volatile(BOTH_SHARED(128, R64, 64, 65, 66) : D32(0), D32(32) : "l"(a), "l"(b), "r"(int(accumulate)));
-#elif NB == 24
-  asm volatile(BOTH_SHARED(192, R96, 96, 97, 98) : D32(0), D32(32), D32(64) : "l"(a), "l"(b), "r"(int(accumulate)));
-#elif NB == 32
-  asm volatile(BOTH_SHARED(256, R128, 128, 129, 130)
-               : D32(0), D32(32), D32(64), D32(96) : "l"(a), "l"(b), "r"(int(accumulate)));
-#endif
+template <int W> __device__ __forceinline__ void wgmma(float (&d)[4 * W], u64 a, u64 b, bool accumulate) {
+  if constexpr (W == 16)
+    asm volatile(BOTH_SHARED(128, R64, 64, 65, 66) : D32(0), D32(32) : "l"(a), "l"(b), "r"(int(accumulate)));
+  else if constexpr (W == 24)
+    asm volatile(BOTH_SHARED(192, R96, 96, 97, 98) : D32(0), D32(32), D32(64) : "l"(a), "l"(b), "r"(int(accumulate)));
+  else if constexpr (W == 32)
+    asm volatile(BOTH_SHARED(256, R128, 128, 129, 130)
+                 : D32(0), D32(32), D32(64), D32(96) : "l"(a), "l"(b), "r"(int(accumulate)));
 }
 // With A in registers; of the first 8 B rows of B alone, if a block has no more of them.
 template <int B = NB> __device__ __forceinline__ void wgmma(float (&d)[4 * NB], const u32 (&a)[4], u64 b) {

@@ -1,8 +1,11 @@
 """Rounding on the GPU: the weight is read once, and packed codes, scale and zero are written once.
 
 Triton twins of quant/rounding.py and of NF4's table lookup, operation by operation in fp32 with IEEE division, so that
-the codes are the same bit for bit. A program holds PAIRS (row, group) pairs, `[PAIRS, WIDTH]`; pair p is group
-p % groups of row p // groups, and its scale is number p of the `[out, groups]` that are stored.
+the codes are the same bit for bit. A program holds PAIRS (row, group) pairs of one matrix, `[PAIRS, WIDTH]`; pair p is
+group p % groups of row p // groups, and its scale is number p of the `[out, groups]` that are stored.
+
+A weight is `[out, in]` or a stack `[experts, out, in]` with t `[experts, in]`; all else then has that dimension, too.
+No matrix of a stack shares a program with another, so that each comes out as it does alone.
 """
 
 from __future__ import annotations
@@ -50,42 +53,48 @@ def uniform_grid(low, high, NBITS: tl.constexpr, SYMMETRIC: tl.constexpr):
 
 
 @triton.jit
-def pair_tile(weight, row_stride, pairs, columns, groups, PAIRS: tl.constexpr, WIDTH: tl.constexpr, PAD: tl.constexpr):
-    """Loads this program's pairs; also says where they are and which of their elements exist."""
-    pair = tl.program_id(0) * PAIRS + tl.arange(0, PAIRS)
-    row = pair // groups
-    first = (pair - row * groups) * WIDTH
+def pair_tile(weight, matrix_stride, row_stride, pairs, columns, groups,
+              PAIRS: tl.constexpr, WIDTH: tl.constexpr, PAD: tl.constexpr):  # fmt: skip
+    """Loads this program's pairs: `values, inside, exists, pair, row, first, channel`.
+
+    Which of their elements exist, which pairs do, their numbers and rows counted over the whole stack, the first column
+    of each, and the places of their channels in `[matrices, in]`.
+    """
+    matrix = tl.program_id(1)
+    local = tl.program_id(0) * PAIRS + tl.arange(0, PAIRS)
+    row = local // groups
+    first = (local - row * groups) * WIDTH
     inner = tl.arange(0, PAD)
-    inside = (pair < pairs)[:, None] & (inner < WIDTH)[None, :] & (first[:, None] + inner[None, :] < columns)
-    start = weight + row.to(tl.int64) * row_stride + first
+    exists = local < pairs
+    inside = exists[:, None] & (inner < WIDTH)[None, :] & (first[:, None] + inner[None, :] < columns)
+    start = weight + matrix.to(tl.int64) * matrix_stride + row.to(tl.int64) * row_stride + first
     values = tl.load(start[:, None] + inner[None, :], mask=inside, other=0.0).to(tl.float32)
-    return values, inside, pair, row, first
+    channel = matrix * columns + first[:, None] + inner[None, :]
+    return values, inside, exists, matrix * pairs + local, matrix * (pairs // groups) + row, first, channel
 
 
 @triton.jit
-def store_plane(plane, values, row, first, pair, pairs, row_bytes, BITS: tl.constexpr, WIDTH: tl.constexpr):
+def store_plane(plane, values, row, first, exists, row_bytes, BITS: tl.constexpr, WIDTH: tl.constexpr):
     """Packs `values` `[PAIRS, PAD]` of BITS bits, low bits first, into the rows of `plane`."""
     PER: tl.constexpr = 8 // BITS
     split = tl.reshape(values, [values.shape[0], values.shape[1] // PER, PER])
     packed = tl.sum(split << (tl.arange(0, PER) * BITS)[None, None, :], 2)
     byte = tl.arange(0, values.shape[1] // PER)
     begin = first // PER
-    within = (begin[:, None] + byte[None, :] < row_bytes) & (byte * PER < WIDTH)[None, :] & (pair < pairs)[:, None]
+    within = (begin[:, None] + byte[None, :] < row_bytes) & (byte * PER < WIDTH)[None, :] & exists[:, None]
     target = plane + (row.to(tl.int64) * row_bytes + begin)[:, None] + byte[None, :]
     tl.store(target, packed.to(tl.uint8), mask=within)
 
 
 @triton.jit
-def store_codes(
-    low_plane, high_plane, codes, row, first, pair, pairs, columns, NBITS: tl.constexpr, WIDTH: tl.constexpr
-):
+def store_codes(low_plane, high_plane, codes, row, first, exists, columns, NBITS: tl.constexpr, WIDTH: tl.constexpr):
     """The planes of quant/packing.py: 3 = 2 + 1 bits, the others are one plane."""
     if NBITS == 3:
-        store_plane(low_plane, codes & 3, row, first, pair, pairs, (columns + 3) // 4, 2, WIDTH)
-        store_plane(high_plane, codes >> 2, row, first, pair, pairs, (columns + 7) // 8, 1, WIDTH)
+        store_plane(low_plane, codes & 3, row, first, exists, (columns + 3) // 4, 2, WIDTH)
+        store_plane(high_plane, codes >> 2, row, first, exists, (columns + 7) // 8, 1, WIDTH)
     else:
         PER: tl.constexpr = 8 // NBITS
-        store_plane(low_plane, codes, row, first, pair, pairs, (columns + PER - 1) // PER, NBITS, WIDTH)
+        store_plane(low_plane, codes, row, first, exists, (columns + PER - 1) // PER, NBITS, WIDTH)
 
 
 @triton.jit
@@ -102,30 +111,30 @@ def report_unusable(flag, values, scale, inside, exists):
 
 
 @triton.jit
-def _extremes(weight, t, low, high, row_stride, pairs, columns, groups, SCALED: tl.constexpr,
+def _extremes(weight, t, low, high, matrix_stride, row_stride, pairs, columns, groups, SCALED: tl.constexpr,
               PAIRS: tl.constexpr, WIDTH: tl.constexpr, PAD: tl.constexpr):  # fmt: skip
-    values, inside, pair, _, first = pair_tile(weight, row_stride, pairs, columns, groups, PAIRS, WIDTH, PAD)
+    values, inside, exists, pair, _, _, channel = pair_tile(
+        weight, matrix_stride, row_stride, pairs, columns, groups, PAIRS, WIDTH, PAD
+    )
     if SCALED:
-        at = first[:, None] + tl.arange(0, PAD)[None, :]
-        values = quotient(values, tl.load(t + at, mask=inside, other=1.0))
+        values = quotient(values, tl.load(t + channel, mask=inside, other=1.0))
     least, most = extremes_of(values, inside)
     broken = tl.max(tl.where(inside & (values != values), 1, 0), 1) > 0
-    exists = pair < pairs
     tl.store(low + pair, tl.where(broken, float("nan"), least), mask=exists)
     tl.store(high + pair, tl.where(broken, float("nan"), most), mask=exists)
 
 
 @triton.jit
 def _uniform(weight, t, stored_t, low_plane, high_plane, scale, zero, divisor_given, zero_given, error, flag,
-             row_stride, pairs, columns, groups, NBITS: tl.constexpr, SYMMETRIC: tl.constexpr, SCALED: tl.constexpr,
-             GIVEN: tl.constexpr, ERROR: tl.constexpr,
+             matrix_stride, row_stride, pairs, columns, groups, NBITS: tl.constexpr,
+             SYMMETRIC: tl.constexpr, SCALED: tl.constexpr, GIVEN: tl.constexpr, ERROR: tl.constexpr,
              PAIRS: tl.constexpr, WIDTH: tl.constexpr, PAD: tl.constexpr):  # fmt: skip
-    raw, inside, pair, row, first = pair_tile(weight, row_stride, pairs, columns, groups, PAIRS, WIDTH, PAD)
-    at = first[:, None] + tl.arange(0, PAD)[None, :]
-    exists = pair < pairs
+    raw, inside, exists, pair, row, first, channel = pair_tile(
+        weight, matrix_stride, row_stride, pairs, columns, groups, PAIRS, WIDTH, PAD
+    )
     values = raw
     if SCALED:
-        values = quotient(raw, tl.load(t + at, mask=inside, other=1.0))
+        values = quotient(raw, tl.load(t + channel, mask=inside, other=1.0))
     if GIVEN:
         divisor = tl.load(divisor_given + pair, mask=exists, other=1.0)
         middle = tl.load(zero_given + pair, mask=exists, other=0.0)
@@ -144,23 +153,23 @@ def _uniform(weight, t, stored_t, low_plane, high_plane, scale, zero, divisor_gi
     if ERROR:
         restored = (codes - middle[:, None]) * kept[:, None]
         if SCALED:
-            restored = restored * tl.load(stored_t + at, mask=inside, other=1.0).to(tl.float32)
-        where = error + row.to(tl.int64)[:, None] * columns + at
+            restored = restored * tl.load(stored_t + channel, mask=inside, other=1.0).to(tl.float32)
+        where = error + row.to(tl.int64)[:, None] * columns + first[:, None] + tl.arange(0, PAD)[None, :]
         tl.store(where, (restored - raw).to(error.dtype.element_ty), mask=inside)
     else:
         codes = tl.where(inside, codes, 0.0).to(tl.int32)
-        store_codes(low_plane, high_plane, codes, row, first, pair, pairs, columns, NBITS, WIDTH)
+        store_codes(low_plane, high_plane, codes, row, first, exists, columns, NBITS, WIDTH)
 
 
 @triton.jit
-def _codebook(weight, t, plane, scale, divisor_given, midpoints, names, flag, row_stride, pairs, columns, groups,
-              SCALED: tl.constexpr, GIVEN: tl.constexpr,
+def _codebook(weight, t, plane, scale, divisor_given, midpoints, names, flag,
+              matrix_stride, row_stride, pairs, columns, groups, SCALED: tl.constexpr, GIVEN: tl.constexpr,
               PAIRS: tl.constexpr, WIDTH: tl.constexpr, PAD: tl.constexpr):  # fmt: skip
-    values, inside, pair, row, first = pair_tile(weight, row_stride, pairs, columns, groups, PAIRS, WIDTH, PAD)
+    values, inside, exists, pair, row, first, channel = pair_tile(
+        weight, matrix_stride, row_stride, pairs, columns, groups, PAIRS, WIDTH, PAD
+    )
     if SCALED:
-        at = first[:, None] + tl.arange(0, PAD)[None, :]
-        values = quotient(values, tl.load(t + at, mask=inside, other=1.0))
-    exists = pair < pairs
+        values = quotient(values, tl.load(t + channel, mask=inside, other=1.0))
     if GIVEN:
         divisor = tl.load(divisor_given + pair, mask=exists, other=1.0)
     else:
@@ -173,13 +182,13 @@ def _codebook(weight, t, plane, scale, divisor_given, midpoints, names, flag, ro
         rank += (ratios > tl.load(midpoints + k)).to(tl.int32)
     # the level's number, looked up in a table of sixteen nibbles
     codes = ((names >> (4 * rank).to(tl.int64)) & 15).to(tl.int32)
-    store_codes(plane, plane, tl.where(inside, codes, 0), row, first, pair, pairs, columns, 4, WIDTH)
+    store_codes(plane, plane, tl.where(inside, codes, 0), row, first, exists, columns, 4, WIDTH)
 
 
 def extremes(weight: Tensor, width: int, input_scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Least and largest value of every group of `weight / input_scale` `[out, in]`: two fp32 `[out, groups]`."""
     low, high = (_aux(weight, width, torch.float32) for _ in range(2))
-    t = weight if input_scale is None else input_scale
+    t = weight if input_scale is None else input_scale.contiguous()
     _launch(_extremes, weight, width, weight, t, low, high, SCALED=input_scale is not None)
     return low, high
 
@@ -194,7 +203,7 @@ def uniform(
     planes, scale = _planes(weight, nbits), _aux(weight, width, torch.float16)
     zero = None if symmetric else torch.empty_like(scale)
     flag = torch.zeros(1, dtype=torch.int32, device=weight.device)
-    t = weight if input_scale is None else input_scale
+    t = weight if input_scale is None else input_scale.contiguous()
     _launch(
         _uniform, weight, width, weight, t, t, planes[0], planes[-1], scale, scale if zero is None else zero, scale,
         scale, scale, flag, NBITS=nbits, SYMMETRIC=symmetric, SCALED=input_scale is not None, GIVEN=False, ERROR=False,
@@ -208,7 +217,7 @@ def uniform_on(
 ) -> tuple[Tensor, ...]:
     """The planes of codes for grids that are given, fp32 `[out, groups]`: round(w / divisor + zero)."""
     planes = _planes(weight, nbits)
-    t = weight if input_scale is None else input_scale
+    t = weight if input_scale is None else input_scale.contiguous()
     divisor, zero = divisor.contiguous(), zero.contiguous()
     _launch(
         _uniform, weight, width, weight, t, t, planes[0], planes[-1], divisor, divisor, divisor, zero, divisor,
@@ -229,15 +238,16 @@ def uniform_error(
     """What rounding `weight / input_scale` and restoring it would add to the weight, bf16 `[out, in]`, in one pass.
 
     `grid` is scale, zero and divisor where they are known, fp32 `[out, groups]`; otherwise they are the min/max ones.
+    Nobody waits to hear of a scale beyond fp16: the error is then no number, and to round with it raises ValueError.
     """
     out = torch.empty(weight.shape, dtype=torch.bfloat16, device=weight.device) if out is None else out
     flag = torch.zeros(1, dtype=torch.int32, device=weight.device)
     scale, zero, divisor = (flag, flag, flag) if grid is None else (part.contiguous() for part in grid)
     _launch(
-        _uniform, weight, width, weight, input_scale, input_scale.half(), flag, flag, scale, zero, divisor, zero, out,
-        flag, NBITS=nbits, SYMMETRIC=symmetric, SCALED=True, GIVEN=grid is not None, ERROR=True,
+        _uniform, weight, width, weight, input_scale.contiguous(), input_scale.half().contiguous(), flag, flag, scale,
+        zero, divisor, zero, out, flag,
+        NBITS=nbits, SYMMETRIC=symmetric, SCALED=True, GIVEN=grid is not None, ERROR=True,
     )  # fmt: skip
-    _check(flag)
     return out
 
 
@@ -257,7 +267,7 @@ def codebook(
     flag = torch.zeros(1, dtype=torch.int32, device=weight.device)
     midpoints, names = _table(tuple(levels), weight.device)
     _launch(
-        _codebook, weight, width, weight, weight if input_scale is None else input_scale, planes[0], scale,
+        _codebook, weight, width, weight, weight if input_scale is None else input_scale.contiguous(), planes[0], scale,
         scale if divisor is None else divisor.contiguous(), midpoints, names, flag,
         SCALED=input_scale is not None, GIVEN=divisor is not None, tile=TILE // 2,
     )  # fmt: skip
@@ -274,26 +284,28 @@ def _table(levels: tuple[float, ...], device: torch.device) -> tuple[Tensor, int
 
 
 def _launch(kernel, weight: Tensor, width: int, *tensors, tile: int = TILE, **constants) -> None:
-    rows, columns = weight.shape
+    stack = weight if weight.ndim == 3 else weight.unsqueeze(0)
+    matrices, rows, columns = stack.shape
     groups = -(-columns // width)
     pad = max(8, triton.next_power_of_2(width))
     pairs = max(1, tile // pad)
     warps = 4 if pad <= 4096 else 8
     with torch.cuda.device_of(weight):
-        kernel[(triton.cdiv(rows * groups, pairs),)](
-            *tensors, weight.stride(0), rows * groups, columns, groups,
+        kernel[(triton.cdiv(rows * groups, pairs), matrices)](
+            *tensors, stack.stride(0), stack.stride(1), rows * groups, columns, groups,
             **constants, PAIRS=pairs, WIDTH=width, PAD=pad, num_warps=warps,
         )  # fmt: skip
 
 
 def _planes(weight: Tensor, nbits: int) -> tuple[Tensor, ...]:
-    rows, columns = weight.shape
+    *rows, columns = weight.shape
     sizes = [-(-columns * bits // 8) for bits in PLANES[nbits]]
-    return tuple(torch.empty(rows, size, dtype=torch.uint8, device=weight.device) for size in sizes)
+    return tuple(torch.empty(*rows, size, dtype=torch.uint8, device=weight.device) for size in sizes)
 
 
 def _aux(weight: Tensor, width: int, dtype: torch.dtype) -> Tensor:
-    return torch.empty(len(weight), -(-weight.shape[1] // width), dtype=dtype, device=weight.device)
+    *rows, columns = weight.shape
+    return torch.empty(*rows, -(-columns // width), dtype=dtype, device=weight.device)
 
 
 def _check(flag: Tensor) -> None:

@@ -124,6 +124,25 @@ def expert_weights(module: Any, index: int) -> list[Tensor]:
     return [gate.contiguous(), up.contiguous(), down.contiguous()]
 
 
+def expert_slice(module: Any, experts: slice) -> list[Tensor]:
+    """What the module holds of these experts, as it holds it: views of both of its parameters."""
+    return [getattr(module, name).detach()[experts] for name in (form(module).first, "down_proj")]
+
+
+def stack_views(module: Any, held: list[Tensor]) -> list[Tensor]:
+    """The matrices `[experts, out, in]` in what `expert_slice` gives, a view for each of `form(module).projections`."""
+    how = form(module)
+    first, down = (_upright(part, how) for part in held)
+    if not how.gated:
+        return [first, down]
+    return [*((first[:, ::2], first[:, 1::2]) if how.interleaved else first.chunk(2, 1)), down]
+
+
+def stacks_of(module: Any, held: list[Tensor]) -> list[Tensor]:
+    """As `stack_views`, but every matrix is contiguous."""
+    return [stack if stack[0].is_contiguous() else stack.contiguous() for stack in stack_views(module, held)]
+
+
 def put_expert(module: Any, index: int, weights: list[Tensor]) -> None:
     """Writes what `expert_weights` reads: the matrices `[out, in]` of one expert into the module's parameters."""
     how = form(module)

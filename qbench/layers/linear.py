@@ -31,7 +31,9 @@ class PackedWeight(nn.Module):
         super().__init__()
         self._format = weight  # describes the weight; its tensors are replaced by the module's buffers below
         self._kernel: Kernel | None = None  # while the weight is laid out for it
-        self._numbers: tuple[int, ...] = ()  # of that layout
+        self._numbers: list[
+            int
+        ] = []  # of that layout; a compiler takes those of a list one by one, a tuple's as they are
         for name, tensor in weight.tensors().items():
             self.register_buffer(name, tensor)
 
@@ -77,7 +79,7 @@ class PackedWeight(nn.Module):
             del self._buffers[name]
         for name, tensor in zip(kernel.buffers, tensors, strict=True):
             self.register_buffer(LAID_OUT + name, tensor, persistent=False)
-        self._kernel, self._numbers = kernel, tuple(numbers)
+        self._kernel, self._numbers = kernel, list(numbers)
         return True
 
     def restore(self) -> None:
@@ -87,7 +89,7 @@ class PackedWeight(nn.Module):
         weight = self.quantized
         for name in self._kernel.buffers:
             delattr(self, LAID_OUT + name)
-        self._kernel, self._numbers, self._format = None, (), weight
+        self._kernel, self._numbers, self._format = None, [], weight
         for name, tensor in weight.tensors().items():
             self._buffers.pop(name, None)
             self.register_buffer(name, tensor)
@@ -184,6 +186,7 @@ class QuantLinear(PackedWeight):
         super().__init__(weight)
         self.out_features, self.in_features = weight.shape
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+        self.dense: dict[torch.dtype, Tensor] | None = None  # while `held_dense` lasts, the weight by precision
 
     @property
     def weight(self) -> Absent:
@@ -197,7 +200,11 @@ class QuantLinear(PackedWeight):
     def forward(self, x: Tensor) -> Tensor:
         if self._kernel is not None:
             return self._kernel.linear(x, self.layout, self.bias)
-        return F.linear(x, self.quantized.dequantize(x.dtype), self.bias)
+        if self.dense is None:
+            return F.linear(x, self.quantized.dequantize(x.dtype), self.bias)
+        if x.dtype not in self.dense:
+            self.dense[x.dtype] = self.quantized.dequantize(x.dtype)
+        return F.linear(x, self.dense[x.dtype], self.bias)
 
     def _apply(self, fn, recurse: bool = True):
         biases, self.bias = self.bias, None  # unlike the buffers, the bias follows the model's dtype
@@ -235,6 +242,23 @@ def use_kernels(model: Any) -> None:
     for module in packed_weights(model).values():
         if _have_kernels(next(module.buffers()).device):
             module.lay_out()
+
+
+@contextmanager
+def held_dense(model: nn.Module) -> Iterator[None]:
+    """While it lasts, linears on a CPU hold their weights dequantized beside the packed ones; same numbers, to the bit.
+
+    For generation, where a step of a few tokens would dequantize the whole model anew.
+    """
+    linears = [m for m in model.modules() if isinstance(m, QuantLinear) and m.kernel is None]
+    held = [linear for linear in linears if next(linear.buffers()).device.type == "cpu"]
+    try:
+        for linear in held:
+            linear.dense = {}
+        yield
+    finally:
+        for linear in held:
+            linear.dense = None
 
 
 def _have_kernels(device: torch.device) -> bool:

@@ -24,7 +24,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from qbench.format.format import Format
-from qbench.format.plain import Plain
+from qbench.format.mixed import quantized_numel
 from qbench.layers.experts import QuantExperts, is_router, refusal, stacked_parameters
 from qbench.layers.linear import PackedWeight, packed_weights
 
@@ -221,8 +221,7 @@ def linear_weights(model: Any) -> int:
 
 def coverage(model: Any) -> float:
     """Share of the linear weights that are quantized, 0 to 1; 0 for a model without linear weights."""
-    held = quantized_weights(model)
-    return sum(weight.numel for weight in held if not isinstance(weight, Plain)) / max(1, linear_weights(model))
+    return sum(map(quantized_numel, quantized_weights(model))) / max(1, linear_weights(model))
 
 
 def quantized_weights(model: Any) -> list[Format]:

@@ -1,7 +1,7 @@
 """Composed: a quantizer that hands each linear to another one, by the linear's name, or leaves it alone.
 
-What is left alone is the original's in every count: it has no row in the result and costs 16 bit. Inside a stack of
-fused experts, which is held as one, it is a Plain weight.
+What is left alone is the original's: it has no row in the result and costs 16 bit. Inside a stack of fused experts,
+which is held and counted as one, it is a Plain weight, in 16 bit where it was so before it was loaded in 32.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from qbench.format.format import Format
@@ -60,14 +61,44 @@ class Composed(Quantizer):
         """As the method does where it is not told which linears these are."""
         return self.inner.quantize(weights, stats)
 
+    def quantize_stacks(
+        self,
+        names: Sequence[Sequence[str]],
+        weights: Sequence[Tensor],
+        stats: Sequence[InputStatistics] | None = None,
+    ) -> list[Format]:
+        """Stacks go to a quantizer as stacks if all their experts go to the same one; else expert by expert."""
+        chosen = [{id(one): one for one in map(self.for_layer, of)} for of in names]
+        if any(len(ones) > 1 for ones in chosen):
+            return super().quantize_stacks(names, weights, stats)
+        own = [next(iter(ones.values())) for ones in chosen]
+        # of its own: a view would keep both gate and up in memory
+        left = {
+            j: in_16_bit(weights[j]).clone(memory_format=torch.contiguous_format) for j, q in enumerate(own) if not q
+        }
+        found: dict[int, Format] = {j: Plain.of(numbers) for j, numbers in left.items()}
+        for quantizer in {id(one): one for one in own if one is not None}.values():
+            places = [j for j, one in enumerate(own) if one is quantizer]
+            made = quantizer.quantize_stacks([names[j] for j in places], [weights[j] for j in places], stats)
+            found |= dict(zip(places, made, strict=True))
+        return [found[j] for j in range(len(names))]
+
     def quantize_layers(
         self, names: Sequence[str], weights: Sequence[Tensor], stats: InputStatistics | None
     ) -> list[Format]:
         """Linears of one group that go to the same quantizer go together, so that it may share what it shares."""
         chosen = [self.for_layer(name) for name in names]
-        found: dict[int, Format] = {i: Plain.of(weights[i]) for i, one in enumerate(chosen) if one is None}
+        found: dict[int, Format] = {i: Plain.of(in_16_bit(weights[i])) for i, one in enumerate(chosen) if one is None}
         for quantizer in {id(one): one for one in chosen if one is not None}.values():
             places = [i for i, one in enumerate(chosen) if one is quantizer]
             made = quantizer.quantize_layers([names[i] for i in places], [weights[i] for i in places], stats)
             found |= dict(zip(places, made, strict=True))
         return [found[i] for i in range(len(names))]
+
+
+def in_16_bit(weight: Tensor) -> Tensor:
+    """The same numbers in bf16 or fp16 where either holds all of them, as of a 16-bit model that runs in fp32."""
+    if weight.dtype.itemsize == 2:
+        return weight
+    narrow = (weight.to(dtype) for dtype in (torch.bfloat16, torch.float16))
+    return next((one for one in narrow if torch.equal(one.to(weight.dtype), weight)), weight)

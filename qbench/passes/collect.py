@@ -11,11 +11,13 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from functools import cached_property
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
 from qbench.errors import PointError
+from qbench.quant import gram
 from qbench.quant.quantizer import InputStatistics, Statistic
 
 INPUT_ROWS = 2048  # of the sample that scale searches use, spread evenly over all tokens
@@ -37,15 +39,19 @@ class Collector:
         self.hessian = torch.zeros(columns, columns, device=device) if Statistic.HESSIAN in needs else None
         sample = -(-tokens // self.stride)
         self.rows = torch.empty(sample, columns, device=device) if Statistic.INPUTS in needs else None
+        self.halved = False  # whether the Hessian lacks what is below its diagonal
 
     def __call__(self, input: Tensor) -> None:
-        rows = input.reshape(-1, input.shape[-1]).float()
+        rows = input.reshape(-1, input.shape[-1])
+        narrow = gram.narrow(rows)  # sums are then fp32 over what has 16 bits, and no copy in fp32 is made
+        rows = rows if narrow else rows.float()
         if self.absmean is not None:
-            self.absmean += rows.abs().sum(0)
+            self.absmean += _norm(rows, 1) if narrow else rows.abs().sum(0)
         if self.squares is not None:
-            self.squares += rows.square().sum(0)
+            self.squares += _norm(rows, 2).square_() if narrow else rows.square().sum(0)
         if self.hessian is not None:
-            self.hessian.addmm_(rows.T, rows)
+            gram.add(self.hessian, rows)
+            self.halved = self.halved or narrow
         if self.rows is not None:
             every = rows[-self.tokens % self.stride :: self.stride]
             room = self.rows[-(-self.tokens // self.stride) :][: len(every)]  # less, if called more often than once
@@ -55,6 +61,8 @@ class Collector:
     def statistics(self, name: str) -> InputStatistics:
         if self.tokens == 0:
             raise PointError(f"layer {name}: no calibration token reached it")
+        if self.halved:
+            self.hessian, self.halved = gram.complete(self.hessian), False
         return InputStatistics(
             tokens=self.tokens,
             absmean=None if self.absmean is None else self.absmean / self.tokens,
@@ -62,6 +70,11 @@ class Collector:
             hessian=self.hessian,
             squares=None if self.squares is None else self.squares / self.tokens,
         )
+
+
+def _norm(rows: Tensor, order: int) -> Tensor:
+    """The norm of every column of `[tokens, in]` in fp32, in one read of what is there."""
+    return torch.linalg.vector_norm(rows, order, 0, dtype=torch.float32)
 
 
 class ExpertInputs:
@@ -72,8 +85,8 @@ class ExpertInputs:
     the shares are kept without their rows of zeros: k rows for a token. With `original`, an expert's down is
     calibrated on what the unquantized gate and up give out.
 
-    Memory beside the input: the statistics of one expert's group, at most INPUT_ROWS of its activations, and, if some
-    expert needs them, the statistics of all rows, once.
+    Memory beside the input: the statistics of as many experts' groups as are quantized together, at most INPUT_ROWS
+    of an expert's activations (gram.ROWS on a GPU), and, if some expert needs them, the statistics of all rows, once.
     """
 
     def __init__(self, needs: frozenset[Statistic], tokens: int, original: bool = False, experts: int = 1) -> None:
@@ -110,9 +123,17 @@ class ExpertInputs:
         vars(own).pop("_everything", None)
         return own
 
+    @cached_property
+    def _sorted(self) -> tuple[Tensor, list[int]]:
+        """Positions in x, expert after expert and in order within one, and where each expert's share ends."""
+        routing = self.routing[: self.rows]
+        ends = accumulate(torch.bincount(routing.flatten()).tolist())  # the one time that the host waits for the device
+        return routing.flatten().argsort(stable=True) // routing.shape[-1], [0, *ends]
+
     def routed(self, expert: int) -> Tensor:
         """Positions in x of the tokens that are sent to this expert, int64 `[routed]`."""
-        return torch.where(self.routing == expert)[0]
+        tokens, ends = self._sorted
+        return tokens[slice(*ends[expert : expert + 2])] if expert + 1 < len(ends) else tokens[:0]
 
     def starved(self, expert: int) -> bool:
         """Whether too few tokens reach this expert for statistics of its own, and all tokens would say more."""
@@ -133,7 +154,7 @@ class ExpertInputs:
 
     def _over(self, tokens: Tensor, activation: Callable[[Tensor], Tensor]) -> InputStatistics:
         collector: Collector | None = None
-        for some in tokens.split(INPUT_ROWS):
+        for some in tokens.split(gram.ROWS if gram.narrow(self.x) else INPUT_ROWS):
             rows = activation(self.x[some])
             collector = collector or Collector(self.needs, rows.shape[-1], len(tokens), rows.device)
             collector(rows)

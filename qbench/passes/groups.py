@@ -15,7 +15,7 @@ from qbench.errors import PointError
 from qbench.model.blocks import NotAChainError
 from qbench.model.linears import find_linears
 from qbench.passes.chain import Chain
-from qbench.passes.shown import Group, linear_groups
+from qbench.passes.shown import Group, Reading, hooks
 
 TOKENS = 32  # routed experts that are modules of their own should be reached by some
 
@@ -33,9 +33,10 @@ class Groups:
     @torch.no_grad()
     def of(self, i: int, block: nn.Module, layers: dict[str, nn.Module]) -> list[Group]:
         """The linears of block `i`, which are given by name, group by group; one that no token reaches is its own."""
-        groups = linear_groups(lambda j, states: self.calls[i].run(block, states.clone()), [self.states], layers)
-        grouped = {name for group in groups for name in group}
-        return groups + [{name: layer} for name, layer in layers.items() if name not in grouped]
+        reading = Reading(layers)
+        with hooks([(layer, reading.of(name)) for name, layer in layers.items()]):
+            self.calls[i].run(block, self.states.clone())
+        return reading.groups + [{name: layer} for name, layer in layers.items() if name not in reading.place]
 
 
 def groups_of(model: Any, offloaded: bool = False) -> list[list[str]]:

@@ -1,31 +1,28 @@
-"""Quantizes a model in place, linear group by linear group and expert by expert, and says what happened to each weight.
+"""Quantizes a model in place, linear group by linear group, and says what happened to each weight.
 
-An expert's matrices are named as if they were linears: `model.layers.0.mlp.experts.3.gate_proj`.
+Fused experts are quantized in experts.py.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
-from dataclasses import replace
-from functools import partial
+from collections.abc import Iterator
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from qbench.errors import PointError
 from qbench.format.format import Format
-from qbench.layers.expert_form import Activation, expert_weights, form, stacked_parameters
-from qbench.layers.experts import QuantExperts
+from qbench.layers.expert_form import expert_weights, stacked_parameters
 from qbench.layers.linear import QuantLinear
 from qbench.model.linears import Linears, find_linears, matrix, replace_module
 from qbench.passes.calibrate import Calibration, Group, quantize_blocks
 from qbench.passes.collect import MIN_EXPERT_TOKENS, ExpertInputs
+from qbench.passes.experts import ALL_TOKENS, expert_names, quantize_experts
 from qbench.passes.groups import groups_of
-from qbench.passes.rows import Pending, pending, settle, stopwatch
+from qbench.passes.rows import settle, timed
 from qbench.passes.stream import Fetch, fetching
 from qbench.quant.quantizer import InputStatistics, Quantizer
 from qbench.record.quantization import LayerRow, SkippedRow
@@ -34,7 +31,6 @@ log = logging.getLogger(__name__)
 
 ON_GRID = 1e-3  # no honest weight is reproduced this well by four bits
 UNREACHED = "no calibration token reached it"
-ALL_TOKENS = "all tokens"  # in the method of an expert that was calibrated on them, not on its own
 
 
 def quantize_model(
@@ -101,7 +97,7 @@ def takes(quantizer: Quantizer, name: str) -> bool:
 
 def takes_experts(quantizer: Quantizer, name: str, module: nn.Module) -> bool:
     """As `takes`, for any of a module's fused experts."""
-    return any(takes(quantizer, one) for i in range(module.num_experts) for one in _expert_names(name, module, i))
+    return any(takes(quantizer, one) for i in range(module.num_experts) for one in expert_names(name, module, i))
 
 
 def skipped_rows(found: Linears) -> list[SkippedRow]:
@@ -168,70 +164,6 @@ def quantize_linears(
     }
 
 
-def quantize_experts(
-    name: str, module: Any, quantizer: Quantizer, inputs: ExpertInputs | None = None, fetch: Fetch = iter
-) -> tuple[QuantExperts, list[LayerRow]]:
-    """Quantizes fused experts one by one; gate and up (or up alone) of one are a linear group, its down another.
-
-    `fetch` brings an expert's weights to where they are quantized (stream.py); by default they are there.
-
-    `inputs` is for calibrated methods. What down reads is computed with gate and up as quantized: they are at hand,
-    and it is what down will be handed; or with gate and up as they were, if the inputs are to be the original model's.
-    An expert that too few tokens are routed to is calibrated on all tokens of the block instead: the method stays the
-    one asked for, other experts' tokens come from the same distribution far more nearly than white noise does, and a
-    handful of tokens would fit the weights to those alone. Its rows say so.
-
-    The stacks are put together at the end, projection by projection, so one projection's codes exist twice then.
-    """
-    packed: list[list[Format]] = [[] for _ in form(module).projections]
-    rows: list[Pending] = []
-    activation = Activation(module)
-    experts = fetch(expert_weights(module, index) for index in range(module.num_experts))
-    for index, weights in enumerate(experts):
-        names = _expert_names(name, module, index)
-        stats = inputs.of_first(index) if inputs else None
-        quantized, new = _quantize_group(names[:-1], weights[:-1], quantizer, stats)
-        if inputs:
-            before = weights[:-1] if inputs.original else [weight.dequantize(inputs.x.dtype) for weight in quantized]
-            stats = inputs.of_down(index, partial(_before_down, activation, before, index))
-            del before
-        down, of_down = _quantize_group(names[-1:], weights[-1:], quantizer, stats)
-        quantized, new = [*quantized, *down], [*new, *of_down]
-        if inputs:
-            quantized, new = _say_what_calibrated(quantized, new, inputs, index)
-        rows += new
-        for projection, weight in zip(packed, quantized, strict=True):
-            projection.append(weight)
-    stacks = []
-    for projection in packed:
-        try:
-            stacks.append(type(projection[0]).stack(projection))
-        except ValueError as error:
-            raise PointError(f"layer {name}: {error}") from error
-        projection.clear()
-    # biases of an offloaded model have waited in host memory
-    return QuantExperts(stacks, module).to(stacks[0].device), settle(rows)
-
-
-def _before_down(activation: Activation, weights: list[Tensor], index: int, x: Tensor) -> Tensor:
-    """What an expert's down reads, `[tokens, intermediate]`, if gate and up (or up alone) are these, `[out, in]`."""
-    return activation([F.linear(x, weight) for weight in weights], index)
-
-
-def _say_what_calibrated(
-    weights: list[Format], rows: list[Pending], inputs: ExpertInputs, index: int
-) -> tuple[list[Format], list[Pending]]:
-    """Adds the number of tokens routed to the expert, and names the fallback to all tokens where it was taken."""
-    routed = len(inputs.routed(index))
-    for one in rows:
-        one.row = replace(one.row, diagnostics={**one.row.diagnostics, "routed_tokens": float(routed)})
-    if inputs.starved(index):
-        for one in rows:
-            one.row = replace(one.row, method=f"{one.row.method} ({ALL_TOKENS}: {routed} routed)")
-        weights = [replace(weight, method=f"{weight.method} ({ALL_TOKENS})") for weight in weights]
-    return weights, rows
-
-
 def quantize_group(
     names: list[str],
     weights: list[Tensor],
@@ -239,31 +171,9 @@ def quantize_group(
     stats: InputStatistics | None = None,
 ) -> tuple[list[Format], list[LayerRow]]:
     """Quantizes the weights `[out, in]` of one linear group and describes each result; the seconds are shared out."""
-    results, rows = _quantize_group(names, weights, quantizer, stats)
-    return results, settle(rows)
-
-
-def _quantize_group(
-    names: list[str], weights: list[Tensor], quantizer: Quantizer, stats: InputStatistics | None
-) -> tuple[list[Format], list[Pending]]:
-    stop = stopwatch(weights[0].device)
-    try:
-        results = quantizer.quantize_layers(names, weights, stats)
-    except ValueError as error:
-        raise PointError(f"layer {', '.join(names)}: {error}") from error
-    seconds, method = stop(), type(quantizer).__name__
-    if len(results) != len(weights) or not all(isinstance(result, Format) for result in results):
-        raise PointError(f"layer {', '.join(names)}: {method}.quantize must return one Format per weight")
-    total = sum(weight.numel() for weight in weights)
-    rows = [
-        pending(name, weight, quantized, method, partial(_part, seconds, weight.numel() / total))
-        for name, weight, quantized in zip(names, weights, results, strict=True)
-    ]
-    return results, rows
-
-
-def _part(seconds: Callable[[], float], share: float) -> float:
-    return seconds() * share
+    each = [[name] for name in names]
+    results, rows = timed(each, weights, quantizer, lambda: quantizer.quantize_layers(names, weights, stats))
+    return results, [row for [row] in settle(rows)]
 
 
 def _each_weight(found: Linears) -> Iterator[tuple[str, Tensor]]:
@@ -271,8 +181,4 @@ def _each_weight(found: Linears) -> Iterator[tuple[str, Tensor]]:
         yield name, layer.weight.detach()
     for name, module in found.experts.items():
         for index in range(module.num_experts):
-            yield from zip(_expert_names(name, module, index), expert_weights(module, index), strict=True)
-
-
-def _expert_names(name: str, module: nn.Module, index: int) -> list[str]:
-    return [f"{name}.{index}.{projection}" for projection in form(module).projections]
+            yield from zip(expert_names(name, module, index), expert_weights(module, index), strict=True)

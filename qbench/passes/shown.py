@@ -4,16 +4,19 @@ All statistics of a block are taken before any of its linears is quantized, in o
 read the very same tensor (q/k/v; gate/up) form a group; that is observed, not listed per architecture. Linears that no
 sequence reaches (of an expert that is an nn.Module of its own) stay in 16 bit.
 
+A CPU takes sequence after sequence, a GPU as many at a time as BATCH_TOKENS hold.
+
 Memory: the hidden states of all sequences at one depth, tokens x hidden, and the statistics of one block (a Hessian is
-in x in in fp32, the sample of inputs at most INPUT_ROWS x in). Activations inside a block live for one sequence at a
+in x in in fp32, the sample of inputs at most INPUT_ROWS x in). Activations inside a block live for one batch at a
 time. A block with fused experts adds tokens x hidden for their input, whatever their number, and the statistics of one
 expert (collect.py).
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -28,7 +31,9 @@ from qbench.passes.collect import Collector, ExpertInputs
 from qbench.quant.quantizer import Statistic
 
 Group = dict[str, nn.Module]
-Run = Callable[[int, Tensor], Tensor]  # a sequence's number and its states `[1, tokens, hidden]` -> those after
+Run = Callable[[int, Tensor], Tensor]  # a batch's number and its states `[rows, tokens, hidden]` -> those after
+
+BATCH_TOKENS = {"cpu": 1, "cuda": 16384}  # of one run through a block, or one sequence: enough to keep a GPU busy
 
 
 @dataclass
@@ -44,14 +49,16 @@ class Collected:
 
 
 class Shown:
-    """The calibration sequences at the depth that has been reached; `[1, tokens, hidden]` each.
+    """The calibration sequences at the depth that has been reached; `[rows, tokens, hidden]` a batch.
 
     With `original`, blocks are shown what the blocks before them gave out unquantized.
     """
 
     def __init__(self, chain: Chain, ids: np.ndarray, needs: frozenset[Statistic], original: bool) -> None:
         """`ids` is int64 `[sequences, window]`. Raises NotAChainError when the chain does not hold for them."""
-        begun = [chain.begin(torch.from_numpy(sequence)[None].to(chain.model.device)) for sequence in ids]
+        device = chain.model.device
+        rows = max(1, BATCH_TOKENS[device.type] // ids.shape[1])
+        begun = [chain.begin(batch) for batch in torch.from_numpy(ids).to(device).split(rows)]
         self.hidden, self.calls = [states for states, _ in begun], [handed for _, handed in begun]
         self.needs, self.original = needs, original
 
@@ -62,8 +69,11 @@ class Shown:
         return collect(self._through(i, block), self.hidden, layers, experts, self.needs, self.original)
 
     def go_on(self, i: int, block: nn.Module) -> None:
-        """To the next block, through block `i` as it is quantized; those that go on unquantized are there already."""
-        if not self.original:
+        """To the next block, through block `i` as it is quantized; those that go on unquantized are there already.
+
+        Nothing is shown what the last block gives out.
+        """
+        if not self.original and i + 1 < len(self.calls[0]):
             run = self._through(i, block)
             for j, states in enumerate(self.hidden):
                 self.hidden[j] = run(j, states)
@@ -82,57 +92,90 @@ def collect(
 ) -> Collected:
     """Sends all sequences through a block, `run`, whose linears and fused experts are given by name.
 
-    With `original`, what the block gives out replaces the states in `hidden`, one sequence at a time, so that they
-    exist once.
+    With `original`, what the block gives out replaces the states in `hidden`, one batch at a time, so that they exist
+    once. Without, nobody asks for it: a batch stops when the last linear has been handed its input, if in the first
+    batch each was called once. A mixture's experts are then not multiplied at all.
     """
     tokens = sum(states.shape[0] * states.shape[1] for states in hidden)
-    found = Collected([], {}, {})
-    watched: list[tuple[nn.Module, Callable[..., None]]] = []
-    for group in linear_groups(run, hidden, layers):
-        first = next(iter(group.values()))
-        found.groups.append((group, Collector(needs, matrix(first).shape[1], tokens, first.weight.device)))
-        watched.append((first, found.groups[-1][1]))
-    for name, module in experts.items():
-        found.experts[name] = ExpertInputs(needs, tokens, original, module.num_experts)
-        watched.append((module, found.experts[name]))
-    with hooks(watched):
-        for j, states in enumerate(hidden):
-            output = run(j, states)
-            if original:
-                hidden[j] = output
-    reached = {name for group, _ in found.groups for name in group}
-    found.unreached = {name: layer.weight.numel() for name, layer in layers.items() if name not in reached}
-    return found
+    collectors: list[Collector] = []
+    inputs = {name: ExpertInputs(needs, tokens, original, module.num_experts) for name, module in experts.items()}
+    found = Collected([], inputs, {})
 
+    def take(place: int, input: Tensor) -> None:
+        if place == len(collectors):
+            first = next(iter(reading.groups[place].values()))
+            collectors.append(Collector(needs, matrix(first).shape[1], tokens, first.weight.device))
+        collectors[place](input)
 
-def linear_groups(run: Run, hidden: list[Tensor], wanted: dict[str, nn.Module]) -> list[Group]:
-    """Groups the linears `wanted` by the tensor they read, in the order in which they are called.
+    reading = Reading(layers, take)
+    calls: Counter[str] = Counter()
+    left: set[str] | None = None  # those that this batch is to reach before it stops; None: it goes on to the end
 
-    As many sequences are looked at as it takes to see each of them, all if need be.
-    """
-    groups: list[Group] = []
-    left = dict(wanted)
-
-    def watch(name: str, seen: list[tuple[Tensor, Group]]) -> Callable[[Tensor], None]:
-        def note(input: Tensor) -> None:
-            if left.pop(name, None) is None:
-                return  # called again, as a block does that is gone through twice
-            for tensor, group in seen:
-                if tensor is input:
-                    group[name] = wanted[name]
-                    return
-            seen.append((input, {name: wanted[name]}))
+    def seeing(name: str, see: Callable[..., None]) -> Callable[..., None]:
+        def note(*args: Any, **kwargs: Any) -> None:
+            see(*args, **kwargs)
+            calls[name] += 1
+            if left is not None:
+                left.discard(name)
+                if not left:
+                    raise _EnoughError
 
         return note
 
-    for j, states in enumerate(hidden):
-        if not left:
-            break
-        seen: list[tuple[Tensor, Group]] = []  # holding the tensors keeps one from taking another's place in memory
-        with hooks([(layer, watch(name, seen)) for name, layer in list(left.items())]):
-            run(j, states)
-        groups += [group for _, group in seen]
-    return groups
+    watched = [(layer, seeing(name, reading.of(name))) for name, layer in layers.items()]
+    watched += [(module, seeing(name, inputs[name])) for name, module in experts.items()]
+    with hooks(watched):
+        for j, states in enumerate(hidden):
+            reading.seen.clear()
+            once = j > 0 and not original and all(calls[name] == j for name in (*layers, *experts))
+            left = {*layers, *experts} if once else None
+            with suppress(_EnoughError):
+                output = run(j, states)
+                if original:
+                    hidden[j] = output
+    reading.seen.clear()
+    found.groups = list(zip(reading.groups, collectors, strict=True))
+    found.unreached = {name: layer.weight.numel() for name, layer in layers.items() if name not in reading.place}
+    return found
+
+
+class _EnoughError(Exception):
+    """The block has been handed all that was to be seen; the rest of it is not needed."""
+
+
+class Reading:
+    """Groups the linears `wanted` by the tensor they read, in the order in which they are called.
+
+    `take` is told of every tensor that the first linear of a group is handed, with the group's place in `groups`. A
+    linear that only a later batch reaches joins no group but one that begins there too. `seen` is to be cleared after
+    every batch.
+    """
+
+    def __init__(self, wanted: dict[str, nn.Module], take: Callable[[int, Tensor], None] | None = None) -> None:
+        self.wanted, self.take = wanted, take
+        self.groups: list[Group] = []
+        self.place: dict[str, int | None] = {}  # of the group that a linear is the first of; None: it is another's
+        self.seen: list[tuple[Tensor, Group]] = []  # held, so that no tensor takes another's place in memory
+
+    def of(self, name: str) -> Callable[[Tensor], None]:
+        """What notes the input of the linear of that name."""
+
+        def note(input: Tensor) -> None:
+            if name not in self.place:
+                self.place[name] = self._begin(name, input)
+            if self.take is not None and (place := self.place[name]) is not None:
+                self.take(place, input)
+
+        return note
+
+    def _begin(self, name: str, input: Tensor) -> int | None:
+        for tensor, group in self.seen:
+            if tensor is input:
+                group[name] = self.wanted[name]
+                return None
+        self.groups.append({name: self.wanted[name]})
+        self.seen.append((input, self.groups[-1]))
+        return len(self.groups) - 1
 
 
 @contextmanager

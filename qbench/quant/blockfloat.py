@@ -1,7 +1,8 @@
 """Rounds weights `[out, in]` to small floats that share a scale per block: the arithmetic behind fp8, mxfp4 and nvfp4.
 
-Everything is computed in fp32, whatever the weight's type. Elements round to nearest, ties to the even code, and
-saturate. Scales come from the largest magnitude (`absmax`) of a block, as compressed-tensors computes them.
+Stacks `[experts, out, in]` as well. Everything is computed in fp32, whatever the weight's type. Elements round to
+nearest, ties to the even code, and saturate. Scales come from the largest magnitude (`absmax`) of a block, as
+compressed-tensors computes them.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ def round_to_fp8(weight: Tensor, block: tuple[int, int], method: str = "fp8") ->
     """e4m3 codes under fp32 scales absmax / 448, one for every `block` of rows and input channels."""
     scale = block_absmax(weight, *block) / E4M3_MAX
     scale = torch.where(scale == 0, LEAST_SCALE, scale)
-    divisor = scale.repeat_interleave(block[0], 0)[: len(weight)]
+    divisor = scale.repeat_interleave(block[0], -2)[..., : weight.shape[-2], :]
     codes = e4m3(per_group(weight.to(torch.float32, copy=True), block[1], divisor, torch.Tensor.div_))
     return FP8Weight(tuple(weight.shape), codes, scale, method, block=block)
 
@@ -53,25 +54,26 @@ def round_to_mxfp4(weight: Tensor, exponent: str, method: str = "mxfp4") -> MXFP
     return MXFP4Weight(tuple(weight.shape), *pack(e2m1(scaled), 4), stored, method)
 
 
-def round_to_nvfp4(weight: Tensor, absmax: float, method: str = "nvfp4") -> NVFP4Weight:
+def round_to_nvfp4(weight: Tensor, absmax: float | Tensor, method: str = "nvfp4") -> NVFP4Weight:
     """e2m1 codes under an e4m3 scale for every 16 input channels of a row, and one scale for all.
 
-    The latter maps `absmax`, the largest magnitude of all weights that share it, to the largest product of a scale
-    and a code, 448 * 6.
+    The latter maps `absmax`, the largest magnitude of all weights that share it, `[...]`, to the largest product of a
+    scale and a code, 448 * 6.
     """
-    largest = torch.tensor(absmax, device=weight.device).clamp_min(torch.finfo(torch.float32).tiny)
-    overall = (E4M3_MAX * E2M1_MAX / largest).nan_to_num(posinf=1.0)  # of weights that are all zero
+    largest = torch.as_tensor(absmax, dtype=torch.float32, device=weight.device)[..., None, None]
+    overall = E4M3_MAX * E2M1_MAX / largest.clamp_min(torch.finfo(torch.float32).tiny)
+    overall = overall.nan_to_num(posinf=1.0)  # of weights that are all zero
     scale = (overall * (block_absmax(weight, 1, NV_BLOCK) / E2M1_MAX)).clamp_max(E4M3_MAX)
     dense = scale.to(torch.float8_e4m3fn).float()
     dense = torch.where(dense == 0, LEAST_E4M3, dense)
     codes = e2m1(per_group(weight.to(torch.float32, copy=True), NV_BLOCK, dense / overall, torch.Tensor.div_))
-    return NVFP4Weight(tuple(weight.shape), *pack(codes, 4), e4m3(dense), method, global_scale=overall.view(1, 1))
+    return NVFP4Weight(tuple(weight.shape), *pack(codes, 4), e4m3(dense), method, global_scale=overall)
 
 
 def block_absmax(weight: Tensor, rows: int, columns: int) -> Tensor:
-    """Largest magnitude, fp32 `[blocks of rows, blocks of columns]`; ValueError where one is not finite."""
-    sizes = F.pad(weight.float().abs(), (0, -weight.shape[1] % columns, 0, -weight.shape[0] % rows))
-    largest = sizes.unflatten(0, (-1, rows)).unflatten(2, (-1, columns)).amax((1, 3))
+    """Largest magnitude, fp32 `[..., blocks of rows, blocks of columns]`; ValueError where one is not finite."""
+    sizes = F.pad(weight.float().abs(), (0, -weight.shape[-1] % columns, 0, -weight.shape[-2] % rows))
+    largest = sizes.unflatten(-2, (-1, rows)).unflatten(-1, (-1, columns)).amax((-3, -1))
     if not torch.isfinite(largest).all():
         raise ValueError("the weight holds NaN or Inf")
     return largest

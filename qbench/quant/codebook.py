@@ -41,7 +41,10 @@ def round_to_levels(
     method: str,
     diagnostics: Mapping[str, float] | None = None,
 ) -> QuantizedWeight:
-    """Quantizes `weight / input_scale`, `[out, in]`, to 16 `levels` within [-1, 1] times a scale per group, in fp32."""
+    """Quantizes `weight / input_scale`, `[..., out, in]`, in fp32.
+
+    Every value becomes one of 16 `levels` within [-1, 1], times a scale per group.
+    """
     if gpu.fused(weight, group_size):
         planes, scale = _fused(weight, levels, group_size, aux_dtype, input_scale)
         return QuantizedWeight(
@@ -55,7 +58,7 @@ def round_to_levels(
             method=method,
             diagnostics=dict(diagnostics or {}),
         )
-    values = weight.to(torch.float32, copy=True) if input_scale is None else weight.float() / input_scale.float()
+    values = weight.float().clone() if input_scale is None else weight.float() / input_scale.float().unsqueeze(-2)
     low, high = group_extremes(values, group_size)
     largest = torch.maximum(high, -low).clamp_min(FP16_TINY)  # an all-zero group: zero over anything is zero
     scale = Aux.compress(largest, aux_dtype)

@@ -30,15 +30,15 @@ def enabled(tensor: Tensor) -> bool:
 
 
 def fused(weight: Tensor, width: int) -> bool:
-    """Whether the kernels take a weight `[out, in]` in groups of `width` columns.
+    """Whether the kernels take a weight `[out, in]`, or a stack of them, in groups of `width` columns.
 
     A group must start on a byte of packed codes at every bit-width, hence whole bytes of one bit per code.
     """
     return (
         enabled(weight)
-        and weight.ndim == 2
+        and weight.ndim in (2, 3)
         and weight.dtype in FLOATS
-        and weight.stride(1) == 1
+        and weight.stride(-1) == 1
         and width <= WIDEST
-        and (width % 8 == 0 or width >= weight.shape[1])
+        and (width % 8 == 0 or width >= weight.shape[-1])
     )

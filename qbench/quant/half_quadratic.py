@@ -61,14 +61,17 @@ def round_half_quadratic(
     method: str,
     diagnostics: Mapping[str, float] | None = None,
 ) -> QuantizedWeight:
-    """Quantizes `weight / input_scale`, `[out, in]`, on the device it is on, in fp32."""
+    """Quantizes `weight / input_scale`, `[out, in]`, on the device it is on, in fp32.
+
+    Each matrix of a stack `[experts, out, in]`, with input_scale `[experts, in]`, has a search of its own.
+    """
     fused, top = gpu.fused(weight, group_size), 2**nbits - 1
     if fused:
         from qbench.kernels import hqq, rounding
 
         low, high = rounding.extremes(weight, group_size, input_scale)
     else:
-        values = weight.float().clone() if input_scale is None else weight.float() / input_scale.float()
+        values = weight.float().clone() if input_scale is None else weight.float() / input_scale.float().unsqueeze(-2)
         low, high = group_extremes(values, group_size)
     # groups of nearly equal values get a wider range, or their zero would leave fp16 (see rounding.py)
     floor = torch.maximum(high.abs(), low.abs()) / ZERO_LIMIT[aux_dtype]
@@ -82,9 +85,10 @@ def round_half_quadratic(
     start = -low / divisor
     if fused:  # one pass for all rounds, one to round
         best, updates = hqq.search(weight, group_size, nbits, divisor, start, astuple(schedule), input_scale)
+        updates = updates if weight.ndim == 3 else int(updates)
     else:
         steps = per_group(values, group_size, divisor, torch.Tensor.div_)
-        best, updates = search(steps, divisor, start, group_size, nbits, schedule)
+        best, updates = _search_each(steps, divisor, start, group_size, nbits, schedule)
     best = best.clamp(-FP16_MAX, FP16_MAX)
     zero = Aux.compress(best, aux_dtype)
     fitted = torch.where(stored, zero.dense(), best)
@@ -112,6 +116,15 @@ def round_half_quadratic(
         method=method,
         diagnostics=diagnostics,
     )
+
+
+def _search_each(
+    steps: Tensor, scale: Tensor, zero: Tensor, width: int, nbits: int, schedule: Schedule
+) -> tuple[Tensor, int | list[int]]:
+    if steps.ndim == 2:
+        return search(steps, scale, zero, width, nbits, schedule)
+    found = [search(*one, width, nbits, schedule) for one in zip(steps, scale, zero, strict=True)]
+    return torch.stack([best for best, _ in found]), [updates for _, updates in found]
 
 
 def search(

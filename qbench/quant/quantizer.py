@@ -17,8 +17,9 @@ that treats matrices one by one writes `quantize_one`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from enum import Enum
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -28,7 +29,9 @@ from torch import Tensor
 from qbench.errors import none_of
 from qbench.format.aux import AUX_DTYPES
 from qbench.format.format import Format
+from qbench.format.mixed import Mixed
 from qbench.format.packing import PLANES
+from qbench.format.stack import mixes
 
 
 class Statistic(Enum):
@@ -60,6 +63,7 @@ class Quantizer:
 
     needs: ClassVar[frozenset[Statistic]] = frozenset()  # empty: calibration-free
     joint: ClassVar[bool] = False  # True: it is handed a linear group as a whole; else linears may come one by one
+    stacks: ClassVar[bool] = False  # True: `quantize` takes stacks [experts, out, in], too, matrix by matrix to the bit
     partial: ClassVar[bool] = False  # True: it is asked to leave linears alone, and runtime.min_coverage asks nothing
 
     def __post_init__(self) -> None:
@@ -117,6 +121,34 @@ class Quantizer:
         """As `quantize`, told what the linears are called: `model.layers.0.mlp.experts.3.gate_proj`, fused or not."""
         return self.quantize(weights, stats)
 
+    def quantize_stacks(
+        self,
+        names: Sequence[Sequence[str]],
+        weights: Sequence[Tensor],
+        stats: Sequence[InputStatistics] | None = None,
+    ) -> list[Format]:
+        """Quantizes a linear group of every expert: weights[j] `[experts, out, in]`, one stack for each projection j.
+
+        Each matrix is contiguous, the stacks need not be: gate and up may be views of one parameter.
+
+        names[j][e] is what matrix e of projection j is called, stats[e] is what expert e's matrices read. To the bit
+        what `quantize_layers` makes of each expert's, and made by it or, if `stacks`, by `quantize`. On a GPU a
+        calibrated method may add up in another order, if the output's error stays the same within 1 %.
+
+        A stack's diagnostics are a number for each matrix, a tensor `[experts]` on any device or a sequence, or one
+        number for all; where the methods in effect differ, `method` among them holds theirs, one for each matrix.
+        """
+        if self.stacks:
+            return self.quantize(weights, None)
+        made = []
+        for e in range(len(weights[0])):
+            own = [weight[e] for weight in weights]
+            found = self.quantize_layers([of[e] for of in names], own, None if stats is None else stats[e])
+            if len(found) != len(weights) or not all(isinstance(one, Format) for one in found):
+                raise ValueError(f"{type(self).__name__}.quantize must return one Format per weight")
+            made.append(found)
+        return [stacked(projection) for projection in zip(*made, strict=True)]
+
     def in_place_of(self, name: str, parameter: Tensor) -> Format | Tensor | None:
         """What the variant has for a parameter that is no weight to quantize: a norm, a bias, a router, an embedding.
 
@@ -128,3 +160,18 @@ class Quantizer:
         """Input channels per group for this weight: `group_size`, or the whole row for -1."""
         group_size: int = getattr(self, "group_size", -1)
         return weight.shape[-1] if group_size == -1 else group_size
+
+
+def stacked(weights: Sequence[Format]) -> Format:
+    """Weights `[out, in]` as one stack that keeps what each says of itself, as `quantize_stacks` gives it.
+
+    NaN stands for what one of them does not say.
+    Raises ValueError where their form differs.
+    """
+    keys = dict.fromkeys(key for one in weights for key in one.diagnostics)
+    told: dict[str, Any] = {key: [float(one.diagnostics.get(key, math.nan)) for one in weights] for key in keys}
+    methods = [one.method for one in weights]
+    if len(set(methods)) > 1:
+        told["method"] = methods
+    cls = Mixed if mixes(weights) else type(weights[0])
+    return replace(cls.stack(weights), diagnostics=told)

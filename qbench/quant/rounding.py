@@ -110,7 +110,7 @@ def _round(
 def rounding_error(
     weight: Tensor, *, nbits: int, group_size: int, symmetric: bool, aux_dtype: str, input_scale: Tensor
 ) -> Tensor:
-    """What `round_to_nearest` adds to a weight `[out, in]`: the error of the restored weight, for scale searches.
+    """What `round_to_nearest` adds to a weight `[..., out, in]`: the error of the restored weight, for scale searches.
 
     fp32; in bf16 where the kernels compute it, since only sums over it are compared.
     """
@@ -129,7 +129,7 @@ def rounding_error(
     else:
         per_group(values, group_size, zero.dense(), torch.Tensor.sub_)
     per_group(values, group_size, scale.dense(), torch.Tensor.mul_)
-    return values.mul_(input_scale.half().float()).sub_(weight)
+    return values.mul_(input_scale.half().float().unsqueeze(-2)).sub_(weight)
 
 
 def _fused(

@@ -8,7 +8,6 @@ tile once its imbalance rises.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import isnan
 
 import torch
 from torch import Tensor
@@ -31,10 +30,10 @@ def check_steps(iterations: int, step_min: float, step_max: float) -> None:
 
 def column_factors(
     weights: Sequence[Tensor], width: int, iterations: int, step_min: float, step_max: float
-) -> list[tuple[Tensor, float]]:
-    """For each weight `[out, in]` of a linear group: the column factors, fp32 `[in]`, of tiles of all rows x `width`.
+) -> list[tuple[Tensor, Tensor]]:
+    """For each weight `[..., out, in]` of a group: column factors, fp32 `[..., in]`, of tiles of all rows x `width`.
 
-    Second, the geometric mean over its tiles of the imbalance that is left.
+    Second, the geometric mean over its tiles of the imbalance that is left, `[...]`.
     """
     settings = (width, iterations, step_min, step_max)
     alike = len({weight.dtype for weight in weights}) == 1
@@ -43,20 +42,27 @@ def column_factors(
     from qbench.kernels import sinkhorn as kernels
 
     found = kernels.column_factors(weights, *settings, LOG_RANGE)
-    # NaN: variances of this weight need two passes
-    return [_column_factors(w, *settings) if isnan(one[1]) else one for w, one in zip(weights, found, strict=True)]
+    if torch.cat([left.view(-1) for _, left in found]).isnan().any():  # its variances need two passes
+        for weight, (t, left) in zip(weights, found, strict=True):
+            for at in left.isnan().nonzero():
+                place = tuple(at.tolist())
+                t[place], left[place] = _column_factors(weight[place], *settings)
+    return found
 
 
 def _column_factors(
     weight: Tensor, width: int, iterations: int, step_min: float, step_max: float
-) -> tuple[Tensor, float]:
+) -> tuple[Tensor, Tensor]:
+    if weight.ndim == 3:
+        t, after = zip(*(_column_factors(one, width, iterations, step_min, step_max) for one in weight), strict=True)
+        return torch.stack(t), torch.stack(after)
     scales, left = [], []
     for tiles in column_tiles(weight.float(), width):
         for part in chunks(tiles):  # which stays in cache for all its rounds
             t, best = sinkhorn(part, iterations, step_min, step_max)
             scales.append(t.flatten())
             left.append(best)
-    return torch.cat(scales), float(torch.cat(left).log().mean().exp())
+    return torch.cat(scales), torch.cat(left).log().mean().exp()
 
 
 def sinkhorn(tiles: Tensor, iterations: int, step_min: float, step_max: float) -> tuple[Tensor, Tensor]:

@@ -12,8 +12,8 @@ weights that do not resemble the original's when they are.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -32,6 +32,8 @@ from qbench.registry import READER, find, names
 from qbench.values import is_pattern
 
 HUB = "hub:"
+WEIGHTS = (".gguf", ".safetensors")
+SHOWN = 20  # names of files in a sentence
 LEAST_COSINE = 0.2  # between a weight and what a file holds of it; that of unrelated matrices is below 0.01
 SETTINGS = ("config.json", "quantization_config.json", "quantize_config.json", "hf_quant_config.json")
 SETTINGS = (*SETTINGS, "quant_config.json", "model.safetensors.index.json.meta.json")  # AWQ's older one, and SINQ's
@@ -54,7 +56,9 @@ def check_place(place: Path, key: str) -> None:
         there = "is neither a file nor a folder" if place.exists() else "does not exist"
         raise RequestError(f"{key}={place} {there}; name a file or a folder{instead}", key=key)
     try:
-        reader_of(place)
+        _, reader = reader_of(place)
+        if (check := getattr(reader, "check", None)) is not None:
+            check(place)
     except ReadError as error:
         raise RequestError(f"{key}: {error}", key=key) from None
 
@@ -104,19 +108,33 @@ class File(Quantizer):
                 "quantizer=file: say quantizer.path=FILE_OR_DIR, or quantizer.id=ORG/NAME for a repository of the Hub",
                 key="quantizer.path",
             )
-        pinned = self
-        if self.id is not None:
-            pinned = File(id=self.id, file=self.file, revision=hub.commit(self.id, self.revision))
-        place = pinned.place()
-        check_place(place, "quantizer.path")
+        if self.id is None:
+            check_place(self.place(), "quantizer.path")
+            return self
+        pinned = File(id=self.id, file=self.file, revision=hub.commit(self.id, self.revision, "quantizer"))
+        place, key = pinned.place(), "quantizer.id" if self.file is None else "quantizer.file"
+        if self.file is not None and not place.exists():
+            raise RequestError(f"{key}: {self.id} has no file {self.file}{pinned._choices()}", key=key)
+        if self.file is None and not any(place.glob("*.safetensors")):
+            raise RequestError(
+                f"{key}: {self.id} holds no safetensors; name one of its files with quantizer.file{pinned._choices()}",
+                key="quantizer.file",
+            )
+        check_place(place, key)
         return pinned
+
+    def _choices(self) -> str:
+        """The repository's files that hold weights, to end a sentence with."""
+        found = [name for name in hub.file_names(str(self.id), self.revision) if name.endswith(WEIGHTS)]
+        more = f" and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
+        return f": {', '.join(found[:SHOWN])}{more}" if found else ""
 
     def place(self) -> Path:
         """Where the files are; of the Hub, once they are fetched."""
         if self.id is None:
             return Path(str(self.path)).expanduser()
         patterns = [self.file] if self.file else ["*.safetensors", "*.json"]
-        folder = hub.fetch(self.id, self.revision, patterns)
+        folder = hub.fetch(self.id, self.revision, patterns, node="quantizer")
         return folder / self.file if self.file else folder
 
     def files(self) -> list[Path]:
@@ -128,11 +146,11 @@ class File(Quantizer):
         return {}  # the content says it all
 
     def for_model(self, model: Any) -> Opened:
-        place = self.place()
+        place, states = self.place(), states_of(self.files())
         name, reader = reader_of(place)
         held = reader.open(place, model)
         label = place.name if self.id is None else "/".join(filter(None, (self.id, self.file)))
-        opened = Opened(held, name, label, self.revision)
+        opened = Opened(held, name, label, self.revision, states)
         opened.check(find_linears(model))
         return opened
 
@@ -148,6 +166,7 @@ class Opened(Quantizer):
     reader: str
     name: str
     revision: str | None
+    states: Mapping[Path, tuple[int, ...]] = field(compare=False)  # of its files, when they were opened
 
     def check(self, found: Linears) -> None:
         """Raises ReadError unless the file holds all linear weights in their shapes."""
@@ -189,11 +208,33 @@ class Opened(Quantizer):
             )
         return self.held.read(name)
 
+    def check_unchanged(self) -> None:
+        """Raises ReadError if a file has been replaced or written to since it was opened."""
+        now = states_of(self.states)
+        if changed := [path.name for path, state in self.states.items() if now[path] != state]:
+            raise ReadError(
+                f"{changed[0]} was changed or replaced while it was read, so that nobody knows what was measured; "
+                "run the point again when the file stays as it is"
+            )
+
     def record(self, sha256: str) -> FileRecord:
         held = self.held
         return FileRecord(
             self.name, self.revision, sha256, self.reader, held.made_by, held.file_bytes, dict(held.ignored)
         )
+
+
+def states_of(paths: Iterable[Path]) -> dict[Path, tuple[int, ...]]:
+    """Size, time of the last change and inode of each file; nothing of one that is gone."""
+    found: dict[Path, tuple[int, ...]] = {}
+    for path in paths:
+        try:
+            about = path.stat()
+        except OSError:
+            found[path] = ()
+        else:
+            found[path] = (about.st_size, about.st_mtime_ns, about.st_ino, about.st_dev)
+    return found
 
 
 def shapes(found: Linears) -> dict[str, tuple[int, ...]]:

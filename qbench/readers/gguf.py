@@ -20,9 +20,10 @@ from qbench.format.format import Format
 from qbench.model.gguf_names import in_a_file
 from qbench.readers import gguf_file
 from qbench.readers.gguf_file import Header
-from qbench.readers.gguf_names import SHOWN, Weight, latent, located
+from qbench.readers.gguf_names import Weight, latent, located
 from qbench.readers.reader import Entry, ReadError
 
+SHOWN = 20  # names of files in a sentence
 FLOAT_TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -34,6 +35,9 @@ class GGUF:
         if path.is_dir():
             return bool(models_in(path)) and not any(path.glob("*.safetensors"))
         return gguf_file.is_gguf(path)
+
+    def check(self, path: Path) -> None:
+        the_file(path)
 
     def open(self, path: Path, model: Any) -> GGUFFile:
         header = gguf_file.read(the_file(path))
@@ -93,8 +97,11 @@ def the_file(path: Path) -> Path:
         return path
     found = models_in(path)
     if len(found) != 1:
+        if not found:
+            raise ReadError(f"{path} holds no GGUF model")
         names = ", ".join(file.name for file in found[:SHOWN])
-        raise ReadError(f"{path.name} holds {len(found)} GGUF models ({names}, ...): name one of the files")
+        names += f" and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
+        raise ReadError(f"{path} holds {len(found)} GGUF models, and one is to be named, as {found[0]}: {names}")
     return found[0]
 
 

@@ -58,7 +58,11 @@ class Held(Protocol):
 
 
 class Reader(Protocol):
-    """One kind of file."""
+    """One kind of file.
+
+    A reader may also have `check(path)`, which raises ReadError for what can be told without the model, such as a
+    folder of several: that is said before any time is spent.
+    """
 
     def recognizes(self, path: Path) -> bool:
         """Whether the file or folder at `path` is of this kind, told from a few bytes of it or its config.json."""

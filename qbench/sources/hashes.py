@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
@@ -57,7 +57,7 @@ def save(outputs: Path) -> None:
     _unsaved.clear()
 
 
-def sha256_of(paths: Sequence[Path]) -> list[str]:
+def sha256_of(paths: Collection[Path]) -> list[str]:
     """The sha256 of each file's content, 64 hex digits; files that are not remembered are read in parallel.
 
     Raises RequestError for one that cannot be read, such as a link of the Hub's cache to what was never fetched.
@@ -74,6 +74,11 @@ def sha256_of(paths: Sequence[Path]) -> list[str]:
             return list(found)
     except OSError as error:
         raise RequestError(f"cannot read {error.filename or 'a file'}: {error.strerror or error}") from None
+
+
+def of_all(contents: Iterable[str]) -> str:
+    """One sha256 for many."""
+    return hashlib.sha256("".join(contents).encode()).hexdigest()
 
 
 def _sha256(path: Path, known: dict[str, str]) -> str:

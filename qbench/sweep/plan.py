@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -11,18 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override, OverrideType, Quote, QuotedString, Transformer
-from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf, open_dict
-from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
+from hydra.core.override_parser.types import Override, Quote, QuotedString, Transformer
+from omegaconf import DictConfig, OmegaConf
 
 from qbench.config import Config
 from qbench.errors import PlanError, RequestError
 from qbench.request import experiment, wildcards
-from qbench.request import explain as requests
 from qbench.request.hubnames import spelled_out
-from qbench.request.overrides import check, check_keys, parse
+from qbench.request.overrides import check, parse
+from qbench.sweep.compose import Composer
 from qbench.sweep.prepared import remembered
 
 if TYPE_CHECKING:
@@ -98,7 +94,7 @@ def plan(found: list[tuple[str, ...]], composed: DictConfig, loader: ConfigLoade
     from qbench.request import parts
     from qbench.request.prepare import fingerprint, prepare
 
-    compose = _Composer(composed, loader)
+    compose = Composer(composed, loader)
     found = parts.spelled_out(found, compose)
     common = set(found[0]).intersection(*found[1:])
     shared = [remembered(function) for function in (fingerprint, measure.read, read_calibration)]
@@ -134,52 +130,6 @@ def plan(found: list[tuple[str, ...]], composed: DictConfig, loader: ConfigLoade
     if refused:
         raise _refusal(refused, errors, len(found)) from None
     return list(planned.values())
-
-
-class _Composer:
-    """Composes the configuration of each point; points that choose the same options share the composing of them."""
-
-    def __init__(self, composed: DictConfig, loader: ConfigLoader) -> None:
-        self.composed, self.loader = composed, loader
-        self.chosen: dict[tuple[str, ...], DictConfig] = {}
-
-    def __call__(self, overrides: tuple[str, ...]) -> Config:
-        """Raises RequestError for what Hydra refuses."""
-        try:
-            point = self._quickly(overrides)
-            if point is None:
-                point = self._load(overrides)
-            check_keys(point)
-            return OmegaConf.to_object(point)  # type: ignore[return-value]
-        except (HydraException, OmegaConfBaseException, YAMLError, UnicodeDecodeError) as error:
-            raise requests.explain(error, overrides) from None
-
-    def _quickly(self, overrides: tuple[str, ...]) -> DictConfig | None:
-        """The options composed once, and a copy updated by the values, as Hydra does it; None for all but the plain.
-
-        A value that Hydra refuses has to be said in Hydra's words, so that is left to Hydra as well.
-        """
-        parsed = OverridesParser.create(config_loader=self.loader).parse_overrides(list(overrides))
-        plain = [o.type is OverrideType.CHANGE and o.package is None for o in parsed]
-        if not all(plain):
-            return None
-        options = tuple(o for o, p in zip(overrides, parsed, strict=True) if "." not in p.key_or_group)
-        values = [p for p in parsed if "." in p.key_or_group]
-        try:
-            if options not in self.chosen:
-                self.chosen[options] = self._load(options)
-            point = copy.deepcopy(self.chosen[options])
-            for value in values:
-                OmegaConf.update(point, value.key_or_group, value.value(), merge=True)
-        except (HydraException, OmegaConfBaseException):
-            return None
-        return point
-
-    def _load(self, overrides: tuple[str, ...]) -> DictConfig:
-        point = self.loader.load_sweep_config(self.composed, list(overrides))
-        with open_dict(point):
-            del point["hydra"]
-        return point
 
 
 def _refusal(refused: Mapping[str, list[str]], errors: Mapping[str, RequestError], total: int) -> RequestError:

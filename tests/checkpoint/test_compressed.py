@@ -281,6 +281,7 @@ def test_a_zero_point_outside_of_the_codes_is_named(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_from_the_command_line(qbench, tmp_path):
     point = ["model=tiny-dense", "quantizer=rtn", "quantizer.group_size=32", f"export.dir={tmp_path / 'a'}"]
     outcome = qbench(*point, "export.format=compressed-tensors", "+export.scale_dtype=fp64")

@@ -10,6 +10,7 @@ from qbench.checkpoint import packed as checkpoint
 from qbench.checkpoint.manifest import read
 from qbench.record.result import Result
 from qbench.sources.tiny import build
+from tests.conftest import thinned
 
 TINY = ("model=tiny-dense", "task.max_windows=2", "quantizer=rtn")
 
@@ -156,7 +157,9 @@ def test_what_autogptq_cannot_hold_is_refused_before_anything_is_measured(qbench
 
 
 @pytest.mark.usefixtures("layout")
-@pytest.mark.parametrize("model", ["tiny-dense", "tiny-moe"])
+@pytest.mark.parametrize(
+    ("layout", "model"), thinned(["packed", "laid out"], ["tiny-dense", "tiny-moe"]), indirect=["layout"]
+)
 def test_a_packed_checkpoint_is_evaluated_without_its_original(qbench, model):
     exported = qbench(*TINY, f"model={model}", "quantizer.nbits=3", "export.dir=exports/a")
     packed = ("model=packed", "model.path=exports/a", "task.max_windows=2")
@@ -176,21 +179,18 @@ def test_a_packed_checkpoint_is_evaluated_without_its_original(qbench, model):
     assert "already recorded" in qbench(*packed).stderr
 
 
-@pytest.mark.parametrize(
-    ("arguments", "sentence"),
-    [
+def test_wrong_uses_of_a_checkpoint(qbench):
+    qbench(*TINY, "export.dir=exports/a")
+    for arguments, sentence in (
         (["model=packed"], "needs model.path=DIR"),
         (["model=packed", "model.path=nowhere"], "nowhere is no packed checkpoint"),
         (["model=packed", "model.path=exports/a", "quantizer=rtn"], "leave out quantizer=rtn"),
         (["model=packed", "model.path=exports/a", "export.dir=b"], "leave out export.dir"),
         (["model=local", "model.path=exports/a"], "use model=packed"),
-    ],
-)
-def test_wrong_uses_of_a_checkpoint(qbench, arguments, sentence):
-    qbench(*TINY, "export.dir=exports/a")
-    outcome = qbench(*arguments)
-    assert outcome.status == 2
-    assert sentence in outcome.stderr
+    ):
+        outcome = qbench(*arguments)
+        assert outcome.status == 2, arguments
+        assert sentence in outcome.stderr
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "model-00001-of-00001.safetensors"])

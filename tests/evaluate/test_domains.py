@@ -139,6 +139,7 @@ def test_of_several_draws_the_kinds_are_their_means(scored):
     assert len(records) == 4
 
 
+@pytest.mark.slow
 def test_the_board_has_a_column_for_each_kind_and_names_the_worst(qbench, capsys):
     asked = ["model=tiny-dense", "task=domains", "task.kinds=[german,long,python]"]
     asked += ["task.short_window=32", "task.max_windows=2", "task.window=64", "task.pieces=2"]

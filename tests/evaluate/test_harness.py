@@ -57,6 +57,7 @@ def measured(task, two_models, **runtime):
     return evaluation.records(evaluation.score(other, baseline), baseline, False)
 
 
+@pytest.mark.slow
 def test_every_difference_is_that_of_the_numbers_shown(folder, two_models):
     """Accuracy, F1, Matthews, a perplexity over documents, a median; groups of 14 and 3 documents of both weights."""
     write(folder, "big", documents=14, metric_list=[ACC, F1, MCC])

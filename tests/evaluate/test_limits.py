@@ -71,6 +71,7 @@ def test_ids():
         check_ids(Limits(258, None), np.array([[3, 258]]), "the text")
 
 
+@pytest.mark.slow
 def test_a_point_is_refused_before_its_model_is_shown_a_window(qbench, tmp_path, monkeypatch):
     """Nothing is computed but, where token ids are what is wrong, the few tokens that show how the model is built."""
     model, tokenizer = build("dense", 0)[0], byte_tokenizer()

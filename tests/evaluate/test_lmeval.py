@@ -192,6 +192,7 @@ def test_accuracy_differences_and_flips_are_counted_by_document(own_tasks):
     }
 
 
+@pytest.mark.slow
 def test_a_point_with_a_task_of_ones_own(qbench, own_tasks):
     request = ("model=tiny-dense", "runtime.batch_size=18", "task=lmeval", "task.names=[colours]")
     request += (f"task.include_path={own_tasks}",)

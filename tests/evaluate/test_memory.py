@@ -9,6 +9,7 @@ from qbench.model.linears import quantized_weights
 from qbench.passes.quantize import quantize_model
 from qbench.registry import make_quantizer
 from qbench.sources import tiny
+from tests.conftest import thinned
 
 HEAD_FREE = 258 * 64 * 4  # the tied embedding, fp32
 LINEARS = 2 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 192)  # q, o; k, v; gate, up, down of two layers
@@ -77,19 +78,20 @@ def test_routers_stay_linears():
     assert counted.codes == (whole.linears - counted.linears) // 4
 
 
-@pytest.mark.parametrize("architecture", ["dense", "moe"])
 @pytest.mark.parametrize(
-    "settings",
-    [
-        {"name": "sinq", "aux_dtype": "fp16"},
-        {"name": "sinq", "aux_dtype": "int8"},
-        {"name": "rtn", "symmetric": True, "aux_dtype": "int8"},
-        {"name": "rtn", "nbits": 3, "group_size": 32},
-        {"name": "nf4"},
-        {"name": "rtn", "rotation": "hadamard"},
-        {"name": "higgs", "grid_dim": 1},
-    ],
-    ids=lambda settings: "-".join(map(str, settings.values())),
+    ("settings", "architecture"),
+    thinned(
+        [
+            {"name": "sinq", "aux_dtype": "fp16"},
+            {"name": "sinq", "aux_dtype": "int8"},
+            {"name": "rtn", "symmetric": True, "aux_dtype": "int8"},
+            {"name": "rtn", "nbits": 3, "group_size": 32},
+            {"name": "nf4"},
+            {"name": "rtn", "rotation": "hadamard"},
+            {"name": "higgs", "grid_dim": 1},
+        ],
+        ["dense", "moe"],
+    ),
 )
 def test_what_is_counted_is_what_is_held(layout, settings, architecture):
     built, _ = tiny.build(architecture, 0)

@@ -48,6 +48,7 @@ def test_both_models_are_shown_the_same_shots_in_this_run_and_the_next(tiny, fol
     assert [(m.delta, m.flip_rate) for r in records for m in r.metrics] == [(0, 0)] * 2
 
 
+@pytest.mark.slow
 def test_a_first_run_with_random_shots_succeeds_and_so_does_one_with_the_kept_baseline(qbench, folder):
     write(folder, "own", train=30)
     request = ("model=tiny-dense", "task=lmeval", "task.names=[own]", f"task.include_path={folder}", "task.window=512")

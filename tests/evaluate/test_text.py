@@ -84,6 +84,7 @@ def test_no_text_has_more_tokens_than_its_bytes_allow(form):
         assert len(text.encode()) <= tokens <= most_tokens(text)
 
 
+@pytest.mark.slow
 def test_wikitext_file_becomes_the_protocols_tokens(data, smollm2_folder):
     from transformers import AutoTokenizer
 

@@ -82,6 +82,7 @@ def test_the_record_is_of_what_was_written(tiny, wrote):
     assert [part.high for part in record.divergence.by_position][-1] == 12
 
 
+@pytest.mark.slow
 def test_it_is_written_once_and_is_part_of_the_identity(qbench, tmp_path, monkeypatch):
     asked = ("model=tiny-dense", "task=self", "task.answers=2", "task.tokens=8", "task.window=120")
     results = []

@@ -134,7 +134,8 @@ inline void barrier_wait(u32 bar, u32 parity) {
   while ((Barrier(barrier_at(bar, here.rank)).phase & 1) == parity) std::this_thread::sleep_for(std::chrono::milliseconds(1));
 }
 inline void publish_writes() {}
-inline void prefetch(const void*) {}
+template <int> inline void fewer_registers() {}
+template <int> inline void more_registers() {}
 inline void store4(u32 to, uint4 v) { memcpy(here.block->memory.data() + to, &v, 16); }
 
 // Here a map holds what the driver's call is given: address, columns, rows, bytes from row to row, rows of a box.
@@ -206,10 +207,10 @@ inline float swizzled(unsigned at) {
   memcpy(&v, here.block->memory.data() + (at ^ (at >> 7 & 7) << 4), 2);
   return element(v, 0);
 }
-inline void wgmma(float (&d)[4 * NB], u64 a, u64 b, bool accumulate) {
+template <int W> inline void wgmma(float (&d)[4 * W], u64 a, u64 b, bool accumulate) {
   const unsigned lane = lane_id(), tig = lane % 4, row0 = threadIdx.x / 32 % 4 * 16 + lane / 4;
   const unsigned a_start = unsigned(a & 0x3fff) << 4, b_start = unsigned(b & 0x3fff) << 4;
-  for (int i = 0; i < 4 * NB; i++) {
+  for (int i = 0; i < 4 * W; i++) {
     const unsigned row = row0 + 8 * (i % 4 / 2), column = 8 * (i / 4) + 2 * tig + i % 2;
     float sum = accumulate ? d[i] : 0.f;
     for (unsigned k = 0; k < 16; k++) sum += swizzled(a_start + row * 128 + 2 * k) * swizzled(b_start + column * 128 + 2 * k);

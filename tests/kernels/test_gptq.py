@@ -45,6 +45,36 @@ def test_gptq(kernels, quantizer):  # noqa: F811
 
 
 @pytest.mark.parametrize(
+    "quantizer",
+    [
+        GPTQ(group_size=16, block_size=32),
+        GPTQ(group_size=24, nbits=3, aux_dtype="int8", static_groups=False),
+        AWQ(group_size=16, ratios=3),
+        ASINQ(group_size=16, ratios=3, iterations=4),
+    ],
+    ids=str,
+)
+def test_an_expert_in_a_batch_is_what_it_is_alone(kernels, quantizer):  # noqa: F811
+    """Each with inputs of its own, and its own number of them; no expert's are more than the others' but by padding."""
+    gate, up = (torch.stack([gaussian(10, 40, 3 * j + e) for e in range(3)]) for j in (0, 1))
+    inputs = [correlated_inputs(40, 200)[: 30 + 60 * e] * (1 + e) for e in range(3)]
+    stats = [statistics_of(one, quantizer.needs) for one in inputs]
+    names = [[f"{e}.{projection}" for e in range(3)] for projection in ("gate", "up")]
+    alone, together = kernels(lambda: quantizer.quantize_stacks(names, [gate, up], stats))
+    for weights, expected, got in zip((gate, up), alone, together, strict=True):
+        assert got.shape == expected.shape == (3, 10, 40)
+        assert got.method == expected.method
+        for key, told in expected.diagnostics.items():
+            torch.testing.assert_close(
+                torch.tensor(told), torch.as_tensor(got.diagnostics[key]).float(), rtol=0.02, atol=0
+            )
+        for e, x in enumerate(inputs):
+            one, other = got.select(e), expected.select(e)
+            assert (one.codes() == other.codes()).float().mean() > 0.99
+            assert output_error(one, weights[e], x) == pytest.approx(output_error(other, weights[e], x), rel=0.01)
+
+
+@pytest.mark.parametrize(
     ("quantizer", "tokens"),
     [
         (AWQ(group_size=16, ratios=3), 30),  # the inputs themselves

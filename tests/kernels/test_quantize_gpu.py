@@ -58,7 +58,7 @@ def test_rounding_on_int8_scales(quantizer, shape):
     weight, quantizer = uneven(*shape), replace(quantizer, aux_dtype="int8")
     fast, plain = quantizer.quantize_one(weight.cuda()), quantizer.quantize_one(weight)
     assert (fast.codes().cpu() == plain.codes()).float().mean() > 0.999
-    assert relative_error(weight.cuda(), fast) == pytest.approx(relative_error(weight, plain), rel=1e-3)
+    assert float(relative_error(weight.cuda(), fast)) == pytest.approx(float(relative_error(weight, plain)), rel=1e-3)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -68,7 +68,7 @@ def test_searches_agree(quantizer, shape):
     fast, plain = quantizer.quantize_one(weight.cuda()), quantizer.quantize_one(weight)
     # HQQ's search is flat near its end: which of two rounds is kept, the order of a sum decides
     assert (fast.codes().cpu() == plain.codes()).float().mean() > (0.99 if isinstance(quantizer, HQQ) else 0.999)
-    assert relative_error(weight.cuda(), fast) == pytest.approx(relative_error(weight, plain), rel=1e-3)
+    assert float(relative_error(weight.cuda(), fast)) == pytest.approx(float(relative_error(weight, plain)), rel=1e-3)
 
 
 @pytest.mark.parametrize(("shape", "width"), [((4096, 4096), 64), ((12288, 1024), 64), ((1000, 1100), 128)], ids=str)
@@ -76,7 +76,7 @@ def test_column_factors(shape, width):
     weight = uneven(*shape)
     (fast, left), (plain, expected) = (SINQ(group_size=width).input_scale(w, width) for w in (weight.cuda(), weight))
     torch.testing.assert_close(fast.cpu(), plain, rtol=1e-4, atol=0)
-    assert left == pytest.approx(expected, rel=1e-4)
+    assert float(left) == pytest.approx(float(expected), rel=1e-4)
 
 
 def test_programs_that_wait_for_each_other_give_the_same_bits_every_time():

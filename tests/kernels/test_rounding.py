@@ -101,7 +101,7 @@ def test_every_rounding_divides_by_the_input_scale_first(kernels, generator, inn
     weight, t = random_weight(generator, 6, 100), torch.rand(100, generator=generator) + 0.5
     for aux_dtype in ("fp16", "int8"):
         quantizer = SINQ(group_size=32, aux_dtype=aux_dtype, **inner)
-        plain, fast = kernels(lambda q=quantizer: q._round(weight, t, 1.0))
+        plain, fast = kernels(lambda q=quantizer: q._round(weight, t, torch.tensor(1.0)))
         assert (plain.codes() == fast.codes()).float().mean() > 0.99
         torch.testing.assert_close(plain.dequantize(), fast.dequantize(), rtol=0.01, atol=0.01)
         assert plain.method == fast.method
@@ -138,7 +138,8 @@ def test_what_kernels_take(monkeypatch):
     assert not gpu.fused(weight, 12), "a group would start inside a byte"
     assert not gpu.fused(weight.T, 64), "columns are not neighbours"
     assert not gpu.fused(weight.double(), 64)
-    assert not gpu.fused(weight[None], 64)
+    assert gpu.fused(weight[None], 64)
+    assert not gpu.fused(weight[None, None], 64)
 
 
 def test_a_cpu_never_runs_kernels():

@@ -31,7 +31,7 @@ def test_factors(kernels, generator, shapes, width, iterations):  # noqa: F811
     plain, fast = kernels(lambda: column_factors(weights, width, iterations, 0.7, 2.0))
     for (expected, left), (t, reached) in zip(plain, fast, strict=True):
         torch.testing.assert_close(t, expected, rtol=1e-5, atol=0)
-        assert reached == pytest.approx(left, rel=1e-5)
+        assert float(reached) == pytest.approx(float(left), rel=1e-5)
 
 
 def test_no_factor_depends_on_the_other_weights_of_the_group(generator):
@@ -42,6 +42,16 @@ def test_no_factor_depends_on_the_other_weights_of_the_group(generator):
         [(alone, alone_left)] = sinkhorn.column_factors([weight], *settings)
         assert torch.equal(t, alone)
         assert left == alone_left
+
+
+def test_no_factor_depends_on_the_other_matrices_of_a_stack(generator):
+    stacks = [torch.stack([uneven(generator, rows, 96).bfloat16() for _ in range(3)]) for rows in (600, 64)]
+    settings = (64, 16, 0.7, 2.0, LOG_RANGE)
+    for stack, (t, left) in zip(stacks, sinkhorn.column_factors(stacks, *settings), strict=True):
+        for matrix, of_one, left_of_one in zip(stack, t, left, strict=True):
+            [(alone, alone_left)] = sinkhorn.column_factors([matrix], *settings)
+            assert torch.equal(of_one, alone)
+            assert left_of_one == alone_left
 
 
 def test_strided_weights(generator):
@@ -71,16 +81,20 @@ def test_zeros(kernels, generator):  # noqa: F811
 
 
 def test_shares_of_a_tile_cover_its_rows_once(monkeypatch):
-    monkeypatch.setattr(sinkhorn, "_chunk", lambda heights, tiles, device: 64)
+    monkeypatch.setattr(sinkhorn, "_parts_per_program", lambda heights, tiles, device: 2)
     sinkhorn._plan.cache_clear()
-    plan, splits = sinkhorn._plan((200, 64), 128, 64, torch.device("cpu"))
+    plan = sinkhorn._plan(((2, 1600), (1, 64)), 128, 64, torch.device("cpu"))
     sinkhorn._plan.cache_clear()
-    assert splits == 4
-    rows = {}
-    for matrix, tile, group, height, first, last, begin, count, before in plan.tolist():
-        assert before == (200 * group if matrix == 0 else 400 + 64 * group)
-        assert plan[begin, 1] == tile
-        assert count == -(-height // 64)
-        rows.setdefault(tile, []).extend(range(first, last))
-    assert [sorted(taken) == list(range(len(taken))) for taken in rows.values()] == [True] * 4
-    assert [len(taken) for taken in rows.values()] == [200, 200, 64, 64]
+    assert (plan.splits, plan.parts, plan.slots) == (2, 4, 2 * (4 + 4 + 1))
+    rows, slots = {}, set()
+    for matrix, tile, group, height, share, first, last, slot, parts, splits, before in plan.entries.tolist():
+        assert before == (3200 * matrix + height * group)
+        assert share % 64 == 0
+        assert (parts, splits) == (-(-height // share), -(-parts // 2))
+        taken = range(first * share, min(last * share, height))
+        rows.setdefault(tile, []).extend(taken)
+        assert not slots & set(range(slot + first, slot + last))
+        slots.update(range(slot + first, slot + last))
+    assert slots == set(range(plan.slots))
+    assert [sorted(taken) == list(range(len(taken))) for taken in rows.values()] == [True] * 6
+    assert [len(taken) for taken in rows.values()] == [1600, 1600, 1600, 1600, 64, 64]

@@ -26,6 +26,7 @@ from qbench.plugins.gptq import GPTQ
 from qbench.plugins.rtn import RTN
 from qbench.plugins.sinq import SINQ
 from qbench.sources import tiny
+from tests.conftest import thinned
 from tests.passes.test_calibrate import calibration
 
 SHAPE = dict(
@@ -94,8 +95,7 @@ def dense_copy(model, quantized):
     return copy
 
 
-@pytest.mark.parametrize("quantizer", [*QUANTIZERS, *CALIBRATED], ids=lambda q: str(q).partition(", sym")[0])
-@pytest.mark.parametrize("build", MODELS, ids=lambda build: build.__name__)
+@pytest.mark.parametrize(("quantizer", "build"), thinned([*QUANTIZERS, *CALIBRATED], MODELS))
 def test_a_mixture_computes_what_the_original_class_computes_with_its_weights(build, quantizer):
     model = made(build)
     weights, parameters = linear_weights(model), dict(model.named_parameters())

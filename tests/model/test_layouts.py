@@ -21,6 +21,7 @@ from qbench.plugins.rtn import RTN
 from qbench.plugins.sinq import SINQ
 from qbench.sources.packed import Packed
 from qbench.sources.tiny import byte_tokenizer
+from tests.conftest import thinned
 from tests.model.test_experts import SHAPE
 from tests.passes.test_calibrate import calibration
 
@@ -115,8 +116,7 @@ def dense_copy(model, quantized):
 QUANTIZERS = [SINQ(), AWQ(ratios=2), GPTQ(act_order=True, static_groups=False), ASINQ(ratios=2, iterations=2)]
 
 
-@pytest.mark.parametrize("quantizer", QUANTIZERS, ids=lambda q: type(q).__name__)
-@pytest.mark.parametrize("build", MODELS, ids=lambda build: build.__name__)
+@pytest.mark.parametrize(("quantizer", "build"), thinned(QUANTIZERS, MODELS))
 def test_a_quantized_layout_computes_what_the_original_class_computes_with_its_weights(build, quantizer):
     model = made(build)
     weights = linear_weights(model)

@@ -27,6 +27,7 @@ def kl(result):
     return result.evaluation[0].divergence.kl.value
 
 
+@pytest.mark.slow
 def test_a_mixture_is_planned_by_kind_and_block(qbench):
     outcome = qbench("-m", "experiment=anatomy", "model=tiny-moe", *FEW, "quantizer.only=kinds,linears", "--dry-run")
     assert outcome.status == 0, outcome.stderr

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import fields
+from fnmatch import fnmatchcase
 from itertools import product
 
 import numpy as np
@@ -10,13 +11,20 @@ import pytest
 import torch
 import yaml
 
+from qbench.format.mixed import Mixed
 from qbench.format.plain import Plain
+from qbench.layers.expert_form import expert_weights
+from qbench.model.linears import coverage, find_linears
 from qbench.parts.allocate import Anatomy, by_bits
+from qbench.parts.composed import in_16_bit
 from qbench.parts.knapsack import choose
-from qbench.parts.mixed import Mixed, written
-from qbench.parts.partly import Partly
+from qbench.parts.mixed import Mixed as MixedBits
+from qbench.parts.mixed import written
+from qbench.parts.partly import Partly, linears_of_experts
+from qbench.passes.quantize import quantize_model
 from qbench.record.parts import EACH, Part, cells, part_of, patterns, place
 from qbench.registry import make_quantizer
+from qbench.sources.tiny import build
 from qbench.testing import gaussian
 from tests.conftest import ROOT
 
@@ -105,6 +113,34 @@ def test_partly_quantizes_what_it_names_and_leaves_the_rest():
     assert torch.equal(other.dequantize(), alone.dequantize())
 
 
+@pytest.mark.parametrize("only", ["*.experts.[01].*", "*.experts.[23].up_proj"])
+def test_of_a_stack_of_experts_the_others_stay_as_they_were(only):
+    model = build("moe", 0)[0]
+    for parameter in model.parameters():
+        parameter.data = parameter.data.bfloat16().float()  # as a model of 16 bit is that is run in 32
+    found = find_linears(model)
+    before = {name: expert_weights(module, 2) for name, module in found.experts.items()}
+    taken = [name for name in linears_of_experts(found.experts) if fnmatchcase(name, only)]
+    rows, _ = quantize_model(model, Partly(nbits=4, group_size=32, only=only))
+    assert [row.name for row in rows] == taken
+    weights = sum(row.shape[0] * row.shape[1] for row in rows)
+    assert coverage(model) == pytest.approx(weights / found.weights)
+    for name, originals in before.items():
+        stacks = model.get_submodule(name).packed()
+        for (projection, stack), original in zip(stacks.items(), originals, strict=True):
+            if f"{name}.2.{projection}"[:-1] not in taken:
+                left = stack.select(2)
+                assert torch.equal(left.dequantize().squeeze(0), original)
+                assert left.bits_per_weight == 16
+            assert isinstance(stack, Mixed if any(f".{projection[:-1]}" in one for one in taken) else Plain)
+
+
+def test_numbers_that_16_bits_do_not_hold_stay_in_32():
+    assert in_16_bit(torch.tensor([1 / 3])).dtype == torch.float32
+    assert in_16_bit(torch.tensor([1 / 3]).half().float()).dtype == torch.float16
+    assert in_16_bit(torch.tensor([3e38])).dtype == torch.float32
+
+
 def test_the_identity_holds_every_setting_of_the_method():
     spelled = Partly(method="rtn", nbits=3, options={"symmetric": False})
     assert spelled.settings() == Partly(method="rtn", nbits=3).settings()
@@ -112,7 +148,7 @@ def test_the_identity_holds_every_setting_of_the_method():
     assert Partly(method="rtn", options={"symmetric": True}).settings()["symmetric"] is True
 
 
-@pytest.mark.parametrize("cls", [Partly, Mixed])
+@pytest.mark.parametrize("cls", [Partly, MixedBits])
 def test_yaml_mirrors_the_dataclass(cls):
     name = cls.__name__.lower()
     given = yaml.safe_load((ROOT / "conf" / "quantizer" / f"{name}.yaml").read_text(encoding="utf-8"))
@@ -127,7 +163,7 @@ def test_it_asks_for_what_its_method_asks_for():
 
 
 def test_mixed_gives_each_linear_its_bits():
-    mixed = Mixed(method="rtn", assignment="self_attn.q_proj=342 mlp.down_proj=-83")
+    mixed = MixedBits(method="rtn", assignment="self_attn.q_proj=342 mlp.down_proj=-83")
     assert written(mixed.bits) == mixed.assignment
     assert [mixed.for_layer(name).nbits for name in NAMES if place(name) in mixed.bits] == [3, 4, 8, 2, 3]
     assert "budget_bits" not in mixed.settings()

@@ -23,7 +23,8 @@ from qbench.config import CalibrationConfig
 from qbench.errors import PointError, RequestError
 from qbench.evaluate.text import Text
 from qbench.layers.linear import QuantLinear
-from qbench.passes.calibrate import Calibration, cut_sequences, quantize_blocks
+from qbench.passes import shown
+from qbench.passes.calibrate import INPUTS, Calibration, cut_sequences, quantize_blocks
 from qbench.passes.quantize import quantize_linears, quantize_model, replace_module
 from qbench.plugins.rtn import RTN
 from qbench.quant.quantizer import Quantizer, Statistic
@@ -59,8 +60,8 @@ def collect(model, quantize=None, inputs="quantized"):
             for name, (module, _) in quantize_linears(group, quantize, stats).items():
                 replace_module(model, name, module)
 
-    shown = replace(calibration(), inputs=inputs)
-    quantize_blocks(model, Watcher(), shown, note, lambda name, module, inputs: None)
+    text = replace(calibration(), inputs=inputs)
+    quantize_blocks(model, Watcher(), text, note, lambda name, module, inputs: None)
     return found
 
 
@@ -120,6 +121,32 @@ def test_statistics_equal_those_of_plain_forward_passes(make):
         torch.testing.assert_close(stats.absmean, x.abs().mean(0), rtol=1e-4, atol=1e-6)
         torch.testing.assert_close(stats.hessian, x.T @ x, rtol=1e-3, atol=1e-4)
         torch.testing.assert_close(stats.inputs, x, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("make", [lambda: build("dense", 0)[0], sliding, lambda: gemma4()], ids=["qwen3", "3", "4"])
+def test_sequences_in_batches_give_the_same_statistics(make, monkeypatch):
+    torch.manual_seed(0)
+    model = make().eval()
+    alone = collect(model)
+    monkeypatch.setitem(shown.BATCH_TOKENS, "cpu", 80)  # two of the three sequences, then one
+    together = collect(model)
+    assert list(alone) == list(together)
+    for name, (group, stats) in together.items():
+        assert group == alone[name][0]
+        torch.testing.assert_close(stats.hessian, alone[name][1].hessian, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(stats.inputs, alone[name][1].inputs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("inputs", INPUTS)
+def test_no_more_of_a_block_runs_than_is_asked_for(inputs):
+    """One batch tells what there is; from the next on down is not multiplied until the block is quantized."""
+    model = build("dense", 0)[0].eval()
+    calls = {0: 0, 1: 0}
+    for i, block in enumerate(model.model.layers):
+        block.mlp.down_proj.register_forward_hook(lambda *_, i=i: calls.update({i: calls[i] + 1}))
+    collect(model, inputs=inputs)
+    # each sequence to see, and if it is to go on, again; nobody is shown what the last block gives out
+    assert calls == ({0: 1 + 3, 1: 1} if inputs == "quantized" else {0: 3, 1: 3})
 
 
 def test_later_blocks_see_the_quantized_prefix():
@@ -217,6 +244,7 @@ def recurrent_gemma():
     return RecurrentGemmaForCausalLM(RecurrentGemmaConfig(**shape, vocab_size=258, attention_window_size=16))
 
 
+@pytest.mark.slow
 def test_calibrated_point_records_what_it_was_shown(qbench):
     tiny = ("model=tiny-dense", "task.max_windows=2", "quantizer=gptq", "calibration.sequences=4")
     outcome = qbench(*tiny)

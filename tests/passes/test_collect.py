@@ -26,8 +26,8 @@ class Recorder(Quantizer):
     needs: ClassVar[frozenset[Statistic]] = EVERYTHING
     seen: ClassVar[list] = []
 
-    def quantize(self, weights, stats):
-        self.seen.append((len(weights), stats))
+    def quantize_layers(self, names, weights, stats):
+        self.seen.append((names, stats))
         return RTN(nbits=3, group_size=16).quantize(weights, None)
 
 
@@ -35,8 +35,7 @@ def recorded(model, calibration):
     """The rows, and the statistics that each layer was quantized with, by name."""
     Recorder.seen.clear()
     rows, _ = quantize_model(model, Recorder(), calibration)
-    names = iter(row.name for row in rows)
-    return rows, {next(names): stats for count, stats in Recorder.seen for _ in range(count)}
+    return rows, {name: stats for names, stats in Recorder.seen for name in names}
 
 
 class LoneExperts(nn.Module):

@@ -205,6 +205,7 @@ def test_combinations_that_mean_nothing_are_refused(settings, sentence):
     assert "\n" not in str(refusal.value)
 
 
+@pytest.mark.slow
 def test_rows_name_the_variant(qbench):
     from qbench.record.store import Store
 

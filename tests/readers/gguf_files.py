@@ -104,18 +104,27 @@ def settings_of(config: Any) -> dict[str, int]:
 def write(
     path: Path, arch: str, tensors: Tensors, settings: dict[str, int], types: dict[str, str] | None = None, **more: Any
 ) -> Path:
-    """Writes fp32 tensors, those in `types` encoded by gguf's own encoder (Q4_0, Q8_0 and the like)."""
+    """Writes fp32 tensors, those in `types` encoded by gguf's own encoder (Q4_0, Q8_0 and the like), or libgguf's."""
     writer = GGUFWriter(path, arch, **more)
     for key, value in settings.items():
         writer.add_uint32(f"{arch}.{key}", value)
     for name, value in tensors.items():
         kind = GGMLQuantizationType[(types or {}).get(name, "F32")]
-        writer.add_tensor(name, quants.quantize(value, kind), raw_dtype=kind)
+        writer.add_tensor(name, encoded(value, kind), raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+def encoded(value: np.ndarray, kind: GGMLQuantizationType) -> np.ndarray:
+    try:
+        return quants.quantize(value, kind)
+    except NotImplementedError:
+        import libgguf
+
+        return libgguf.quantize_rows(value, libgguf.GGMLQuantizationType[kind.name], None)
 
 
 def meta(model: Any) -> Any:

@@ -106,7 +106,9 @@ def test_other_scales_of_fp8(tmp_path):
         assert torch.equal(weight.dequantize(), stored[f"{Q}.weight"].float() * scale)
 
 
-def test_modelopts_nvfp4(tmp_path):
+def modelopts_nvfp4(folder):
+    """A folder as ModelOpt's older ones are: how it is quantized is said in a file of its own."""
+
     def pack(module, weight):
         made = round_to_nvfp4(weight.float(), float(weight.abs().max()))
         return {
@@ -116,12 +118,17 @@ def test_modelopts_nvfp4(tmp_path):
             "input_scale": torch.ones(()),
         }
 
-    path = write(tmp_path / "q", pack, {})
+    path = write(folder, pack, {})
     config = json.loads((path / "config.json").read_text())
-    del config["quantization_config"]  # as its older folders are: the words are in a file of their own
+    del config["quantization_config"]
     (path / "config.json").write_text(json.dumps(config))
     told = {"producer": {"name": "modelopt"}, "quantization": {"quant_algo": "NVFP4"}}
     (path / "hf_quant_config.json").write_text(json.dumps(told))
+    return path
+
+
+def test_modelopts_nvfp4(tmp_path):
+    path = modelopts_nvfp4(tmp_path / "q")
     assert reader_of(path)[0] == "fp8"
     held, stored = FP8().open(path, skeleton()), load_file(path / "model.safetensors")
     assert held.made_by == "ModelOpt, nvfp4"
@@ -134,21 +141,26 @@ def test_modelopts_nvfp4(tmp_path):
     assert torch.equal(weight.dequantize(), values * scale.repeat_interleave(16, 1))
 
 
-def test_gpt_oss_as_transformers_loads_it(tmp_path):
+def mxfp4_stacks(folder):
+    """A tiny gpt-oss as it is published: its experts in MXFP4, upright."""
     torch.manual_seed(0)
-    model = gpt_oss().bfloat16()
-    model.save_pretrained(tmp_path)
+    gpt_oss().bfloat16().save_pretrained(folder)
     tensors = {}
-    for name, tensor in load_file(tmp_path / "model.safetensors").items():
+    for name, tensor in load_file(folder / "model.safetensors").items():
         if name.endswith(("gate_up_proj", "down_proj")):
             made = [round_to_mxfp4(expert.T.contiguous(), "floor") for expert in tensor]
             tensors[f"{name}_blocks"] = torch.stack([one.codes.unflatten(1, (-1, 16)) for one in made])
             tensors[f"{name}_scales"] = torch.stack([one.scale for one in made])
         else:
             tensors[name] = tensor
-    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
-    config = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "mxfp4"}}))
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "mxfp4"}}))
+    return folder
+
+
+def test_gpt_oss_as_transformers_loads_it(tmp_path):
+    mxfp4_stacks(tmp_path)
     assert reader_of(tmp_path)[0] == "mxfp4"
     held = MXFP4().open(tmp_path, gpt_oss().to("meta"))
     assert held.file_bytes == (tmp_path / "model.safetensors").stat().st_size
@@ -165,7 +177,7 @@ def test_gpt_oss_as_transformers_loads_it(tmp_path):
                 assert held.entries[f"{place}.{projection}_proj.weight"].nbytes == weight.nbytes
                 assert torch.equal(weight.dequantize(), dense)
     bias = "model.layers.0.mlp.experts.down_proj_bias"
-    assert torch.equal(held.read(bias), tensors[bias])
+    assert torch.equal(held.read(bias), load_file(tmp_path / "model.safetensors")[bias])
 
 
 GROUPS = {

@@ -1,4 +1,4 @@
-"""300 damaged copies of folders in every format: one sentence or an honest reading, and never anything else."""
+"""Damaged copies of folders in every format: one sentence or an honest reading, and never anything else."""
 
 import json
 import random
@@ -11,17 +11,21 @@ import torch
 from qbench.format.format import Format
 from qbench.readers.awq import AWQ
 from qbench.readers.bitsandbytes import BitsAndBytes
+from qbench.readers.blockfloat import FP8
 from qbench.readers.compressed import CompressedTensors
 from qbench.readers.gptq import GPTQ
 from qbench.readers.hqq import HQQ
+from qbench.readers.mxfp4 import MXFP4
 from qbench.readers.reader import ReadError
 from qbench.readers.sinq import SINQ
+from tests.model.test_layouts import gpt_oss
 from tests.readers.cases import skeleton, write
 from tests.readers.test_bitsandbytes import four_bits
+from tests.readers.test_blockfloat import deepseek, modelopts_nvfp4, mxfp4_stacks
 from tests.readers.test_gptq import bits_of, random_parts
 from tests.readers.test_hqq import hqq_parts, sinq
 
-COPIES = 50  # of each of six formats
+COPIES = 50  # of each format
 MUCH = 64 << 20  # bytes that no reading of such a small file may ask for at once
 
 
@@ -63,6 +67,10 @@ def hqq(folder):
     return write(folder, lambda _, weight: hqq_parts(weight, 4, 1, torch.float16, 0)[1], {"quant_method": "hqq"})
 
 
+def fp8(folder):
+    return write(folder, deepseek, {"quant_method": "fp8", "weight_block_size": [32, 32]})
+
+
 KINDS = {
     "gptq": (GPTQ, gptq),
     "awq": (AWQ, awq),
@@ -70,6 +78,9 @@ KINDS = {
     "nf4": (BitsAndBytes, nf4),
     "hqq": (HQQ, hqq),
     "sinq": (SINQ, lambda folder: sinq(folder)[0]),
+    "fp8": (FP8, fp8),
+    "nvfp4": (FP8, modelopts_nvfp4),
+    "mxfp4": (MXFP4, mxfp4_stacks),
 }
 
 
@@ -162,7 +173,7 @@ def test_damaged_copies(tmp_path, kind):
     reader, make = KINDS[kind]
     whole = make(tmp_path / "whole")
     rng, refused, said = random.Random(kind), 0, []
-    model = skeleton()
+    model = gpt_oss().to("meta") if kind == "mxfp4" else skeleton()
     for copy in range(COPIES):
         folder = tmp_path / str(copy)
         shutil.copytree(whole, folder)

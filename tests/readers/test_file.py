@@ -168,6 +168,46 @@ def test_the_content_is_the_identity(point, tmp_path):
     assert point(other).summary["run_id"] != first["run_id"]
 
 
+def _swapped(path, tmp_path):
+    """Another file of the same model in its place, as a download renames one."""
+    (tmp_path / "new").mkdir(exist_ok=True)
+    written(tmp_path / "new", lambda tensors: tensors["model.norm.weight"].mul_(2)).replace(path)
+
+
+def _touched(path, tmp_path):
+    os.utime(path, (1, 1))
+
+
+@pytest.mark.parametrize("change", [_swapped, _touched, lambda path, _: path.unlink()])
+def test_a_file_that_changes_while_it_is_read_gives_no_row(point, tmp_path, monkeypatch, change):
+    path, read = written(tmp_path), OpenRounding.read
+
+    def changing(self, name):
+        if name == "model.layers.1.mlp.up_proj.weight":
+            change(path, tmp_path)
+        return read(self, name)
+
+    monkeypatch.setattr(OpenRounding, "read", changing)
+    outcome = point(path)
+    assert outcome.status == 1
+    assert "was changed or replaced while it was read" in outcome.summary["error"]
+    assert "ppl" not in outcome.summary
+
+
+def test_a_file_that_changed_before_it_was_opened_gives_no_row(point, tmp_path, monkeypatch):
+    path, opened = written(tmp_path), Rounding.open
+
+    def late(self, place, model):
+        _swapped(path, tmp_path)
+        return opened(self, place, model)
+
+    monkeypatch.setattr(Rounding, "open", late)
+    monkeypatch.setattr("qbench.readers.file.Opened.check_unchanged", lambda self: None)  # it is not, since then
+    outcome = point(path)
+    assert outcome.status == 1
+    assert "was changed or replaced after the point was prepared" in outcome.summary["error"]
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
@@ -193,6 +233,14 @@ def test_no_file_and_no_reader(point, tmp_path):
     refused(point(tmp_path / "absent.gguf"), "quantizer.path", ["absent.gguf"])
     (tmp_path / "text.txt").write_text("nothing")
     assert "is in no format that is known here" in refused(point(tmp_path / "text.txt"))
+
+
+def test_a_folder_of_several_asks_which_when_it_is_asked_for(point, tmp_path):
+    (tmp_path / "models").mkdir()
+    for name in ("b.gguf", "a.gguf"):
+        (tmp_path / "models" / name).write_bytes(b"GGUF")
+    sentence = refused(point(tmp_path / "models"), "quantizer.path", ["holds 2 GGUF models"])
+    assert sentence.endswith("as " + str(tmp_path / "models" / "a.gguf") + ": a.gguf, b.gguf")
 
 
 def test_a_pipe_is_not_waited_for(point, tmp_path):

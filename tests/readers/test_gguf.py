@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,12 +15,14 @@ from qbench.checkpoint import gguf as checkpoint
 from qbench.format.format import Format
 from qbench.format.gguf import GGUFLatent
 from qbench.layers.expert_form import expert_weights, form, stacked_parameters
+from qbench.model.linears import find_linears
 from qbench.passes.quantize import quantize_model
 from qbench.readers.gguf import GGUF
 from qbench.readers.reader import ReadError
 from qbench.registry import make_quantizer
 from qbench.sources.tiny import byte_tokenizer
 from qbench.testing import ReaderConformance
+from tests.conftest import refused
 from tests.passes.architectures import build
 from tests.readers.gguf_files import ARCHITECTURES, converted, made, meta, settings_of, write
 
@@ -206,6 +210,43 @@ def test_a_folder_with_several_models_asks_which(tmp_path):
     for name in ("a.gguf", "b.gguf", "mmproj-a.gguf"):
         write(tmp_path / name, "llama", converted(model, "llama"), settings_of(model.config))
     assert GGUF().recognizes(tmp_path)
-    with pytest.raises(ReadError, match=r"holds 2 GGUF models \(a.gguf, b.gguf, ...\): name one of the files"):
+    with pytest.raises(ReadError, match=r"holds 2 GGUF models, and one is to be named, as .*/a.gguf: a.gguf, b.gguf$"):
         GGUF().open(tmp_path, meta(model))
     assert not GGUF().recognizes(tmp_path / "missing.gguf")
+
+
+@pytest.fixture
+def wide(tmp_path):
+    """A folder with a tiny model whose rows are one block of 256, and the model."""
+    folder, model = tmp_path / "wide", build("Llama", **WIDE, tie_word_embeddings=True)
+    model.save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder, model
+
+
+def test_the_bits_of_a_quantized_embedding_are_counted(wide, qbench, tmp_path):
+    """As in a Q4_K_M: linears in one type, the embedding, which is the head as well, in a larger one."""
+    pytest.importorskip("libgguf", reason="the encoder; it comes with the extra gguf")
+    folder, model = wide
+    types = {name: "Q6_K" if "embd" in name else "Q4_K" for name in converted(model, "llama")}
+    types = {name: type for name, type in types.items() if "norm" not in name}
+    path = write(tmp_path / "m.gguf", "llama", converted(model, "llama"), settings_of(model.config), types)
+    point = ("model=local", f"model.path={folder}", "task.max_windows=1", "task.window=64")
+    summary = qbench(*point, "quantizer=file", f"quantizer.path={path}").summary
+    linears, embedding = find_linears(model).quantizable, model.model.embed_tokens.weight.numel()
+    norms = sum(parameter.numel() for parameter in model.parameters()) - linears - embedding
+    assert (summary["bits_per_weight"], summary["embedding_bits"], summary["head_bits"]) == (4.5, 6.5625, 6.5625)
+    assert summary["model_bytes"] == linears * 4.5 / 8 + embedding * 6.5625 / 8 + 2 * norms
+    assert summary["kl"] > 0
+
+
+@pytest.mark.slow  # libgguf makes tables first
+def test_two_bits_take_their_matrix_from_the_calibration_text(wide, qbench):
+    pytest.importorskip("libgguf", reason="the encoder; it comes with the extra gguf")
+    short = ("task.max_windows=1", "task.window=64", "calibration.window=64", "calibration.sequences=2")
+    point = ("model=local", f"model.path={wide[0]}", *short)
+    outcome = qbench(*point, "quantizer=gguf/iq2_xxs")
+    assert outcome.summary["bits_per_weight"] == 2.0625
+    (result,) = Path("outputs/results").glob("*/result.json")
+    assert json.loads(result.read_text())["quantization"]["calibration"]["tokens"] == 128
+    refused(qbench(*point, "quantizer=gguf/iq2_xxs", "quantizer.imatrix=false"), "quantizer.imatrix", ["IQ2_XXS"])

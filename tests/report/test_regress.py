@@ -330,6 +330,7 @@ def one_layer_off(factor):
     return quantize
 
 
+@pytest.mark.slow
 class TestPlantedRegressions:
     """Real points of the tiny model, measured by a quantizer that has gone wrong in one way."""
 

@@ -29,6 +29,7 @@ def scores(point):
     return record, load_file(folder / record.window_nll_file)
 
 
+@pytest.mark.slow
 def test_a_row_is_of_the_mean_of_its_draws(prepared):
     one, three = (prepared(*TINY, "quantizer=gptq", f"calibration.draws={n}") for n in (1, 3))
     results = together([one, three])
@@ -70,6 +71,7 @@ def test_a_draw_is_one_choice_for_every_method_and_another_of_the_same_text(prep
     assert not np.array_equal(second, third)
 
 
+@pytest.mark.slow
 def test_tasks_have_draws_as_windows_do(prepared, tmp_path):
     own_tasks.write(tmp_path / "tasks", "choice", documents=20)
     task = f"task=lmeval task.names=[choice] task.window=512 task.include_path={tmp_path / 'tasks'}"

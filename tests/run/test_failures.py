@@ -3,6 +3,8 @@
 import resource
 from pathlib import Path
 
+import pytest
+
 from qbench.evaluate.protocols.windows import TextWindows
 from qbench.passes.quantize import quantize_linears
 from qbench.record.store import Store
@@ -16,6 +18,7 @@ def broken(*args, **kwargs):
     raise ValueError("the GPU is full")
 
 
+@pytest.mark.slow
 def test_a_failing_rerun_keeps_the_earlier_result_and_its_files(qbench, monkeypatch):
     tracked = []
     wandb_stub.install(monkeypatch)

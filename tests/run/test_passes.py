@@ -44,18 +44,20 @@ def check_alone(prepared, settings, methods):
         assert measured(result) == measured(results[point.run_id])
 
 
-@pytest.mark.parametrize("model", ["tiny-dense", "tiny-moe"])
+@pytest.mark.parametrize("model", ["tiny-dense", pytest.param("tiny-moe", marks=pytest.mark.slow)])
 def test_a_point_in_a_pass_is_the_point_alone(prepared, model):
     settings = (f"model={model}", *SHORT, "runtime.batch_size=2")
     methods = METHODS[:4] + [f"{method} quantizer.nbits=3" for method in METHODS[4:]]
     check_alone(prepared, settings, methods)
 
 
+@pytest.mark.slow
 def test_calibrations_on_the_original_are_shared_and_change_nothing(prepared, monkeypatch):
     """GPTQ wants a Hessian, AWQ and A-SINQ other statistics: they are collected once, on the same states."""
     check_alone(prepared, ("model=tiny-moe", *SHORT, ORIGINAL), METHODS[4:])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", ["tiny-dense", "tiny-moe"])
 @pytest.mark.parametrize("nbits", [4, 3])
 def test_it_is_what_the_whole_model_computes(prepared, model, nbits):
@@ -74,6 +76,7 @@ def test_it_is_what_the_whole_model_computes(prepared, model, nbits):
         assert ours[2][0].baseline_ppl == pytest.approx(theirs[2][0].baseline_ppl, rel=1e-6)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_out_of_a_pass_is_the_one_of_the_point_alone(prepared, tmp_path):
     """Every file of it to the bit; and what was written is let go before the next one is."""
     methods = ("rtn", "gptq", "sinq quantizer.nbits=3")

@@ -18,12 +18,12 @@ from qbench.sources.folder import Folder, straight
 from qbench.sources.local import Local
 from qbench.sources.stream import assembled
 from qbench.sources.tiny import byte_tokenizer
+from tests.conftest import thinned
 from tests.passes.architectures import CHAINS, build
 from tests.sources.cases import CPU, assert_same, gpu, needs_cuda, save, tensors
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", CHAINS)
+@pytest.mark.parametrize(("name", "dtype"), thinned(CHAINS, [torch.float32, torch.bfloat16]))
 def test_every_tensor_has_the_bits_of_from_pretrained(name, dtype, tmp_path):
     folder = save(name, tmp_path)
     assert len(list(folder.glob("*.safetensors"))) > 3
@@ -51,8 +51,9 @@ def test_every_tensor_has_the_bits_of_from_pretrained(name, dtype, tmp_path):
 
 
 @pytest.mark.parametrize("device", [CPU, pytest.param(torch.device("cuda"), marks=[gpu, needs_cuda])], ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", [*CHAINS, "Gemma4Text", "Gemma3nText"])
+@pytest.mark.parametrize(
+    ("name", "dtype"), thinned([*CHAINS, "Gemma4Text", "Gemma3nText"], [torch.float32, torch.bfloat16])
+)
 def test_the_whole_model_is_what_from_pretrained_gives(name, dtype, device, tmp_path):
     folder = save(name, tmp_path, **({"tie_word_embeddings": True} if name == "Qwen3Moe" else {}))
     said = json.loads((folder / "generation_config.json").read_text())

@@ -148,6 +148,7 @@ for _ in range(20):
 """
 
 
+@pytest.mark.slow
 def test_processes_that_save_at_once_leave_a_whole_file(files, read):
     started = [subprocess.Popen([sys.executable, "-c", HASH, str(path), str(files[2])]) for path in files[:2]]
     assert [process.wait(120) for process in started] == [0, 0]
@@ -156,6 +157,7 @@ def test_processes_that_save_at_once_leave_a_whole_file(files, read):
     assert [path.name for path in Path("outputs").iterdir()] == ["hashes.json"]
 
 
+@pytest.mark.slow
 def test_the_second_run_of_a_point_does_not_read_the_weights(qbench, tiny, tmp_path, read):
     model, tokenizer = tiny
     model.save_pretrained(tmp_path / "model")

@@ -12,6 +12,7 @@ import torch
 
 from qbench.sources.hub import Hub, commit
 from qbench.sources.tiny import build
+from tests.conftest import refused
 from tests.sources.hub_server import serving
 
 SHORT = ("quantizer=rtn", "task.max_windows=1", "task.window=64", "task.divergence=false")
@@ -211,9 +212,34 @@ def test_what_cannot_be_measured_is_refused_by_its_config_alone(online, qbench, 
 
 def test_what_is_not_there_is_said(online, qbench, saved):
     online.push("org/tiny", saved(0))
+    nothing = "cannot get org/nothing from the Hugging Face Hub: there is no such repository"
     outcome = qbench("model=org/nothing", *SHORT)
-    assert outcome.status == 2
-    assert "cannot get org/nothing from the Hugging Face Hub: there is no such repository" in outcome.stderr
-    outcome = qbench("model=org/tiny", "model.revision=v9", *SHORT)
-    assert outcome.status == 2
-    assert "it has no revision v9" in outcome.stderr
+    assert (outcome.status, outcome.summary["key"]) == (2, "model")
+    assert nothing in outcome.stderr
+    assert "it has no revision v9" in refused(qbench("model=org/tiny", "model.revision=v9", *SHORT), "model.revision")
+
+
+def test_of_a_file_on_the_hub_the_setting_is_named_that_is_to_blame(online, qbench, saved, tmp_path, monkeypatch):
+    online.push("org/tiny", saved(0))
+    folder = tmp_path / "ggufs"
+    folder.mkdir()
+    for name in ("a-Q4_K.gguf", "b-Q8_0.gguf", "README.md"):
+        (folder / name).write_bytes(b"GGUF")
+    online.push("org/ggufs", folder)
+    given = ("model=tiny-dense", "quantizer=file", *SHORT[1:])
+
+    def asked(*settings):
+        return qbench(*given, *settings)
+
+    assert "there is no such repository" in refused(asked("quantizer.id=org/nothing"), "quantizer.id")
+    no_revision = asked("quantizer.id=org/tiny", "quantizer.revision=v9")
+    assert "it has no revision v9" in refused(no_revision, "quantizer.revision")
+    no_file = asked("quantizer.id=org/ggufs", "quantizer.file=c.gguf")
+    refused(no_file, "quantizer.file", ["org/ggufs has no file c.gguf: a-Q4_K.gguf, b-Q8_0.gguf"])
+    no_weights = asked("quantizer.path=hub:org/ggufs")
+    refused(no_weights, "quantizer.file", ["holds no safetensors", ": a-Q4_K.gguf, b-Q8_0.gguf"])
+    unquantized = asked("quantizer.id=org/tiny")
+    refused(unquantized, "quantizer.id", ["is in no format that is known here"])
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    commit.cache_clear()
+    refused(asked("quantizer.id=org/other"), "quantizer.id", ["without network name what is here: quantizer.path="])

@@ -139,6 +139,7 @@ def test_what_a_command_asks_wrongly_is_one_sentence(qbench, settings, key, name
     refused(qbench("model=random", *settings, "task.max_windows=1"), key=key, names=names)
 
 
+@pytest.mark.slow
 def test_the_plan_of_a_model_of_any_size(qbench):
     """Nothing is drawn."""
     outcome = qbench("model=random", "model.shape=qwen3-30b-a3b", "quantizer=rtn", "task.max_windows=1", "--dry-run")

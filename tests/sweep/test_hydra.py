@@ -12,7 +12,7 @@ from hydra.core.singleton import Singleton
 from hydra.plugins.sweeper import Sweeper
 
 import qbench.sweep
-from qbench.errors import SweepFailed
+from qbench.errors import RequestError, SweepFailed
 from qbench.sweep.plan import combinations
 from tests.conftest import ROOT, refused
 
@@ -38,6 +38,7 @@ def test_no_private_module_of_hydra_is_imported_that_the_table_lacks():
                 assert f"`{module}.{name}` | {path.relative_to(ROOT / 'qbench').as_posix()}" in table
 
 
+@pytest.mark.slow
 def test_the_sweeper_is_a_plugin_that_is_found_outside_of_the_checkout_too(tmp_path):
     """An editable installation is found by Python's import, but not by Hydra's search."""
     code = (
@@ -141,52 +142,99 @@ def test_a_prepared_pass_runs_from_its_file_and_composes_nothing(qbench, monkeyp
     assert "is not what a sweep sends" in qbench("--pass", str(file)).stderr
 
 
-def test_points_that_share_their_composing_are_those_that_hydra_composes():
-    from dataclasses import asdict
-
+def _both_ways(points):
+    """What our composer and Hydra make of each point, or say of it; and the composer."""
     from hydra import compose, initialize_config_module
     from hydra.core.global_hydra import GlobalHydra
 
     from qbench.config import register
-    from qbench.errors import RequestError
-    from qbench.sweep.plan import _Composer
+    from qbench.request.explain import register_plugins
+    from qbench.sweep.compose import Composer
 
-    class Slow(_Composer):
+    class Hydras(Composer):
         def _quickly(self, overrides):
             return None
 
     register()
-    points = [
-        ("quantizer=rtn", "quantizer.nbits=3", "outputs='a b'"),
-        ("quantizer=rtn", "quantizer.nbits=3", "quantizer.nbits=2"),
-        ("quantizer.nbits=3", "quantizer=gptq", "task.names=[a,b]", "task.limit=null"),
-        ("quantizer.nbits=3", "quantizer=gptq", "task.names=[]", "model.name='${quantizer.name}'"),
-        ("experiment=demo", "task.window=64"),
-        ("task.window=64", "+task.window=65"),
-        ("export.dir='x/${quantizer.name}-${quantizer.nbits}'",),
-        ("runtime.batch_size=many",),
-        ("quantizer=nf4", "quantizer.nbits=3"),
-        ("quantizer=nf4", "++quantizer.nbits=3"),
-        ("model.name=${nothing}",),
-        ("hydra.job.num=3", "model=tiny-dense"),
-    ]
+    register_plugins()
     with initialize_config_module("qbench.conf", version_base="1.3"):
         composed = compose("config", return_hydra_config=True)
         loader = GlobalHydra.instance().config_loader()
-        shared = _Composer(composed, loader)
-        said = []
-        for composer in (shared, Slow(composed, loader)):
-            said.append([])
-            for point in points * 2:
-                try:
-                    said[-1].append(asdict(composer(point)))
-                except RequestError as error:
-                    said[-1].append(str(error))
-    assert said[0] == said[1]
-    assert said[0][: len(points)] == said[0][len(points) :]  # one point leaves nothing to the next
-    assert 4 < len(shared.chosen) < len(points)
+        ours = Composer(composed, loader)
+        twice = [_composed_or_refused(ours, point) for point in points * 2]
+        hydras = [_composed_or_refused(Hydras(composed, loader), point) for point in points]
+    assert twice[: len(points)] == twice[len(points) :]  # one point leaves nothing to the next
+    return twice[: len(points)], hydras, ours
 
 
+def _composed_or_refused(composer, point):
+    try:
+        return [
+            (key, list(value.items()) if isinstance(value, dict) else value)
+            for key, value in vars(composer(point)).items()
+        ]
+    except RequestError as error:
+        return str(error)
+
+
+def test_points_that_share_their_composing_are_those_that_hydra_composes():
+    points = [
+        ("quantizer=rtn", "quantizer.nbits=3", "quantizer.nbits=2", "outputs='a b'"),
+        ("quantizer.nbits=3", "quantizer=gptq", "task.names=[]", "model.name='${quantizer.name}'"),
+        ("quantizer=gguf/q4_k", "model=tiny-dense", "calibration=wikitext2", "speed=default", "task=wikitext2"),
+        ("experiment=demo", "task.window=64", "quantizer=fp4"),
+        ("export.dir='x/${quantizer.name}-${quantizer.nbits}'",),
+        ("runtime.batch_size=many", "quantizer=rtn"),
+        ("quantizer=nf4", "quantizer.nbits=3"),
+        ("quantizer=nf4", "++quantizer.nbits=3"),
+        ("hydra.job.num=3", "model=tiny-dense"),
+    ]
+    ours, hydras, composer = _both_ways(points)
+    assert ours == hydras
+    assert sum(isinstance(said, str) for said in ours) == 3
+    assert len(composer.loaded) == 2  # the sweep's own, and that of experiment=demo
+
+
+def test_an_option_that_reaches_into_another_group_is_composed_by_hydra(tmp_path, monkeypatch):
+    files = {
+        "task/reaching": "# @package _global_\nquantizer: {nbits: 4}\ntask: {name: reaching}\n",
+        "task/choosing": "# @package _global_\ndefaults: [override /quantizer: hqq]\ntask: {name: choosing}\n",
+        "task/following": "defaults: ['/model@extra: ${quantizer}']\nname: following\n",
+        "quantizer/mine": "name: mine\nnbits: 2\n",
+        "quantizer/based": "defaults: [rtn]\nname: based\n",
+    }
+    for name, content in files.items():
+        (tmp_path / "their_conf" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "their_conf" / f"{name}.yaml").write_text(content)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr("qbench.request.explain.conf_packages", lambda: ["their_conf"])
+    points = [
+        ("quantizer=mine", "task=wikitext2"),
+        ("quantizer=fp4", "task=reaching"),
+        ("quantizer=rtn", "task=choosing"),
+        ("task=choosing",),
+        ("quantizer=mine", "task=following"),
+        ("quantizer=based",),
+    ]
+    ours, hydras, composer = _both_ways(points)
+    assert ours == hydras
+    assert ("nbits", 4) in dict(ours[1])["quantizer"]
+    assert [dict(said)["quantizer"][0][1] for said in ours[2:4]] == ["rtn", "hqq"]
+    own, *others = composer.loaded
+    assert own == ("the sweep's own",)
+    assert set(others) >= {("quantizer=fp4", "task=reaching"), ("quantizer=based",)}
+
+
+@pytest.mark.slow
+def test_every_option_is_composed_as_hydra_composes_it():
+    from qbench.request.options import GROUPS, options
+
+    points = [(f"{group}={option}",) for group in GROUPS for option in options(group)]
+    ours, hydras, _ = _both_ways(points)
+    assert ours == hydras
+
+
+@pytest.mark.slow
 def test_help_and_typos_import_nothing_heavy():
     heavy = ("torch", "transformers", "lm_eval", "numpy", "rich", "wandb")
     code = (

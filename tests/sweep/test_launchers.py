@@ -15,6 +15,7 @@ from tests.kill_sweep import all_passes, passes_of
 from tests.sweep.test_sweep import TINY, _read, run
 
 
+@pytest.mark.slow
 def test_launchers_are_checked_before_anything_runs(qbench, monkeypatch):
     slurm = qbench("-m", *TINY, "hydra/launcher=slurm", "quantizer=rtn,sinq")
     assert "with this launcher say cuda or cpu" in refused(slurm)

@@ -136,6 +136,7 @@ def test_the_same_sweep_again_is_the_same_run(tmp_path, runs):
     assert len(list(tmp_path.glob("wandb/offline-run-*"))) == 1
 
 
+@pytest.mark.slow
 def test_front_and_plots():
     assert front([(4.5, 13.0), (2.5, 30.0), (3.5, 12.0), (3.5, 14.0)]) == [(2.5, 30.0), (3.5, 12.0)]
     pytest.importorskip("matplotlib")
