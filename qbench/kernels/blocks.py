@@ -165,7 +165,7 @@ def _plan(
 
 
 def pair_plan(rows: int) -> Plan:
-    """For pairs of a mixture that each have a matrix of their own, of `rows` rows together, which make blocks enough."""
+    """For pairs of a mixture, a matrix each, of `rows` rows together, which make blocks enough by themselves."""
     if rows >= 32000:
         return Plan(1, 1, 4, 1, 1, 1)
     return Plan(1, 1, 8, 2, 1, 1) if rows >= 8 * ROWS * MULTIPROCESSORS else Plan(1, 1, 4, 2, 1, 2)
