@@ -2,7 +2,7 @@
 
 One layer of each shape: its experts hold random codes, scales, zero points and t, and the bf16 experts hold what those
 stand for, so that both compute the same and are compared before they are timed. Tokens are sent to experts at random.
-bf16 runs transformers' `grouped_mm` or, if that is faster for few tokens, `batched_mm`, which copies the chosen experts.
+bf16 runs transformers' `grouped_mm` or, if that is faster for few tokens, `batched_mm`, which copies chosen experts.
 Microseconds per call are medians of CUDA-graph replays over several routings.
 """
 
