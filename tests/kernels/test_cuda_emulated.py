@@ -7,7 +7,7 @@ import torch
 
 from qbench.kernels import blocks, cuda, cuda_experts
 from qbench.kernels.blocks import LongPlan, Plan, WidePlan
-from qbench.kernels.routes import route
+from qbench.kernels.routes import SLOT_ROWS, route
 from qbench.kernels.tiles import to_tiles
 from tests.kernels.cases import FORMATS, random_weight, relative_error
 
@@ -232,6 +232,16 @@ def test_a_warpgroup_keeps_to_its_own_stages():
 def test_a_plan_that_the_kernel_cannot_run_is_refused(shape):
     with pytest.raises(ValueError, match=r"must be 1, 2, 4|at most 16 warps"):
         Plan(*shape)
+
+
+def test_plans_of_slots_fit():
+    for rows in SLOT_ROWS:
+        for N, K in ((768, 2048), (2048, 768), (5120, 1536), (40, 65)):
+            for form in ((4, 64, True), (8, 32, True), (2, 128, False)):
+                plan = cuda_experts._plan(rows, N, K, form, 232448)
+                assert plan is not None, (rows, N, K, form)
+                assert plan.shared_bytes(rows, -(-K // 128), *form) <= 232448
+                assert 8 * plan.batch_blocks == rows
 
 
 def test_plans_fit():
