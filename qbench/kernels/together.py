@@ -42,7 +42,8 @@ def _(x, tensors, numbers):
 def _(x, tensors, numbers):
     weights = _each(tensors, numbers)
     one_row = x.dtype in ops.HALF and x.numel() == x.shape[-1] == weights[0].shape[-1]
-    if one_row and _alike(weights) and cuda.refusal(x.device.index) is None:
+    device = x.device.index
+    if one_row and _alike(weights) and cuda.refusal(device) is None and not cuda._plain(device):
         rows = sum(each.shape[0] for each in weights)
         plan = blocks.plan(1, rows, x.shape[-1], weights[0], x.device.index)
         if isinstance(plan, blocks.Plan):
