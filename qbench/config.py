@@ -73,6 +73,7 @@ class SpeedConfig:
 class Config:
     model: dict[str, Any] = field(default_factory=dict)
     quantizer: dict[str, Any] = field(default_factory=dict)
+    transform: dict[str, Any] = field(default_factory=dict)
     task: dict[str, Any] = field(default_factory=dict)
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)

@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
-_NODES = "model|quantizer|task|calibration|runtime|speed|tracker|export|hydra"
+_NODES = "model|quantizer|transform|task|calibration|runtime|speed|tracker|export|hydra"
 _SETTING = re.compile(
     rf"(?<![\w./-])(?:(?:{_NODES})(?!\.safetensors)(?:\.[a-z_]\w*)+(?!\w|[./]\w)"  # task.window; no path, no module
     rf"|(?:{_NODES}|outputs|experiment|hydra/\w+)(?==))"  # outputs=DIR, speed=none

@@ -1,11 +1,12 @@
 """Finds what extends qbench by entry points; nothing is imported until it is asked for.
 
-Six kinds of thing can come from a third party's package, which edits nothing here:
+Eight kinds of thing can come from a third party's package, which edits nothing here:
 
 | kind | entry-point group | the setting that names it | its interface |
 |---|---|---|---|
 | quantizer | `qbench.quantizers` | `quantizer.name` | qbench.quant.quantizer.Quantizer |
 | source | `qbench.sources` | `model.source` | qbench.sources.source.Source |
+| transform | `qbench.transforms` | `transform.name` | qbench.transforms.transform.Transform |
 | format | `qbench.formats` | none: a quantizer returns it | qbench.format.format.Format |
 | reader | `qbench.readers` | none: a file is told by its content | qbench.readers.reader.Reader |
 | protocol | `qbench.protocols` | `task.protocol` | qbench.evaluate.protocol.Protocol |
@@ -63,12 +64,13 @@ class Kind:
 
 QUANTIZER = Kind("quantizer", "quantizer", "name", "qbench.quant.quantizer:Quantizer")
 SOURCE = Kind("source", "model", "source", "qbench.sources.source:Source")
+TRANSFORM = Kind("transform", "transform", "name", "qbench.transforms.transform:Transform")
 FORMAT = Kind("format", "", "", "qbench.format.format:Format")
 PROTOCOL = Kind("protocol", "task", "protocol", "qbench.evaluate.protocol:Protocol")
 TRACKER = Kind("tracker", "tracker", "name", "qbench.track.tracker:Tracker")
 READER = Kind("reader", "", "", "qbench.readers.reader:Reader")
 EXPORTER = Kind("exporter", "export", "format", "qbench.checkpoint.exporter:Exporter")
-KINDS = (QUANTIZER, SOURCE, FORMAT, READER, PROTOCOL, TRACKER, EXPORTER)
+KINDS = (QUANTIZER, TRANSFORM, SOURCE, FORMAT, READER, PROTOCOL, TRACKER, EXPORTER)
 
 
 def names(kind: Kind) -> list[str]:

@@ -40,12 +40,12 @@ def test_runs_from_the_wheel(installed):
         assert Path(path).is_relative_to(python.parents[1]), f"{path} is not the installed wheel"
 
 
-def test_one_point_through_all_six(installed):
-    """Quantizer, format, source, protocol, tracker and exporter are all theirs; of the harness, nothing is edited."""
+def test_one_point_through_all_kinds(installed):
+    """Quantizer, transform, format, source, protocol, tracker and exporter are theirs; the harness is not edited."""
     python, empty, _ = installed
     made = run(python, "-m", "qbench_example.raw", "weights", cwd=empty)
     assert made.returncode == 0, made.stderr
-    theirs = ("quantizer=pow2", "model=raw", "model.path=weights", "task=late", "tracker=json_lines")
+    theirs = ("quantizer=pow2", "transform=gains", "model=raw", "model.path=weights", "task=late", "tracker=json_lines")
     export = ("export.format=plain", "export.dir=plain")
     done = run(python, "-m", "qbench", *theirs, *export, "task.max_windows=2", cwd=empty)
     assert done.returncode == 0, done.stderr
@@ -54,6 +54,7 @@ def test_one_point_through_all_six(installed):
     assert (summary["model"], summary["protocol"]) == ("weights", "mini:late-w512-first2")
     assert summary["bits_per_weight"] == 4 + 8 / 64, "the block float's own bytes"
     result = json.loads((empty / "outputs" / "results" / summary["run_id"] / "result.json").read_text())
+    assert result["quantization"]["transform"]["coverage"] > 0.5
     assert {layer["backend"] for layer in result["quantization"]["layers"]} == {"dequantize + matmul"}
     (line,) = (empty / "outputs" / "runs.jsonl").read_text().splitlines()
     assert json.loads(line)["ppl"] == summary["ppl"]

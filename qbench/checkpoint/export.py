@@ -60,6 +60,8 @@ def export(exporter: Exporter, model: Any, tokenizer: Any, folder: Path, result:
         "model": {"name": result.model.name, "fingerprint": result.model.fingerprint, "note": result.model.note},
         "quantizer": result.identity.quantizer,
     }
+    if result.identity.transform is not None:
+        origin["transform"] = result.identity.transform
     try:
         exporter.save(model, tokenizer, folder, origin)
     except RequestError as error:

@@ -58,13 +58,21 @@ def by_bits(found: Mapping[int, Anatomy]) -> dict[int, Cells]:
     return max(usable, key=len)
 
 
-def resolved(mixed: Mixed, results: Path, weights: str, text_sha256: str, protocol: Mapping[str, Any]) -> Mixed:
+def resolved(
+    mixed: Mixed,
+    results: Path,
+    weights: str,
+    text_sha256: str,
+    protocol: Mapping[str, Any],
+    transform: Mapping[str, Any] | None = None,
+) -> Mixed:
     """The quantizer with the assignment that its budget buys, by the anatomies below `results`.
 
-    `weights` is the model's fingerprint, `protocol` the request's settings of it. Raises RequestError when no anatomy
-    of the model and the text at two numbers of bits is recorded, or when the budget is below the fewest of them.
+    `weights` is the model's fingerprint, `protocol` the request's settings of it, `transform` likewise, None for none.
+    Raises RequestError when no anatomy of the model and the text at two numbers of bits is recorded, or when the budget
+    is below the fewest of them.
     """
-    found = _chosen(mixed, results, weights, text_sha256, protocol)
+    found = _chosen(mixed, results, weights, text_sha256, protocol, transform)
     usable = by_bits(found)
     if len(usable) < 2:
         which = f"that of {' and '.join(map(str, usable))} bits alone" if usable else "none"
@@ -94,7 +102,12 @@ def resolved(mixed: Mixed, results: Path, weights: str, text_sha256: str, protoc
 
 
 def _chosen(
-    mixed: Mixed, results: Path, weights: str, text_sha256: str, protocol: Mapping[str, Any]
+    mixed: Mixed,
+    results: Path,
+    weights: str,
+    text_sha256: str,
+    protocol: Mapping[str, Any],
+    transform: Mapping[str, Any] | None,
 ) -> dict[int, Anatomy]:
     """Number of bits -> its anatomy, all from one protocol, precision and device."""
     wanted = {k: v for k, v in mixed.settings().items() if k != "assignment"}
@@ -106,7 +119,7 @@ def _chosen(
         settings.pop("name")
         if part is None or nbits is None or settings != wanted:
             continue
-        if (identity.weights, identity.text_sha256) != (weights, text_sha256):
+        if (identity.weights, identity.text_sha256, identity.transform) != (weights, text_sha256, transform):
             continue
         records = [record for record in result.evaluation if record.divergence is not None]
         if not records or result.quantization is None:

@@ -6,6 +6,7 @@ are used where they are not the original's, bit for bit, and reported (record/qu
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Collection
 from typing import Any
 
@@ -23,6 +24,16 @@ EMBEDDING, HEAD, REST = "embedding", "head", "rest"
 def has_own(quantizer: Quantizer) -> bool:
     """Whether it may have any; most say nothing about other parameters."""
     return type(quantizer).in_place_of is not Quantizer.in_place_of
+
+
+def sharing(block: nn.Module) -> nn.Module:
+    """A copy of a block's structure over the same tensors and configurations."""
+    return copy.deepcopy(block, {id(t): t for t in (*block.parameters(), *block.buffers())} | configs_of(block))
+
+
+def configs_of(block: nn.Module) -> dict[int, Any]:
+    """The configurations that parts of a module hold, as a memo for a deep copy that shares them."""
+    return {id(part.config): part.config for part in block.modules() if hasattr(part, "config")}
 
 
 def take_own(

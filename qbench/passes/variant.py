@@ -27,10 +27,11 @@ from qbench.layers.experts import QuantExperts
 from qbench.layers.linear import PackedWeight
 from qbench.passes.chain import Calls, Chain
 from qbench.passes.experts import quantize_experts
-from qbench.passes.own import take_own
+from qbench.passes.own import configs_of, sharing, take_own
 from qbench.passes.quantize import UNREACHED, quantize_linears, takes, takes_experts
 from qbench.passes.shown import Collected, Group, Shown
 from qbench.passes.states import States
+from qbench.passes.transformed import Transformed
 from qbench.quant.quantizer import Quantizer
 from qbench.record.quantization import LayerRow, OtherRow, SkippedRow
 
@@ -69,6 +70,7 @@ class Variant:
     )
     shares: Shown | None = None  # of a calibrated method on the original's states
     keep: bool = False
+    transformed: Transformed | None = None  # what is done to its weights before they are quantized
     model: Any = None  # all but the blocks, where the variant has an embedding, a norm or a head of its own
     chain: Chain | None = None  # of that model, with what it hands its blocks, a tuple a batch; None: the original's
     calls: list[Calls] = field(default_factory=list)
@@ -95,12 +97,15 @@ class Variant:
         """
         peak = Peak(next(block.parameters()).device, tidy=False)
         new = sharing(block)
+        if self.transformed is not None:
+            self.others += self.transformed.take(i, new, names)
         layers, experts = names.inside(new)
         layers = {name: layer for name, layer in layers.items() if takes(self.quantizer, name)}
         experts = {name: module for name, module in experts.items() if takes_experts(self.quantizer, name, module)}
         packed: dict[str, nn.Module] = {}
         self.others += take_own(new, self.quantizer, names.prefix, names.weights(new))
-        self.untouched = self.untouched and not (layers or experts or self.others or self.model is not None)
+        whole = not (layers or experts or self.others or self.model is not None or self.transformed is not None)
+        self.untouched = self.untouched and whole
 
         def take(name: str, module: nn.Module, rows: list[LayerRow]) -> None:
             self.rows += rows
@@ -144,7 +149,7 @@ class Variant:
         if self.shown is not None:
             self.shown.go_on(i, new)
         if self.keep:
-            self.kept.append(_with(block if not self.others else new, names, packed))
+            self.kept.append(_with(new if self.others or self.transformed is not None else block, names, packed))
         self.peak_alloc_bytes = _most(self.peak_alloc_bytes, peak.alloc_bytes)
         self.peak_rss_bytes = _most(self.peak_rss_bytes, peak.rss_bytes)
         return new
@@ -157,15 +162,6 @@ class Variant:
     @property
     def alive(self) -> bool:
         return self.error is None
-
-
-def sharing(block: nn.Module) -> nn.Module:
-    """A copy of a block's structure over the same tensors and configurations."""
-    return copy.deepcopy(block, {id(t): t for t in (*block.parameters(), *block.buffers())} | _configs(block))
-
-
-def _configs(block: nn.Module) -> dict[int, Any]:
-    return {id(part.config): part.config for part in block.modules() if hasattr(part, "config")}
 
 
 def _each(groups: list, drain: bool) -> Iterator:
@@ -203,7 +199,7 @@ def _with(block: nn.Module, names: Names, packed: dict[str, nn.Module]) -> nn.Mo
     layers, experts = names.inside(block)
     replaced = [module for name, module in (*layers.items(), *experts.items()) if name in packed]
     memo = {id(p): p for module in replaced for p in module.parameters()}
-    new = copy.deepcopy(block, memo | _configs(block))
+    new = copy.deepcopy(block, memo | configs_of(block))
     for name, module in packed.items():
         parent, _, child = name.removeprefix(names.prefix).rpartition(".")
         setattr(new.get_submodule(parent), child, module)

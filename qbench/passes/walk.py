@@ -32,13 +32,15 @@ from qbench.model.readers import mark_without_storage
 from qbench.passes.account import Tally
 from qbench.passes.chain import Calls, Chain
 from qbench.passes.groups import Groups
-from qbench.passes.own import has_own, take_own
+from qbench.passes.own import has_own, sharing, take_own
 from qbench.passes.quantize import require_finite_weights
 from qbench.passes.shown import Collected, Group, Shown
 from qbench.passes.states import States
-from qbench.passes.variant import Names, Variant, sharing
+from qbench.passes.transformed import Replaced
+from qbench.passes.variant import Names, Variant
 from qbench.sources.ahead import ahead
 from qbench.sources.stream import Stream
+from qbench.transforms.observe import Observed
 
 After = Callable[[Tensor, int, int], None]  # changes, in place, what block `i` gave out for batch `b`: (states, i, b)
 
@@ -62,6 +64,7 @@ class Walk:
                 require_finite_weights(*names.inside(stream.block(i)))
         self.ids: list[Tensor] = []
         self.calls: list[Calls] = []
+        self.observed: dict[Any, Observed] = {}  # of blocks, by kind, for those variants that are transformed
 
     def begin(self, batches: Sequence[np.ndarray], on_host: bool) -> States:
         """The states in front of the first block; `batches` are int64 `[rows, tokens]`."""
@@ -81,13 +84,15 @@ class Walk:
         Its own embedding, norms and head are put in their places. Raises PointError for what does not fit.
         """
         variant.states = None if begun is None else States.like(begun)
-        if not has_own(variant.quantizer):
+        around = {} if variant.transformed is None else variant.transformed.begin()
+        if not has_own(variant.quantizer) and not around:
             return
-        model = sharing(self.model)
+        model, own = sharing(self.model), Replaced(around) if around else variant.quantizer
         blocks = {f"{self.stream.prefix}.{i}.{name}" for i in range(len(self.stream)) for name in self._in_block(i)}
-        variant.others += take_own(model, variant.quantizer, without=blocks, places=model)
+        variant.others += take_own(model, own, without=blocks, places=model)
         if not variant.others:
             return
+        _untie(model)
         variant.model, variant.chain = model, Chain.of(model)
         if begun is not None:
             handed = [variant.chain.begin(ids) for ids in self.ids]
@@ -259,6 +264,16 @@ def without_storage(model: Any) -> Any:
     skeleton = copy.deepcopy(model, memo | configs)
     mark_without_storage(skeleton)
     return skeleton
+
+
+def _untie(model: Any) -> None:
+    """Lets the configuration say that head and embedding are two now: a checkpoint is loaded as it says."""
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    config = model.config.get_text_config()
+    if getattr(config, "tie_word_embeddings", False) and head is not None and head.weight is not embedding.weight:
+        model.config = copy.deepcopy(model.config)
+        for each in (model.config, model.config.get_text_config()):
+            each.tie_word_embeddings = False
 
 
 @contextmanager

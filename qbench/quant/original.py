@@ -21,5 +21,8 @@ BITS_PER_WEIGHT = 16.0
 class Original(Quantizer):
     """Has no settings, and is never handed a weight: whoever quantizes a model leaves it alone for this one."""
 
+    def for_layer(self, name: str) -> Quantizer | None:
+        return None
+
     def quantize(self, weights: Sequence[Tensor], stats: InputStatistics | None) -> list[QuantizedWeight]:
         raise TypeError("quantizer=none quantizes nothing: the model is to be left as it is")

@@ -49,11 +49,21 @@ class Identity(Strict):
     dtype: str
     runtime: Settings  # batch_size, offload
     speed: Settings | None  # None: not timed
+    transform: Settings | None = None  # `name` and every field; None: weights are quantized as they are
 
     @property
     def key(self) -> str:
         """The identity as a text: equal ones have equal texts, in every process and on every machine."""
-        return json.dumps(asdict(self), sort_keys=True)
+        stated = asdict(self)
+        if self.transform is None:
+            del stated["transform"]
+        return json.dumps(stated, sort_keys=True)
+
+    @property
+    def method(self) -> str:
+        """What quantized, after the transform that the weights were given: `presinq+rtn`."""
+        before = (self.transform or {}).get("name", self.quantizer.get("transform"))  # the latter: packed
+        return "+".join(str(name) for name in (before, self.quantizer.get("name")) if name is not None)
 
     @property
     def original(self) -> tuple[str, ...]:
@@ -71,7 +81,7 @@ class Identity(Strict):
         yield "dtype", self.dtype
         yield "task.text_sha256", self.text_sha256
         parts = {"quantizer": self.quantizer, "task": self.protocol, "calibration": self.calibration}
-        parts |= {"runtime": self.runtime, "speed": self.speed}
+        parts |= {"runtime": self.runtime, "speed": self.speed, "transform": self.transform}
         for part, settings in parts.items():
             yield from ((f"{part}.{key}", value) for key, value in (settings or {}).items())
 
@@ -87,11 +97,12 @@ def identify(
     device: str,
     dtype: str,
     draws: range = range(1),
+    transform: Settings | None = None,
 ) -> Identity:
     """The identity of the point that a configuration asks for.
 
-    `quantizer` holds the method's name and its fields, defaults included, `protocol` the protocol's name and what of
-    its fields can change a number; `weights` is the model's fingerprint,
+    `quantizer` holds the method's name and its fields, defaults included, `transform` likewise, None for none;
+    `protocol` the protocol's name and what of its fields can change a number; `weights` is the model's fingerprint,
     `calibration_sha256` None for a method that is shown no text; `device` is the kind, `dtype` the precision, resolved.
     `draws` are the numbers of those that the method is measured in; the one of number 0 alone is no setting.
     """
@@ -116,6 +127,7 @@ def identify(
         dtype=dtype,
         runtime=_as_json(runtime),
         speed=None if speed is None else _as_json(speed),
+        transform=_as_json(transform),
     )
 
 

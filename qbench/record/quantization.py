@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from qbench.record.strict import Strict
+from qbench.record.transform import TransformRecord
 
 
 @dataclass(frozen=True)
@@ -137,6 +138,7 @@ class QuantizationRecord(Strict):
     head_bits: float = 16.0  # of the output head; those of the embedding where the two are one
     others: list[OtherRow] = field(default_factory=list)  # empty but for a file's variant
     file: FileRecord | None = None
+    transform: TransformRecord | None = None
 
     @property
     def weight_error(self) -> float | None:

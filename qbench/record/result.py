@@ -88,6 +88,8 @@ class Result(Strict):
             "nbits": self.config.get("quantizer", {}).get("nbits"),
             "group_size": self.config.get("quantizer", {}).get("group_size"),
         }
+        if self.identity.transform is not None:
+            flat["transform"] = self.identity.transform["name"]
         for index, record in enumerate(self.evaluation):
             prefix = f"{record.protocol}/" if index else ""  # the first one, nearly always the only one, has none
             for key in ("protocol", "ppl", "baseline_ppl", "ppl_delta", "ppl_delta_low", "ppl_delta_high", "verdict"):
@@ -122,6 +124,8 @@ class Result(Strict):
             for key in ("bits_per_weight", "embedding_bits", "head_bits", "packed_bytes", "model_bytes", "coverage"):
                 flat[key] = getattr(q, key)
             flat["quant_seconds"] = q.quant_seconds
+            if q.transform is not None:
+                flat |= {"transform_coverage": q.transform.coverage, "transform_moved": q.transform.moved}
             if q.file is not None:
                 flat |= {"file": q.file.name, "made_by": q.file.made_by, "file_bytes": q.file.file_bytes}
             flat["aux_bytes"] = q.weight_bytes.aux if q.weight_bytes else None

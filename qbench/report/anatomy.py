@@ -95,6 +95,7 @@ def anatomies(parts: Sequence[Entry], outputs: Path) -> list[Anatomy]:
             if score.divergence is not None:
                 settings = {k: v for k, v in entry.identity.quantizer.items() if k != "only"}
                 key = [score.protocol, score.text, entry.identity.original, settings, entry.identity.calibration]
+                key.append(entry.identity.transform)
                 groups[json.dumps(key, sort_keys=True)].append((entry, score))
     found = [one for one in map(_anatomy, groups.values()) if one.rows]
     found.sort(key=lambda one: (one.title, str(one.facts)))
@@ -121,6 +122,7 @@ def _anatomy(pairs: Sequence[tuple[Entry, Score]]) -> Anatomy:
     rows.sort(key=lambda row: (LEVELS.index(row.part.level), row.part.block or 0, order.get(row.part.kind or "", 0)))
     bits = f" at {settings['nbits']} bits" if settings.get("nbits") is not None else ""
     group = f", group {settings['group_size']}" if settings.get("group_size") is not None else ""
+    settings |= {} if entry.identity.transform is None else {"transform": entry.identity.transform["name"]}
     facts = {"model": entry.model, "protocol": score.protocol, "dtype": entry.identity.dtype}
     facts |= {"device": entry.identity.device, **{f"quantizer.{key}": value for key, value in settings.items()}}
     return Anatomy(f"{entry.model}, {score.protocol}, part by part: {settings['method']}{bits}{group}", facts, rows)

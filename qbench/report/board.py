@@ -241,7 +241,7 @@ def _varying(entries: Sequence[Entry]) -> dict[str, set[str]]:
     holders: Counter[tuple[str, str]] = Counter()
     for entry in entries:
         for key, value in naming.described(entry.result).items():
-            owner = entry.quantizer if key.startswith("quantizer.") else ""
+            owner = entry.quantizer if key.startswith(("quantizer.", "transform.")) else ""
             seen.setdefault(owner, {}).setdefault(key, set()).add(repr(value))
             holders[owner, key] += 1
     return {
@@ -252,7 +252,7 @@ def _varying(entries: Sequence[Entry]) -> dict[str, set[str]]:
     }
 
 
-SHOWN_ELSEWHERE = {"quantizer.name", "quantizer.nbits", "quantizer.group_size"}
+SHOWN_ELSEWHERE = {"quantizer.name", "transform.name", "quantizer.nbits", "quantizer.group_size"}
 
 
 def _options(entry: Entry, varying: dict[str, set[str]]) -> dict[str, Any]:

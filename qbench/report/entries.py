@@ -89,8 +89,7 @@ class Entry:
     @property
     def quantizer(self) -> str:
         """The method; of a file, its format as the reader tells it: `GGUF Q4_K_M`."""
-        file = self.file
-        return str(self.identity.quantizer.get("name")) if file is None else file.made_by
+        return self.identity.method if self.file is None else self.file.made_by
 
     @property
     def file(self) -> FileRecord | None:

@@ -9,6 +9,7 @@
         nbits: 4                           # bits; left out for `none`
         group_size: 64                     # left out where the publication does not say
         settings: {codebook: null}         # other fields of the quantizer that tell its variants apart; null: not set
+                                           # transform, of conf/transform/, is that of the whole point
         protocol: wikitext2:gptq-w2048     # as our results name it; another protocol is another number
         metric: ppl
         value: 17.16
@@ -51,8 +52,13 @@ class Published:
 
     __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012
 
+    @property
+    def method(self) -> str:
+        """As a row calls it: `presinq+rtn`, where `settings` name a transform."""
+        return "+".join([str(t) for t in [self.settings.get("transform")] if t is not None] + [self.quantizer])
+
     def matches(self, section: Section, row: Row, metric: str) -> bool:
-        wanted = (self.model, self.metric, self.quantizer)
+        wanted = (self.model, self.metric, self.method)
         if wanted != (section.model, metric, row.entry.quantizer) or self.protocol not in (
             section.protocol,
             QUANTIZING,
@@ -61,7 +67,7 @@ class Published:
         ours = row.entry.identity.quantizer.get
         bits = self.nbits is None or row.entry.bits == self.nbits
         group = self.group_size is None or ours("group_size") == self.group_size
-        return bits and group and all(ours(key) == value for key, value in self.settings.items())
+        return bits and group and all(ours(key) == value for key, value in self.settings.items() if key != "transform")
 
 
 @dataclass(frozen=True)

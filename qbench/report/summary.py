@@ -21,7 +21,8 @@ def show(result: Result) -> None:
         return
     quantization, model, settings = result.quantization, result.model, result.config["quantizer"]
     options = " ".join(f"{k}={v}" for k, v in settings.items() if k != "name" and v is not None)
-    title = f"{model.name}, {settings['name']}" + (f" ({options})" if options else "")
+    before = f"{quantization.transform.name} + " if quantization.transform is not None else ""
+    title = f"{model.name}, {before}{settings['name']}" + (f" ({options})" if options else "")
     table = Table(title_justify="left", title=None, box=None, pad_edge=False, show_header=True)
     for name, justify in (("", "left"), ("16 bit", "right"), (settings["name"], "right"), ("difference", "left")):
         table.add_column(name, justify=justify)
@@ -55,6 +56,9 @@ def show(result: Result) -> None:
     if (error := quantization.weight_error) is not None:
         table.add_row("relative weight error, mean", "0", f"{error:.4f}", f"{len(quantization.layers)} linears")
     table.add_row("quantizing, s", "", f"{quantization.quant_seconds:.1f}", f"coverage {quantization.coverage:.1%}")
+    if (changed := quantization.transform) is not None:
+        far = f"moved by {changed.moved:.1e} at most; {len(changed.alone)} left alone"
+        table.add_row(f"{changed.name}, share of weights", "", f"{changed.coverage:.1%}", far)
     if result.speed is not None:
         _add_speed(table, result.speed)
     console.print(title, style="bold", markup=False)
@@ -88,10 +92,16 @@ def _add_metric(table: Table, metric: MetricRecord, protocol: str = "", also: st
         change += f"  (95 %: {metric.delta_low:+.{digits}f} to {metric.delta_high:+.{digits}f})"
     if metric.spread is not None:
         change += f"; {len(metric.draws or ())} draws, spread {metric.spread:.{digits}f}"
+    if metric.sample_spread is not None:
+        change += f"; {len(metric.samples or ())} samples, spread {metric.sample_spread:.{digits}f}"
     if told := detected(metric.verdict, metric.detectable, digits):
         change += f"; {told}"
     if metric.flip_rate is not None:
         change += f"; {metric.flip_rate:.1%} flipped"
+    if metric.turned_right is not None and metric.p_value is not None:
+        change += f" ({metric.turned_right} right, {metric.turned_wrong} wrong, McNemar p {metric.p_value:.3f})"
+    if metric.flip_rate_alone is not None:
+        change += f" ({metric.flip_rate_alone:.1%} by sampling alone)"
     if metric.kinds and (worst := metric.worst_kind) is not None:
         change += f"; worst on {worst}, {metric.kinds[worst]:.{digits}f}"
     if also:

@@ -42,6 +42,7 @@ METHOD_SECONDS_PER_WEIGHT = {
 # documents x choices x tokens, rounded: lm-eval makes the requests when they are scored
 TASK_TOKENS = {"hellaswag": 4_400_000, "piqa": 160_000, "mmlu": 6_700_000}
 PHASE_SECONDS, COMPILE_SECONDS = 6.0, 12.0  # of speed=default: prefill, for each length, and decode
+SEARCH_TOKENS = 2048
 CALIBRATION_TOKENS = 128 * 2048  # where the configuration leaves the number of sequences to the text
 
 
@@ -70,13 +71,17 @@ def needs(point: Prepared, known: Skeleton) -> Needs:
     evaluate = _forward_seconds(point, known, _tokens(point, known))
     spent = None
     if evaluate is not None and point.quantizer is not None:
-        spent = point.draws * (evaluate + _quantize_seconds(point, known)) + _speed_seconds(point)
+        quantize = _quantize_seconds(point, known)
+        spent = point.draws * (evaluate + quantize) + _speed_seconds(point)
+        if point.searches:  # every choice is quantized, and runs over a little of the calibration text
+            choices = len(point.transform.choices(point.config.quantizer["name"]))
+            spent += point.draws * choices * (quantize + (_forward_seconds(point, known, SEARCH_TOKENS) or 0.0))
     window = getattr(point.protocol, "window", 2048)
     batch = (point.config.runtime.batch_size or 1) * window * known.hidden * BYTES * 16
     return Needs(
         download_bytes=weights if here is not None and not here() else 0,
         gpu_bytes=BYTES * (2 * known.largest_block + known.outside) + batch + 2 * window * known.vocabulary * 4,
-        read_seconds=weights / READ_BYTES_PER_SECOND,
+        read_seconds=(1 + point.searches) * weights / READ_BYTES_PER_SECOND,
         original_seconds=evaluate,
         variant_seconds=spent,
     )

@@ -7,7 +7,7 @@ from importlib.resources.abc import Traversable
 
 from qbench.registry import conf_packages
 
-GROUPS = ("model", "quantizer", "task", "calibration", "runtime", "speed", "tracker", "experiment")
+GROUPS = ("model", "quantizer", "transform", "task", "calibration", "runtime", "speed", "tracker", "experiment")
 
 
 def options(group: str) -> dict[str, str]:

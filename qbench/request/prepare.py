@@ -29,11 +29,12 @@ from qbench.quant.quantizer import Quantizer
 from qbench.record.identity import Identity, identify
 from qbench.record.result import Result
 from qbench.record.store import Store, identity
-from qbench.registry import PROTOCOL, SOURCE, TRACKER, make, make_quantizer
+from qbench.registry import PROTOCOL, SOURCE, TRACKER, TRANSFORM, make, make_quantizer
 from qbench.request.device import check_offload, pick_device, pick_dtype
 from qbench.sources import hashes
 from qbench.sources.source import Source
 from qbench.track.tracker import Tracker
+from qbench.transforms.transform import NoTransform, Transform
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,7 @@ class Prepared:
     pinned: dict[str, Any]  # of the model's settings, those that may move (a branch), as they are now (a commit)
     exporter: Exporter
     tracker: Tracker
+    transform: Transform | None = None  # what is done to the weights before they are quantized
 
     @property
     def draws(self) -> int:
@@ -65,7 +67,12 @@ class Prepared:
     @property
     def drawn(self) -> range:
         """The draws' numbers."""
-        return draws(self.quantizer, self.config.calibration)
+        return draws(self.quantizer, self.config.calibration, self.searches)
+
+    @property
+    def searches(self) -> bool:
+        """Whether the calibration text chooses a transform's settings."""
+        return _searches(self.transform, self.quantizer, self.config)
 
     def recorded(self) -> Result | None:
         """The finished point if there is nothing left to do, else None.
@@ -89,9 +96,9 @@ class Prepared:
             )
 
 
-def draws(quantizer: Quantizer | None, calibration: CalibrationConfig) -> range:
-    """The numbers of a point's draws; a method that is shown no text and has no seed is the same in every one."""
-    if quantizer is None or not (quantizer.needs or quantizer.seed_field):
+def draws(quantizer: Quantizer | None, calibration: CalibrationConfig, shown: bool = False) -> range:
+    """The numbers of a point's draws; what is shown no text and has no seed is the same in every one."""
+    if quantizer is None or not (shown or quantizer.needs or quantizer.seed_field):
         return range(1)
     return range(calibration.first_draw, calibration.first_draw + calibration.draws)
 
@@ -122,6 +129,8 @@ def prepare(
         config, quantizer = replace(config, quantizer=model.made_by()), None
     if quantizer is not None and quantizer.partial:
         config = replace(config, runtime=replace(config.runtime, min_coverage=0.0))
+    transform = _transform(config, quantizer)
+    changed = transform and {TRANSFORM.key: config.transform[TRANSFORM.key], **transform.settings()}
     device = pick_device(config.runtime, here)
     check_offload(config.runtime, device)
     coverage.check_setting(config.runtime)
@@ -146,14 +155,16 @@ def prepare(
         weights = fingerprint(model)
         if isinstance(quantizer, Mixed) and quantizer.assignment is None:
             settings = {PROTOCOL.key: config.task[PROTOCOL.key], **protocol.settings()}
-            quantizer = resolved(quantizer, store.results, weights, source.sha256, settings)
+            quantizer = resolved(quantizer, store.results, weights, source.sha256, settings, changed)
             config = replace(config, quantizer=config.quantizer | {"assignment": quantizer.assignment})
             command = [*command, f"quantizer.assignment='{quantizer.assignment}'"]
         contents = [] if quantizer is None else hashes.sha256_of(quantizer.files())
     if (write := getattr(protocol, "write", None)) is not None:
         source = write(source, Author(model, weights, dtype, device, config.runtime, store, here))
         protocol.check_length(source)
-    calibration_text = read_calibration(config.calibration) if quantizer is not None and quantizer.needs else None
+    searches = _searches(transform, quantizer, config)
+    shown = quantizer is not None and (searches or bool(quantizer.needs))
+    calibration_text = read_calibration(config.calibration) if shown else None
     if calibration_text is not None:
         calibrate.check_text(calibration_text, config.calibration)
     if config.calibration.draws < 1:
@@ -169,7 +180,8 @@ def prepare(
         calibration_sha256=calibration_text and calibration_text.sha256,
         device=device.type,
         dtype=str(dtype).removeprefix("torch."),
-        draws=draws(quantizer, config.calibration),
+        draws=draws(quantizer, config.calibration, searches),
+        transform=changed,
     )
     run_id = identity(point.key, __version__)
     if folder is not None and quantizer is not None:
@@ -191,6 +203,7 @@ def prepare(
         pinned=_changed(asked, model, given),
         exporter=exporter,
         tracker=tracker,
+        transform=transform,
     )
 
 
@@ -203,6 +216,24 @@ def _check_quantized(config: Config, command: list[str]) -> None:
         raise RequestError(f"{model} is quantized already, and what was exported stays as it is; leave out export.dir")
     if config.runtime.offload:
         raise RequestError(f"{model} is loaded as it is quantized, in full; leave out runtime.offload")
+
+
+def _transform(config: Config, quantizer: Quantizer | None) -> Transform | None:
+    """Raises RequestError for a transform that is unknown or cannot be had with what quantizes."""
+    made: Transform = make(TRANSFORM, config.transform)
+    if isinstance(made, NoTransform):
+        return None
+    chosen = f"transform={config.transform[TRANSFORM.key]}"
+    if quantizer is None or quantizer.files() or isinstance(quantizer, Noise):
+        what = f"model={config.model['source']}" if quantizer is None else f"quantizer={config.quantizer['name']}"
+        raise RequestError(f"{what} has no weights that {chosen} could change before they are quantized; leave it out")
+    return made
+
+
+def _searches(transform: Transform | None, quantizer: Quantizer | None, config: Config) -> bool:
+    if transform is None or quantizer is None or isinstance(quantizer, Original):
+        return False
+    return len(transform.choices(config.quantizer["name"])) > 1
 
 
 def _given(command: list[str]) -> set[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from qbench.passes.calibrate import Calibration, cut_draws
@@ -14,6 +14,7 @@ from qbench.quant.quantizer import Quantizer
 from qbench.record.result import Result
 from qbench.request.prepare import Prepared
 from qbench.run.outcome import started
+from qbench.transforms.transform import Transform
 
 
 @dataclass(eq=False)
@@ -28,6 +29,8 @@ class Asked:
     variant: Variant | None = None  # None: the original as a row
     reading: Reading | None = None
     original_speed: Any = None
+    transform: Transform | None = None  # as it is chosen
+    searched: dict[str, float] = field(default_factory=dict)  # choice -> KL on the calibration text
 
     @property
     def timed(self) -> bool:
@@ -36,12 +39,15 @@ class Asked:
     @property
     def original(self) -> bool:
         """Whether it is the original as a row, which has no variant of its own."""
-        return isinstance(self.quantizer, Original) and not isinstance(self.quantizer, Noise)
+        plain = isinstance(self.quantizer, Original) and not isinstance(self.quantizer, Noise)
+        return plain and self.transform is None
 
     @property
     def label(self) -> str:
         settings, draws = self.point.config.quantizer, self.point.draws
         words = [str(settings[key]) for key in ("name", "nbits") if settings.get(key) is not None]
+        if self.transform is not None:
+            words.insert(0, str(self.point.config.transform["name"]))
         return " ".join([*words, *([f"draw {self.draw + 1} of {draws}"] if draws > 1 else [])])
 
     @property
@@ -61,6 +67,13 @@ def drawn(point: Prepared, tokenizer: Any) -> list[Asked]:
     field = quantizer.seed_field
     seeds = [{} if field is None else {field: getattr(quantizer, field) + draw} for draw in point.drawn]
     return [
-        Asked(point, result, calibration, replace(quantizer, **seed) if seed else quantizer, draw)
+        Asked(
+            point,
+            result,
+            calibration,
+            replace(quantizer, **seed) if seed else quantizer,
+            draw,
+            transform=point.transform,
+        )
         for draw, (calibration, seed) in enumerate(zip(calibrations, seeds, strict=True))
     ]

@@ -26,6 +26,7 @@ from qbench.passes.quantize import warn
 from qbench.passes.reference import Kept, Reference
 from qbench.passes.shown import Shown
 from qbench.passes.states import States, wait_on_host
+from qbench.passes.transformed import Transformed
 from qbench.passes.variant import Variant
 from qbench.passes.walk import Reading, Walk
 from qbench.quant.noise import Noise
@@ -35,6 +36,7 @@ from qbench.request.prepare import Prepared
 from qbench.run.asked import Asked, drawn
 from qbench.run.held import file_record, for_model
 from qbench.run.outcome import Clock, Measured, failed
+from qbench.run.search import search
 from qbench.sources.stream import Stream, Whole
 
 log = logging.getLogger(__name__)
@@ -49,6 +51,7 @@ def walked(points: list[Prepared]) -> Iterator[Measured]:
     together = Together(points)
     yield from together.check()
     if together.asked:
+        yield from together.choose()
         together.find_reference()
         yield from together.walk_blocks()
         yield from together.read_logits()
@@ -95,6 +98,14 @@ class Together:
             except Exception as error:
                 yield self._drop(one, error)
 
+    def choose(self) -> Iterator[Measured]:
+        """The settings of transforms that the calibration text chooses, in a walk of its own over that text."""
+        asking = [one for one in self.asked if one.point.searches]
+        if asking:
+            with self.clock.phase("search"):
+                for one, error in search(asking, Walk(self.walk.stream, self.first.device)):
+                    yield self._drop(one, error)
+
     def find_reference(self) -> None:
         """The original's numbers if they are kept; measured at once where the whole model answers, and its speed."""
         if self.asks is not None:
@@ -129,6 +140,8 @@ class Together:
         for one in variants:
             try:
                 if one in self.asked:
+                    if one.transform is not None:
+                        one.variant.transformed = Transformed(one.transform, self.walk)
                     self.walk.begin_own(one.variant, begun)
                     shown(one)
             except Exception as error:
@@ -184,7 +197,7 @@ class Together:
         """The result of a point whose variants have gone through all blocks; of the first but for the scores."""
         point, result, walk = one.point, one.result, self.walk
         name = point.config.quantizer["name"]
-        if one.variant is None or isinstance(one.quantizer, Original):
+        if one.variant is None or (isinstance(one.quantizer, Original) and one.transform is None):
             quantization = account.of_original(self.about, walk.found, name)
         else:
             if not isinstance(one.quantizer, Opened):  # a file may well be of the original's own grid
@@ -193,7 +206,11 @@ class Together:
             others = [draw.calibration.token_ids_sha256 for draw in draws[1:] if draw.calibration is not None]
             shown = account.calibration_record(one.calibration, others)
             quantization = replace(quantization, calibration=shown, file=file_record(one.quantizer, point))
-            least = point.config.runtime.min_coverage
+            if one.transform is not None:
+                name = point.config.transform["name"]
+                about = one.variant.transformed.record(name, walk.found.weights, one.searched)
+                quantization = replace(quantization, transform=about)
+            least = 0.0 if isinstance(one.quantizer, Original) else point.config.runtime.min_coverage
             if reason := coverage.shortfall(quantization.coverage, least, quantization.skipped, "were"):
                 raise PointError(reason)  # settled before but for linears that no calibration token reached
         model = walk.model if one.variant is None else walk.assembled(one.variant) if one.variant.keep else None
@@ -276,10 +293,11 @@ def _share_calibrations(walk: Walk) -> Callable[[Asked], None]:
 
     def shown(one: Asked) -> None:
         calibration, needs, variant = one.calibration, one.quantizer.needs, one.variant
-        if calibration is None:
+        if calibration is None or not needs:
             return
-        if calibration.inputs != "original":
-            variant.shown = Shown(variant.chain or walk.chain, calibration.ids, needs, original=False)
+        original = calibration.inputs == "original"
+        if not original or one.transform is not None:  # a norm that was changed gives out something else
+            variant.shown = Shown(variant.chain or walk.chain, calibration.ids, needs, original)
             return
         key = calibration.token_ids_sha256
         if key not in shared:

@@ -105,6 +105,8 @@ def _needs_blocks(point: Prepared) -> str | None:
         return f"calibration.draws={point.draws}"
     if point.drawn.start and point.quantizer is not None and point.quantizer.seed_field:
         return f"calibration.first_draw={point.drawn.start}"
+    if point.transform is not None:
+        return f"transform={point.config.transform['name']}"
     return "quantizer=noise" if isinstance(point.quantizer, Noise) else None
 
 

@@ -46,7 +46,10 @@ class Packed:
         return f"packed:{hashlib.sha256((folder / manifest.MANIFEST).read_bytes()).hexdigest()[:32]}"
 
     def made_by(self) -> dict[str, Any]:
-        return self._origin().get("quantizer", {"name": "unknown"})
+        """The method, and the name of the transform before it."""
+        origin = self._origin()
+        transform = {"transform": origin["transform"]["name"]} if origin.get("transform") else {}
+        return origin.get("quantizer", {"name": "unknown"}) | transform
 
     def tokenizer(self, cache: Path) -> Any:
         folder = self.folder()

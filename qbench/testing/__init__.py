@@ -10,6 +10,7 @@ from qbench.testing.quantizers import QuantizerConformance, correlated_inputs, g
 from qbench.testing.readers import ReaderConformance
 from qbench.testing.sources import SourceConformance
 from qbench.testing.trackers import TrackerConformance
+from qbench.testing.transforms import TransformConformance
 
 __all__ = [
     "ExporterConformance",
@@ -19,6 +20,7 @@ __all__ = [
     "ReaderConformance",
     "SourceConformance",
     "TrackerConformance",
+    "TransformConformance",
     "correlated_inputs",
     "gaussian",
     "same",

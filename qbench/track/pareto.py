@@ -77,7 +77,7 @@ def _plot(title: str, section: Sequence[Point]) -> Any:
 
 
 def _method(result: Result) -> str:
-    return str(result.identity.quantizer.get("name"))
+    return result.identity.method
 
 
 def _bits(result: Result) -> float:

@@ -31,6 +31,7 @@ log = logging.getLogger(__name__)
 
 MODES = ("auto", "online", "offline", "disabled")
 LONGEST_TAG = 64
+NAMED = ("model", "transform", "quantizer", "nbits")  # of the summary, in the name of a run
 
 
 @dataclass(frozen=True)
@@ -60,8 +61,10 @@ class WandB:
             "job_type": "point",
             "group": self._group(group),
             "id": result.run_id,
-            "name": "-".join(str(summary[key]) for key in ("model", "quantizer", "nbits") if summary[key] is not None),
-            "tags": _tags(result.status, *(summary.get(key) for key in ("model", "quantizer", "protocol"))),
+            "name": "-".join(str(summary[key]) for key in NAMED if summary.get(key) is not None),
+            "tags": _tags(
+                result.status, *(summary.get(key) for key in ("model", "transform", "quantizer", "protocol"))
+            ),
             "config": without_places(result.config) | columns | {"environment": result.environment},
         }
 

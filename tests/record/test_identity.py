@@ -244,3 +244,18 @@ def test_a_method_of_a_third_party_may_have_any_fields():
 
 def test_the_fingerprint_is_that_of_the_models_source(ask):
     assert ask(TINY).identity.weights == ask(TINY).model.fingerprint()
+
+
+def test_a_transform_is_part_of_the_point(ask):
+    """And a point without any keeps the run id that it had before there were transforms."""
+    plain, chosen = ask(f"{TINY} quantizer=rtn"), ask(f"{TINY} quantizer=rtn transform=presinq transform.repeats=2")
+    assert "transform" not in json.loads(plain.identity.key)
+    assert plain.run_id != chosen.run_id
+    assert chosen.identity.transform == {
+        **{"name": "presinq", "iterations": None, "repeats": 2, "group_size": 64, "values": True},
+        **{"step_min": 0.7, "step_max": 2},
+    }
+    assert (plain.identity.method, chosen.identity.method) == ("rtn", "presinq+rtn")
+    assert chosen.identity.calibration is not None, "it is chosen by a text"
+    assert plain.identity.calibration is None
+    assert ask(f"{TINY} quantizer=none transform=presinq").identity.calibration is None

@@ -42,6 +42,7 @@ def test_what_it_names_exists(name):
         assert number.metric == METRIC_OF.get(number.protocol.partition("-v")[0], "ppl") or (
             number.protocol == NOT_SCORED and number.metric in PUBLISHED_BESIDES
         ), number
+        assert number.settings.get("transform") in (None, *options("transform")), number
         assert number.source
         assert number.where
         assert number.value > 0
