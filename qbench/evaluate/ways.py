@@ -59,8 +59,9 @@ def eager(work: Prefill | Decoder) -> Iterator[Way]:
 @contextmanager
 def graph(work: Prefill | Decoder) -> Iterator[Way]:
     """Raises RefusedError."""
-    peak = Peak(work.model.device)
-    yield Way(_captured(work), peak, _attention(work.model))
+    with nullcontext() if work.attends_to_past else attention.static(work.model):
+        peak = Peak(work.model.device)
+        yield Way(_captured(work), peak, _attention(work.model))
 
 
 @contextmanager
@@ -70,8 +71,7 @@ def compiled(work: Prefill | Decoder) -> Iterator[Way]:
         raise RefusedError(work.uncapturable)
     work.rewind()
     expected = work.step().float()
-    changed = attention.grouped(work.model) if work.attends_to_past else nullcontext()
-    with changed, _compiled_blocks(work.model, work.cache, _options(work)):
+    with attention.static(work.model), _compiled_blocks(work.model, work.cache, _options(work)):
         started = time.perf_counter()
         try:
             work.rewind()
