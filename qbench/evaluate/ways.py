@@ -165,6 +165,8 @@ def _compiled_blocks(model: Any, cache: Any, options: dict[str, Any]) -> Iterato
     blocks = [] if name is None else list(model.get_submodule(name))
     if not blocks or len(blocks) != len(cache.layers):
         raise RefusedError(f"the model has {len(blocks)} blocks and a cache of {len(cache.layers)} layers")
+    if any("forward" in vars(block) for block in blocks):
+        raise RefusedError("something else stands in the place of the blocks' own forward")
     numbered = [module for block in blocks for module in block.modules() if "layer_idx" in vars(module)]
     numbers = [module.layer_idx for module in numbered]
     _forget()
