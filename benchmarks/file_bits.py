@@ -35,7 +35,7 @@ def main() -> int:
     asked = parser.parse_args()
     os.environ.setdefault("SINQ_AUTO_PATCH", "0")
     original, rows = smollm2.prepare(Path("outputs/models"), 0), []
-    for path in sorted(asked.folder.iterdir()):
+    for path in sorted(path for path in asked.folder.iterdir() if not path.name.startswith(".")):
         name, reader = reader_of(path)
         if name not in DECODERS:
             continue
@@ -82,7 +82,7 @@ def with_gguf(path: Path, held: Any) -> Iterator[tuple[str, Tensor]]:
     for key, weight in held.weights.items():
         (piece,) = weight.pieces
         tensor = stored[piece.stored.name]
-        rows = torch.from_numpy(quants.dequantize(tensor.data, tensor.tensor_type)).view(weight.shape)
+        rows = torch.tensor(quants.dequantize(tensor.data, tensor.tensor_type)).view(weight.shape)
         yield key, rows[in_a_file(weight.shape[0], weight.heads)] if weight.change == "rows" else rows
 
 

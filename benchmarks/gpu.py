@@ -2,8 +2,9 @@
 
 Correctness first: every format on fresh random inputs against fp64, twice, with the allocator's memory poisoned; a
 kernel that is wrong is not timed. Then microseconds per call by CUDA-graph replay over more than 400 MB of rotated
-weights. `share` is the bytes that the format stores, plus x and y, over the time, as a share of a device copy measured
-in the same run. Peers that cannot be imported, or fail, are listed and not silently left out.
+weights (above batch 512 four sets), all kernels of one batch by turns. `share` is the bytes that the format stores,
+plus x and y, over the time, as a share of a device copy measured in the same run. Peers that cannot be imported, or
+fail, are listed and not silently left out.
 """
 
 from __future__ import annotations
@@ -20,13 +21,14 @@ import torch
 import torch.nn.functional as F
 from peers import PEERS
 from shapes import FORMATS, SHAPES
-from timing import DEVICE, Timing, copies, copy_bandwidth, random_weight, relative_error, time_calls
+from timing import DEVICE, Timing, copies, copy_bandwidth, random_weight, relative_error, time_together
 from torch import Tensor
 
-from qbench.kernels import cuda, ops
+from qbench.kernels import blocks, cuda, ops
 from qbench.kernels.tiles import Tiles, to_tiles
 
-BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
+BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
+WRITTEN = "W4, dequantize + cuBLAS"
 LIMITS = {torch.float16: 1e-3, torch.bfloat16: 1e-2}
 Row = tuple[int, str, float, Timing]  # batch, kernel, bytes stored, timing
 
@@ -39,7 +41,7 @@ def check() -> float:
             weight = random_weight(rows, columns, nbits, group, codebook=codebook)
             tiles = laid_out(weight)[0]
             for dtype, limit in LIMITS.items():
-                for batch in (1, 3, 8, 13, 17, 64, 129, 300):
+                for batch in (1, 3, 8, 13, 17, 64, 129, 300, 1100):
                     x = torch.randn(batch, columns, dtype=dtype, device=DEVICE)
                     poison = torch.full((2**24,), float("nan"), device=DEVICE)
                     del poison  # the next allocation gets this memory: what is not written stays NaN
@@ -72,35 +74,52 @@ def our_weights(shape: tuple[int, int]) -> dict[str, tuple[float, list[Tiles]]]:
     return made
 
 
-def rows_of(batch: int, x: Tensor, dense: list[Tensor], ours: dict[str, tuple[float, list[Tiles]]]) -> Iterator[Row]:
-    """One batch, all kernels in a row: what is compared was measured at the same clocks."""
-    yield batch, "bf16", dense[0].nbytes, time_calls([lambda w=w: F.linear(x, w) for w in dense])
-    for label, (stored, rotated) in ours.items():
-        if label == "W4 without t" and batch > ops.FUSED_BATCH:
-            continue  # t is then part of the weight that is written
-        fused = [lambda t=t: ops.linear(x, t) for t in rotated]
-        yield batch, label, stored, time_calls(fused)
-    stored, rotated = ours["W4"]
-    if batch <= ops.FUSED_BATCH:
+def calls_of(x: Tensor, dense: list[Tensor], ours: dict[str, tuple[float, list[Tiles]]]) -> dict[str, list[Callable]]:
+    """What multiplies with x, kernel by kernel."""
+    calls: dict[str, list[Callable]] = {"bf16": [lambda w=w: F.linear(x, w) for w in dense]}
+    for label, (_, rotated) in ours.items():
+        calls[label] = [lambda t=t: ops.linear(x, t) for t in rotated]
+    calls[WRITTEN] = [lambda t=t: F.linear(x, cuda.dequantize(t, x.dtype)) for t in ours["W4"][1]]
+    return calls
+
+
+def measured(x: Tensor, dense: list[Tensor], ours: dict, peers: dict, missing: list[str]) -> Iterator[Row]:
+    """One batch, all kernels by turns."""
+    batch = len(x)
+    stored = {"bf16": dense[0].nbytes, WRITTEN: ours["W4"][0]} | {label: nbytes for label, (nbytes, _) in ours.items()}
+    calls = calls_of(x, dense, ours)
+    for name, (nbytes, most, prepared) in list(peers.items()):
+        if batch > most:
+            continue
+        try:
+            found = prepared(x)
+            found[0]()
+            torch.cuda.synchronize()
+            calls[name], stored[name] = found, nbytes
+        except Exception as error:
+            missing.append(f"{name} at batch {batch}: {type(error).__name__}: {str(error)[:200]}")
+            del peers[name]
+    if batch > 512:  # the weights need not come from memory then, and a graph of 16 calls takes long
+        calls = {name: found[:4] for name, found in calls.items()}
+    for name, timing in time_together(calls, 21 if batch <= 512 else 9).items():
+        yield batch, name, stored[name], timing
+    if batch <= blocks.NARROW:
         cuda.EARLY_START = False
-        yield batch, "W4, no early start", stored, time_calls([lambda t=t: ops.linear(x, t) for t in rotated])
+        yield batch, "W4, no early start", stored["W4"], time_together({"W4": calls["W4"]})["W4"]
         cuda.EARLY_START = True
-        unfused = [lambda t=t: F.linear(x, cuda.dequantize(t, x.dtype)) for t in rotated]
-        yield batch, "W4, dequantize + cuBLAS", stored, time_calls(unfused)
 
 
-def peer_rows(names: list[str], shape: tuple[int, int], inputs: dict[int, Tensor], missing: list[str]) -> Iterator[Row]:
-    stored = shape[0] * shape[1] * 4.5 / 8
+def prepared_peers(names: list[str], shape: tuple[int, int], missing: list[str]) -> dict:
+    """name -> (bytes stored, largest batch, x -> calls) of those that can be imported."""
+    nbytes, found = shape[0] * shape[1] * 4.5 / 8, {}
     for name in names:
-        package, prepare = PEERS[name]
+        package, most, prepare = PEERS[name]
         try:
             importlib.import_module(package)
-            calls: Callable[[Tensor], list[Callable]] = prepare(shape, copies(stored))
-            for batch, x in inputs.items():
-                if batch <= 64:
-                    yield batch, name, stored, time_calls(calls(x))
+            found[name] = (nbytes, most, prepare(shape, copies(nbytes)))
         except Exception as error:
             missing.append(f"{name} at {shape[0]}x{shape[1]}: {type(error).__name__}: {str(error)[:200]}")
+    return found
 
 
 def main() -> None:
@@ -125,8 +144,8 @@ def main() -> None:
                 torch.randn(shape, dtype=torch.bfloat16, device=DEVICE) for _ in range(copies(2 * math.prod(shape)))
             ]
             ours = our_weights(shape)
-            found = [row for batch, x in inputs.items() for row in rows_of(batch, x, dense, ours)]
-            found += peer_rows(peers, shape, inputs, missing)
+            beside = prepared_peers(peers, shape, missing)
+            found = [row for x in inputs.values() for row in measured(x, dense, ours, beside, missing)]
             base = {batch: timing.us for batch, kernel, _, timing in found if kernel == "bf16"}
             for batch, kernel, stored, timing in sorted(found, key=lambda row: row[0]):
                 share = (stored + 2 * batch * sum(shape)) / (timing.us * 1e-6) / ceiling

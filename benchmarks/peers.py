@@ -1,7 +1,8 @@
-"""Other 4-bit linears, groups of 64, bf16: name -> (package, prepare(shape, copies) -> x -> calls)."""
+"""Other 4-bit linears, groups of 64, bf16: name -> (package, largest batch, prepare(shape, copies) -> x -> calls)."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 
 import torch
@@ -56,9 +57,34 @@ def bitsandbytes(shape: tuple[int, int], count: int) -> Callable[[Tensor], list[
     return lambda x: [lambda w=w: bnb.matmul_4bit(x, w[0].t(), quant_state=w[1]) for w in weights]
 
 
-PEERS: dict[str, tuple[str, Prepare]] = {
-    "tinygemm W4": ("torch", tinygemm),
-    "gemlite W4": ("gemlite", gemlite),
-    "t * x then gemlite W4 (as sinq)": ("gemlite", gemlite_with_t),
-    "bitsandbytes NF4": ("bitsandbytes", bitsandbytes),
+def humming(shape: tuple[int, int], count: int) -> Callable[[Tensor], list[Callable]]:
+    """Humming, symmetric; it knows no t and compiles itself at the first call of each batch."""
+    return _humming(shape, count, with_t=False)
+
+
+def humming_with_t(shape: tuple[int, int], count: int) -> Callable[[Tensor], list[Callable]]:
+    """What a dual-scaled weight would cost with it: `t * x`, then Humming."""
+    return _humming(shape, count, with_t=True)
+
+
+def _humming(shape: tuple[int, int], count: int, with_t: bool) -> Callable[[Tensor], list[Callable]]:
+    from humming.layer import HummingLayer
+
+    out, columns = shape
+    config = {"dtype": "int4", "group_size": 64}
+    first = HummingLayer(shape_n=out, shape_k=columns, weight_config=config, torch_dtype=torch.bfloat16).to(DEVICE)
+    first.load_from_unquantized(torch.randn(shape, dtype=torch.bfloat16, device=DEVICE))
+    first.transform()
+    layers = [first, *(copy.deepcopy(first) for _ in range(count - 1))]
+    t = torch.rand(columns, dtype=torch.bfloat16, device=DEVICE)
+    return lambda x: [lambda layer=layer: layer(x * t if with_t else x) for layer in layers]
+
+
+PEERS: dict[str, tuple[str, int, Prepare]] = {
+    "tinygemm W4": ("torch", 64, tinygemm),
+    "gemlite W4": ("gemlite", 64, gemlite),
+    "t * x then gemlite W4 (as sinq)": ("gemlite", 64, gemlite_with_t),
+    "bitsandbytes NF4": ("bitsandbytes", 8192, bitsandbytes),
+    "humming W4": ("humming", 8192, humming),
+    "t * x then humming W4": ("humming", 8192, humming_with_t),
 }

@@ -2,7 +2,7 @@
 
 SHAPES = {  # out x in of each linear
     "8b": {"q or o": (4096, 4096), "k or v": (1024, 4096), "gate or up": (12288, 4096), "down": (4096, 12288)},
-    "8b merged": {"q k v": (6144, 4096), "gate up": (24576, 4096)},  # as one matrix each, see decode.py
+    "8b merged": {"q k v": (6144, 4096), "gate up": (24576, 4096)},  # which share a launch when decoding compiled
     "32b": {
         "q": (8192, 5120),
         "k or v": (1024, 5120),

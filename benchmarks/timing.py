@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from qbench.format.aux import Aux
 from qbench.format.weight import QuantizedWeight
 
 DEVICE = "cuda"
+Key = TypeVar("Key")
 ROTATED_BYTES = 400e6  # distinct weights per measurement; an H200's L2 holds 60 MB
 
 
@@ -27,6 +29,27 @@ class Timing:
 
 def time_calls(calls: Sequence[Callable[[], object]], replays: int = 21) -> Timing:
     """Captures all calls, one per set of weights, in one CUDA graph and times its replays."""
+    return time_together({"": calls}, replays)[""]
+
+
+def time_together(kernels: Mapping[Key, Sequence[Callable[[], object]]], replays: int = 21) -> dict[Key, Timing]:
+    """Each kernel's calls in a CUDA graph of their own, replayed by turns, so that all of them meet the same clocks: a
+    GPU at its power limit is slower after a second of products than in the first milliseconds of one.
+    """
+    graphs = {name: _captured(calls) for name, calls in kernels.items()}
+    times: dict[Key, list[float]] = {name: [] for name in kernels}
+    for _ in range(replays):
+        for name, graph in graphs.items():
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            graph.replay()
+            end.record()
+            end.synchronize()
+            times[name].append(start.elapsed_time(end) * 1e3 / len(kernels[name]))
+    return {name: Timing(statistics.median(us), min(us), max(us)) for name, us in times.items()}
+
+
+def _captured(calls: Sequence[Callable[[], object]]) -> torch.cuda.CUDAGraph:
     for call in calls[:2]:
         call()
     torch.cuda.synchronize()
@@ -36,15 +59,7 @@ def time_calls(calls: Sequence[Callable[[], object]], replays: int = 21) -> Timi
             call()
     graph.replay()
     torch.cuda.synchronize()
-    times = []
-    for _ in range(replays):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) * 1e3 / len(calls))
-    return Timing(statistics.median(times), min(times), max(times))
+    return graph
 
 
 def copies(nbytes: float) -> int:

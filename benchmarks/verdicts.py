@@ -18,6 +18,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,8 @@ from qbench.report import entries
 from qbench.report.noise import Paired, Told
 
 RUNS, ROWS = 400, 6
-SIZES = [(24, 4), (48, 6)]  # windows, draws
+SIZES = [(24, 4), (48, 6), (166, 6)]  # windows, draws; 166 windows of 2048 are all of WikiText-2's test
+SKEWED = 1.0  # of simulated windows, sigma of the lognormal that their differences have
 DOCUMENTS = [(200, 0.1), (1000, 0.05)]  # and the share of them that turn right or wrong
 SWEEPS = [
     "model=tiny-dense quantizer=none,noise,rtn,sinq,gptq,awq task.window=256 task.max_windows=48 calibration.draws=24 "
@@ -65,6 +67,17 @@ class Pool:
             return np.stack([own, *(own + rest)]), [None] * rows
 
         return sample
+
+
+def simulated(rows: int, windows: int, skewed: bool) -> Sample:
+    """Windows that no model scored: differences that are normal, or lognormal as of a text with a few hard windows."""
+
+    def sample(random: np.random.Generator) -> tuple[np.ndarray, list[np.ndarray | None]]:
+        own, rest = 3 + 0.3 * random.standard_normal(windows), random.standard_normal((rows - 1, windows))
+        rest = np.exp(SKEWED * rest) - np.exp(SKEWED**2 / 2) if skewed else rest
+        return np.stack([own, *(own + 0.02 * rest)]), [None] * rows
+
+    return sample
 
 
 def documents(rows: int, count: int, changed: float) -> Sample:
@@ -171,6 +184,14 @@ def comparisons(pools: dict[str, dict[str, Pool]]) -> Iterator[dict[str, Any]]:
                 **alike(two, six, "exp mean", random),
                 "detectable_found": found(two, random),
             }
+    for windows, _ in SIZES:
+        for skewed in (False, True):
+            two, six = (simulated(rows, windows, skewed) for rows in (2, ROWS))
+            yield {
+                **{"kind": "simulated windows", "differences": "lognormal" if skewed else "normal", "windows": windows},
+                **alike(two, six, "exp mean", random),
+                "detectable_found": found(two, random),
+            }
     for count, changed in DOCUMENTS:
         two, six = (documents(rows, count, changed) for rows in (2, ROWS))
         yield {
@@ -178,6 +199,19 @@ def comparisons(pools: dict[str, dict[str, Pool]]) -> Iterator[dict[str, Any]]:
             **alike(two, six, "mean", random),
             "detectable_found": found_documents(count, changed, random),
         }
+
+
+def seeds_that_do_nothing() -> Iterator[dict[str, Any]]:
+    """Pools of few and of many seeds that change no window on average: what a small pool does by itself."""
+    random = np.random.default_rng(19)
+    for count in (4, 24, 100):
+        pools = [
+            Pool("", 3 + random.normal(0, 0.3, (48, 1)) + random.normal(0, 1e-6, (48, count))) for _ in range(RUNS)
+        ]
+        for windows, draws in SIZES[:2]:
+            apart = [any_apart(told(*pool.of_draws(2, windows, draws)(random), "exp mean")) for pool in pools]
+            kind = {"kind": "noise seeds (simulated)", "seeds_of_a_pool": count, "windows": windows, "draws": draws}
+            yield kind | {"different": float(np.mean(apart))}
 
 
 def recorded(outputs: Path, sweeps: list[str]) -> dict[str, dict[str, Pool]]:
@@ -198,7 +232,7 @@ def main() -> None:
     sweeps = [sweep for sweep in SWEEPS if not models or sweep.split()[0].removeprefix("model=") in models]
     pools = recorded(Path(outputs), sweeps)
     made = []
-    for comparison in comparisons(pools):
+    for comparison in chain(comparisons(pools), seeds_that_do_nothing()):
         print(json.dumps(comparison), file=sys.stderr)
         made.append({k: round(v, 4) if isinstance(v, float) else v for k, v in comparison.items()})
     spread = {

@@ -1,4 +1,6 @@
-"""`python -m qbench.catalog`: the models, quantizers and tasks this installation can run, and what each needs."""
+"""`python -m qbench.catalog`: the models, quantizers and tasks this installation can run, what each needs, and how this
+machine multiplies packed weights.
+"""
 
 from __future__ import annotations
 
@@ -28,6 +30,9 @@ def main() -> int:
         console.print(table)
     console.print(f"quantizer=file reads: {', '.join(names(READER))}", markup=False)
     console.print(f"export.format= writes: {', '.join(names(EXPORTER))}", markup=False)
+    from qbench.request.device import path_here  # last: it imports torch, and on a GPU compiles the kernels
+
+    console.print(path_here(), markup=False)
     return 0
 
 

@@ -52,10 +52,21 @@ class SpeedConfig:
 
     name: str = "none"
     batch_size: int | None = None
-    prefill_tokens: int | None = None
+    prefill_tokens: Any = None  # a length, or a list of them
     context_tokens: int | None = None
     decode_tokens: int | None = None
     repeats: int | None = None
+    compile: bool | None = None  # steps are timed compiled as well; None: on a GPU
+
+    @property
+    def lengths(self) -> tuple[Any, ...]:
+        """Of the prompts to time, in tokens; the first one is what tables show."""
+        asked = self.prefill_tokens
+        return () if asked is None else tuple(asked) if isinstance(asked, list | tuple) else (asked,)
+
+    def compiles(self, device: str) -> bool:
+        """Whether compiled steps are timed too, on a "cuda" or "cpu" device."""
+        return device == "cuda" if self.compile is None else self.compile
 
 
 @dataclass

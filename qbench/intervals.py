@@ -19,8 +19,10 @@ the windows a sample of the text and the draws one of the calibration text (a tw
 Casella and McCulloch 1992, chapter 4). The number is the mean over both. A difference of two models is paired over
 windows, which both see, and not over draws: their draws count as independent. So its variance is the windows' own (the
 jackknife of the means over draws, which holds rest / (windows x draws) already), and for each model what draws add:
-the variance of its draws' numbers over N, less the part of it that is `rest`, never below zero. The degrees of freedom
-are Satterthwaite's (1946). With a single draw nothing is known of draws, and the interval is of the windows alone.
+the variance of its draws' numbers over N, less the part of it that is `rest`. Draws that add nothing still give a part
+above zero half of the time; so it is counted where an F test at 25 % finds it, and else taken as none (Bancroft 1964),
+which keeps tests near their level with draws that matter and without. The degrees of freedom are Satterthwaite's
+(1946). With a single draw nothing is known of draws, and the interval is of the windows alone.
 """
 
 from __future__ import annotations
@@ -34,6 +36,8 @@ import numpy as np
 from qbench import significance
 
 Verdict = Literal["better", "worse", "not distinguishable"]
+
+POOL = 0.25  # the level of the test by which draws count: the usual one of tests that come before another
 
 
 @dataclass(frozen=True)
@@ -72,7 +76,10 @@ class Drawn:
 
     @property
     def adds(self) -> bool:
-        return self.draws > 1 and self.between > self.rest
+        """Whether the draws' numbers differ by more than what varies from window to window explains: an F test."""
+        if self.draws < 2 or self.between <= self.rest:
+            return False
+        return not self.rest or bool(_special().fdtrc(self.draws - 1, self.rest_dof, self.between / self.rest) < POOL)
 
 
 def perplexity(nll: np.ndarray, weights: np.ndarray | None = None) -> float:

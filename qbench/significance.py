@@ -134,13 +134,15 @@ class SharesTest:
 
     p_value: float  # exact McNemar
     detectable: float | None
+    gained: int  # documents that turned right
+    lost: int
 
 
 def paired_shares_test(correct: np.ndarray, baseline_correct: np.ndarray) -> SharesTest:
     """Both 0 or 1, `[documents]`."""
     gained, lost = (int(((correct == a) & (baseline_correct == 1 - a)).sum()) for a in (1, 0))
     smallest = detectable_share((gained + lost) / len(correct), len(correct))
-    return SharesTest(float(mcnemar(gained, lost)), smallest)
+    return SharesTest(float(mcnemar(gained, lost)), smallest, gained, lost)
 
 
 def more_needed(difference: float, smallest: float, count: int) -> int | None:

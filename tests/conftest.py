@@ -82,9 +82,11 @@ def thinned(*axes):
     """
     axes = [list(axis) for axis in axes]
     fast = {tuple(k % len(axis) for axis in axes) for k in range(max(map(len, axes)))}
+    cases = []
     for places in product(*(range(len(axis)) for axis in axes)):
         values = [axis[place] for axis, place in zip(axes, places, strict=True)]
-        yield pytest.param(*values, marks=[] if places in fast else [pytest.mark.slow])
+        cases.append(pytest.param(*values, marks=[] if places in fast else [pytest.mark.slow]))
+    return cases
 
 
 @cache

@@ -394,3 +394,4 @@ def test_help_and_catalog_name_every_choice():
         done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, check=True)
         for word in ("sinq", "rtn", "qwen3-8b", "deepseek-v2.5", "wikitext2", "mini", "wandb"):
             assert word in done.stdout
+    assert "multiplies packed weights by: " in done.stdout

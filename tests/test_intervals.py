@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from qbench.intervals import (
+    Drawn,
     Estimate,
     jackknife,
     paired_delta,
@@ -13,6 +14,7 @@ from qbench.intervals import (
     share,
     verdict,
 )
+from qbench.report.noise import Paired
 
 
 def test_perplexity_is_exp_of_the_mean():
@@ -130,3 +132,27 @@ def test_coverage_by_simulation(measure, n):
     trials = 1500
     hits = sum(found.low <= truth <= found.high for found, truth in (measure(draw, n) for _ in range(trials)))
     assert 0.93 <= hits / trials <= 0.97
+
+
+RUNS = range(800)
+
+
+@pytest.mark.parametrize(("effect", "least", "most"), [(0.0, 0.2, 0.3), (2.0, 0.99, 1.0)])
+def test_draws_count_where_they_differ_by_more_than_windows_explain(effect, least, most):
+    """A quarter of the time where they add nothing, which is the test's level, and always where they matter."""
+    random = np.random.default_rng(3)
+    tables = (random.normal(size=(24, 1)) + effect * random.normal(size=4) + random.normal(size=(24, 4)) for _ in RUNS)
+    counted = [Drawn.of(table).adds for table in tables]
+    assert least <= np.mean(counted) <= most
+
+
+@pytest.mark.parametrize(("apart", "effect"), [(0.0, 0.0), (1.0, 0.0), (1.0, 0.3)])
+def test_a_method_beside_itself_in_other_draws_is_seldom_different(apart, effect):
+    """Two rows of one mean; their windows differ by `apart`, their draws by `effect`."""
+    random, wrong = np.random.default_rng(5), 0
+    for _ in RUNS:
+        own, other = random.normal(size=(24, 1)), apart * random.normal(size=(24, 1))
+        rows = [w + effect * random.normal(size=4) + random.normal(size=(24, 4)) for w in (own, own + other)]
+        paired = Paired(np.stack([row.mean(1) for row in rows]), "mean", draws=rows)
+        wrong += paired.p_values()[0, 1] < 0.05
+    assert 0.02 <= wrong / len(RUNS) <= 0.06

@@ -49,7 +49,10 @@ class Recording(HFLM):
             backend="causal",
             max_length=task.window,
             add_bos_token=task.add_bos_token,
+            chat_template_args=task.chat_template_args,
         )
+        template = self.apply_chat_template if task.apply_chat_template else None
+        self.prompting = task.prompting | {"chat_template": template}
         self.pairs: dict[tuple[str, str], Request] = {}
         self.rolling: dict[str, list[Request]] = {}  # of a text, its windows
         self.first: dict[Request, str] = {}  # the document that asks it first
@@ -58,7 +61,7 @@ class Recording(HFLM):
     def record(self, task: LoadedTask, limit: int | None) -> bool:
         """All that lm-eval's `evaluate` asks for the task; False if some of it is more than a likelihood."""
         for name, leaf in task.leaves.items():
-            leaf.build_all_requests(limit=get_sample_size(leaf, limit), rank=0, world_size=1)
+            leaf.build_all_requests(limit=get_sample_size(leaf, limit), rank=0, world_size=1, **self.prompting)
             for kind in dict.fromkeys(instance.request_type for instance in leaf.instances):
                 if kind not in TYPES:
                     return False
@@ -94,10 +97,13 @@ class Recording(HFLM):
 class Answering(LM):
     """Gives lm-eval what was found."""
 
+    tokenizer_name = ""  # of lm-eval's cache of requests, which is not used
+
     def __init__(self, recording: Recording, found: dict[Request, tuple[float, bool]]) -> None:
         super().__init__()
         self.recording, self.found = recording, found
         self.tok_encode, self.max_length = recording.tok_encode, recording.max_length
+        self.apply_chat_template = recording.apply_chat_template
         self.truncated: set[Any] = set()
 
     def loglikelihood(self, requests: Any, disable_tqdm: bool = False) -> list[tuple[float, bool]]:

@@ -4,19 +4,26 @@ As arrays by name, which is how a reference is kept, `TASK` being what was asked
 `TASK|number|METRIC` `[1]`; `TASK|LEAF|number|METRIC` `[1]`; `TASK|LEAF|documents|METRIC` `[documents]`, the documents'
 own values, or `TASK|LEAF|contributions|METRIC`; for rolling tasks `TASK|LEAF|log_likelihood` and `TASK|LEAF|tokens`
 `[documents]`; `TASK|LEAF|size` and `TASK|truncated_prompts` `[1]`; `TASK|prompts` and `TASK|token ids`, sha256 `[32]`.
+Of generated answers also `TASK|decoding` and `TASK|LEAF|answers`, JSON as bytes. Where answers are sampled several
+times, all of these are means over the samples, and `TASK|samples|METRIC` `[samples]` and `TASK|LEAF|samples|METRIC`
+`[documents, samples]` hold each.
 """
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import chain
+from typing import Any
 
 import numpy as np
 
 from qbench.intervals import pooled_contributions
 
 Arrays = dict[str, np.ndarray]
+SAME = "same_answer,none"  # a metric of ours, called as lm-eval calls one without a filter
 
 
 @dataclass(frozen=True)
@@ -29,6 +36,8 @@ class LeafScores:
     contributions: Arrays = field(default_factory=dict)  # to the numbers that are no means, `[documents]` or blocks
     log_likelihood: np.ndarray | None = None  # nats of each document, of a rolling task
     tokens: np.ndarray | None = None  # of each document, of a rolling task
+    samples: Arrays = field(default_factory=dict)  # of what `documents` are the means of, `[documents, samples]`
+    answers: list[Any] = field(default_factory=list)  # of each document, of each of its requests, the texts
 
     def adds(self, metric: str) -> np.ndarray | None:
         """What each document adds to the number; None where that is not known."""
@@ -39,7 +48,10 @@ class LeafScores:
         found = {f"number|{metric}": np.array([value]) for metric, value in self.numbers.items()}
         found |= {f"documents|{metric}": values for metric, values in self.documents.items()}
         found |= {f"contributions|{metric}": values for metric, values in self.contributions.items()}
+        found |= {f"samples|{metric}": values for metric, values in self.samples.items()}
         found["size"] = np.array([self.size])
+        if self.answers:
+            found["answers"] = as_bytes(self.answers)
         if self.log_likelihood is not None and self.tokens is not None:
             found |= {"log_likelihood": self.log_likelihood, "tokens": self.tokens}
         return found
@@ -53,6 +65,8 @@ class LeafScores:
             contributions=below("contributions|", arrays),
             log_likelihood=arrays.get("log_likelihood"),
             tokens=arrays.get("tokens"),
+            samples=below("samples|", arrays),
+            answers=of_bytes(arrays["answers"]) if "answers" in arrays else [],
         )
 
 
@@ -65,6 +79,8 @@ class TaskScores:
     prompts: np.ndarray  # sha256 of every document, prompt and target
     token_ids: np.ndarray  # sha256, of rolling tasks
     truncated_prompts: int  # documents with a prompt that lost its beginning to the window
+    samples: Arrays = field(default_factory=dict)  # the numbers in each sample, `[samples]`, where there are several
+    decoding: dict[str, Any] | None = None  # of a task that generates
 
     @property
     def documents(self) -> int:
@@ -75,6 +91,8 @@ class TaskScores:
         for leaf, scores in self.leaves.items():
             found |= {f"{name}|{leaf}|{key}": values for key, values in scores.arrays().items()}
         found |= {f"{name}|prompts": self.prompts, f"{name}|token ids": self.token_ids}
+        found |= {f"{name}|samples|{metric}": values for metric, values in self.samples.items()}
+        found |= {} if self.decoding is None else {f"{name}|decoding": as_bytes(self.decoding)}
         return found | {f"{name}|truncated_prompts": np.array([self.truncated_prompts])}
 
     @staticmethod
@@ -86,6 +104,8 @@ class TaskScores:
             prompts=mine["prompts"],
             token_ids=mine["token ids"],
             truncated_prompts=int(mine["truncated_prompts"][0]),
+            samples=below("samples|", mine),
+            decoding=of_bytes(mine["decoding"]) if "decoding" in mine else None,
         )
 
     def adds(self, metric: str, name: str, by_size: bool) -> np.ndarray | None:
@@ -103,12 +123,94 @@ class TaskScores:
 
     def outcomes(self, metric: str) -> np.ndarray | None:
         """Right or wrong, 1 or 0, of the documents of all tasks `[documents]`, for metrics that say just that."""
-        parts = [leaf.documents.get(metric) for leaf in self.leaves.values() if metric in leaf.numbers]
+        return None if self.samples else self._right("documents", metric)
+
+    def sampled(self, metric: str) -> np.ndarray | None:
+        """The same of every sample, `[documents, samples]`; None where there is one."""
+        return self._right("samples", metric) if self.samples else None
+
+    def flips_alone(self, metric: str) -> float | None:
+        """How often two samples of one model disagree on whether a document is right: what sampling alone flips."""
+        right = self.sampled(metric)
+        if right is None:
+            return None
+        share, count = right.mean(1), right.shape[1]
+        return float((2 * share * (1 - share)).mean() * count / (count - 1))
+
+    def _right(self, kind: str, metric: str) -> np.ndarray | None:
+        parts = [getattr(leaf, kind).get(metric) for leaf in self.leaves.values() if metric in leaf.numbers]
         known = [part for part in parts if part is not None]
         if not known or len(known) < len(parts):
             return None
         values = np.concatenate(known)
         return values if np.isin(values, (0, 1)).all() else None
+
+
+def together(samples: Sequence[TaskScores]) -> TaskScores:
+    """Several samples of the same answers as one: what documents add, and the numbers, are the samples' means."""
+    first = samples[0]
+    if len(samples) == 1:
+        return first
+    numbers = {m: np.array([one.numbers[m] for one in samples]) for m in _in_all([one.numbers for one in samples])}
+    leaves = {name: _leaf([one.leaves[name] for one in samples]) for name in first.leaves}
+    means = {metric: float(values.mean()) for metric, values in numbers.items()}
+    return replace(first, numbers=means, leaves=leaves, samples=numbers)
+
+
+def _leaf(samples: Sequence[LeafScores]) -> LeafScores:
+    def stacked(kind: str) -> Arrays:
+        held = [getattr(one, kind) for one in samples]
+        return {metric: np.stack([one[metric] for one in held], 1) for metric in _in_all(held)}
+
+    documents, contributions = stacked("documents"), stacked("contributions")
+    answers = zip(*(one.answers for one in samples), strict=True)
+    return replace(
+        samples[0],
+        numbers={m: float(np.mean([s.numbers[m] for s in samples])) for m in _in_all([s.numbers for s in samples])},
+        documents={metric: table.mean(1) for metric, table in documents.items()},
+        contributions={metric: table.mean(1) for metric, table in contributions.items()},
+        samples=documents,
+        answers=[[list(chain(*each)) for each in zip(*same, strict=True)] for same in answers],
+    )
+
+
+def _in_all(held: Sequence[dict[str, Any]]) -> list[str]:
+    return [key for key in held[0] if all(key in one for one in held)]
+
+
+def flips(ours: TaskScores, theirs: TaskScores, metric: str) -> np.ndarray | None:
+    """Of sampled answers, the share of a document's samples that turned right or wrong, `[documents]`."""
+    one, other = ours.sampled(metric), theirs.sampled(metric)
+    return None if one is None or other is None else np.abs(one - other).mean(1)
+
+
+def same_answers(ours: TaskScores, theirs: TaskScores) -> tuple[TaskScores, TaskScores]:
+    """Both with a metric more, whether a document's answers are the original's to the letter; 1 for the original.
+
+    As they are where something else than an answer is asked for, or answers are sampled, which differ by chance.
+    """
+    pairs = [(leaf, theirs.leaves[name]) for name, leaf in ours.leaves.items()]
+    if ours.samples or not all(one.answers and other.answers for one, other in pairs):
+        return ours, theirs
+    same = [np.array([a == b for a, b in zip(o.answers, t.answers, strict=True)], float) for o, t in pairs]
+    return _with_same(ours, same), _with_same(theirs, [np.ones(len(values)) for values in same])
+
+
+def _with_same(scores: TaskScores, same: Sequence[np.ndarray]) -> TaskScores:
+    leaves = {
+        name: replace(leaf, numbers=leaf.numbers | {SAME: float(v.mean())}, documents=leaf.documents | {SAME: v})
+        for (name, leaf), v in zip(scores.leaves.items(), same, strict=True)
+    }
+    return replace(scores, leaves=leaves, numbers=scores.numbers | {SAME: float(np.concatenate(same).mean())})
+
+
+def as_bytes(value: Any) -> np.ndarray:
+    """JSON as an array, uint8 `[bytes]`."""
+    return np.frombuffer(json.dumps(value, sort_keys=True).encode(), np.uint8)
+
+
+def of_bytes(array: np.ndarray) -> Any:
+    return json.loads(array.tobytes())
 
 
 def below(prefix: str, arrays: Arrays) -> Arrays:

@@ -125,6 +125,8 @@ def _metric(group: Sequence[MetricRecord], table: np.ndarray | None, baseline: n
         title=first.title,
         draws=numbers,
         kinds=_kinds(first, table),
+        samples=first.samples and np.mean([m.samples for m in group], 0).tolist(),
+        flip_rate_alone=first.flip_rate_alone,
     )
     if table is None or baseline is None or base is None or len(table) != len(baseline) or first.reading != "mean":
         return found
@@ -137,7 +139,7 @@ def _metric(group: Sequence[MetricRecord], table: np.ndarray | None, baseline: n
         p_value=p_value(delta),
         detectable=smallest(delta),
     )
-    if found.flip_rate is None:
+    if found.flip_rate is None or found.samples is not None:  # of sampled answers the table holds means
         return found
     flips = np.abs(table - baseline[:, None])
     rate: Estimate = with_draws(jackknife(lambda mean: mean, flips.mean(1)), Drawn.of(flips))

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import math
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -20,26 +20,17 @@ import torch
 
 from qbench.config import RuntimeConfig
 from qbench.errors import PointError
-from qbench.evaluate import aggregate, hflm, shots
+from qbench.evaluate import aggregate, documents, generation, hflm, shots
+from qbench.evaluate.compared import compared, kept_scores
 from qbench.evaluate.documents import LeafScores, TaskScores
 from qbench.evaluate.hflm import wrap
 from qbench.evaluate.limits import batch_size
 from qbench.evaluate.lmeval import LoadedTask, seed_everything
 from qbench.evaluate.protocol import Scores
 from qbench.evaluate.windowed import name_of
-from qbench.intervals import (
-    Estimate,
-    jackknife,
-    p_value,
-    paired_delta,
-    paired_shares,
-    perplexity,
-    share,
-    smallest,
-    verdict,
-)
-from qbench.record.quality import EvaluationRecord, MetricRecord, TaskRecord
-from qbench.significance import SharesTest, paired_shares_test
+from qbench.intervals import p_value, paired_delta, perplexity, smallest, verdict
+from qbench.layers.linear import held_dense
+from qbench.record.quality import ChatRecord, EvaluationRecord, TaskRecord
 
 if TYPE_CHECKING:
     from qbench.evaluate.answers import TaskAsks
@@ -67,12 +58,16 @@ class TaskEvaluation:
             "documents": self.sha256,
             "revisions": [task.revision for task in self.tasks],
             "batch_size": batch_size(self.runtime, self.runtime.device),
-            "arrays": 2,  # the form of what is kept
-        }
+            "arrays": 3 if self.generates else 2,  # the form of what is kept
+        } | ({"generate_batch": self.task.generate_batch} if self.generates else {})
+
+    @property
+    def generates(self) -> bool:
+        return any(generation.generates(leaf) for task in self.tasks for leaf in task.leaves.values())
 
     def asks(self) -> TaskAsks | None:
         """None where a task generates. Raises PointError for an answer that does not fit into the window."""
-        if any(leaf.OUTPUT_TYPE == "generate_until" for task in self.tasks for leaf in task.leaves.values()):
+        if self.generates:
             return None
         from qbench.evaluate.answers import Recording, TaskAsks
 
@@ -88,13 +83,14 @@ class TaskEvaluation:
 
     def score(self, model: Any, baseline: Scores | None) -> Scores:
         """Raises PointError, naming task, document and layer, if the model gives NaN or Inf."""
-        return self._told(wrap(model, self.tokenizer, self.task, self.runtime), baseline)
+        with held_dense(model) if self.generates else nullcontext():
+            return self._told(wrap(model, self.tokenizer, self.task, self.runtime), baseline)
 
     def _told(self, lm: Any, baseline: Scores | None) -> Scores:
         """What lm-eval makes of a model's answers; raises PointError where the original was asked something else."""
         scores: Scores = {}
         for task in self.tasks:
-            scores |= _score(task, lm, self.task.limit).arrays(task.name)
+            scores |= self._sampled(task, lm).arrays(task.name)
             key = f"{task.name}|prompts"
             if baseline is None:
                 self.made_here.add(scores[key].tobytes())
@@ -105,7 +101,32 @@ class TaskEvaluation:
                     if made_here
                     else f"{task.name}: the kept reference is of other documents; remove it from outputs/baselines"
                 )
+            decoding = f"{task.name}|decoding"
+            if baseline is not None and decoding in scores and not np.array_equal(scores[decoding], baseline[decoding]):
+                raise PointError(f"{task.name}: the variant's generation_config is not the original's")
         return scores
+
+    def _sampled(self, task: LoadedTask, lm: Any) -> TaskScores:
+        """The task's scores, over all samples where it is sampled."""
+        samples = []
+        for sample in range(self.task.samples):
+            samples.append(_score(task, lm, self.task, self.task.seed + sample))
+            if not np.array_equal(samples[-1].prompts, samples[0].prompts):
+                raise PointError(hflm.prompts_change(task.name))
+        found = documents.together(samples)
+        if not any(map(generation.generates, task.leaves.values())):
+            return found
+        return replace(found, decoding=self._decoding(task, lm))
+
+    def _decoding(self, task: LoadedTask, lm: Any) -> dict[str, Any]:
+        """What the task's answers were generated with; None for what the tasks of a group differ in."""
+        settings = [generation.decoding(leaf) for leaf in task.leaves.values() if generation.generates(leaf)]
+        shared = {
+            key: value if all(s.get(key) == value for s in settings) else None for key, value in settings[0].items()
+        }
+        seeds = [self.task.seed + sample for sample in range(self.task.samples)] if shared["do_sample"] else []
+        model = generation.of_model(getattr(lm, "model", None))
+        return {**shared, "batch_size": self.task.generate_batch, "seeds": seeds, "model": model}
 
     def records(
         self, scores: Scores, baseline: Scores | None, baseline_cached: bool
@@ -115,6 +136,8 @@ class TaskEvaluation:
         for task in self.tasks:
             ours = TaskScores.of(scores, task.name, task.leaves)
             theirs = None if baseline is None else TaskScores.of(baseline, task.name, task.leaves)
+            if theirs is not None:
+                ours, theirs = documents.same_answers(ours, theirs)
             if task.rolling:
                 record, file, kept = self._perplexity(task, ours, theirs, baseline_cached)
                 evaluation.append(record)
@@ -138,7 +161,7 @@ class TaskEvaluation:
             kept["baseline"] = -theirs.log_likelihood / ours.tokens
             delta = paired_delta(kept["quantized"], kept["baseline"], weights=ours.tokens)
         file = name_of(kept)
-        metrics, _ = _metrics(task, scores, baseline)
+        metrics, _ = compared(task, scores, baseline)
         record = EvaluationRecord(
             protocol=task.protocol,
             text_source=task.source,
@@ -171,9 +194,9 @@ class TaskEvaluation:
     ) -> tuple[TaskRecord, str, Scores]:
         kept: Scores = {}
         for whose, model in (("quantized", scores), ("baseline", baseline)):
-            kept |= _kept(task, whose, model) if model is not None else {}
+            kept |= kept_scores(task, whose, model) if model is not None else {}
         file = name_of(kept)
-        metrics, undefined = _metrics(task, scores, baseline)
+        metrics, undefined = compared(task, scores, baseline)
         if scores.truncated_prompts:
             log.warning(
                 "%s: the prompts of %d of %d documents are longer than task.window=%d and were truncated from the left",
@@ -199,24 +222,35 @@ class TaskEvaluation:
             scores_file=file,
             truncated_prompts=scores.truncated_prompts,
             undefined_metrics=undefined,
+            chat=self._chat(),
+            system_instruction=self.task.system_instruction,
+            decoding=scores.decoding,
         )
         return record, file, kept
 
+    def _chat(self) -> ChatRecord | None:
+        if not self.task.apply_chat_template:
+            return None
+        arguments = self.task.chat_template_args or {}
+        return ChatRecord(generation.template_sha256(self.tokenizer), self.task.multiturn, arguments)
 
-def _seed(task: LoadedTask) -> None:
+
+def _seed(task: LoadedTask, sampling: int = shots.SEED) -> None:
+    """`sampling` is the seed of answers that are sampled."""
     seed_everything()
+    torch.manual_seed(sampling)
     for leaf in task.leaves.values():
         shots.reset(leaf)
 
 
 @torch.inference_mode()
-def _score(task: LoadedTask, lm: Any, limit: int | None) -> TaskScores:
+def _score(task: LoadedTask, lm: Any, asked: LmEval, seed: int) -> TaskScores:
     from lm_eval import evaluate
 
-    _seed(task)
+    _seed(task, seed)
     lm.truncated.clear()
     try:
-        results = evaluate(lm, task.loaded, limit=limit, bootstrap_iters=0, log_samples=True)
+        results = evaluate(lm, task.loaded, limit=asked.limit, bootstrap_iters=0, log_samples=True, **asked.prompting)
     except OverflowError:
         raise PointError(f"{task.name}: a perplexity is too large for a number") from None
     own = results.get("groups", {}).get(task.name) or results["results"][task.name]
@@ -234,6 +268,9 @@ def _score(task: LoadedTask, lm: Any, limit: int | None) -> TaskScores:
             encoded = [np.asarray(lm.tok_encode(s["arguments"][0][0]), "<i8") for s in samples]
             ids.update(np.concatenate(encoded).tobytes())
             scores = replace(scores, tokens=np.asarray([len(e) for e in encoded], float))
+        if generation.generates(leaf):  # each document's samples lie once in the list for every filter
+            first = [s for s in samples if s["filter"] == samples[0]["filter"]]
+            scores = replace(scores, answers=[[list(r) for r in s["resps"]] for s in first])
         leaves[name] = scores
         truncated += hflm.count_truncated(samples, lm.truncated)
     return TaskScores(
@@ -266,65 +303,6 @@ def _leaf(leaf: Any, samples: list[dict[str, Any]], own: dict[str, Any]) -> Leaf
         elif (added := aggregate.contributions(function, items, number)) is not None:
             scores.contributions[metric] = added
     return replace(scores, log_likelihood=log_likelihood)
-
-
-def _kept(task: LoadedTask, whose: str, scores: TaskScores) -> Scores:
-    """What is kept beside the result: per document and task, and for a group what each document adds to its number."""
-    kept = {
-        f"{whose}/{name}/{metric}": values
-        for name, leaf in scores.leaves.items()
-        for metric, values in (leaf.contributions | leaf.documents).items()
-    }
-    for metric in scores.numbers if task.group is not None else ():
-        added = scores.adds(metric, task.name, task.by_size(metric))
-        kept |= {} if added is None else {f"{whose}/{task.name}/{metric}": added}
-    return kept
-
-
-def _metrics(task: LoadedTask, scores: TaskScores, baseline: TaskScores | None) -> tuple[list[MetricRecord], list[str]]:
-    """The metrics that are numbers, with their differences, and the names of the others."""
-    found, undefined = [], []
-    for metric, value in scores.numbers.items():
-        name, better = metric.removesuffix(",none"), task.higher_is_better(metric)
-        if not math.isfinite(value):
-            undefined.append(name)
-            continue
-        record = MetricRecord(name=name, higher_is_better=better is not False, value=value)
-        if baseline is not None and math.isfinite(baseline.numbers.get(metric, math.nan)):
-            delta, flips, test = _compare(task, metric, scores, baseline)
-            record = replace(
-                record,
-                baseline=baseline.numbers[metric],
-                delta=delta.value,
-                delta_low=delta.low,
-                delta_high=delta.high,
-                verdict=None if better is None else verdict(delta, better, test and test.p_value),
-                p_value=test.p_value if test else p_value(delta),
-                detectable=test.detectable if test else smallest(delta),
-                flip_rate=flips and flips.value,
-                flip_rate_low=flips and flips.low,
-                flip_rate_high=flips and flips.high,
-            )
-        found.append(record)
-    return found, undefined
-
-
-def _compare(
-    task: LoadedTask, metric: str, scores: TaskScores, baseline: TaskScores
-) -> tuple[Estimate, Estimate | None, SharesTest | None]:
-    """The difference with its interval where what documents add is known, the flip rate, and McNemar's test."""
-    difference = scores.numbers[metric] - baseline.numbers[metric]
-    right, baseline_right = scores.outcomes(metric), baseline.outcomes(metric)
-    flips = None
-    if right is not None and baseline_right is not None:
-        flips = share(int((right != baseline_right).sum()), len(right))
-        if task.group is None or task.by_size(metric):  # the share of all documents that are right
-            test = paired_shares_test(right, baseline_right)
-            return replace(paired_shares(right, baseline_right), value=difference), flips, test
-    ours, theirs = (s.adds(metric, task.name, task.by_size(metric)) for s in (scores, baseline))
-    if ours is None or theirs is None or ours.shape != theirs.shape:
-        return Estimate(difference, None, None), flips, None
-    return replace(jackknife(lambda mean: mean, ours - theirs), value=difference), flips, None
 
 
 def _is_metric(name: str, own: dict[str, Any]) -> bool:

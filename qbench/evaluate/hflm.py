@@ -42,21 +42,6 @@ def check(tokenizer: Any, task: LmEval) -> None:
         )
 
 
-def check_room(leaves: Iterable[Any], window: int) -> None:
-    """Raises RequestError for one of lm-eval's tasks whose answers may be so long that no prompt fits before them."""
-    from lm_eval.models.utils import normalize_gen_kwargs
-
-    for leaf in leaves:
-        if leaf.OUTPUT_TYPE != "generate_until":
-            continue
-        longest = normalize_gen_kwargs(leaf.get_config("generation_kwargs") or {})["max_gen_toks"]
-        if longest >= window:
-            raise RequestError(
-                f"{leaf.task_name} generates up to {longest} tokens, which leaves no room for a prompt in "
-                f"task.window={window}; ask for more"
-            )
-
-
 def special_tokens(tokenizer: Any) -> int:
     """How many tokens the tokenizer adds to a text by itself."""
     return len(tokenizer("a")["input_ids"]) - len(tokenizer("a", add_special_tokens=False)["input_ids"])
@@ -88,6 +73,13 @@ def wrap(model: Any, tokenizer: Any, task: LmEval, runtime: RuntimeConfig) -> An
                 self.truncated |= truncated(requests, self.max_length)
             return super()._loglikelihood_tokens(requests, disable_tqdm or bool(batch), **batch)
 
+        def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:
+            of_likelihoods, self.batch_size_per_gpu = self.batch_size_per_gpu, task.generate_batch
+            try:
+                return super().generate_until(requests, disable_tqdm)
+            finally:
+                self.batch_size_per_gpu = of_likelihoods
+
         def tok_batch_encode(
             self, strings: Any, padding_side: str = "left", left_truncate_len: int | None = None, **more: Any
         ) -> Any:
@@ -107,6 +99,7 @@ def wrap(model: Any, tokenizer: Any, task: LmEval, runtime: RuntimeConfig) -> An
         max_length=task.window,
         softmax_dtype=str(wide).removeprefix("torch."),
         add_bos_token=task.add_bos_token,
+        chat_template_args=task.chat_template_args,
         device=str(model.device),
     )
     lm.truncated = set()

@@ -88,7 +88,7 @@ def check_positions(
             f"{group}.window={most}, {way}"
         )
     if speed is not None and speed.name != "none":
-        longest = max(speed.prefill_tokens or 0, (speed.context_tokens or 0) + (speed.decode_tokens or 0))
+        longest = max(*speed.lengths, (speed.context_tokens or 0) + (speed.decode_tokens or 0))
         if longest > most:
             raise RequestError(
                 f"speed asks for {longest} tokens in a sequence, this model takes {most}; lower speed.prefill_tokens "

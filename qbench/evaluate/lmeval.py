@@ -21,7 +21,7 @@ import difflib
 import logging
 import random
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,10 +30,13 @@ import numpy as np
 import torch
 
 from qbench.errors import RequestError
-from qbench.evaluate import shots
+from qbench.evaluate import generation, shots
+from qbench.texts import questions
 
 if TYPE_CHECKING:
     from qbench.evaluate.protocols.lmeval import LmEval
+
+EMBEDDED = Path(questions.__path__[0])
 
 
 @dataclass(frozen=True)
@@ -93,7 +96,15 @@ def load(source: TaskSource) -> list[LoadedTask]:
             if task.name in tasks:
                 raise RequestError(f"task.names={','.join(source.task.names)} holds {task.name} twice")
             tasks[task.name] = task
+    generation.check_asked(source.task, [leaf for task in tasks.values() for leaf in task.leaves.values()])
     return list(tasks.values())
+
+
+def embedded(names: Iterable[str]) -> list[Path]:
+    """The files of the tasks that qbench brings along, which need no network, if one of the names is theirs."""
+    if not any((EMBEDDED / f"{name}.yaml").is_file() for name in names if Path(name).name == name):
+        return []
+    return [file for file in sorted(EMBEDDED.iterdir()) if file.suffix in (".yaml", ".jsonl", ".py")]
 
 
 def seed_everything() -> None:
@@ -119,6 +130,8 @@ def _load(name: str, source: TaskSource) -> list[LoadedTask]:
         loaded = manager.load(spec)
     except IndexError as error:  # lm-eval looks at the first document
         raise RequestError(f"lm-eval cannot load {name}: a task of it has no documents") from error
+    except ModuleNotFoundError as error:
+        raise RequestError(f"lm-eval's {name} needs the package {error.name}, which is not installed") from error
     except Exception as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         raise RequestError(
@@ -147,6 +160,7 @@ def _check(leaf: Any, source: TaskSource) -> str:
         raise RequestError(f"{name} has no documents")
     if not leaf.aggregation() and not callable(leaf.get_config("process_results")):
         raise RequestError(f"{name} defines no metric")
+    generation.give(leaf, source.task)
     return shots.give(leaf, source.task.num_fewshot, stands_in=source.documents is not None)
 
 
@@ -180,6 +194,7 @@ def protocol_name(name: str, number: str, shots: str, task: LmEval) -> str:
     if shots:
         parts.append(shots)
     parts.append(f"w{task.window}")
+    parts += generation.named(task)
     if task.limit is not None:
         parts.append(f"limit{task.limit}")
     if task.add_bos_token is not None:
@@ -194,6 +209,7 @@ def _manager(name: str, include_path: str | None) -> Any:
 
     everything = Path(lm_eval.tasks.__file__).parent
     own = [everything / name] if (everything / name).is_dir() else []
+    own += [EMBEDDED] if embedded([name]) else []
     further = [Path(include_path).expanduser()] if include_path else []
     if own or further:
         manager = TaskManager(include_defaults=False, include_path=[*own, *further])

@@ -6,7 +6,7 @@ dequantizes one expert at a time. What all matrices share, such as a codebook, i
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -107,6 +107,29 @@ def select(weight: F, index: int, once: Collection[str] = ()) -> F:
     """Matrix `index` `[out, in]` of a stack that `stack` made with the same `once`; its tensors are views."""
     named = {key: tensor if key in once else tensor[index] for key, tensor in weight.tensors().items()}
     return replace(weight, shape=weight.shape[1:]).with_tensors(named)
+
+
+def span(weight: F, first: int, last: int) -> F:
+    """Matrices `first` to `last` of a stack, as a stack `[last - first, out, in]` whose tensors are views.
+
+    Formats whose tensors are one matrix's each (mixed.py) are put together from their matrices.
+    """
+    taken = _each(weight, last - first, lambda tensor: tensor[first:last])
+    return type(weight).stack([weight.select(index) for index in range(first, last)]) if taken is None else taken
+
+
+def take(weight: F, index: torch.Tensor) -> F | None:
+    """The matrices of `index` `[n]`, on the device, as a stack `[n, out, in]`; None if no tensor holds them all."""
+    return _each(weight, len(index), lambda tensor: tensor.index_select(0, index))
+
+
+def _each(weight: F, count: int, some: Callable[[torch.Tensor], torch.Tensor]) -> F | None:
+    """A stack of `count` matrices, whose tensors are `some` of each; one that `select` hands over as it is stays."""
+    whole, one = weight.tensors(), weight.select(0).tensors()
+    if whole.keys() != one.keys():
+        return None
+    named = {key: tensor if one[key].shape == tensor.shape else some(tensor) for key, tensor in whole.items()}
+    return replace(weight, shape=(count, *weight.shape[1:])).with_tensors(named)
 
 
 def _form(weight: Format) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""How a problem is cut into blocks of dual_linear.cu and wide_linear.cu: tuned per GPU, else by rule.
+"""How a problem is cut into blocks of dual_, wide_ and long_linear.cu: tuned per GPU, else by rule.
 
 `benchmarks/tune.py` writes plans/GPU.json; nothing is tuned while the library runs.
 """
@@ -9,14 +9,17 @@ import json
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 
 from qbench.kernels.tiles import COLUMNS, ROWS, Tiles, chunk_bytes
 
-BUCKETS = (1, 8, 16, 32, 64, 128, 256, 512)  # batches that share a tuned entry: up to 1, 8, ...
+BUCKETS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)  # batches that share a tuned entry: up to 1, 8, ...
 NARROW = 16  # rows of x up to which the rule takes dual_linear.cu
+WIDE = 128  # and up to which wide_linear.cu
 MULTIPROCESSORS = 132  # of an H100 or H200; for the rules alone
+HOPPERS_SHARED = 227 * 1024  # bytes that a block may have
 
 
 def x_record_bytes(batch_blocks: int, group_size: int) -> int:
@@ -28,6 +31,7 @@ def x_record_bytes(batch_blocks: int, group_size: int) -> int:
 class Plan:
     """Of dual_linear.cu. `strips * splits_in_block` warps a block; the blocks of one cluster share the same rows."""
 
+    kernel: ClassVar[str] = "dual_linear"
     batch_blocks: int  # MB: 8 rows of x each
     strips_per_warp: int  # RT
     strips: int  # warps along the output rows
@@ -58,6 +62,7 @@ class Plan:
 class WidePlan:
     """Of wide_linear.cu: `warpgroups * splits_in_block` warpgroups a block, and one more warp that fetches."""
 
+    kernel: ClassVar[str] = "wide_linear"
     batch_blocks: int  # NB: 8 rows of x each
     warpgroups: int  # GROUPS: along the output rows, 64 each
     splits_in_block: int  # WK: as many warpgroups take turns at the chunks of K
@@ -80,13 +85,51 @@ class WidePlan:
         return max(stages, partial)
 
 
-def plan(M: int, N: int, K: int, tiles: Tiles, device: int) -> Plan | WidePlan | None:
-    """For x `[M, K]` and W `[N, K]`: from the tuned table, else by rule; None if nothing fits."""
+@dataclass(frozen=True)
+class LongPlan:
+    """Of long_linear.cu: a block has `finishers` warpgroups that finish weights and `warpgroups` that multiply."""
+
+    kernel: ClassVar[str] = "long_linear"
+    warpgroups: int  # GROUPS: along the output rows, 64 each
+    batch_blocks: int  # NB: 8 rows of x each
+    share: int  # blocks of one cluster: the same rows of x, other rows of the weight
+    finishers: int = 1  # FINISH: 1, or 2 that take turns
+
+    def __post_init__(self) -> None:
+        if self.batch_blocks not in (16, 24, 32) or self.share not in (1, 2, 4):
+            raise ValueError("batch_blocks must be 16, 24 or 32, and share 1, 2 or 4")
+
+    def threads(self) -> int:
+        return 128 * (self.warpgroups + self.finishers)
+
+    def stages(self, nbits: int, group_size: int, has_zero: bool) -> int:
+        """STAGES: of 64 columns, in flight per block; as many as there is room for, at most 8."""
+        return min(8, (HOPPERS_SHARED - self._beside_stages(nbits, group_size, has_zero)) // (self._stage() + 16))
+
+    def shared_bytes(self, batch: int, chunks: int, nbits: int, group_size: int, has_zero: bool) -> int:
+        form = nbits, group_size, has_zero
+        return max(2, self.stages(*form)) * (self._stage() + 16) + self._beside_stages(*form)
+
+    def _stage(self) -> int:
+        return 128 * (64 * self.warpgroups + 8 * self.batch_blocks)
+
+    def _beside_stages(self, nbits: int, group_size: int, has_zero: bool) -> int:
+        strips = 4 * self.warpgroups
+        packed = -(-(strips * chunk_bytes(nbits, group_size, has_zero) + 256) // 128) * 128
+        return 512 * strips + (3 if self.batch_blocks == 32 else 4) * (packed + 16)
+
+
+AnyPlan = Plan | WidePlan | LongPlan
+
+
+def plan(M: int, N: int, K: int, tiles: Tiles, device: int) -> AnyPlan | None:
+    """For x `[M, K]` and W `[N, K]`, from the tuned table, else by rule; None where writing W and cuBLAS is the way."""
     properties = torch.cuda.get_device_properties(device)
     if M > NARROW and properties.major != 9:
-        return None  # wide_linear.cu needs wgmma, which Hopper alone has
+        return None  # wide_linear.cu and long_linear.cu need wgmma, which Hopper alone has
     form = (tiles.nbits, tiles.group_size, tiles.has_zero)
-    return _plan(min(M, BUCKETS[-1]), N, K, form, properties.name, properties.shared_memory_per_block_optin)
+    limit, plain = properties.shared_memory_per_block_optin, properties.major < 9
+    return _plan(min(M, BUCKETS[-1]), N, K, form, properties.name, limit, plain)
 
 
 def table_key(M: int, N: int, K: int, nbits: int) -> str:
@@ -96,28 +139,44 @@ def table_key(M: int, N: int, K: int, nbits: int) -> str:
 
 
 @cache
-def _table(gpu: str) -> dict[str, list[int]]:
+def _table(gpu: str) -> dict[str, list[int] | dict[str, list[int]]]:
     path = Path(__file__).with_name("plans") / f"{gpu.replace(' ', '-').lower()}.json"
     return json.loads(path.read_text()) if path.is_file() else {}
 
 
+def _entry(numbers: list[int] | dict[str, list[int]]) -> AnyPlan:
+    """A tuned plan; long_linear's carries its name, the others are told by how many numbers say them."""
+    if isinstance(numbers, dict):
+        return LongPlan(*numbers[LongPlan.kernel])
+    return WidePlan(*numbers) if len(numbers) == 5 else Plan(*numbers[:6], bool(numbers[6]))
+
+
 @cache
-def _plan(M: int, N: int, K: int, form: tuple[int, int, bool], gpu: str, limit: int) -> Plan | WidePlan | None:
+def _plan(
+    M: int, N: int, K: int, form: tuple[int, int, bool], gpu: str, limit: int, plain: bool = False
+) -> AnyPlan | None:
     table = _table(gpu)  # where a width has no entry of its own, 4 bits' is nearer than a rule
     tuned = table.get(table_key(M, N, K, form[0]), table.get(table_key(M, N, K, 4)))
-    found = [] if tuned is None else [WidePlan(*tuned) if len(tuned) == 5 else Plan(*tuned[:6], bool(tuned[6]))]
-    found += _by_rule(M, N, K) if M <= NARROW else _wide_by_rule(M, N, K)
+    if tuned == []:
+        return None
+    found = [] if tuned is None else [_entry(tuned)]
+    found += _by_rule(M, N, K, plain) if M <= NARROW else _wide_by_rule(M, N, K) if M <= WIDE else _long_by_rule(M, N)
     return next((plan for plan in found if plan.shared_bytes(M, -(-K // COLUMNS), *form) <= limit), None)
 
 
-def _by_rule(M: int, N: int, K: int) -> list[Plan]:
-    """Enough blocks for every multiprocessor; splits of K only where the rows are too few."""
+def _by_rule(M: int, N: int, K: int, plain: bool) -> list[Plan]:
+    """Enough blocks for every multiprocessor; splits of K only where the rows are too few.
+
+    `plain`: for a GPU before Hopper, without clusters and bulk copies.
+    """
     chunks, strips = -(-K // COLUMNS), -(-N // ROWS)
     blocks = 1 if M <= 8 else 2
     if M == 1:
         shapes = [(1, 4, 4)] if strips >= 512 else [(1, 2, 8)] if strips >= 192 else [(1, 1, 16)]
     else:
         shapes = [(1, 4, 4), (1, 4, 2)] if strips >= 192 else [(1, 1, 8)]
+    if plain:
+        return [Plan(blocks, *shape, 1, 2) for shape in shapes]
     return [
         Plan(blocks, *shape, splits, stages, ring)
         for shape in shapes
@@ -144,3 +203,16 @@ def _wide_by_rule(M: int, N: int, K: int) -> list[WidePlan]:
         for plan in sorted((plan for plan in shapes if plan.splits <= chunks), key=cost)
         for turns, stages in (((2, 6),) if plan.warpgroups == 1 and blocks < 16 else ((1, 4), (1, 2)))
     ]
+
+
+def _long_by_rule(M: int, N: int) -> list[LongPlan]:
+    """What leaves the fewest multiprocessors idle in the last wave of blocks, large tiles before small ones."""
+
+    def cost(plan: LongPlan) -> float:
+        rows = -(-N // (64 * plan.warpgroups * plan.share)) * plan.share
+        tiles = rows * -(-M // (8 * plan.batch_blocks))
+        area = plan.warpgroups * plan.batch_blocks
+        return -(-tiles // MULTIPROCESSORS) * (area + 6)  # 6: what a tile costs beside its products
+
+    shapes = [LongPlan(2, 32, 2), LongPlan(3, 16, 2, 2), LongPlan(2, 16, 2, 2), LongPlan(1, 16, 2, 2)]
+    return sorted(shapes, key=cost)

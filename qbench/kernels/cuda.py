@@ -1,24 +1,28 @@
-"""Launching the CUDA C++ kernels: dual_linear.cu, wide_linear.cu, dequantize.cu, and with which arguments.
+"""Launching the CUDA C++ kernels: dual_, wide_ and long_linear.cu, dequantize.cu, and with which arguments.
 
-They need compute capability 9.0 (bulk copies, clusters). `refusal` says why a device or a machine cannot run them;
-ops.py then takes the Triton kernels instead.
+KERNELS says which run on which compute capability, `refusal` why one of them cannot run on a device or a machine;
+ops.py then takes another.
 """
 
 from __future__ import annotations
 
 import ctypes
 import logging
+from collections.abc import Sequence
 from functools import cache
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from qbench.kernels import nvrtc
-from qbench.kernels.blocks import Plan, WidePlan, x_record_bytes
+from qbench.kernels.blocks import LongPlan, Plan, WidePlan, x_record_bytes
 from qbench.kernels.tiles import COLUMNS, Tiles
 
 log = logging.getLogger(__name__)
+Defines = tuple[tuple[str, int], ...]
 
+LONG_COLUMNS = 64  # of x in one stage of long_linear.cu
 EARLY_START = True  # let a kernel fetch its first weights while the kernel in front of it ends
 
 
@@ -30,9 +34,10 @@ class _Problem(ctypes.Structure):  # of dual_linear.cu
     _fields_ = [
         *_fields(ctypes.c_void_p, "tiles", "x", "t", "permutation", "codebook", "bias", "experts", "y"),
         ("x_stride", ctypes.c_uint64),
+        *_fields(ctypes.c_int64, "next_tiles", "next_t", "next_permutation", "next_y"),
         *_fields(ctypes.c_float, "t_down", "t_up"),
         *_fields(ctypes.c_int, "M", "N", "K", "strips", "chunks", "per", "log_splits_in_block"),
-        *_fields(ctypes.c_int, "stages", "pairs_per_row"),
+        *_fields(ctypes.c_int, "stages", "pairs", "pairs_per_row", "last_expert"),
     ]
 
 
@@ -44,27 +49,52 @@ class _WideProblem(ctypes.Structure):  # of wide_linear.cu
     ]
 
 
+class _LongProblem(ctypes.Structure):  # of long_linear.cu
+    _fields_ = [
+        *_fields(ctypes.c_void_p, "tiles", "t", "codebook", "bias", "y"),
+        *_fields(ctypes.c_int, "M", "N", "strips", "chunks", "row_blocks", "x_blocks", "clusters"),
+    ]
+
+
 @cache
-def refusal(device: int) -> str | None:
-    """Why the CUDA C++ kernels cannot run on CUDA device `device`; None if they can. Said once in the log."""
-    major, minor = torch.cuda.get_device_capability(device)
-    reason = None
-    if major < 9:
-        reason = f"compute capability {major}.{minor} is below 9.0"
-    else:
-        try:
-            for entry, defines in _EACH_KERNEL:
-                nvrtc.load(entry, device, defines)
-        except nvrtc.KernelError as error:
-            reason = str(error)
-    if reason:
-        log.warning("the CUDA C++ kernels cannot run here, Triton's take over: %s", reason)
-    return reason
+def refusal(device: int, kernel: str = "dual_linear") -> str | None:
+    """Why `kernel` (a key of KERNELS) cannot run on CUDA device `device`; None if it can."""
+    capability = torch.cuda.get_device_capability(device)
+    lowest, highest, launches = KERNELS[kernel]
+    if not lowest <= capability[0] <= highest:
+        return f"{kernel} does not run on compute capability {capability[0]}.{capability[1]}"
+    try:
+        for entry, defines in launches:
+            nvrtc.load(entry, device, _for(device, defines))
+    except nvrtc.KernelError as error:
+        log.warning("another kernel takes the place of %s: %s", kernel, error)  # once: the answer is kept
+        return str(error)
+    return None
 
 
-def linear(x: Tensor, tiles: Tiles, bias: Tensor | None, chosen: Plan | WidePlan) -> Tensor:
+@cache
+def _plain(device: int | None) -> bool:
+    """Whether the device has neither clusters nor bulk copies nor the early start: those came with 9.0."""
+    return device is not None and torch.cuda.get_device_capability(device)[0] < 9
+
+
+def _early(device: torch.device) -> bool:
+    return EARLY_START and not _plain(device.index)
+
+
+def _for(device: int | None, defines: Defines) -> Defines:
+    """The switches on this device: before Hopper dual_linear.cu is compiled without what came with it."""
+    if not _plain(device):
+        return defines
+    return tuple(sorted((dict(defines) | {"PLAIN": 1, "RING": 0}).items()))
+
+
+def linear(x: Tensor, tiles: Tiles, bias: Tensor | None, chosen: Plan | WidePlan | LongPlan) -> Tensor:
     """y `[M, N]` for x `[M, K]`, fp16 or bf16, in one pass over the weight per 8 * batch_blocks rows of x."""
     y = x.new_empty(len(x), tiles.shape[-2])
+    if isinstance(chosen, LongPlan):
+        _launch_long(x, tiles, bias, y, chosen)
+        return y
     if isinstance(chosen, WidePlan):
         _launch_wide(x, tiles, bias, y, chosen)
     else:
@@ -72,11 +102,15 @@ def linear(x: Tensor, tiles: Tiles, bias: Tensor | None, chosen: Plan | WidePlan
     return y
 
 
-def experts(x: Tensor, index: Tensor, tiles: Tiles, chosen: Plan) -> Tensor:
-    """y `[tokens * k, N]`: row p is x[p // k] times the matrix index[p // k, p % k] of the stack, in one launch."""
-    y = x.new_empty(index.numel(), tiles.shape[-2])
-    _launch(x, tiles, None, y, chosen, 1, index.int().contiguous(), index.numel() // len(x))
-    return y
+def experts(x: Tensor, index: Tensor, stacks: Sequence[Tiles], chosen: Plan) -> list[Tensor]:
+    """For each of one or two stacks of one form, y `[tokens * k, N]`, in one launch.
+
+    Row p is x[p // k] times the matrix index[p // k, p % k] of the stack; if there is none, the row holds anything.
+    """
+    ys = [x.new_empty(index.numel(), tiles.shape[-2]) for tiles in stacks]
+    index, second = index.long().contiguous(), (stacks[1], ys[1]) if len(stacks) > 1 else None
+    _launch(x, stacks[0], None, ys[0], chosen, 1, index, index.numel() // len(x), second)
+    return ys
 
 
 def _launch(
@@ -88,6 +122,7 @@ def _launch(
     blocks_m: int,
     index: Tensor | None = None,
     pairs_per_row: int = 1,
+    second: tuple[Tiles, Tensor] | None = None,
 ) -> None:
     N, K = tiles.shape[-2:]
     M = len(x) if index is None else 1
@@ -95,31 +130,38 @@ def _launch(
     device, stream = x.device.index, _stream(x.device)
     depth = {"RING": 1} if chosen.ring else {"DEPTH": chosen.stages}
     shape = {"MB": 1 if M == 1 else chosen.batch_blocks, "RT": chosen.strips_per_warp, "ONE": int(M == 1)}
-    defines = _linear_defines(tiles, x.dtype, **shape, **depth)
+    kind = {} if index is None else {"EXPERTS": 1}
+    defines = _for(device, _linear_defines(tiles, x.dtype, **shape, **depth, **kind))
     down = _down(x.dtype, tiles)
     source = x
     if M > 1:  # x * t once for all blocks; a single row each block scales while its weights are on their way
         record = x_record_bytes(chosen.batch_blocks, tiles.group_size)
         source = torch.empty(blocks_m * chunks * record, dtype=torch.uint8, device=x.device)
         _launch_input("scale_input", x, tiles, source, defines)
+    next_tiles, next_y = (tiles, y) if second is None else second
+    pairs, launched = (1, 1) if index is None else (index.numel(), index.numel() * (1 if second is None else 2))
     problem = _Problem(
         *map(_address, (tiles.data, source, tiles.input_scale, tiles.permutation, tiles.codebook, bias, index, y)),
         x.stride(0),
+        _apart(tiles.data, next_tiles.data),
+        _apart(tiles.input_scale, next_tiles.input_scale),
+        _apart(tiles.permutation, next_tiles.permutation),
+        _apart(y, next_y),
         down,
         1 / down,
         *(M, N, K, strips, chunks, -(-chunks // chosen.splits), chosen.splits_in_block.bit_length() - 1),
-        *(chosen.stages, pairs_per_row),
+        *(chosen.stages, pairs, pairs_per_row, 0 if index is None else tiles.data.shape[0] - 1),
     )
     blocks_n = -(-strips // (chosen.strips_per_warp * chosen.strips))
     nvrtc.launch(
         nvrtc.load("dual_linear", device, defines),
-        (blocks_n * chosen.splits, blocks_m, 1 if index is None else index.numel()),
+        (blocks_n * chosen.splits, blocks_m, launched),
         32 * chosen.strips * chosen.splits_in_block,
         chosen.shared_bytes(M, chunks, tiles.nbits, tiles.group_size, tiles.has_zero),
         stream,
         [problem],
         chosen.splits,
-        early=EARLY_START,
+        early=_early(x.device),
     )
 
 
@@ -144,18 +186,61 @@ def _launch_wide(x: Tensor, tiles: Tiles, bias: Tensor | None, y: Tensor, chosen
         _stream(x.device),
         [problem],
         chosen.splits,
-        early=EARLY_START,
+        early=_early(x.device),
     )
 
 
-def _launch_input(entry: str, x: Tensor, tiles: Tiles, to: Tensor, defines: tuple) -> None:
+def _launch_long(x: Tensor, tiles: Tiles, bias: Tensor | None, y: Tensor, chosen: LongPlan) -> None:
+    (M, N), device, share = y.shape, x.device, chosen.share
+    strips, chunks = tiles.data.shape[-3:-1]
+    if tiles.permutation is not None:
+        x = x.index_select(-1, tiles.permutation)
+    if x.stride(0) % 8 or x.data_ptr() % 16:  # of what box copies read, every row starts at a multiple of 16 bytes
+        x = F.pad(x, (0, 8 - x.shape[1] % 8))[:, : x.shape[1]]
+    defines = long_defines(tiles, x.dtype, chosen)
+    shared_bytes = chosen.shared_bytes(M, chunks, tiles.nbits, tiles.group_size, tiles.has_zero)
+    row_blocks, x_blocks = -(-strips // (4 * chosen.warpgroups * share)), -(-M // (8 * chosen.batch_blocks))
+    function = nvrtc.load("long_linear", device.index, defines)
+    at_work = nvrtc.clusters_at_work(function, chosen.threads(), shared_bytes, share)
+    clusters = min(row_blocks * x_blocks, at_work)
+    problem = _LongProblem(
+        *map(_address, (tiles.data, tiles.input_scale, tiles.codebook, bias, y)),
+        *(M, N, strips, chunks, row_blocks, x_blocks, clusters),
+    )
+    nvrtc.launch(
+        function,
+        (clusters * share, 1, 1),
+        chosen.threads(),
+        shared_bytes,
+        _stream(device),
+        [nvrtc.tensor_map(x, 8 * chosen.batch_blocks // share, LONG_COLUMNS), problem],
+        share,
+        early=_early(device),
+    )
+
+
+def long_defines(tiles: Tiles, dtype: torch.dtype, chosen: LongPlan) -> Defines:
+    shape = {"GROUPS": chosen.warpgroups, "NB": chosen.batch_blocks, "FINISH": chosen.finishers}
+    shape["STAGES"] = chosen.stages(tiles.nbits, tiles.group_size, tiles.has_zero)
+    return _linear_defines(tiles, dtype, INPUT_SCALE=int(tiles.input_scale is not None), **shape)
+
+
+def _launch_input(entry: str, x: Tensor, tiles: Tiles, to: Tensor, defines: Defines) -> None:
     """x * t for all blocks at once, a thread per 8 columns."""
     chunks = tiles.data.shape[-2]
     arguments = [ctypes.c_void_p(_address(part)) for part in (x, tiles.input_scale, tiles.permutation, to)]
     arguments += [ctypes.c_uint64(x.stride(0)), ctypes.c_int(x.shape[1]), ctypes.c_int(chunks)]
     arguments.append(ctypes.c_float(_down(x.dtype, tiles)))
     function = nvrtc.load(entry, x.device.index, defines)
-    nvrtc.launch(function, (-(-chunks // 8), len(x), 1), 128, 0, _stream(x.device), arguments, early=EARLY_START)
+    nvrtc.launch(
+        function,
+        (-(-chunks // 8), len(x), 1),
+        128,
+        0,
+        _stream(x.device),
+        arguments,
+        early=_early(x.device),
+    )
 
 
 def _stream(device: torch.device) -> int:
@@ -171,36 +256,44 @@ def _address(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
 
+def _apart(first: Tensor | None, second: Tensor | None) -> int:
+    """Bytes from one to the other."""
+    return 0 if first is None or second is None else second.data_ptr() - first.data_ptr()
+
+
 def dequantize(tiles: Tiles, dtype: torch.dtype) -> Tensor:
-    """W `[N, K]` in fp16, bf16 or fp32, in stored column order, t included: read once, written once."""
-    N, K = tiles.shape
+    """W `[..., N, K]` in fp16, bf16 or fp32, in stored column order, t included: read once, written once."""
+    N, K = tiles.shape[-2:]
     strips, chunks = tiles.data.shape[-3:-1]
-    w = torch.empty(N, K, dtype=dtype, device=tiles.data.device)
+    w = torch.empty(tiles.shape, dtype=dtype, device=tiles.data.device)
     out = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}[dtype]
     defines = _defines(tiles.nbits, tiles.group_size, tiles.has_zero, tiles.codebook is not None, OUT=out)
     function = nvrtc.load("dequantize", w.device.index, defines)
     arguments = [ctypes.c_void_p(_address(part)) for part in (tiles.data, tiles.input_scale, tiles.codebook, w)]
     arguments += [ctypes.c_int(value) for value in (N, K, strips, chunks)]
-    stream = _stream(w.device)
-    nvrtc.launch(function, (-(-strips * chunks // 8), 1, 1), 256, 0, stream, arguments)
+    warps = min(8, chunks)
+    grid = (tiles.data.shape[:-2].numel(), -(-chunks // warps), 1)
+    nvrtc.launch(function, grid, 32 * warps, 0, _stream(w.device), arguments)
     return w
 
 
-def _defines(nbits: int, group_size: int, has_zero: bool, codebook: bool, **others: int) -> tuple[tuple[str, int], ...]:
+def _defines(nbits: int, group_size: int, has_zero: bool, codebook: bool, **others: int) -> Defines:
     found = {"BITS": nbits, "GROUP": min(group_size, COLUMNS), "ZERO": int(has_zero), "CODEBOOK": int(codebook)}
     return tuple(sorted((found | others).items()))
 
 
-_BATCH = _defines(4, 64, True, False, BF16=1, MB=1, RT=1, ONE=0, RING=1)
-_WIDE = _defines(4, 64, True, False, BF16=1, NB=2, GROUPS=1, WK=1)
-_EACH_KERNEL = (  # each of nvrtc.SOURCES as it is launched for the default format, for `refusal`
-    ("dequantize", _defines(4, 64, True, False, OUT=0)),
-    ("dual_linear", _defines(4, 64, True, False, BF16=1, MB=1, RT=1, ONE=1, DEPTH=2)),
-    *(("scale_input", _BATCH), ("dual_linear", _BATCH)),
-    *(("tile_input", _WIDE), ("wide_linear", _WIDE)),
-)
-
-
-def _linear_defines(tiles: Tiles, dtype: torch.dtype, **others: int) -> tuple[tuple[str, int], ...]:
+def _linear_defines(tiles: Tiles, dtype: torch.dtype, **others: int) -> Defines:
     form = (tiles.nbits, tiles.group_size, tiles.has_zero, tiles.codebook is not None)
     return _defines(*form, BF16=int(dtype == torch.bfloat16), **others)
+
+
+_ROW = _defines(4, 64, True, False, BF16=1, MB=1, RT=1, ONE=1, DEPTH=2)
+_BATCH = _defines(4, 64, True, False, BF16=1, MB=1, RT=1, ONE=0, RING=1)
+_WIDE = _defines(4, 64, True, False, BF16=1, NB=2, GROUPS=1, WK=1)
+_LONG = _defines(4, 64, True, False, BF16=1, INPUT_SCALE=1, GROUPS=1, NB=16, STAGES=4, FINISH=1)
+KERNELS = {  # the compute capabilities, lowest and highest, and each of its kernels as launched for the default format
+    "dequantize": (8, 99, [("dequantize", _defines(4, 64, True, False, OUT=0))]),
+    "dual_linear": (8, 99, [("dual_linear", _ROW), ("scale_input", _BATCH), ("dual_linear", _BATCH)]),
+    "wide_linear": (9, 9, [("tile_input", _WIDE), ("wide_linear", _WIDE)]),  # wgmma is Hopper's alone
+    "long_linear": (9, 9, [("long_linear", _LONG)]),
+}

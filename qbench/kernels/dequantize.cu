@@ -1,16 +1,15 @@
-// W[N, K] from its codes, in 16 or 32 bits, one warp a chunk. Switches: those of codes.cuh and OUT (0 fp16, 1 bf16,
-// 2 fp32).
+// W[N, K], or a stack of them, from its codes, in 16 or 32 bits, one warp a chunk; a block takes chunks of one strip side
+// by side, so that its rows are written in long runs. Switches: those of codes.cuh and OUT (0 fp16, 1 bf16, 2 fp32).
 #include "codes.cuh"
-
-template <int I> struct Index { static constexpr int value = I; };
 
 extern "C" __global__ void __launch_bounds__(256)
 dequantize(const u8* tiles, const u16* t, const float* codebook, void* w, int N, int K, int strips, int chunks) {
   const int lane = threadIdx.x % 32, g = lane / 4, tig = lane % 4;
-  const u64 tile = u64(blockIdx.x) * (blockDim.x / 32) + threadIdx.x / 32;
-  if (tile >= u64(strips) * chunks) return;
-  const int strip = int(tile / chunks), chunk = int(tile % chunks);
-  const u8* from = tiles + tile * CHUNK;
+  const int matrix = blockIdx.x / strips, strip = blockIdx.x - matrix * strips;
+  const int chunk = blockIdx.y * (blockDim.x / 32) + threadIdx.x / 32;
+  if (chunk >= chunks) return;
+  const u8* from = tiles + (u64(blockIdx.x) * chunks + chunk) * CHUNK;
+  if (t) t += u64(matrix) * chunks * 128;
   const Codes codes = load_codes<true>(from + lane_codes(lane), from + lane_aux(lane));
   const Table table = {};
 #if CODEBOOK
@@ -44,7 +43,7 @@ dequantize(const u8* tiles, const u16* t, const float* codebook, void* w, int N,
         v[j] = (from_half(u16(pairs[j / 2] >> (16 * (j % 2)))) - offsets[j / 2] - zero[r]) * scale[r] * factors[j];
 #endif
       if (row >= N) continue;
-      const u64 at = u64(row) * K + k;
+      const u64 at = (u64(matrix) * N + row) * K + k;
 #if OUT == 2
       float* to = static_cast<float*>(w) + at;
 #pragma unroll

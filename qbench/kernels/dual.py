@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from qbench.format.weight import QuantizedWeight
-from qbench.kernels import ops
+from qbench.kernels import grouped, ops
+from qbench.kernels.routes import Routes
 from qbench.kernels.tiles import Tiles, from_tiles, to_tiles, unsupported
 
 AUX_PARTS = ("", "_step", "_offset")
@@ -53,8 +54,13 @@ class DualScaleKernel:
     def linear(self, x: Tensor, layout: Tiles, bias: Tensor | None = None) -> Tensor:
         return ops.linear(x, layout, bias)
 
-    def experts(self, x: Tensor, index: Tensor, layout: Tiles) -> Tensor:
-        return ops.linear_experts(x, index, layout)
+    def experts(self, x: Tensor, index: Tensor, layouts: Sequence[Tiles]) -> list[Tensor]:
+        if len(layouts) == 2:
+            return ops.linear_both_experts(x, index, *layouts)
+        return [ops.linear_experts(x, index, layout) for layout in layouts]
+
+    def grouped(self, x: Tensor, layout: Tiles, routes: Routes, gather: bool) -> Tensor:
+        return grouped.dual_linear(x, layout, routes, gather)
 
     def backend(self, device: torch.device, dtype: torch.dtype) -> str:
         return ops.backend(device, dtype)

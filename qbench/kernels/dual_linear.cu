@@ -1,7 +1,8 @@
 // y = x W^T + b for batches of 1 to 16: weights of 2, 3, 4 or 8 bits in the layout of tiles.py; compiled at run time.
 //
 // Compile-time switches: those of codes.cuh and MB (8-row blocks of the batch), ONE 0|1 (row in the batch), RT (16-row
-// strips of the weight per warp), RING 0|1, DEPTH (chunks under way per warp without RING).
+// strips of the weight per warp), RING 0|1, DEPTH (chunks under way per warp without RING), PLAIN
+// 0|1 (for GPUs before Hopper: no RING, one split of K between blocks), EXPERTS 0|1 (every row has a matrix of its own).
 //
 // How it reaches memory bandwidth. The weights are the A operand of mma.m16n8k16, the batch its narrow side of 8, so
 // batch 1 to 8 cost the same and nothing is padded to 64. Two weights cost one lop3 and at most one shift: their bits
@@ -17,6 +18,10 @@
 
 #include "records.cuh"
 
+#ifndef EXPERTS
+#define EXPERTS 0
+#endif
+
 #ifndef RT
 #define RT 1
 #endif
@@ -26,6 +31,9 @@
 #ifndef DEPTH
 #define DEPTH 1
 #endif
+#ifndef TOGETHER
+#define TOGETHER 1
+#endif
 
 struct Problem {
   const u8* tiles;        // [experts][strips][chunks][CHUNK]
@@ -34,13 +42,20 @@ struct Problem {
   const int* permutation; // [experts][K] stored column -> column of x, or null
   const float* codebook;  // [16] or null
   const u16* bias;        // [N] or null
-  const int* experts;     // [pairs]: row p of x goes to expert experts[p] (M is 1 then), or null
+  const long long* experts;  // [pairs]: row p of x goes to expert experts[p] (M is 1 then), or null
   u16* y;                 // [M, N]
   u64 x_stride;
+  long long next_tiles, next_t, next_permutation, next_y;  // bytes to those of a second stack that reads the same x
   float t_down, t_up;     // a power of two that keeps x * t finite in fp16, and its inverse
   int M, N, K, strips, chunks;
   int per, log_splits_in_block;  // chunks of K per block; log2 of its warps along K
-  int stages, pairs_per_row;
+  int stages, pairs, pairs_per_row;  // blockIdx.z is a pair of the first stack, then of the second
+  int last_expert;                // an expert after it lives elsewhere: its result is not used
+};
+
+struct Problems {  // several weights of one K that multiply the same row of x
+  Problem each[TOGETHER];
+  int first[TOGETHER];    // clusters of those before
 };
 
 template <int S>
@@ -101,7 +116,21 @@ __device__ __forceinline__ void subgroup(const Codes (&codes)[RT], const Table& 
     }
 }
 
+template <class T> __device__ __forceinline__ T* moved(T* p, long long bytes) {
+  return reinterpret_cast<T*>(reinterpret_cast<u64>(p) + bytes);
+}
+
+#if TOGETHER > 1
+extern "C" __global__ void __launch_bounds__(512) dual_linear(const __grid_constant__ Problems all) {
+  int which = 0;
+#pragma unroll
+  for (int i = 1; i < TOGETHER; i++) which += int(cluster_index()) >= all.first[i];
+  const Problem& p = all.each[which];
+  const int before = all.first[which];
+#else
 extern "C" __global__ void __launch_bounds__(512) dual_linear(const __grid_constant__ Problem p) {
+  constexpr int before = 0;
+#endif
   SHARED_MEMORY(smem);
   allow_next_kernel();
   const u32 splits = cluster_size(), rank = cluster_rank();
@@ -111,10 +140,13 @@ extern "C" __global__ void __launch_bounds__(512) dual_linear(const __grid_const
   const int WK = 1 << p.log_splits_in_block, WR = warps >> p.log_splits_in_block;
   const int wr = warp >> p.log_splits_in_block, wk = warp & (WK - 1);
   const int rows = 16 * RT * WR;                                        // of the weight, in this block
-  const int row0 = int(cluster_index()) * rows;
+  const int row0 = (int(cluster_index()) - before) * rows;
   const int lo = min(int(rank) * p.per, p.chunks), hi = min(lo + p.per, p.chunks);
   const int m0 = blockIdx.y * 8 * MB, batch = min(p.M - m0, 8 * MB);
-  const int expert = p.experts ? p.experts[blockIdx.z] : 0;
+  if (EXPERTS) await_previous_kernel();  // it may be what chose the experts
+  const int second = EXPERTS && blockIdx.z >= p.pairs ? 1 : 0, pair = blockIdx.z - second * p.pairs;
+  const int expert = EXPERTS ? min(int(p.experts[pair]), p.last_expert) : 0;
+  const u8* tiles = p.tiles + second * p.next_tiles;
   const u64 expert_bytes = u64(p.strips) * p.chunks * CHUNK;
 
   // Shared memory: the warps' rings and their barriers (RING), then x * t and its sums: ONE row of each, else records
@@ -128,7 +160,7 @@ extern "C" __global__ void __launch_bounds__(512) dual_linear(const __grid_const
 #pragma unroll
   for (int r = 0; r < RT; r++) {
     int strip = min(row0 / 16 + wr * RT + r, p.strips - 1);
-    source[r] = p.tiles + expert * expert_bytes + (u64(strip) * p.chunks + lo + wk) * CHUNK;
+    source[r] = tiles + expert * expert_bytes + (u64(strip) * p.chunks + lo + wk) * CHUNK;
   }
   const int mine = max(0, (hi - lo - wk + WK - 1) >> p.log_splits_in_block);  // chunks lo + wk, lo + wk + WK, ...
 
@@ -165,13 +197,14 @@ extern "C" __global__ void __launch_bounds__(512) dual_linear(const __grid_const
 #endif
   const int chunks = hi - lo;
 #if ONE
-  const u16* t = p.t ? p.t + u64(expert) * p.chunks * 128 + lo * 128 : nullptr;
+  const u16* t = p.t ? moved(p.t, second * p.next_t) + u64(expert) * p.chunks * 128 + lo * 128 : nullptr;
   uint4* row = reinterpret_cast<uint4*>(xs);                            // 8 columns each
   if (t)  // to where x * t will be: every thread reads back only what it copied itself
     for (int v = threadIdx.x; v < 16 * chunks; v += blockDim.x) copy16(shared(row + v), t + v * 8);
   await_previous_kernel();
-  const int* permutation = p.permutation ? p.permutation + u64(expert) * p.K : nullptr;
-  const u16* x = static_cast<const u16*>(p.x) + (p.experts ? blockIdx.z / p.pairs_per_row : m0) * p.x_stride;
+  const int* permutation =
+      p.permutation ? moved(p.permutation, second * p.next_permutation) + u64(expert) * p.K : nullptr;
+  const u16* x = static_cast<const u16*>(p.x) + (EXPERTS ? pair / p.pairs_per_row : m0) * p.x_stride;
   const bool wide = aligned_rows(x, p.x_stride, permutation, p.K);
   await_copies();
   for (int base = warp * 32; base < 16 * chunks; base += blockDim.x) {
@@ -186,6 +219,11 @@ extern "C" __global__ void __launch_bounds__(512) dual_linear(const __grid_const
     sum = over_lanes(sum, 0xffffffffu);
     if (v < 16 * chunks && v % (SUB / 8) == 0) reinterpret_cast<Sums*>(sums)[v / (SUB / 8) * 8] = sum;
   }
+  __syncthreads();
+#elif PLAIN
+  const u8* records = static_cast<const u8*>(p.x) + u64(blockIdx.y) * p.chunks * RECORD;
+  for (int v = threadIdx.x; v < p.chunks * (RECORD / 16); v += blockDim.x) copy16(shared(xs) + 16 * v, records + 16 * v);
+  await_copies();
   __syncthreads();
 #else  // chunk by chunk, so that the first products do not wait for all of x
   for (int i = threadIdx.x; i < chunks; i += blockDim.x) barrier_init(x_bar + 8 * i);
@@ -214,7 +252,7 @@ extern "C" __global__ void __launch_bounds__(512) dual_linear(const __grid_const
   const u8* sum_lane = sums + wk * SUMS_STEP + 2 * tig * 8;
   u32 arrival = x_bar + 8 * wk;
   auto multiply = [&](const Codes (&codes)[RT]) {
-    if (!ONE) barrier_wait(arrival, 0);
+    if (!ONE && !PLAIN) barrier_wait(arrival, 0);
     const u8* x_row = x_lane;
     const float* sub_sums = reinterpret_cast<const float*>(sum_lane);
     arrival += 8 * WK, x_lane += WK * X_STEP, sum_lane += WK * SUMS_STEP;
@@ -264,6 +302,6 @@ extern "C" __global__ void __launch_bounds__(512) dual_linear(const __grid_const
       float* to = partial + (wk * 8 * MB + m) * stride + row;
       to[0] = acc[r][n][0], to[stride] = acc[r][n][1], to[8] = acc[r][n][2], to[stride + 8] = acc[r][n][3];
     }
-  store_sums({p.y + u64(p.experts ? blockIdx.z : m0) * p.N, p.bias, p.t_up, p.N}, partial, rows, stride, row0, WK, 8 * MB,
-             batch, splits, rank);
+  u16* y = moved(p.y, second * p.next_y) + u64(EXPERTS ? pair : m0) * p.N;
+  store_sums({y, p.bias, p.t_up, p.N}, partial, rows, stride, row0, WK, 8 * MB, batch, splits, rank);
 }

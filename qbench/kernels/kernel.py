@@ -17,6 +17,7 @@ from torch import Tensor
 from qbench.format.format import Format
 from qbench.format.weight import QuantizedWeight
 from qbench.kernels.dual import DualScaleKernel
+from qbench.kernels.routes import Routes
 
 
 class Layout(Protocol):
@@ -65,8 +66,18 @@ class Kernel(Protocol):
         """x `[..., in]` times the weight `[out, in]`, plus bias `[out]`; in x's dtype. Under torch.compile too."""
         ...
 
-    def experts(self, x: Tensor, index: Tensor, layout: Layout) -> Tensor:
-        """x `[tokens, in]` times matrices index `[tokens, k]` of a stack: `[tokens, k, out]`."""
+    def experts(self, x: Tensor, index: Tensor, layouts: Sequence[Layout]) -> list[Tensor]:
+        """x `[tokens, in]` times matrices index `[tokens, k]` of each of one or two stacks: `[tokens, k, out]` each.
+
+        Where an index is none of the stack's, since that expert lives elsewhere, the result may be anything.
+        """
+        ...
+
+    def grouped(self, x: Tensor, layout: Layout, routes: Routes, gather: bool) -> Tensor:
+        """Pairs sorted by expert times their matrices: `[pairs, out]`. With `gather` x is `[tokens, in]`, else sorted.
+
+        Asks the GPU nothing, so that it may run in a CUDA graph; `grouped.multiply` does it for any dense stack.
+        """
         ...
 
     def backend(self, device: torch.device, dtype: torch.dtype) -> str:

@@ -4,10 +4,10 @@
                                                                    with a rotation R, x R in place of x
     dual_linear_experts(x [tokens, in], index [tokens, k], tiles of a stack) -> [tokens, k, out]
 
-Accumulation is in fp32 and deterministic. On CUDA, fp16 and bf16: up to FUSED_BATCH rows of x a fused kernel, above
-it one kernel that writes W in x's dtype and cuBLAS; fp32 always dequantizes. On the CPU: unpack, then fp32 matmul. The
-ops have fake implementations, so they work under torch.compile(fullgraph=True); in a CUDA graph they need one eager
-call of the same shape before the capture, which compiles the kernels.
+Accumulation is in fp32 and deterministic. On CUDA, fp16 and bf16: the fused kernel that blocks.py chooses by the rows
+of x, or, where that is faster, one kernel that writes W in x's dtype and cuBLAS; fp32 always dequantizes. On the CPU:
+unpack, then fp32 matmul. The ops have fake implementations, so they work under torch.compile(fullgraph=True); in a CUDA
+graph they need one eager call of the same shape before the capture, which compiles the kernels.
 """
 
 from __future__ import annotations
@@ -24,9 +24,8 @@ from qbench.kernels import blocks, cuda
 from qbench.kernels import tiles as layout
 from qbench.kernels.tiles import Tiles
 
-FUSED_BATCH = 512  # above it, dequantizing once and cuBLAS is as fast on an H200 (docs/performance.md)
-TRITON_BATCH = 64  # the same for the Triton kernels
-EXPERT_PAIRS = 64  # (token, expert) pairs that one grouped launch serves; more go expert by expert
+TRITON_BATCH = 64  # rows of x up to which the Triton kernel is faster than dequantizing
+EXPERT_PAIRS = 24  # (token, expert) pairs up to which each is multiplied for itself; more are sorted (grouped.py)
 HALF = (torch.float16, torch.bfloat16)
 
 
@@ -40,6 +39,11 @@ def linear_experts(x: Tensor, index: Tensor, tiles: Tiles) -> Tensor:
     return dual_linear_experts(x, index, *tiles.flat())
 
 
+def linear_both_experts(x: Tensor, index: Tensor, first: Tiles, second: Tiles) -> list[Tensor]:
+    """The same for two stacks that read the same x; in one launch where it can be."""
+    return dual_linear_both_experts(x, index, *first.flat(), *second.flat())
+
+
 def wanted() -> bool:
     """Whether the environment lets the kernels run: QBENCH_KERNELS=0 asks for plain torch."""
     return os.environ.get("QBENCH_KERNELS", "1") != "0"
@@ -49,11 +53,16 @@ def backend(device: torch.device, dtype: torch.dtype) -> str:
     """What multiplies with tiles on `device`, for activations of `dtype`."""
     if device.type != "cuda":
         return "unpack + matmul"
-    which = "cuda" if cuda.refusal(device.index or 0) is None else "triton" if _has_triton() else "torch"
-    if dtype not in HALF or which == "torch":
-        return f"dequantize ({which}) + matmul"
-    limit = FUSED_BATCH if which == "cuda" else TRITON_BATCH
-    return f"dual_linear ({which}), dequantize + matmul above batch {limit}"
+    runs = [kernel for kernel in cuda.KERNELS if cuda.refusal(device.index or 0, kernel) is None]
+    dense = "cuda" if "dequantize" in runs else "triton" if _has_triton() else "torch"
+    dense, fused = f"dequantize ({dense}) + matmul", [kernel for kernel in runs if kernel != "dequantize"]
+    if dtype not in HALF:
+        return dense
+    if "dual_linear" not in fused and _has_triton():
+        return f"dual_linear (triton), {dense} above batch {TRITON_BATCH}"
+    if fused == ["dual_linear"]:
+        return f"dual_linear (cuda), {dense} above batch {blocks.NARROW}"
+    return f"{', '.join(fused)} (cuda) or {dense}, by batch" if fused else dense
 
 
 @torch.library.custom_op("qbench::dual_linear", mutates_args=())
@@ -80,8 +89,9 @@ def _(x, tensors, numbers, bias):
 
 @torch.library.custom_op("qbench::dual_linear_experts", mutates_args=())
 def dual_linear_experts(x: Tensor, index: Tensor, tensors: Sequence[Tensor | None], numbers: Sequence[int]) -> Tensor:
-    """The op behind `linear_experts`: expert by expert, reading back which are needed."""
-    return _expert_by_expert(x, index, Tiles.over(tensors, numbers))
+    """The op behind `linear_experts`; on the CPU expert by expert. Rows of experts that live elsewhere are any."""
+    tiles = Tiles.over(tensors, numbers)
+    return _expert_by_expert(x, index.clamp_max(tiles.data.shape[0] - 1), tiles)
 
 
 @dual_linear_experts.register_fake
@@ -91,16 +101,62 @@ def _(x, index, tensors, numbers):
 
 @dual_linear_experts.register_kernel("cuda")
 def _(x, index, tensors, numbers):
-    tiles = Tiles.over(tensors, numbers)
-    if x.dtype in HALF and 0 < index.numel() <= EXPERT_PAIRS and cuda.refusal(x.device.index) is None:
-        _check(x, tiles)
-        rows, columns = tiles.shape[-2:]
-        plan = blocks.plan(1, rows, columns, tiles, x.device.index)
+    return _pairs_on_gpu(x, index, [Tiles.over(tensors, numbers)])[0]
+
+
+@torch.library.custom_op("qbench::dual_linear_both_experts", mutates_args=())
+def dual_linear_both_experts(
+    x: Tensor,
+    index: Tensor,
+    tensors: Sequence[Tensor | None],
+    numbers: Sequence[int],
+    second_tensors: Sequence[Tensor | None],
+    second_numbers: Sequence[int],
+) -> list[Tensor]:
+    """The op behind `linear_both_experts`."""
+    both = (tensors, numbers), (second_tensors, second_numbers)
+    return [dual_linear_experts(x, index, *one) for one in both]
+
+
+@dual_linear_both_experts.register_fake
+def _(x, index, tensors, numbers, second_tensors, second_numbers):
+    both = Tiles.over(tensors, numbers), Tiles.over(second_tensors, second_numbers)
+    return [x.new_empty(*index.shape, tiles.shape[-2]) for tiles in both]
+
+
+@dual_linear_both_experts.register_kernel("cuda")
+def _(x, index, tensors, numbers, second_tensors, second_numbers):
+    first, second = Tiles.over(tensors, numbers), Tiles.over(second_tensors, second_numbers)
+    if _launch_together(first, second, x.dtype):
+        return _pairs_on_gpu(x, index, [first, second])
+    return [_pairs_on_gpu(x, index, [tiles])[0] for tiles in (first, second)]
+
+
+def _launch_together(first: Tiles, second: Tiles, dtype: torch.dtype) -> bool:
+    """Whether one launch serves both: they differ in nothing but what they hold."""
+    alike = first.shape == second.shape and first.nbits == second.nbits and first.group_size == second.group_size
+    stored = [[tensor is None for tensor in tiles.flat()[0]] for tiles in (first, second)]
+    scaled = dtype == torch.bfloat16 or first.exponent == second.exponent
+    own = first.codebook is not None or first.rotation is not None or second.rotation is not None
+    return alike and first.has_zero == second.has_zero and stored[0] == stored[1] and scaled and not own
+
+
+def _pairs_on_gpu(x: Tensor, index: Tensor, stacks: list[Tiles]) -> list[Tensor]:
+    """For each stack `[tokens, k, out]`; in one launch if they are few, else sorted."""
+    tiles, device, pairs = stacks[0], x.device.index, index.numel()
+    _check(x, tiles)
+    rows, columns = tiles.shape[-2:]
+    if x.dtype in HALF and 0 < pairs <= EXPERT_PAIRS and cuda.refusal(device) is None:
+        plan = blocks.plan(1, rows * pairs * len(stacks), columns, tiles, device)  # as one matrix of so many rows
         if plan is not None:
-            x, tiles = _rotated(x, tiles)
+            x = _unit_stride(_rotated(x, tiles)[0])
             with torch.cuda.device(x.device):
-                return cuda.experts(_unit_stride(x), index, tiles, plan).view(*index.shape, rows)
-    return _expert_by_expert(x, index, tiles)
+                return [y.view(*index.shape, rows) for y in cuda.experts(x, index, stacks, plan)]
+    from qbench.kernels import grouped, routes
+
+    held = routes.route(index, tiles.data.shape[0])
+    found = [grouped.dual_linear(x, one, held, gather=True).index_select(0, held.place) for one in stacks]
+    return [y.view(*index.shape, rows) for y in found]
 
 
 def _expert_by_expert(x: Tensor, index: Tensor, tiles: Tiles) -> Tensor:
@@ -137,28 +193,27 @@ def _linear_on_gpu(x: Tensor, tiles: Tiles, bias: Tensor | None) -> Tensor:
     device = x.device.index
     if not len(x):
         return x.new_empty(0, tiles.shape[0])
-    native = cuda.refusal(device) is None
     with torch.cuda.device(x.device):
-        if x.dtype in HALF and len(x) <= FUSED_BATCH:
+        if x.dtype in HALF:
             bias = None if bias is None else bias.to(x.dtype).contiguous()
-            plan = blocks.plan(len(x), *tiles.shape, tiles, device) if native else None
-            if plan is not None:
+            plan = blocks.plan(len(x), *tiles.shape, tiles, device)
+            if plan is not None and cuda.refusal(device, plan.kernel) is None:
                 return cuda.linear(_unit_stride(x), tiles, bias, plan)
-            if len(x) <= TRITON_BATCH and _has_triton():
+            if len(x) <= TRITON_BATCH and cuda.refusal(device) is not None and _has_triton():
                 from qbench.kernels import triton_linear
 
                 y = triton_linear.linear(_unit_stride(x), tiles)
                 return y if bias is None else y + bias
-        weight = _dequantize_on_gpu(tiles, x.dtype, native)
+        weight = _dequantize_on_gpu(tiles, x.dtype)
         if tiles.permutation is not None:
             x = x.index_select(-1, tiles.permutation)
         return F.linear(x, weight, None if bias is None else bias.to(x.dtype))
 
 
-def _dequantize_on_gpu(tiles: Tiles, dtype: torch.dtype, native: bool) -> Tensor:
+def _dequantize_on_gpu(tiles: Tiles, dtype: torch.dtype) -> Tensor:
     """W `[out, in]` in stored column order; the allocator hands the same buffer to layer after layer."""
     computed = dtype if dtype in (*HALF, torch.float32) else torch.float32
-    if native:
+    if cuda.refusal(tiles.data.device.index, "dequantize") is None:
         return cuda.dequantize(tiles, computed).to(dtype)
     if _has_triton():
         from qbench.kernels import triton_linear

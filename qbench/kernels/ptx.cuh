@@ -10,6 +10,9 @@ typedef unsigned long long u64;
 #ifndef BF16
 #define BF16 0
 #endif
+#ifndef PLAIN
+#define PLAIN 0
+#endif
 
 #ifdef EMULATE
 #include "emulator.h"
@@ -45,6 +48,15 @@ __device__ __forceinline__ u32 two_half(float low, float high) {
   asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(v) : "f"(high), "f"(low));
   return v;
 }
+#if PLAIN  // below compute capability 9.0: no clusters, and kernels start one after the other
+__device__ __forceinline__ u32 cluster_size() { return 1; }
+__device__ __forceinline__ u32 cluster_index() { return blockIdx.x; }
+__device__ __forceinline__ u32 cluster_rank() { return 0; }
+__device__ __forceinline__ void cluster_sync() { __syncthreads(); }
+__device__ __forceinline__ float4 remote(u32, u32) { return {}; }
+__device__ __forceinline__ void await_previous_kernel() {}
+__device__ __forceinline__ void allow_next_kernel() {}
+#else
 __device__ __forceinline__ u32 cluster_size() {
   u32 v;
   asm("mov.u32 %0, %%cluster_nctarank;" : "=r"(v));
@@ -60,6 +72,20 @@ __device__ __forceinline__ u32 cluster_rank() {
   asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(v));
   return v;
 }
+__device__ __forceinline__ void await_previous_kernel() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+__device__ __forceinline__ void allow_next_kernel() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
+__device__ __forceinline__ void cluster_sync() {
+  asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
+}
+__device__ __forceinline__ float4 remote(u32 address, u32 rank) {
+  float4 v;
+  asm volatile(
+      "{\n.reg .u32 there;\nmapa.shared::cluster.u32 there, %4, %5;\n"
+      "ld.shared::cluster.v4.f32 {%0,%1,%2,%3}, [there];\n}"
+      : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "r"(address), "r"(rank) : "memory");
+  return v;
+}
+#endif
 __device__ __forceinline__ void publish_barriers() {
   asm volatile("fence.mbarrier_init.release.cluster;\nfence.proxy.async.shared::cta;" ::: "memory");
 }
@@ -111,21 +137,40 @@ __device__ __forceinline__ void bulk_copy(u32 to, const void* from, u32 bytes, u
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
                "l"(from), "r"(bytes), "r"(bar) : "memory");
 }
+// A map of x `[M, K]` that the driver encodes: boxes of 64 columns, 128 bytes, swizzled by row as wgmma reads them.
+struct alignas(64) Map { u64 words[16]; };
+// The box at (column, row) to `to` in every block of `blocks` (one bit each), and its bytes to their barriers at `bar`.
+__device__ __forceinline__ void box_copy(u32 to, const Map& map, int column, int row, u32 bar, u32 blocks) {
+  if (blocks == 1)
+    asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];"
+                 ::"r"(to), "l"(&map), "r"(column), "r"(row), "r"(bar) : "memory");
+  else
+    asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster "
+                 "[%0], [%1, {%2, %3}], [%4], %5;"
+                 ::"r"(to), "l"(&map), "r"(column), "r"(row), "r"(bar), "h"(u16(blocks)) : "memory");
+}
+__device__ __forceinline__ void barrier_arrive(u32 bar, u32 rank) {  // at the barrier of another block of the cluster
+  asm volatile("{\n.reg .u32 there;\nmapa.shared::cluster.u32 there, %0, %1;\n"
+               "mbarrier.arrive.shared::cluster.b64 _, [there];\n}" ::"r"(bar), "r"(rank) : "memory");
+}
+// What a thread wrote to shared memory becomes visible to wgmma.
+__device__ __forceinline__ void publish_writes() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+__device__ __forceinline__ void store4(u32 to, uint4 v) {
+  asm volatile("st.shared.v4.u32 [%0], {%1,%2,%3,%4};" ::"r"(to), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
+}
+// Four 8 x 8 matrices of 16-bit floats, transposed; lane 8 i + r gives the address of row r of matrix i.
+__device__ __forceinline__ void store_transposed(u32 to, const u32 (&v)[4]) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1,%2,%3,%4};"
+               ::"r"(to), "r"(v[0]), "r"(v[1]), "r"(v[2]), "r"(v[3]) : "memory");
+}
+template <int COUNT> __device__ __forceinline__ void fewer_registers() {  // of every thread of a warpgroup, for others
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(COUNT));
+}
+template <int COUNT> __device__ __forceinline__ void more_registers() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(COUNT));
+}
 __device__ __forceinline__ void copy16(u32 to, const void* from) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
-}
-__device__ __forceinline__ void await_previous_kernel() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
-__device__ __forceinline__ void allow_next_kernel() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
-__device__ __forceinline__ void cluster_sync() {
-  asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
-}
-__device__ __forceinline__ float4 remote(u32 address, u32 rank) {
-  float4 v;
-  asm volatile(
-      "{\n.reg .u32 there;\nmapa.shared::cluster.u32 there, %4, %5;\n"
-      "ld.shared::cluster.v4.f32 {%0,%1,%2,%3}, [there];\n}"
-      : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "r"(address), "r"(rank) : "memory");
-  return v;
 }
 __device__ __forceinline__ void mma(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
   asm("mma.sync.aligned.m16n8k16.row.col.f32."
@@ -156,15 +201,27 @@ __device__ __forceinline__ u32 fma2(u32 a, u32 b, u32 c) {
   return d;
 }
 
+__device__ __forceinline__ u32 times2(u32 a, u32 b) {
+  u32 d;
+  asm("mul.rn." PAIR " %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
+  return d;
+}
+
 // wgmma: between `open` and `wait` the accumulators and A belong to the tensor core. d[16 rows of each warp][8 NB] +=
 // A * B^T, where B `[8 NB rows][16 columns]` lies in shared memory at `b` (see descriptor in wide_linear.cu).
 #ifdef NB
 #define R8 "%0,%1,%2,%3,%4,%5,%6,%7"
 #define R16 R8 ",%8,%9,%10,%11,%12,%13,%14,%15"
-#define R32 R16 ",%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
-#define R64                                                                                                 \
-  R32 ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55," \
-      "%56,%57,%58,%59,%60,%61,%62,%63"
+#define R24 R16 ",%16,%17,%18,%19,%20,%21,%22,%23"
+#define R32 R24 ",%24,%25,%26,%27,%28,%29,%30,%31"
+#define R48 R32 ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47"
+#define R64 R48 ",%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
+#define R72 R64 ",%64,%65,%66,%67,%68,%69,%70,%71"
+#define R96                                                                                                      \
+  R72 ",%72,%73,%74,%75,%76,%77,%78,%79,%80,%81,%82,%83,%84,%85,%86,%87,%88,%89,%90,%91,%92,%93,%94,%95"
+#define R128                                                                                                     \
+  R96 ",%96,%97,%98,%99,%100,%101,%102,%103,%104,%105,%106,%107,%108,%109,%110,%111,%112,%113,%114,%115,%116," \
+      "%117,%118,%119,%120,%121,%122,%123,%124,%125,%126,%127"
 #define D8(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])
 #define D32(i) D8(i), D8(i + 8), D8(i + 16), D8(i + 24)
 #if BF16
@@ -172,20 +229,34 @@ __device__ __forceinline__ u32 fma2(u32 a, u32 b, u32 c) {
 #else
 #define WGMMA(n) "wgmma.mma_async.sync.aligned.m64n" #n "k16.f32.f16.f16 "
 #endif
-__device__ __forceinline__ void wgmma(float (&d)[4 * NB], const u32 (&a)[4], u64 b) {
-#if NB == 2
-  asm volatile(WGMMA(16) "{" R8 "}, {%8,%9,%10,%11}, %12, 1, 1, 1, 0;"
-               : D8(0) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
-#elif NB == 4
-  asm volatile(WGMMA(32) "{" R16 "}, {%16,%17,%18,%19}, %20, 1, 1, 1, 0;"
-               : D8(0), D8(8) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
-#elif NB == 8
-  asm volatile(WGMMA(64) "{" R32 "}, {%32,%33,%34,%35}, %36, 1, 1, 1, 0;"
-               : D32(0) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
-#elif NB == 16
-  asm volatile(WGMMA(128) "{" R64 "}, {%64,%65,%66,%67}, %68, 1, 1, 1, 0;"
-               : D32(0), D32(32) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
-#endif
+// With A `[64 rows][16 columns]` in shared memory as well; the sums start from 0 unless `accumulate`.
+#define BOTH_SHARED(n, registers, a, b, flag) \
+  "{\n.reg .pred more;\nsetp.ne.b32 more, %" #flag ", 0;\n" WGMMA(n) "{" registers "}, %" #a ", %" #b ", more, 1, 1, 0, 0;\n}"
+template <int W> __device__ __forceinline__ void wgmma(float (&d)[4 * W], u64 a, u64 b, bool accumulate) {
+  if constexpr (W == 16)
+    asm volatile(BOTH_SHARED(128, R64, 64, 65, 66) : D32(0), D32(32) : "l"(a), "l"(b), "r"(int(accumulate)));
+  else if constexpr (W == 24)
+    asm volatile(BOTH_SHARED(192, R96, 96, 97, 98) : D32(0), D32(32), D32(64) : "l"(a), "l"(b), "r"(int(accumulate)));
+  else if constexpr (W == 32)
+    asm volatile(BOTH_SHARED(256, R128, 128, 129, 130)
+                 : D32(0), D32(32), D32(64), D32(96) : "l"(a), "l"(b), "r"(int(accumulate)));
+}
+// With A in registers; of the first 8 B rows of B alone, if a block has no more of them.
+template <int B = NB> __device__ __forceinline__ void wgmma(float (&d)[4 * NB], const u32 (&a)[4], u64 b) {
+#define A_IN_REGISTERS(n, registers, a0, a1, a2, a3, b) \
+  WGMMA(n) "{" registers "}, {%" #a0 ",%" #a1 ",%" #a2 ",%" #a3 "}, %" #b ", 1, 1, 1, 0;"
+#define OPERANDS "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b)
+  if constexpr (B == 2) asm volatile(A_IN_REGISTERS(16, R8, 8, 9, 10, 11, 12) : D8(0) : OPERANDS);
+  else if constexpr (B == 4) asm volatile(A_IN_REGISTERS(32, R16, 16, 17, 18, 19, 20) : D8(0), D8(8) : OPERANDS);
+  else if constexpr (B == 6) asm volatile(A_IN_REGISTERS(48, R24, 24, 25, 26, 27, 28) : D8(0), D8(8), D8(16) : OPERANDS);
+  else if constexpr (B == 8) asm volatile(A_IN_REGISTERS(64, R32, 32, 33, 34, 35, 36) : D32(0) : OPERANDS);
+  else if constexpr (B == 12)
+    asm volatile(A_IN_REGISTERS(96, R48, 48, 49, 50, 51, 52) : D32(0), D8(32), D8(40) : OPERANDS);
+  else if constexpr (B == 16) asm volatile(A_IN_REGISTERS(128, R64, 64, 65, 66, 67, 68) : D32(0), D32(32) : OPERANDS);
+  else if constexpr (B == 18)
+    asm volatile(A_IN_REGISTERS(144, R72, 72, 73, 74, 75, 76) : D32(0), D32(32), D8(64) : OPERANDS);
+  else if constexpr (B == 24)
+    asm volatile(A_IN_REGISTERS(192, R96, 96, 97, 98, 99, 100) : D32(0), D32(32), D32(64) : OPERANDS);
 }
 __device__ __forceinline__ void wgmma_open() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }

@@ -73,6 +73,16 @@ class Tiles:
             permutation=None if self.permutation is None else self.permutation[index],
         )
 
+    def span(self, first: int, last: int) -> Tiles:
+        """Matrices `first` to `last` of a stack, as views."""
+        return replace(
+            self,
+            data=self.data[first:last],
+            shape=(last - first, *self.shape[1:]),
+            input_scale=None if self.input_scale is None else self.input_scale[first:last],
+            permutation=None if self.permutation is None else self.permutation[first:last],
+        )
+
     @property
     def nbytes(self) -> int:
         return sum(tensor.nbytes for tensor in self.flat()[0] if tensor is not None)

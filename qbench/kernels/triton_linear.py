@@ -122,6 +122,7 @@ def _dequantize(
     N,
     K,
     chunks,
+    matrix_bytes,
     HAS_T: tl.constexpr,
     BITS: tl.constexpr,
     PER_CHUNK: tl.constexpr,
@@ -132,11 +133,14 @@ def _dequantize(
 ):
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
-    rows = tl.minimum(n, (N + 15) // 16 * 16 - 1)
+    padded, matrix = (N + 15) // 16 * 16, tl.program_id(2).to(tl.int64)
+    rows = tl.minimum(n, padded - 1)
+    words += matrix * matrix_bytes // 4
+    halves += matrix * matrix_bytes // 2
     value = _decode(words, halves, codebook, rows, k, chunks, BITS, PER_CHUNK, ZERO, CODEBOOK)
     if HAS_T:
-        value *= tl.load(t + k).to(tl.float32)[None, :]
-    at = n[:, None].to(tl.int64) * K + k[None, :]
+        value *= tl.load(t + matrix * chunks * 128 + k).to(tl.float32)[None, :]
+    at = (matrix * N + n[:, None]) * K + k[None, :]
     tl.store(w + at, value.to(w.dtype.element_ty), mask=(n[:, None] < N) & (k[None, :] < K))
 
 
@@ -172,11 +176,11 @@ def linear(x: Tensor, tiles: Tiles) -> Tensor:
 
 
 def dequantize(tiles: Tiles, dtype: torch.dtype) -> Tensor:
-    """W `[N, K]` in `dtype`, in stored column order, t included."""
-    N, K = tiles.shape
+    """W `[..., N, K]` in `dtype`, in stored column order, t included."""
+    N, K = tiles.shape[-2:]
     chunks = tiles.data.shape[-2]
-    w = torch.empty(N, K, dtype=dtype, device=tiles.data.device)
-    _dequantize[(-(-N // BLOCK_N), chunks * (COLUMNS // BLOCK_K))](
+    w = torch.empty(tiles.shape, dtype=dtype, device=tiles.data.device)
+    _dequantize[(-(-N // BLOCK_N), chunks * (COLUMNS // BLOCK_K), tiles.data.shape[:-3].numel())](
         *_views(tiles),
         tiles.input_scale if tiles.input_scale is not None else w,
         tiles.codebook if tiles.codebook is not None else w,
@@ -184,6 +188,7 @@ def dequantize(tiles: Tiles, dtype: torch.dtype) -> Tensor:
         N,
         K,
         chunks,
+        tiles.data.shape[-3:].numel(),
         HAS_T=tiles.input_scale is not None,
         **_constants(tiles),
     )

@@ -24,6 +24,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qbench.kernels.grouped import silu_times
+
 
 @dataclass(frozen=True)
 class ExpertForm:
@@ -163,6 +165,7 @@ class Activation(nn.Module):
         self.form = form(module)
         own_gate = self.form.gated and not _gates_by_default(module)
         self.act_fn = None if own_gate else module.act_fn
+        self.silu = type(self.act_fn).__name__ in ("SiLU", "SiLUActivation")  # torch's and transformers'
         self.gate = _without_parameters(module) if own_gate else None
         self.bias = getattr(module, f"{self.form.first}_bias", None)  # [experts, out], in the original's order
 
@@ -173,6 +176,8 @@ class Activation(nn.Module):
         """
         if self.gate is None and self.bias is None and not self.form.interleaved:
             *gate, up = outputs
+            if gate and self.silu and up.is_cuda:
+                return silu_times(gate[0], up)
             return self.act_fn(gate[0]) * up if gate else self.act_fn(up)
         both = torch.stack(outputs, -1).flatten(-2) if self.form.interleaved else torch.cat(outputs, -1)
         if self.bias is not None:

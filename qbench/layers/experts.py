@@ -12,12 +12,19 @@ import torch
 from torch import Tensor, nn
 
 from qbench.format.format import Format
+from qbench.kernels.grouped import combine
+from qbench.kernels.routes import route
 from qbench.layers.expert_form import Activation, expert_weights, form, refusal, stacked_parameters
 from qbench.layers.linear import PackedWeight
 
 __all__ = ["QuantExperts", "expert_weights", "form", "is_router", "refusal", "stacked_parameters"]
 
 Multiply = Callable[[Tensor, int], Tensor]  # x [tokens, in] and an expert's index -> [tokens, out]
+
+
+def sorts(x: Tensor) -> bool:
+    """Whether pairs are sorted and multiplied with whole stacks: on a GPU. On a CPU, expert by expert is no slower."""
+    return x.is_cuda
 
 
 def is_router(path: str, rows: int, experts: int) -> bool:
@@ -35,8 +42,10 @@ class QuantExperts(nn.Module):
 
     x `[tokens, hidden]`, top_k_index and top_k_weights `[tokens, k]` -> `[tokens, hidden]` in x's dtype; or, where the
     original took no routing, x `[experts * tokens, hidden]`, every expert's share after the other, -> the same shape.
-    One expert at a time is multiplied, and only those that some token is sent to; in the layout of a kernel that can
-    do it (layers/linear.py), a small number of pairs of token and expert takes one launch per projection instead.
+    On a GPU the pairs of token and expert are sorted by expert and multiplied with the stack as a whole
+    (kernels/grouped.py), which never waits for the GPU to say which experts were chosen; in the layout of a kernel that
+    can do it (layers/linear.py), a small number of pairs takes one launch per projection instead. On a CPU one expert
+    at a time is multiplied, and only those that some token is sent to.
 
     `stacks` are those of `form(original).projections`; `original` gives everything else: biases, gate, activation.
     """
@@ -61,9 +70,14 @@ class QuantExperts(nn.Module):
     ) -> Tensor:
         held = [getattr(self, name) for name in self.projections]
         if top_k_index is None or top_k_weights is None:
-            return self._shares(hidden_states, [one.multiply_with_matrix() for one in held])
-        if all(one.kernel is not None and top_k_index.numel() <= one.kernel.pairs for one in held):
+            return self._shares(hidden_states, held)
+        kernels = [one.kernel for one in held]
+        if all(kernel is not None and top_k_index.numel() <= kernel.pairs for kernel in kernels) and (
+            kernels[:-1] == kernels[:1] * (len(kernels) - 1)  # what reads x is multiplied together
+        ):
             return self._pairs(hidden_states, top_k_index, top_k_weights, held)
+        if sorts(hidden_states):
+            return self._sorted(hidden_states, top_k_index, top_k_weights, held)
         multiply = [one.multiply_with_matrix() for one in held]
         output = torch.zeros_like(hidden_states)
         for index in top_k_index.unique().tolist():
@@ -74,6 +88,13 @@ class QuantExperts(nn.Module):
             output.index_add_(0, token, y.to(output.dtype))
         return output
 
+    def _sorted(self, x: Tensor, index: Tensor, scores: Tensor, held: list[PackedWeight]) -> Tensor:
+        routes = route(index, self.num_experts)
+        *first, down = held
+        inner = self.activation([one.multiply_sorted(x, routes, gather=True) for one in first], routes.expert)
+        y = self._finish(down.multiply_sorted(inner, routes, gather=False), routes.expert)
+        return combine(y, index, scores, self.num_experts, routes).to(x.dtype)
+
     def _expert(self, index: int, x: Tensor, multiply: list[Multiply]) -> Tensor:
         """What one expert makes of the tokens x `[tokens, hidden]`."""
         *first, down = multiply
@@ -83,19 +104,28 @@ class QuantExperts(nn.Module):
         y = y if self.down_proj_bias is None else y + self.down_proj_bias[expert]
         return y if self.post_expert_norm is None else self.post_expert_norm(y)
 
-    def _shares(self, x: Tensor, multiply: list[Multiply]) -> Tensor:
+    def _shares(self, x: Tensor, held: list[PackedWeight]) -> Tensor:
+        """The rows that are zero were not sent; experts without biases keep them so."""
+        if sorts(x):
+            tokens = len(x) // self.num_experts
+            expert = torch.arange(len(x), device=x.device) // tokens
+            index = torch.where(x.any(-1), expert, self.num_experts).unsqueeze(-1)
+            return self._sorted(x, index, x.new_ones(len(x), 1), held)
+        multiply = [one.multiply_with_matrix() for one in held]
         shares = x.reshape(self.num_experts, -1, self.hidden_dim)
         output = torch.zeros_like(shares)
         for index, share in enumerate(shares):
-            sent = torch.where(share.any(-1))[0]  # the other rows are zero, and experts without biases keep them so
+            sent = torch.where(share.any(-1))[0]
             if len(sent):
                 output[index, sent] = self._expert(index, share[sent], multiply).to(output.dtype)
         return output.view(-1, self.hidden_dim)
 
     def _pairs(self, x: Tensor, index: Tensor, scores: Tensor, held: list[PackedWeight]) -> Tensor:
-        here = index < self.num_experts  # transformers' mark for an expert that lives elsewhere
-        index, scores = index.clamp_max(self.num_experts - 1), scores * here
+        biased = self.activation.bias is not None or self.down_proj_bias is not None
+        chosen = index.clamp_max(self.num_experts - 1) if biased else index
         *first, down = held
-        inner = self.activation([one.kernel.experts(x, index, one.layout) for one in first], index)
-        y = down.kernel.experts(inner.flatten(0, 1), index.reshape(-1, 1), down.layout).view(*index.shape, -1)
-        return (self._finish(y, index) * scores.unsqueeze(-1)).sum(1).to(x.dtype)
+        outputs = first[0].kernel.experts(x, index, [one.layout for one in first])
+        inner = self.activation(outputs, chosen).flatten(0, 1)
+        (y,) = down.kernel.experts(inner, index.reshape(-1, 1), [down.layout])
+        y = self._finish(y.flatten(0, 1), chosen.flatten())
+        return combine(y, index, scores, self.num_experts).to(x.dtype)

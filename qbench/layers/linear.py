@@ -16,8 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qbench.format.format import Format
-from qbench.kernels import ops
+from qbench.kernels import grouped, ops
 from qbench.kernels.kernel import Kernel, Layout, kernel_of
+from qbench.kernels.routes import Routes
 
 DEQUANTIZE = "dequantize + matmul"
 LAID_OUT = "kernel_"  # in front of the names of a layout's buffers
@@ -30,7 +31,9 @@ class PackedWeight(nn.Module):
         super().__init__()
         self._format = weight  # describes the weight; its tensors are replaced by the module's buffers below
         self._kernel: Kernel | None = None  # while the weight is laid out for it
-        self._numbers: tuple[int, ...] = ()  # of that layout
+        self._numbers: list[
+            int
+        ] = []  # of that layout; a compiler takes those of a list one by one, a tuple's as they are
         for name, tensor in weight.tensors().items():
             self.register_buffer(name, tensor)
 
@@ -76,7 +79,7 @@ class PackedWeight(nn.Module):
             del self._buffers[name]
         for name, tensor in zip(kernel.buffers, tensors, strict=True):
             self.register_buffer(LAID_OUT + name, tensor, persistent=False)
-        self._kernel, self._numbers = kernel, tuple(numbers)
+        self._kernel, self._numbers = kernel, list(numbers)
         return True
 
     def restore(self) -> None:
@@ -86,7 +89,7 @@ class PackedWeight(nn.Module):
         weight = self.quantized
         for name in self._kernel.buffers:
             delattr(self, LAID_OUT + name)
-        self._kernel, self._numbers, self._format = None, (), weight
+        self._kernel, self._numbers, self._format = None, [], weight
         for name, tensor in weight.tensors().items():
             self._buffers.pop(name, None)
             self.register_buffer(name, tensor)
@@ -111,6 +114,16 @@ class PackedWeight(nn.Module):
             return lambda x, index: kernel.linear(x, layout.select(index))
         weight = self.quantized
         return lambda x, index: F.linear(x, weight.select(index).dequantize(x.dtype))
+
+    def multiply_sorted(self, x: Tensor, routes: Routes, gather: bool) -> Tensor:
+        """For a stack: pairs of token and expert, sorted by expert, times their matrices: `[pairs, out]`.
+
+        x is `[tokens, in]` with `gather`, else `[pairs, in]` and sorted. Nothing is read back from the GPU.
+        """
+        kernel, layout = self._kernel, self.layout
+        if kernel is not None and layout is not None:
+            return kernel.grouped(x, layout, routes, gather)
+        return grouped.multiply(x, self.quantized, routes, gather)
 
     def _stored(self) -> dict[str, Tensor]:
         """The format's tensors that are buffers now: all of them, or those that stay beside a kernel's layout."""
@@ -173,6 +186,7 @@ class QuantLinear(PackedWeight):
         super().__init__(weight)
         self.out_features, self.in_features = weight.shape
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+        self.dense: dict[torch.dtype, Tensor] | None = None  # while `held_dense` lasts, the weight by precision
 
     @property
     def weight(self) -> Absent:
@@ -186,7 +200,11 @@ class QuantLinear(PackedWeight):
     def forward(self, x: Tensor) -> Tensor:
         if self._kernel is not None:
             return self._kernel.linear(x, self.layout, self.bias)
-        return F.linear(x, self.quantized.dequantize(x.dtype), self.bias)
+        if self.dense is None:
+            return F.linear(x, self.quantized.dequantize(x.dtype), self.bias)
+        if x.dtype not in self.dense:
+            self.dense[x.dtype] = self.quantized.dequantize(x.dtype)
+        return F.linear(x, self.dense[x.dtype], self.bias)
 
     def _apply(self, fn, recurse: bool = True):
         biases, self.bias = self.bias, None  # unlike the buffers, the bias follows the model's dtype
@@ -226,6 +244,23 @@ def use_kernels(model: Any) -> None:
             module.lay_out()
 
 
+@contextmanager
+def held_dense(model: nn.Module) -> Iterator[None]:
+    """While it lasts, linears on a CPU hold their weights dequantized beside the packed ones; same numbers, to the bit.
+
+    For generation, where a step of a few tokens would dequantize the whole model anew.
+    """
+    linears = [m for m in model.modules() if isinstance(m, QuantLinear) and m.kernel is None]
+    held = [linear for linear in linears if next(linear.buffers()).device.type == "cpu"]
+    try:
+        for linear in held:
+            linear.dense = {}
+        yield
+    finally:
+        for linear in held:
+            linear.dense = None
+
+
 def _have_kernels(device: torch.device) -> bool:
     return device.type == "cuda" and ops.wanted()
 
@@ -239,6 +274,11 @@ def backend(weight: Format, dtype: torch.dtype) -> str:
         reason = f"the format {weight.name}" if kernel is None else reason
         return f"{DEQUANTIZE} (no fused kernel for {reason})"
     return kernel.backend(weight.device, dtype)
+
+
+def backend_of(device: torch.device) -> str:
+    """What multiplies with a dual-scaled weight on `device`, for activations in bf16."""
+    return ops.backend(device, torch.bfloat16) if _have_kernels(device) else DEQUANTIZE
 
 
 def _told(weight: Format) -> str:

@@ -72,7 +72,11 @@ class Composed(Quantizer):
         if any(len(ones) > 1 for ones in chosen):
             return super().quantize_stacks(names, weights, stats)
         own = [next(iter(ones.values())) for ones in chosen]
-        found: dict[int, Format] = {j: Plain.of(in_16_bit(weights[j])) for j, one in enumerate(own) if one is None}
+        # of its own: a view would keep both gate and up in memory
+        left = {
+            j: in_16_bit(weights[j]).clone(memory_format=torch.contiguous_format) for j, q in enumerate(own) if not q
+        }
+        found: dict[int, Format] = {j: Plain.of(numbers) for j, numbers in left.items()}
         for quantizer in {id(one): one for one in own if one is not None}.values():
             places = [j for j, one in enumerate(own) if one is quantizer]
             made = quantizer.quantize_stacks([names[j] for j in places], [weights[j] for j in places], stats)

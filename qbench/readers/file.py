@@ -13,7 +13,7 @@ weights that do not resemble the original's when they are.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -166,7 +166,7 @@ class Opened(Quantizer):
     reader: str
     name: str
     revision: str | None
-    states: Mapping[Path, tuple[int, ...]]  # of its files, when they were opened
+    states: Mapping[Path, tuple[int, ...]] = field(compare=False)  # of its files, when they were opened
 
     def check(self, found: Linears) -> None:
         """Raises ReadError unless the file holds all linear weights in their shapes."""

@@ -109,6 +109,10 @@ def identify(
     speed = None if config.speed.name == "none" else asdict(config.speed)
     if speed is not None:
         del speed["name"]
+        if not config.speed.compiles(device):
+            del speed["compile"]
+        else:
+            speed["compile"] = True
         if device == "cpu":  # no other number depends on how many there are
             speed["threads"] = config.runtime.threads
     runtime = {k: v for k, v in asdict(config.runtime).items() if k not in RUNTIME_OUTSIDE}

@@ -7,7 +7,7 @@ compare and show numbers by that, and by no metric's name. So a protocol of a th
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -100,6 +100,10 @@ class MetricRecord(Strict):
     p_value: float | None = None  # of the difference: exact McNemar for right and wrong, else Student's t; two-sided
     detectable: float | None = None  # the smallest true difference that this test finds 4 times in 5, at the 5 % level
     draws: list[float] | None = None  # the number in each draw of calibration text or seed; `value` is of their mean
+    samples: list[float] | None = None  # the number in each sample of answers; `value` is their mean
+    turned_right: int | None = None  # documents, of a metric of right and wrong without draws and samples
+    turned_wrong: int | None = None
+    flip_rate_alone: float | None = None  # of the original with itself, between two of its samples
     kinds: dict[str, float] | None = None  # the number of each kind of text, by name, where it is a mean over kinds
 
     @property
@@ -126,7 +130,16 @@ class MetricRecord(Strict):
     @property
     def spread(self) -> float | None:
         """Standard deviation over draws of the number in each."""
-        return None if self.draws is None or len(self.draws) < 2 else float(np.std(self.draws, ddof=1))
+        return _spread(self.draws)
+
+    @property
+    def sample_spread(self) -> float | None:
+        """The same over samples of answers."""
+        return _spread(self.samples)
+
+
+def _spread(numbers: list[float] | None) -> float | None:
+    return None if numbers is None or len(numbers) < 2 else float(np.std(numbers, ddof=1))
 
 
 @dataclass(frozen=True)
@@ -180,6 +193,15 @@ class EvaluationRecord(Strict):
 
 
 @dataclass(frozen=True)
+class ChatRecord(Strict):
+    """How questions were put to a chat model."""
+
+    template_sha256: str  # of the tokenizer's chat template
+    multiturn: bool  # shots as turns of their own
+    arguments: dict[str, Any]  # that the template was given
+
+
+@dataclass(frozen=True)
 class TaskRecord(Strict):
     """An lm-eval task that is not a perplexity; a group of tasks that aggregates is one record, as it aggregates."""
 
@@ -199,3 +221,8 @@ class TaskRecord(Strict):
     scores_file: str
     truncated_prompts: int = 0  # documents whose prompt was longer than max_length and lost its beginning
     undefined_metrics: list[str] = field(default_factory=list)  # NaN or infinite, and so not among the metrics
+    chat: ChatRecord | None = None  # None: questions are plain text
+    system_instruction: str | None = None
+    # of a task that generates: lm-eval's generation_kwargs with defaults (None: the tasks of a group differ), the batch
+    # size, the seeds of samples, and what the model's generation_config sets besides
+    decoding: dict[str, Any] | None = None

@@ -130,15 +130,7 @@ class Result(Strict):
                 flat |= {"file": q.file.name, "made_by": q.file.made_by, "file_bytes": q.file.file_bytes}
             flat["aux_bytes"] = q.weight_bytes.aux if q.weight_bytes else None
             flat["baseline_bytes"] = self.model.baseline_bytes if self.model else None
-        for whose in ("quantized", "baseline"):
-            record = getattr(self.speed, whose, None)
-            for phase in ("prefill", "decode") if record else ():
-                measured, name = getattr(record, phase), phase if whose == "quantized" else f"baseline_{phase}"
-                flat[f"{name}_tokens_per_second"] = measured.tokens_per_second.median
-                for key in ("peak_alloc_bytes", "peak_rss_bytes", "joules_per_token"):
-                    if (value := getattr(measured, key)) is not None:
-                        flat[f"{name}_{key}"] = value
-        return flat
+        return flat if self.speed is None else flat | self.speed.summary()
 
 
 def first_error(error: ValidationError) -> str:

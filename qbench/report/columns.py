@@ -108,6 +108,16 @@ def _flipped(row: Row) -> Value:
     return None if rate is None else 100 * rate
 
 
+def _flipped_alone(row: Row) -> Value:
+    """The same between two samples of the original: what sampling alone flips."""
+    rate = row.score.number.flip_rate_alone
+    return None if rate is None else 100 * rate
+
+
+def _mcnemar(row: Row) -> Value:
+    return row.score.number.p_value if row.score.number.turned_right is not None else None
+
+
 def _head_bits(row: Row) -> str:
     """Empty where it is 16 bit, as it is for every method that quantizes the linears alone."""
     bits = row.entry.result.quantization.head_bits  # type: ignore[union-attr]
@@ -206,6 +216,8 @@ def columns(section: Section, published: Sequence[Published] = ()) -> list[Colum
     quality = [
         Column(number.name, number.called, lambda row: row.score.value, digits=number.digits),
         Column(f"{section.metric}_delta", "to 16 bit", lambda row: row.score.number.delta, digits=3),
+        Column("samples", "samples", lambda row: len(row.score.number.samples or ()) or None, digits=0),
+        Column("samples_spread", "spread over samples", lambda row: row.score.number.sample_spread, digits=3),
         Column("draws", "draws", _draws, digits=0),
         Column("draws_spread", "spread over draws", lambda row: row.score.number.spread, digits=3),
         Column("detectable", "detectable", lambda row: row.detectable, digits=3),
@@ -219,6 +231,10 @@ def columns(section: Section, published: Sequence[Published] = ()) -> list[Colum
         Column(f"{section.metric}_p_value", "p", lambda row: row.score.number.p_value, people=False),
         Column(f"{section.metric}_detectable", "d", lambda row: row.score.number.detectable, people=False),
         Column("flip_percent", "flipped, %", _flipped, digits=2),
+        Column("flip_percent_alone", "of it by sampling, %", _flipped_alone, digits=2),
+        Column("turned_right", "turned right", lambda row: row.score.number.turned_right, digits=0),
+        Column("turned_wrong", "turned wrong", lambda row: row.score.number.turned_wrong, digits=0),
+        Column("mcnemar_p", "McNemar p", _mcnemar, digits=3, programs=False),
     ]
     if any(beside(published, section, row) for row in section.rows):
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from qbench import significance
 from qbench.report.noise import Told
@@ -40,6 +40,7 @@ def of(rows: Sequence[Row], ranked: Ranked | None, floor: float | None, floor_kl
         )
     yield from _place(rows)
     yield from _kinds(rows)
+    yield from _asked(rows[0])
 
 
 def _best(ranked: Ranked) -> Iterator[str]:
@@ -145,6 +146,36 @@ def _kinds(rows: Sequence[Row]) -> Iterator[str]:
     for kind, same in groups.items():
         told = [f"{row.method} ({(row.score.number.kinds or {})[kind] / row.score.value:.1f})" for row in same]
         yield f"Worst on {kind}, in times of the mean over all kinds: {_listed(told)}."
+
+
+def _asked(row: Row) -> Iterator[str]:
+    """How the answers of a section were generated, and how its questions were put; of one row, since all share it."""
+    for task in row.entry.result.tasks:
+        if task.protocol != row.score.protocol or task.documents_sha256 != row.score.text:
+            continue
+        if (decoding := task.decoding) is not None:
+            yield _decoded(decoding)
+        if task.chat is not None:
+            shots = f", {task.num_fewshot} shots as turns" if task.num_fewshot and task.chat.multiturn else ""
+            said = "".join(f", {key}={value}" for key, value in task.chat.arguments.items())
+            system = "" if task.system_instruction is None else f", system message {task.system_instruction!r}"
+            yield f"Asked through the chat template {task.chat.template_sha256[:8]}{shots}{said}{system}."
+
+
+def _decoded(decoding: dict[str, Any]) -> str:
+    seeds, longest = decoding.get("seeds") or [], decoding.get("max_gen_toks")
+    words = "greedily"
+    if decoding.get("do_sample"):
+        words = f"by sampling, seeds {', '.join(map(str, seeds))}"
+    told = {"temperature", "top_p", "top_k", "min_p", "repetition_penalty", "num_beams"} & decoding.keys()
+    settings = [f"{key} {decoding[key]}" for key in sorted(told) if decoding[key] is not None and decoding[key] != 0]
+    settings += [f"{key} {value} of the model's own" for key, value in (decoding.get("model") or {}).items()]
+    most = "as many tokens as each task allows" if longest is None else f"at most {longest} tokens"
+    stops = ", ".join(repr(stop) for stop in decoding.get("until") or ())
+    return (
+        f"Answers are generated {words}{''.join(f', {setting}' for setting in settings)}, {most}, "
+        f"{decoding.get('batch_size')} together{f', up to {stops}' if stops else ''}."
+    )
 
 
 def _units(ranked: Ranked) -> str:

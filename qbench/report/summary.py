@@ -10,7 +10,7 @@ from rich.table import Table
 from qbench.record.quality import MetricRecord, detected
 from qbench.record.quantization import FileRecord, QuantizationRecord
 from qbench.record.result import Result
-from qbench.record.speed import PhaseRecord, SpeedRecord
+from qbench.record.speed import PhaseRecord, SpeedRecord, SpreadRecord
 
 
 def show(result: Result) -> None:
@@ -92,10 +92,16 @@ def _add_metric(table: Table, metric: MetricRecord, protocol: str = "", also: st
         change += f"  (95 %: {metric.delta_low:+.{digits}f} to {metric.delta_high:+.{digits}f})"
     if metric.spread is not None:
         change += f"; {len(metric.draws or ())} draws, spread {metric.spread:.{digits}f}"
+    if metric.sample_spread is not None:
+        change += f"; {len(metric.samples or ())} samples, spread {metric.sample_spread:.{digits}f}"
     if told := detected(metric.verdict, metric.detectable, digits):
         change += f"; {told}"
     if metric.flip_rate is not None:
         change += f"; {metric.flip_rate:.1%} flipped"
+    if metric.turned_right is not None and metric.p_value is not None:
+        change += f" ({metric.turned_right} right, {metric.turned_wrong} wrong, McNemar p {metric.p_value:.3f})"
+    if metric.flip_rate_alone is not None:
+        change += f" ({metric.flip_rate_alone:.1%} by sampling alone)"
     if metric.kinds and (worst := metric.worst_kind) is not None:
         change += f"; worst on {worst}, {metric.kinds[worst]:.{digits}f}"
     if also:
@@ -106,26 +112,50 @@ def _add_metric(table: Table, metric: MetricRecord, protocol: str = "", also: st
 
 
 def _add_speed(table: Table, speed: SpeedRecord) -> None:
-    shapes = {"prefill": f"{speed.prefill_tokens} tokens", "decode": f"after {speed.context_tokens} tokens"}
-    for phase, shape in shapes.items():
-        ours = getattr(speed.quantized, phase)
-        base = getattr(speed.baseline, phase) if speed.baseline is not None else None
-        ratio = ""
-        if base is not None:
-            times = ours.tokens_per_second.median / base.tokens_per_second.median
-            ratio = f"{times:.2f} times as fast; "
-        method = "" if ours.method == "eager" and ours.eager_because is None else f", {ours.method}"
-        batch = f"batch {speed.batch_size}, median of {speed.repeats}{method}"
-        table.add_row(f"{phase}, tokens/s, {shape}", _rate(base), _rate(ours), ratio + batch)
-        if ours.joules_per_token is not None:
-            other = "" if base is None or base.joules_per_token is None else f"{base.joules_per_token:.3g}"
-            table.add_row(f"{phase}, joules/token", other, f"{ours.joules_per_token:.3g}", "the whole GPU, by NVML")
-        whose = "of the process" if ours.peak_alloc_bytes is None else "allocated, weights and cache included"
-        table.add_row(f"{phase}, peak memory, MB", _peak(base), _peak(ours), whose)
+    ours, base = speed.quantized, speed.baseline
+    phases = [("prefill", f"{speed.prefill_tokens} tokens", ours.prefill, base and base.prefill)]
+    for i, tokens in enumerate(speed.more_prefill_tokens):
+        phases.append(("prefill", f"{tokens} tokens", ours.more_prefill[i], base and base.more_prefill[i]))
+    phases.append(("decode", f"after {speed.context_tokens} tokens", ours.decode, base and base.decode))
+    for name, shape, phase, before in phases:
+        batch = f"batch {speed.batch_size}, median of {speed.repeats}{_method(phase, before)}"
+        rate, other = phase.tokens_per_second, before and before.tokens_per_second
+        table.add_row(f"{name}, tokens/s, {shape}", _rate(other), _rate(rate), f"{_times(rate, other)}{batch}")
+        _add_other_ways(table, f"{name}, {shape}", phase, before)
+        if phase.joules_per_token is not None:
+            joules = "" if before is None or before.joules_per_token is None else f"{before.joules_per_token:.3g}"
+            table.add_row(f"{name}, joules/token", joules, f"{phase.joules_per_token:.3g}", "the whole GPU, by NVML")
+        whose = "of the process" if phase.peak_alloc_bytes is None else "allocated, weights and cache included"
+        table.add_row(f"{name}, peak memory, MB", _peak(before), _peak(phase), whose)
 
 
-def _rate(phase: PhaseRecord | None) -> str:
-    return "" if phase is None else f"{phase.tokens_per_second.median:.1f}"
+def _method(phase: PhaseRecord, before: PhaseRecord | None) -> str:
+    """How the fastest way is called; nothing on a CPU, unless it was compiled."""
+    if before is not None and before.method != phase.method:
+        return f", {phase.method} (16 bit: {before.method})"
+    return "" if phase.method == "eager" and phase.eager_because is None else f", {phase.method}"
+
+
+def _add_other_ways(table: Table, what: str, phase: PhaseRecord, before: PhaseRecord | None) -> None:
+    """A row for each way that was not the fastest of both, with its numbers or why there are none."""
+    fastest = {one.method for one in (phase, before) if one is not None}
+    for method in dict.fromkeys(way.method for one in (phase, before) if one is not None for way in one.ways):
+        rate, other = phase.rate(method), None if before is None else before.rate(method)
+        refusals = [f"16 bit {why}" for why in ([] if before is None else before.refusals(method))]
+        refusals += phase.refusals(method)
+        if fastest == {method} and not refusals:
+            continue
+        told = _times(rate, other).removesuffix("; ") if rate is not None else ""
+        told = "; ".join([told] * bool(told) + [f"refused: {why}" for why in refusals])
+        table.add_row(f"{what}, {method}", _rate(other), _rate(rate), told)
+
+
+def _times(rate: SpreadRecord, other: SpreadRecord | None) -> str:
+    return "" if other is None else f"{rate.median / other.median:.2f} times as fast; "
+
+
+def _rate(spread: SpreadRecord | None) -> str:
+    return "" if spread is None else f"{spread.median:.1f}"
 
 
 def _peak(phase: PhaseRecord | None) -> str:

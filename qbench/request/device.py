@@ -6,6 +6,7 @@ import torch
 
 from qbench.config import RuntimeConfig
 from qbench.errors import RequestError, unknown
+from qbench.layers.linear import backend_of
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -46,3 +47,12 @@ def pick_dtype(runtime: RuntimeConfig, device: torch.device) -> torch.dtype:
     if runtime.dtype not in DTYPES:
         raise unknown("runtime.dtype", runtime.dtype, ("auto", *DTYPES))
     return DTYPES[runtime.dtype]
+
+
+def path_here() -> str:
+    """How packed weights are multiplied on this machine, in one line."""
+    if not torch.cuda.is_available():
+        return f"a CPU multiplies packed weights by: {backend_of(torch.device('cpu'))}"
+    major, minor = torch.cuda.get_device_capability(0)
+    name = f"{torch.cuda.get_device_name(0)} (compute capability {major}.{minor})"
+    return f"{name} multiplies packed weights by: {backend_of(torch.device('cuda', 0))}"

@@ -10,6 +10,7 @@ factor of two:
     quantize   the method's own seconds (below), and 3.6 s for Qwen3-8B's 6.95 billion weights in the pass around it; in
                a mixture 5 ms a matrix, which the host spends, where that is more
     calibrate  the calibration tokens twice through the model, at the rate of evaluating
+    speed      with speed=default, of both models: 6 s a phase, and 12 s for compiling it
 
 A download is the 16-bit weights of a Hub model that is not here. GPU memory is what a pass holds at least: a block, the
 next one, the rest of the model, and a batch's activations; hidden states wait in host memory where they do not fit.
@@ -40,6 +41,7 @@ METHOD_SECONDS_PER_WEIGHT = {
 }
 # documents x choices x tokens, rounded: lm-eval makes the requests when they are scored
 TASK_TOKENS = {"hellaswag": 4_400_000, "piqa": 160_000, "mmlu": 6_700_000}
+PHASE_SECONDS, COMPILE_SECONDS = 6.0, 12.0  # of speed=default: prefill, for each length, and decode
 SEARCH_TOKENS = 2048
 CALIBRATION_TOKENS = 128 * 2048  # where the configuration leaves the number of sequences to the text
 
@@ -52,7 +54,7 @@ class Needs:
     gpu_bytes: int
     read_seconds: float
     original_seconds: float | None  # evaluating the original
-    variant_seconds: float | None  # quantizing and evaluating, all draws
+    variant_seconds: float | None  # quantizing and evaluating, all draws, and measuring speed
 
     @property
     def hours(self) -> float | None:
@@ -70,7 +72,7 @@ def needs(point: Prepared, known: Skeleton) -> Needs:
     spent = None
     if evaluate is not None and point.quantizer is not None:
         quantize = _quantize_seconds(point, known)
-        spent = point.draws * (evaluate + quantize)
+        spent = point.draws * (evaluate + quantize) + _speed_seconds(point)
         if point.searches:  # every choice is quantized, and runs over a little of the calibration text
             choices = len(point.transform.choices(point.config.quantizer["name"]))
             spent += point.draws * choices * (quantize + (_forward_seconds(point, known, SEARCH_TOKENS) or 0.0))
@@ -107,6 +109,14 @@ def _met(known: Skeleton) -> int:
         for module in known.found.experts.values()
     )
     return known.found.quantizable - experts + met + known.vocabulary * known.hidden
+
+
+def _speed_seconds(point: Prepared) -> float:
+    asked = point.config.speed
+    if asked.name == "none":
+        return 0.0
+    models = 1 if isinstance(point.quantizer, Original) else 2
+    return models * (len(asked.lengths) + 1) * (PHASE_SECONDS + COMPILE_SECONDS * asked.compiles("cuda"))
 
 
 def _quantize_seconds(point: Prepared, known: Skeleton) -> float:

@@ -16,12 +16,12 @@ from collections.abc import Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
+from importlib import import_module
 from pathlib import Path
 
 from qbench.checkpoint import manifest
 from qbench.errors import RequestError
 from qbench.record.store import write_atomically
-from qbench.sources.imports import model_code
 
 NAME = "hashes.json"
 SETTLED_S = 2.0
@@ -69,7 +69,8 @@ def sha256_of(paths: Collection[Path]) -> list[str]:
         with ThreadPoolExecutor(min(THREADS, os.cpu_count() or 1)) as pool:
             found = pool.map(_sha256, paths, [known] * len(paths))
             if sum(path.stat().st_size for path in paths if _state(path)[0] not in known) > LARGE_BYTES:
-                model_code()
+                import_module("transformers.core_model_loading")
+                import_module("transformers.models.auto.modeling_auto")
             return list(found)
     except OSError as error:
         raise RequestError(f"cannot read {error.filename or 'a file'}: {error.strerror or error}") from None

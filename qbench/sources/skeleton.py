@@ -10,12 +10,10 @@ import torch
 from torch import nn
 
 from qbench.model.blocks import NotAChainError, block_of
-from qbench.sources.imports import model_code
 
 
 def make(config: Any, dtype: torch.dtype, **options: Any) -> Any:
     """The configuration's causal language model without any weights."""
-    model_code()
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):

@@ -16,6 +16,8 @@ from torch import Tensor
 
 from qbench.format.format import Format
 from qbench.format.packing import pack, unpack
+from qbench.kernels.grouped import grouped_mm
+from qbench.kernels.routes import Routes
 from qbench.quant.quantizer import InputStatistics, Quantizer
 
 BLOCK, BIAS = 32, 127
@@ -118,8 +120,14 @@ class BytePerCodeKernel:
     def linear(self, x: Tensor, layout: BytePerCode, bias: Tensor | None = None) -> Tensor:
         return F.linear(x, values_of(layout.codes, layout.exponent).to(x.dtype), bias)
 
-    def experts(self, x: Tensor, index: Tensor, layout: BytePerCode) -> Tensor:
-        return torch.einsum("tkoi,ti->tko", values_of(layout.codes, layout.exponent)[index].to(x.dtype), x)
+    def experts(self, x: Tensor, index: Tensor, layouts: Sequence[BytePerCode]) -> list[Tensor]:
+        stacks = [values_of(layout.codes, layout.exponent).to(x.dtype) for layout in layouts]
+        return [torch.einsum("tkoi,ti->tko", stack[index.clamp_max(len(stack) - 1)], x) for stack in stacks]
+
+    def grouped(self, x: Tensor, layout: BytePerCode, routes: Routes, gather: bool) -> Tensor:
+        x = x.index_select(0, routes.token) if gather else x
+        stack = values_of(layout.codes, layout.exponent).to(x.dtype)
+        return grouped_mm(x, stack, routes.flat(), routes.rows)
 
     def backend(self, device: torch.device, dtype: torch.dtype) -> str:
         return "a byte per code"

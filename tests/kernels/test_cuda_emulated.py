@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from qbench.kernels import blocks, cuda
-from qbench.kernels.blocks import Plan, WidePlan
+from qbench.kernels import blocks, cuda, cuda_experts
+from qbench.kernels.blocks import LongPlan, Plan, WidePlan
+from qbench.kernels.routes import route
 from qbench.kernels.tiles import to_tiles
 from tests.kernels.cases import FORMATS, random_weight, relative_error
 
@@ -81,6 +82,41 @@ def test_every_batch_shape(emulated, generator, batch, plan):
 
 
 @pytest.mark.slow
+def test_before_hopper(emulated, generator, monkeypatch):
+    """Without clusters, bulk copies and barriers for them."""
+    monkeypatch.setattr(cuda, "_plain", lambda device: True)
+    weight = random_weight((40, 300), 4, 64, generator)
+    for batch in (1, 5, 11):
+        (plan, *_) = blocks._by_rule(batch, 40, 300, plain=True)
+        check(generator, weight, batch, torch.bfloat16, plan)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("batch", "plan"),
+    [
+        (150, LongPlan(1, 16, 1)),  # two tiles of y along x
+        (150, LongPlan(1, 16, 2)),  # and two along the rows, of one cluster
+        (30, LongPlan(2, 32, 1, 2)),
+        (150, LongPlan(1, 16, 2, 2)),  # two warpgroups that finish
+    ],
+)
+def test_a_prompt(emulated, generator, batch, plan):
+    bias = torch.randn(200, generator=generator).bfloat16()
+    check(generator, random_weight((200, 200), 4, 64, generator), batch, torch.bfloat16, plan, bias)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("group_size", "dtype"), [(32, torch.float16), (64, torch.bfloat16), (64, torch.float16), (128, torch.bfloat16)]
+)
+@pytest.mark.parametrize(("nbits", "codebook"), FORMATS)
+def test_every_format_of_a_prompt(emulated, generator, nbits, codebook, group_size, dtype):
+    weight = random_weight((50, 130), nbits, group_size, generator, codebook=codebook)
+    check(generator, weight, 20, dtype, LongPlan(1, 16, 1, 2))
+
+
+@pytest.mark.slow
 def test_options(emulated, generator):
     plan = Plan(1, 1, 1, 1, 1, 1)
     for options in ({"zero": False}, {"t": False}, {"permuted": True}, {"zero": False, "codebook": True}):
@@ -100,18 +136,73 @@ def test_options(emulated, generator):
 
 @pytest.mark.slow
 def test_experts_in_one_launch(emulated, generator):
-    weight = random_weight((3, 24, 200), 4, 64, generator)
-    tiles = to_tiles(weight)
+    """Of one stack, and of two that read the same x; some experts live elsewhere."""
+    stacks = [random_weight((3, 24, 200), 4, 64, generator, permuted=True) for _ in range(2)]
     x = torch.randn(2, 200, generator=generator).bfloat16()
-    index = torch.tensor([[2, 0], [1, 1]])
-    y = cuda.experts(x, index, tiles, Plan(1, 1, 1, 2, 1, 1)).view(2, 2, 24)
-    assert len(emulated) == 1
-    dense = weight.dequantize().double()
-    for token in range(2):
-        for slot in range(2):
-            expected = dense[index[token, slot]] @ x[token].double()
-            assert (y[token, slot].double() - expected).norm() / expected.norm() < 1e-2
-    assert tiles.select(1).shape == (24, 200)
+    index, plan = torch.tensor([[2, 0, 3], [1, 1, 9]]), Plan(1, 1, 1, 2, 1, 1)
+    for count in (1, 2):
+        ys = cuda.experts(x, index, [to_tiles(weight) for weight in stacks[:count]], plan)
+        assert len(emulated) == count
+        for weight, y in zip(stacks, ys, strict=False):
+            dense = weight.dequantize().double()[index.clamp_max(2)]
+            expected = torch.einsum("tkoi,ti->tko", dense, x.double())
+            here = (index < 3).flatten()
+            found = y.double()[here] - expected.view(6, 24)[here]
+            assert found.norm() < 1e-2 * expected.view(6, 24)[here].norm()
+    assert to_tiles(stacks[0]).select(1).shape == (24, 200)
+
+
+def check_sorted_experts(generator, weight, tokens, per_token, dtype, plan, index=None):
+    """Rows of x gathered, then sorted ones; experts that live elsewhere are left as they were."""
+    experts, columns = weight.shape[0], weight.shape[2]
+    x = torch.randn(tokens, columns, generator=generator).to(dtype)
+    if index is None:
+        index = torch.rand(tokens, experts + 1, generator=generator).argsort(-1)[:, :per_token]
+    held, tiles, dense = route(index, experts, 8 * plan.batch_blocks), to_tiles(weight), weight.dequantize().double()
+    here = int(held.starts[-1])
+    assert 0 < here < len(held.token)
+    expected = torch.einsum("poi,pi->po", dense[held.expert[:here].long()], x[held.token[:here].long()].double())
+    gathered = cuda_experts.linear(x, tiles, held, True, plan)
+    assert torch.equal(cuda_experts.linear(x[held.token.long()], tiles, held, False, plan)[:here], gathered[:here])
+    assert gathered.dtype == dtype
+    assert (gathered[:here].double() - expected).norm() <= LIMITS[dtype] * expected.norm()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("group_size", [32, 64, 128])
+@pytest.mark.parametrize(("nbits", "codebook"), FORMATS)
+def test_sorted_experts(emulated, generator, nbits, codebook, group_size):
+    weight = random_weight((3, 40, 200), nbits, group_size, generator, codebook=codebook)
+    check_sorted_experts(generator, weight, 5, 2, torch.bfloat16, WidePlan(2, 1, 1, 1, 2))
+    assert [launch[0] for launch in emulated] == [(10, 1, 1), (1, 3, 1)] * 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("plan", "counts"),
+    [
+        (WidePlan(4, 1, 1, 1, 2), (9, 17, 32, 33)),
+        (WidePlan(8, 1, 1, 1, 2), (3, 20, 45, 64)),
+        (WidePlan(16, 1, 1, 1, 2), (33, 0, 97, 65)),
+        (WidePlan(24, 1, 1, 1, 2), (49, 97, 0, 150)),
+    ],
+)
+def test_slots_that_are_not_full(emulated, generator, plan, counts):
+    """The products are of as many rows as a slot holds, up to the next quarter."""
+    index = torch.repeat_interleave(torch.arange(5), torch.tensor([*counts, 2])).unsqueeze(-1)
+    index = index[torch.randperm(len(index), generator=generator)]
+    weight = random_weight((4, 24, 130), 4, 64, generator)
+    check_sorted_experts(generator, weight, len(index), 1, torch.bfloat16, plan, index)
+
+
+@pytest.mark.slow
+def test_sorted_experts_of_every_kind(emulated, generator):
+    """More pairs than a slot holds; splits of K; act-order; no t; fp16."""
+    permuted = random_weight((3, 72, 330), 4, 64, generator, permuted=True)
+    check_sorted_experts(generator, permuted, 30, 3, torch.float16, WidePlan(2, 2, 1, 1, 2))
+    check_sorted_experts(generator, permuted, 30, 3, torch.bfloat16, WidePlan(4, 1, 1, 2, 2))
+    check_sorted_experts(generator, random_weight((2, 24, 130), 4, 64, generator, t=False), 30, 2, torch.bfloat16,
+                         WidePlan(2, 1, 2, 1, 4))  # fmt: skip
 
 
 @pytest.mark.slow
@@ -120,6 +211,12 @@ def test_dequantize_bit_for_bit(emulated, generator, nbits, codebook):
     for group_size, columns, dtype in ((32, 136, torch.float16), (64, 130, torch.bfloat16), (128, 264, torch.float32)):
         weight = random_weight((24, columns), nbits, group_size, generator, codebook=codebook)
         assert torch.equal(cuda.dequantize(to_tiles(weight), dtype), weight.dequantize(dtype))
+
+
+def test_dequantize_a_stack(emulated, generator):
+    weight = random_weight((3, 24, 130), 4, 64, generator)
+    assert torch.equal(cuda.dequantize(to_tiles(weight), torch.bfloat16), weight.dequantize(torch.bfloat16))
+    assert len(emulated) == 1
 
 
 def test_a_warpgroup_keeps_to_its_own_stages():
@@ -137,7 +234,7 @@ def test_a_plan_that_the_kernel_cannot_run_is_refused(shape):
 def test_plans_fit():
     """Every shape and batch gets a plan whose shared memory an H200 has, tuned entries included."""
     for gpu in ("NVIDIA H200", "another GPU"):
-        for M in (1, 2, 8, 9, 17, 33, 64, 65, 128):
+        for M in (1, 2, 8, 9, 17, 33, 64, 65, 128, 300, 2048):
             for N, K in (
                 (4096, 4096),
                 (12288, 4096),
@@ -151,4 +248,4 @@ def test_plans_fit():
                     plan = blocks._plan(M, N, K, form, gpu, 232448)
                     assert plan is not None, (M, N, K, form)
                     assert plan.shared_bytes(M, -(-K // 128), *form) <= 232448
-                    assert plan.batch_blocks * 8 >= M
+                    assert plan.batch_blocks * 8 >= M or M > 128

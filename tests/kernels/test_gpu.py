@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from qbench.format.rotation import Rotation
-from qbench.kernels import cuda, ops
+from qbench.kernels import blocks, cuda, ops
+from qbench.kernels.blocks import LongPlan
 from qbench.kernels.tiles import to_tiles
 from qbench.layers.linear import QuantLinear, use_kernels
 from tests.kernels.cases import FORMATS, random_weight, relative_error
@@ -52,6 +53,36 @@ def test_dequantize_is_the_formats_own(generator):
         torch.cuda.synchronize()
         for dtype in (torch.float16, torch.bfloat16, torch.float32):
             assert torch.equal(cuda.dequantize(tiles, dtype), weight.dequantize(dtype))
+    stack = on_gpu(random_weight((5, 40, 577), 4, 64, generator))
+    tiles = to_tiles(stack)
+    torch.cuda.synchronize()
+    assert torch.equal(cuda.dequantize(tiles, torch.bfloat16), stack.dequantize(torch.bfloat16))
+
+
+@pytest.mark.parametrize("plan", [LongPlan(1, 16, 1, 2), LongPlan(2, 32, 2), LongPlan(3, 16, 4, 2)])
+def test_every_shape_of_a_prompt(generator, plan):
+    """Tails of rows, of columns and of tiles; x that starts anywhere; columns in another order."""
+    for permuted in (False, True):
+        weight = on_gpu(random_weight((1000, 712), 4, 64, generator, permuted=permuted))
+        tiles = to_tiles(weight)
+        torch.cuda.synchronize()
+        for batch in (1, 200, 2500):
+            x = torch.randn(batch, 713, device="cuda", dtype=torch.bfloat16)[:, 1:]
+            y = cuda.linear(x, tiles, None, plan)
+            assert relative_error(y, x, weight) <= 1e-2
+            assert torch.equal(y, cuda.linear(x, tiles, None, plan))
+
+
+def test_what_runs_before_hopper(generator, monkeypatch):
+    """The same code without what came with compute capability 9.0."""
+    monkeypatch.setattr(cuda, "_plain", lambda device: True)
+    weight = on_gpu(random_weight((1000, 1000), 3, 64, generator))
+    tiles = to_tiles(weight)
+    torch.cuda.synchronize()
+    for batch in (1, 7, 16):
+        (plan, *_) = blocks._by_rule(batch, 1000, 1000, plain=True)
+        x = torch.randn(batch, 1000, device="cuda", dtype=torch.bfloat16)
+        assert relative_error(cuda.linear(x, tiles, None, plan), x, weight) <= 1e-2
 
 
 def test_experts(generator):
@@ -87,12 +118,13 @@ def test_rotated_weights(generator, block):
             assert batch == 0 or relative_error(y, x, weight) <= 2 * limit, (batch, dtype)  # x is rounded once more
 
 
+@pytest.mark.parametrize("batch", [1, 300])
 @pytest.mark.parametrize("rotated", [False, True])
-def test_graph_and_compilation(generator, rotated):
+def test_graph_and_compilation(generator, rotated, batch):
     weight = random_weight((1024, 2048), 4, 64, generator)
     layer = QuantLinear(on_gpu(replace(weight, rotation=Rotation.seeded(2048, 1024, 0) if rotated else None)))
     use_kernels(layer)
-    x = torch.randn(1, 2048, device="cuda", dtype=torch.bfloat16)
+    x = torch.randn(batch, 2048, device="cuda", dtype=torch.bfloat16)
     with torch.no_grad():
         layer(x)
         graph = torch.cuda.CUDAGraph()

@@ -55,25 +55,58 @@ def test_a_disk_without_room_keeps_no_part_of_a_kernel(monkeypatch, tmp_path):
     assert list((tmp_path / "full").iterdir()) == []
 
 
+@pytest.fixture
+def gpu(monkeypatch):
+    """Lets the machine have a GPU of a compute capability, on which `broken` kernels do not compile."""
+
+    def make(capability, broken=()):
+        def load(entry, device, defines):
+            if entry in broken:
+                raise nvrtc.KernelError(f"NVRTC refused {entry}")
+
+        monkeypatch.setattr(nvrtc, "load", load)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+        monkeypatch.setattr(cuda, "refusal", cuda.refusal.__wrapped__)
+        monkeypatch.setattr(cuda, "_plain", cuda._plain.__wrapped__)
+        monkeypatch.setattr(ops, "_has_triton", lambda: True)
+        return ops.backend(torch.device("cuda", 0), torch.bfloat16)
+
+    return make
+
+
 @pytest.mark.parametrize("broken", sorted(nvrtc.SOURCES))
-def test_a_kernel_that_cannot_be_compiled_is_said_and_replaced(monkeypatch, broken):
+def test_a_kernel_that_cannot_be_compiled_is_said_and_replaced(gpu, broken):
     """Whichever it is: a point must not find out in the middle of its evaluation."""
+    said = gpu((9, 0), [broken])
+    (kernel,) = (name for name, (_, _, launches) in cuda.KERNELS.items() if broken in dict(launches))
+    assert cuda.refusal(0, kernel) == f"NVRTC refused {broken}"
+    if kernel == "dual_linear":
+        assert said.startswith("dual_linear (triton)")
+    elif kernel == "dequantize":
+        assert "dequantize (triton) + matmul" in said
+    else:
+        assert kernel not in said
 
-    def load(entry, device, defines):
-        if entry == broken:
-            raise nvrtc.KernelError(f"NVRTC refused {entry}")
 
-    monkeypatch.setattr(nvrtc, "load", load)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    monkeypatch.setattr(cuda, "refusal", cuda.refusal.__wrapped__)
-    monkeypatch.setattr(ops, "_has_triton", lambda: True)
-    assert cuda.refusal(0) == f"NVRTC refused {broken}"
-    assert ops.backend(torch.device("cuda", 0), torch.bfloat16).startswith("dual_linear (triton)")
+@pytest.mark.parametrize(
+    ("capability", "said"),
+    [
+        ((7, 5), "dual_linear (triton), dequantize (triton) + matmul above batch 64"),
+        ((8, 0), "dual_linear (cuda), dequantize (cuda) + matmul above batch 16"),
+        ((8, 9), "dual_linear (cuda), dequantize (cuda) + matmul above batch 16"),
+        ((9, 0), "dual_linear, wide_linear, long_linear (cuda) or dequantize (cuda) + matmul, by batch"),
+        ((10, 0), "dual_linear (cuda), dequantize (cuda) + matmul above batch 16"),
+    ],
+)
+def test_every_gpu_says_what_it_runs(gpu, capability, said):
+    assert gpu(capability) == said
+    assert cuda._plain(0) == (capability[0] < 9)
 
 
 @pytest.mark.slow
 def test_the_kernels_that_are_tried_compile(compiled):
     """As refusal asks for them, in the emulator."""
-    assert {entry for entry, _ in cuda._EACH_KERNEL} == set(nvrtc.SOURCES)
-    for entry, defines in cuda._EACH_KERNEL:
+    tried = [launch for _, _, launches in cuda.KERNELS.values() for launch in launches]
+    assert {entry for entry, _ in tried} == set(nvrtc.SOURCES)
+    for entry, defines in tried:
         assert compiled(entry, defines)

@@ -44,6 +44,8 @@ def test_opcheck(generator):
     stack = to_tiles(random_weight((2, 24, 200), 3, 64, generator))
     index = torch.tensor([[0], [1], [1]])
     torch.library.opcheck(ops.dual_linear_experts, (x, index, *stack.flat()), test_utils=tests)
+    both = (x, index, *stack.flat(), *stack.flat())
+    torch.library.opcheck(ops.dual_linear_both_experts, both, test_utils=tests)
 
 
 def test_whole_graph_compilation(generator):

@@ -8,6 +8,7 @@ import transformers as t
 from torch import nn
 
 from qbench.checkpoint import packed as checkpoint
+from qbench.layers import experts
 from qbench.layers.expert_form import _computes_shares, expert_weights, form, refusal
 from qbench.layers.experts import QuantExperts
 from qbench.layers.linear import QuantLinear, use_kernels
@@ -166,6 +167,53 @@ def test_experts_laid_out_for_the_kernels_compute_the_same(build, monkeypatch):
     for pairs in (0, 10_000):
         monkeypatch.setattr(ops, "EXPERT_PAIRS", pairs)
         torch.testing.assert_close(logits(model), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("laid_out", [False, True])
+@pytest.mark.parametrize("build", MIXTURES, ids=lambda build: build.__name__)
+def test_experts_whose_pairs_are_sorted_compute_the_same(build, laid_out, monkeypatch):
+    """As on a GPU, with kernels and without."""
+    model = made(build)
+    quantize_model(model, SINQ())
+    expected, before = logits(model), experts.route
+    if laid_out:
+        assert all(module.lay_out() for module in model.modules() if hasattr(module, "lay_out"))
+    calls = []
+    monkeypatch.setattr(experts, "route", lambda *a: calls.append(a) or before(*a))
+    monkeypatch.setattr(experts, "sorts", lambda x: True)
+    torch.testing.assert_close(logits(model), expected, rtol=1e-4, atol=1e-4)
+    assert len(calls) == sum(isinstance(module, QuantExperts) for module in model.modules())
+
+
+@pytest.mark.parametrize("laid_out", [False, True])
+def test_sorted_experts_are_one_graph(laid_out, monkeypatch):
+    model = made(nemotron_h)
+    quantize_model(model, SINQ())
+    block = next(module for module in model.modules() if isinstance(module, QuantExperts))
+    if laid_out:
+        assert all(module.lay_out() for module in block.children() if hasattr(module, "lay_out"))
+    monkeypatch.setattr(experts, "sorts", lambda x: True)
+    compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
+    x = torch.randn(6, block.hidden_dim, generator=torch.Generator().manual_seed(0))
+    for index in (torch.tensor([[0, 3], [2, 1]] * 3), torch.tensor([[1, 2], [1, 4]] * 3)):
+        scores = torch.full((6, 2), 0.5)
+        torch.testing.assert_close(compiled(x, index, scores), block(x, index, scores))
+
+
+def test_experts_that_live_elsewhere_add_nothing(monkeypatch):
+    """Alone and among others: expert by expert, sorted, and a few pairs each for itself."""
+    model = made(aria)
+    quantize_model(model, RTN())
+    block = next(module for module in model.modules() if isinstance(module, QuantExperts))
+    x = torch.randn(6, block.hidden_dim, generator=torch.Generator().manual_seed(0))
+    index = torch.tensor([[0, 4], [4, 4], [3, 1], [2, 0], [4, 1], [1, 2]])
+    scores = torch.rand(6, 2, generator=torch.Generator().manual_seed(1))
+    one_by_one = block(x, index, scores)
+    assert not one_by_one[1].any()
+    monkeypatch.setattr(experts, "sorts", lambda x: True)
+    torch.testing.assert_close(block(x, index, scores), one_by_one, rtol=1e-4, atol=1e-5)
+    assert all(module.lay_out() for module in block.children() if hasattr(module, "lay_out"))
+    torch.testing.assert_close(block(x, index, scores), one_by_one, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("build", [*MIXTURES, minimax_m3], ids=lambda build: build.__name__)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from qbench.format.stack import concat
+from qbench.layers.dense import write
 from qbench.plugins.fp8 import FP8
 from qbench.plugins.hqq import HQQ
 from qbench.plugins.mxfp4 import MXFP4, MXFP8
@@ -17,6 +18,7 @@ from qbench.plugins.sinq import SINQ
 from qbench.quant.quantizer import Quantizer
 from qbench.testing import same
 
+ON_GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 METHODS = [
     RTN(),
     RTN(nbits=3, symmetric=True, aux_dtype="int8"),
@@ -88,3 +90,13 @@ def test_every_matrix_is_what_it_is_alone_on_a_gpu(quantizer, experts, rows, col
     if columns == 100 and getattr(quantizer, "rotation", None):
         pytest.skip("a tail of groups is tested without a rotation")
     check_equal(quantizer, stacks(experts, rows, columns, "cuda"))
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=ON_GPU)])
+@pytest.mark.parametrize("quantizer", [RTN(nbits=3), SINQ(), NF4(), MXFP4(), RTN(rotation="hadamard")], ids=told)
+def test_a_stack_is_written_out_as_it_dequantizes(quantizer, device):
+    for weight in stacks(3, 40, 96, device):
+        stack = quantizer.quantize([weight], None)[0]
+        transposed = torch.empty(3, 96, 80, dtype=torch.bfloat16, device=device)
+        write(stack, transposed.mT[:, ::2])  # as gpt-oss holds gate and up
+        assert torch.equal(transposed.mT[:, ::2], stack.dequantize(torch.bfloat16))

@@ -9,7 +9,8 @@ from qbench.record.outline import Outline
 from qbench.record.quality import DivergenceRecord, EvaluationRecord, IntervalRecord, MetricRecord, TaskRecord
 from qbench.record.quantization import LayerRow, ModelRecord, QuantizationRecord
 from qbench.record.result import Result, ResultError
-from qbench.record.speed import InferenceRecord, PhaseRecord, SpeedRecord, SpreadRecord
+from qbench.record.speed import InferenceRecord, PhaseRecord, SpeedRecord, SpreadRecord, WayRecord
+from qbench.report import summary as terminal
 
 IDENTITY = Identity(
     weights="random:1",
@@ -85,6 +86,60 @@ def test_speed_in_the_summary():
     assert summary["prefill_joules_per_token"] == 0.5
     assert summary["prefill_peak_alloc_bytes"] == 10**9
     assert not {"baseline_prefill_joules_per_token", "prefill_peak_rss_bytes"} & set(summary)  # what was not measured
+
+
+def several_ways() -> SpeedRecord:
+    """A mixture whose 16-bit experts were multiplied in two ways; compiling was refused for what is quantized."""
+
+    def way(method, rate, experts=None, refused=None):
+        spread = None if rate is None else SpreadRecord(rate, rate, rate)
+        return WayRecord(method, spread, refused, "sdpa", experts, 9.5, 0.02)
+
+    def phase(*ways):
+        best = max((w for w in ways if w.refused is None), key=lambda w: w.tokens_per_second.median)
+        return PhaseRecord(best.tokens_per_second, best.method, None, 10**9, None, None, ways)
+
+    grouped, batched = way("cuda graph", 40.0, "grouped_mm"), way("cuda graph", 30.0, "batched_mm")
+    base = phase(grouped, batched, way("compiled", 50.0, "batched_mm"))
+    ours = phase(way("cuda graph", 80.0), way("compiled", None, refused="it has sliding windows"))
+    return SpeedRecord(
+        *(1, 512, 512, 64, 5, InferenceRecord(ours, ours, (ours,)), InferenceRecord(base, base, (base,))),
+        more_prefill_tokens=(2048,),
+    )
+
+
+def test_every_way_is_kept_and_summarized():
+    result = example(speed=several_ways())
+    assert Result.from_json(result.to_json()) == result
+    summary = result.summary()
+    assert (summary["decode_method"], summary["baseline_decode_method"]) == ("cuda graph", "compiled")
+    assert summary["baseline_decode_tokens_per_second"] == summary["baseline_decode_compiled_tokens_per_second"] == 50
+    assert summary["baseline_decode_cuda_graph_tokens_per_second"] == 40  # of two, the faster
+    assert summary["prefill_2048_tokens_per_second"] == 80
+    assert "decode_compiled_tokens_per_second" not in summary
+
+
+def test_every_way_is_shown(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    result = example(speed=several_ways())
+    terminal.show(replace(result, config=result.config | {"outputs": "outputs"}))
+    shown = [" ".join(line.split()) for line in capsys.readouterr().err.splitlines()]
+    fastest = "1.60 times as fast; batch 1, median of 5, cuda graph (16 bit: compiled)"
+    assert f"decode, tokens/s, after 512 tokens 50.0 80.0 {fastest}" in shown
+    assert "decode, after 512 tokens, cuda graph 40.0 80.0 2.00 times as fast" in shown
+    assert "decode, after 512 tokens, compiled 50.0 refused: it has sliding windows" in shown
+    assert sum(line.startswith("prefill, tokens/s, 2048 tokens") for line in shown) == 1
+
+
+def test_a_speed_record_of_one_way_is_read():
+    """As records were before a phase was timed in several."""
+    document = json.loads(example(speed=timed()).to_json())
+    for model in (document["speed"]["quantized"], document["speed"]["baseline"]):
+        del model["more_prefill"], model["prefill"]["ways"], model["decode"]["ways"]
+    del document["speed"]["more_prefill_tokens"]
+    old = Result.from_json(json.dumps(document))
+    assert old == example(speed=timed())
+    assert old.speed.quantized.decode.rate("cuda graph") is None
 
 
 def test_what_was_not_measured_may_be_absent():

@@ -46,6 +46,21 @@ def test_a_calibrated_method_takes_longer_and_more_draws_as_many_times(point):
     assert drawn.original_seconds == gptq.original_seconds
 
 
+def test_speed_takes_its_time_and_compiling_most_of_it(point):
+    model = ("model=qwen3-8b", "quantizer=rtn")
+    untimed = needs(*point(*model)).variant_seconds
+
+    def spent(*asked):
+        return needs(*point(*model, "speed=default", *asked)).variant_seconds - untimed
+
+    plain = spent("speed.compile=false")
+    assert plain > 10
+    assert spent() > 2 * plain
+    assert spent("speed.prefill_tokens=[512,2048]") == pytest.approx(1.5 * spent())
+    alone = needs(*point("model=qwen3-8b", "quantizer=none", "speed=default")).variant_seconds
+    assert alone - needs(*point("model=qwen3-8b", "quantizer=none")).variant_seconds == pytest.approx(spent() / 2)
+
+
 def test_an_embedded_model_is_not_downloaded(point):
     assert needs(*point("model=smollm2-135m", "quantizer=rtn")).download_bytes == 0
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from qbench.config import RuntimeConfig
 from qbench.errors import RequestError
-from qbench.evaluate import hflm, lmeval
+from qbench.evaluate import generation, hflm, lmeval, shots
 from qbench.evaluate.harness import TaskEvaluation
 from qbench.evaluate.lmeval import TaskSource
 from qbench.evaluate.protocol import inside
@@ -32,9 +32,31 @@ class LmEval:
     window: int = 2048  # lm-eval's max_length, in tokens
     add_bos_token: bool | None = None
     beyond_positions: bool = False
+    apply_chat_template: bool = False  # questions in the tokenizer's chat template
+    fewshot_as_multiturn: bool | None = None  # shots as turns of their own; None: with a chat template
+    system_instruction: str | None = None  # before everything
+    chat_template_args: dict[str, Any] | None = None  # variables of the template, such as enable_thinking
+    gen_kwargs: dict[str, Any] | None = None  # of a task that generates, in place of its own
+    samples: int = 1  # of each answer, where it is sampled
+    seed: int = shots.SEED  # of the first sample; the others have those after it
+    generate_batch: int = 8  # answers that are generated together
+
+    @property
+    def multiturn(self) -> bool:
+        return self.apply_chat_template if self.fewshot_as_multiturn is None else self.fewshot_as_multiturn
+
+    @property
+    def prompting(self) -> dict[str, Any]:
+        """How lm-eval is to put its questions, in its own words."""
+        chat = {"apply_chat_template": self.apply_chat_template, "fewshot_as_multiturn": self.multiturn}
+        return chat | {"system_instruction": self.system_instruction}
 
     def settings(self) -> dict[str, Any]:
-        return {key: value for key, value in inside(self).items() if key != "name"}
+        """Of how answers are asked for and generated, what was asked: the default of each is no setting."""
+        found = {key: value for key, value in inside(self).items() if key != "name"}
+        return {
+            key: value for key, value in found.items() if key not in generation.KEYS or value != getattr(LmEval, key)
+        }
 
     def check(self, runtime: RuntimeConfig) -> None:
         if self.window < 2:
@@ -51,11 +73,14 @@ class LmEval:
             )
         if self.path is not None and len(self.names) > 1:
             raise RequestError(f"task.path holds the documents of one task, task.names has {len(self.names)}")
+        generation.check(self)
 
     def read(self) -> TaskSource:
         """Reads the local files; the tasks' own data is lm-eval's to fetch."""
         digest = hashlib.sha256(version("lm_eval").encode())
         documents = None
+        for file in lmeval.embedded(self.names):
+            digest.update(file.read_bytes())
         if self.path is not None:
             documents = self._documents(Path(self.path).expanduser())
             digest.update(repr(documents).encode())
@@ -75,7 +100,10 @@ class LmEval:
         """Raises RequestError, with the closest names, when lm-eval cannot load a task as it is asked for."""
         hflm.check(tokenizer, self)
         tasks = lmeval.load(source)
-        hflm.check_room((leaf for loaded in tasks for leaf in loaded.leaves.values()), self.window)
+        leaves = [leaf for loaded in tasks for leaf in loaded.leaves.values()]
+        generation.check_room(leaves, self.window)
+        if self.apply_chat_template:
+            generation.check_template(tokenizer, self, leaves)
         return TaskEvaluation(tasks, tokenizer, self, runtime, source.sha256)
 
     def _documents(self, path: Path) -> list[dict[str, Any]]:
