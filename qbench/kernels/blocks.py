@@ -122,6 +122,13 @@ def _plan(
     return next((plan for plan in found if plan.shared_bytes(M, -(-K // COLUMNS), *form) <= limit), None)
 
 
+def pair_plan(rows: int) -> Plan:
+    """For pairs of a mixture, a matrix each, of `rows` rows together, which make blocks enough by themselves."""
+    if rows >= 32000:
+        return Plan(1, 1, 4, 1, 1, 1)
+    return Plan(1, 1, 8, 2, 1, 1) if rows >= 8 * ROWS * MULTIPROCESSORS else Plan(1, 1, 4, 2, 1, 2)
+
+
 def _by_rule(M: int, N: int, K: int, plain: bool) -> list[Plan]:
     """Enough blocks for every multiprocessor; splits of K only where the rows are too few.
 

@@ -77,15 +77,16 @@ def launch(x: Tensor, weights: Sequence[Tiles], chosen: blocks.Plan) -> list[Ten
     depth = {"RING": 1} if chosen.ring else {"DEPTH": chosen.stages}
     shape = {"MB": 1, "RT": chosen.strips_per_warp, "ONE": 1, "TOGETHER": len(weights)}
     form = weights[0]
+    defines = cuda._for(x.device.index, cuda._linear_defines(form, x.dtype, **shape, **depth))
     nvrtc.launch(
-        nvrtc.load("dual_linear", x.device.index, cuda._linear_defines(form, x.dtype, **shape, **depth)),
+        nvrtc.load("dual_linear", x.device.index, defines),
         (clusters * chosen.splits, 1, 1),
         32 * chosen.strips * chosen.splits_in_block,
         chosen.shared_bytes(1, chunks, form.nbits, form.group_size, form.has_zero),
         cuda._stream(x.device),
         [problems],
         chosen.splits,
-        early=cuda.EARLY_START,
+        early=cuda._early(x.device),
     )
     return outputs
 
