@@ -17,7 +17,7 @@ from qbench.kernels.tiles import COLUMNS, ROWS, Tiles, chunk_bytes
 
 BUCKETS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)  # batches that share a tuned entry: up to 1, 8, ...
 NARROW = 16  # rows of x up to which the rule takes dual_linear.cu
-WIDE = 128  # and up to which wide_linear.cu
+WIDE = 512  # and up to which wide_linear.cu; above, writing W and cuBLAS
 MULTIPROCESSORS = 132  # of an H100 or H200; for the rules alone
 
 
@@ -115,7 +115,7 @@ def _plan(
 ) -> AnyPlan | None:
     table = _table(gpu)  # where a width has no entry of its own, 4 bits' is nearer than a rule
     tuned = table.get(table_key(M, N, K, form[0]), table.get(table_key(M, N, K, 4)))
-    if tuned == []:
+    if tuned == [] or (tuned is None and M > WIDE):
         return None
     found = [] if tuned is None else [WidePlan(*tuned) if len(tuned) == 5 else Plan(*tuned[:6], bool(tuned[6]))]
     found += _by_rule(M, N, K, plain) if M <= NARROW else _wide_by_rule(M, N, K)
