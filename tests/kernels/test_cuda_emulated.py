@@ -222,7 +222,7 @@ def test_plans_of_slots_fit():
 def test_plans_fit():
     """Every shape and batch gets a plan whose shared memory an H200 has, tuned entries included."""
     for gpu in ("NVIDIA H100 80GB HBM3", "NVIDIA H200", "another GPU"):
-        for M in (1, 2, 8, 9, 17, 33, 64, 65, 128, 300):
+        for M in (1, 2, 8, 9, 17, 33, 64, 65, 128, 200):
             for N, K in (
                 (4096, 4096),
                 (12288, 4096),
@@ -236,5 +236,5 @@ def test_plans_fit():
                     plan = blocks._plan(M, N, K, form, gpu, 232448)
                     assert plan is not None, (M, N, K, form)
                     assert plan.shared_bytes(M, -(-K // 128), *form) <= 232448
-                    assert plan.batch_blocks * 8 >= M or M > 128
+                    assert plan.batch_blocks * 8 >= M or M > 128  # then in several passes
         assert blocks._plan(4096, 12288, 4096, (4, 64, True), gpu, 232448) is None, "W is written"
