@@ -2,7 +2,8 @@
 
 One layer of each shape: its experts hold random codes, scales, zero points and t, and the bf16 experts hold what those
 stand for, so that both compute the same and are compared before they are timed. Tokens are sent to experts at random.
-bf16 runs transformers' `grouped_mm`; microseconds per call are medians of CUDA-graph replays over several routings.
+bf16 runs transformers' `grouped_mm` or, if that is faster for few tokens, `batched_mm`, which copies chosen experts.
+Microseconds per call are medians of CUDA-graph replays over several routings.
 """
 
 from __future__ import annotations
@@ -105,6 +106,10 @@ def measure(shape: str, tokens: int, quantized: QuantExperts, original: torch.nn
     calls, rows = inputs(shape, tokens), []
     expected = original(*calls[0]).double()
     base = time_module(original, calls)
+    if tokens <= 16:
+        original.config._experts_implementation = "batched_mm"
+        base = min(base, time_module(original, calls), key=lambda timing: timing.us)
+        original.config._experts_implementation = "grouped_mm"
     rows.append({"shape": shape, "tokens": tokens, "kernel": "bf16", **vars(base), "speedup": 1.0})
     for name, constants in ways(tokens, calls[0][1].numel()).items():
         before = {key: getattr(*key) for key in constants}

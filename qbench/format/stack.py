@@ -6,7 +6,7 @@ dequantizes one expert at a time. What all matrices share, such as a codebook, i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -109,27 +109,15 @@ def select(weight: F, index: int, once: Collection[str] = ()) -> F:
     return replace(weight, shape=weight.shape[1:]).with_tensors(named)
 
 
-def span(weight: F, first: int, last: int) -> F:
-    """Matrices `first` to `last` of a stack, as a stack `[last - first, out, in]` whose tensors are views.
+def take(stack: F, index: torch.Tensor) -> F | None:
+    """The matrices of `index` `[n]`, on the stack's device, as a stack; None if they have no tensors in common."""
+    from qbench.format.mixed import Mixed
 
-    Formats whose tensors are one matrix's each (mixed.py) are put together from their matrices.
-    """
-    taken = _each(weight, last - first, lambda tensor: tensor[first:last])
-    return type(weight).stack([weight.select(index) for index in range(first, last)]) if taken is None else taken
-
-
-def take(weight: F, index: torch.Tensor) -> F | None:
-    """The matrices of `index` `[n]`, on the device, as a stack `[n, out, in]`; None if no tensor holds them all."""
-    return _each(weight, len(index), lambda tensor: tensor.index_select(0, index))
-
-
-def _each(weight: F, count: int, some: Callable[[torch.Tensor], torch.Tensor]) -> F | None:
-    """A stack of `count` matrices, whose tensors are `some` of each; one that `select` hands over as it is stays."""
-    whole, one = weight.tensors(), weight.select(0).tensors()
-    if whole.keys() != one.keys():
+    if isinstance(stack, Mixed):
         return None
-    named = {key: tensor if one[key].shape == tensor.shape else some(tensor) for key, tensor in whole.items()}
-    return replace(weight, shape=(count, *weight.shape[1:])).with_tensors(named)
+    once = _shared(stack)
+    named = {key: tensor if key in once else tensor.index_select(0, index) for key, tensor in stack.tensors().items()}
+    return replace(stack, shape=(len(index), *stack.shape[1:]), diagnostics={}).with_tensors(named)
 
 
 def _form(weight: Format) -> dict[str, Any]:

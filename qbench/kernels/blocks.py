@@ -68,6 +68,7 @@ class WidePlan:
     splits_in_block: int  # WK: as many warpgroups take turns at the chunks of K
     splits: int  # blocks along K, one cluster
     stages: int  # chunks of x and the weight in flight per block: 2, 3, ... times splits_in_block
+    share: int = 1  # or as many blocks of one cluster take the same x, each other rows; `splits` is 1 then
 
     def __post_init__(self) -> None:
         """A warpgroup keeps to its own stages: a barrier's parity repeats every two phases, so that it could take an
@@ -148,7 +149,7 @@ def _entry(numbers: list[int] | dict[str, list[int]]) -> AnyPlan:
     """A tuned plan; long_linear's carries its name, the others are told by how many numbers say them."""
     if isinstance(numbers, dict):
         return LongPlan(*numbers[LongPlan.kernel])
-    return WidePlan(*numbers) if len(numbers) == 5 else Plan(*numbers[:6], bool(numbers[6]))
+    return WidePlan(*numbers) if len(numbers) < 7 else Plan(*numbers[:6], bool(numbers[6]))
 
 
 @cache
@@ -162,6 +163,13 @@ def _plan(
     found = [] if tuned is None else [_entry(tuned)]
     found += _by_rule(M, N, K, plain) if M <= NARROW else _wide_by_rule(M, N, K) if M <= WIDE else _long_by_rule(M, N)
     return next((plan for plan in found if plan.shared_bytes(M, -(-K // COLUMNS), *form) <= limit), None)
+
+
+def pair_plan(rows: int) -> Plan:
+    """For pairs of a mixture, a matrix each, of `rows` rows together, which make blocks enough by themselves."""
+    if rows >= 32000:
+        return Plan(1, 1, 4, 1, 1, 1)
+    return Plan(1, 1, 8, 2, 1, 1) if rows >= 8 * ROWS * MULTIPROCESSORS else Plan(1, 1, 4, 2, 1, 2)
 
 
 def _by_rule(M: int, N: int, K: int, plain: bool) -> list[Plan]:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from qbench.kernels import cuda, nvrtc
 from qbench.kernels.blocks import WidePlan
-from qbench.kernels.routes import SLOT_ROWS, Routes
+from qbench.kernels.routes import Routes
 from qbench.kernels.tiles import COLUMNS, ROWS, Tiles
 
 
@@ -31,15 +31,16 @@ def plan(routes: Routes, tiles: Tiles, device: int) -> WidePlan | None:
 
 @cache
 def _plan(rows: int, N: int, K: int, form: tuple[int, int, bool], limit: int) -> WidePlan | None:
-    """As large as leaves room for two on a multiprocessor, so that one ends while another begins; the largest slots
-    keep so much of x that one block with more rows of the weight is better.
+    """Two blocks a multiprocessor, so that one ends while another begins; large slots hold so much of x that one with
+    more rows of the weight is better (docs/lab/mixtures.md).
     """
     chunks, strips = -(-K // COLUMNS), -(-N // ROWS)
-    groups = min(3 if rows == SLOT_ROWS[-1] else 2, -(-strips // 4))
-    found = [WidePlan(rows // 8, groups, 1, 1, stages) for stages in (4, 3, 2)]
-    fitting = [one for one in found if one.shared_bytes(rows, chunks, *form) <= limit]
-    twice = [one for one in fitting if 2 * one.shared_bytes(rows, chunks, *form) + 2048 <= limit]
-    return next(iter([*twice, *fitting]), None)
+    groups, at_a_time = {192: (3, 1), 128: (4, 1)}.get(rows, (2, 2))
+    for stages in (4, 3, 2) if at_a_time == 2 else (3, 2):
+        one = WidePlan(rows // 8, min(groups, -(-strips // 4)), 1, 1, stages)
+        if at_a_time * (one.shared_bytes(rows, chunks, *form) + 1024) <= limit or stages == 2:
+            return one if one.shared_bytes(rows, chunks, *form) <= limit else None
+    return None
 
 
 def linear(x: Tensor, tiles: Tiles, routes: Routes, gather: bool, chosen: WidePlan) -> Tensor:

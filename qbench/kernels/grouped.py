@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qbench.format.format import Format
-from qbench.format.stack import span, take
+from qbench.format.stack import part, take
 from qbench.kernels import cuda, cuda_experts, ops
 from qbench.kernels import tiles as layout
 from qbench.kernels.routes import Routes, has_triton
@@ -25,7 +25,7 @@ from qbench.kernels.tiles import Tiles
 
 DENSE_BYTES = 2**32  # of a stack in 16 or 32 bits that is written as one; a larger one is multiplied in parts
 TRANSIENT_NUMBERS = 2**27  # that a format without a kernel dequantizes at a time: it may need several copies in fp32
-FUSED_PAIRS = 1024  # pairs an expert above which writing its matrices and multiplying those is faster
+FUSED_PAIRS = 896  # pairs an expert above which writing its matrices and multiplying those is faster
 
 
 def multiply(x: Tensor, weight: Format, routes: Routes, gather: bool) -> Tensor:
@@ -45,7 +45,7 @@ def multiply(x: Tensor, weight: Format, routes: Routes, gather: bool) -> Tensor:
         stack = x.new_empty(last - first, out, columns)
         for at in range(first, last, step):
             end = min(at + step, last)
-            stack[at - first : end - first] = span(weight, at, end).dequantize(x.dtype)
+            stack[at - first : end - first] = part(weight, slice(at, end)).dequantize(x.dtype)
         return stack
 
     return _in_parts(x, dense, routes, out)
@@ -230,17 +230,17 @@ def _dense(tiles: Tiles, dtype: torch.dtype) -> Callable[[int, int], Tensor]:
     """What gives the matrices of some experts in stored column order; the allocator hands the same buffer to each."""
 
     def some(first: int, last: int) -> Tensor:
-        part = tiles.span(first, last)
+        chosen = tiles.span(first, last)
         if cuda.refusal(tiles.data.device.index, "dequantize") is None:
-            return cuda.dequantize(part, dtype)
+            return cuda.dequantize(chosen, dtype)
         if has_triton():
             from qbench.kernels import triton_linear
 
-            return triton_linear.dequantize(part, dtype)
-        weight = layout.dequantize(part, dtype)
-        if part.permutation is None:
+            return triton_linear.dequantize(chosen, dtype)
+        weight = layout.dequantize(chosen, dtype)
+        if chosen.permutation is None:
             return weight
-        return weight.gather(-1, part.permutation.long().unsqueeze(1).expand(weight.shape))
+        return weight.gather(-1, chosen.permutation.long().unsqueeze(1).expand(weight.shape))
 
     return some
 

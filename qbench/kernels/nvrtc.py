@@ -191,13 +191,17 @@ def load(entry: str, device: int, defines: tuple[tuple[str, int], ...]) -> ctype
     return function
 
 
-@cache
 def clusters_at_work(function: ctypes.c_void_p, threads: int, shared_bytes: int, cluster: int) -> int:
     """How many clusters of `cluster` blocks the device runs at a time: their blocks share a part of the device."""
+    return _clusters_at_work(function.value, threads, shared_bytes, cluster)
+
+
+@cache
+def _clusters_at_work(function: int, threads: int, shared_bytes: int, cluster: int) -> int:
     attributes = (_Attribute * 1)()
     attributes[0].id, attributes[0].value[:3] = CLUSTER_DIMENSION, (cluster, 1, 1)
     config, found = _Config(cluster, 1, 1, threads, 1, 1, shared_bytes, None, attributes, 1), ctypes.c_int()
-    asked = _driver().cuOccupancyMaxActiveClusters(ctypes.byref(found), function, ctypes.byref(config))
+    asked = _driver().cuOccupancyMaxActiveClusters(ctypes.byref(found), ctypes.c_void_p(function), ctypes.byref(config))
     _check(asked, "asking how many clusters run at a time")
     return found.value
 

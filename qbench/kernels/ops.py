@@ -25,7 +25,7 @@ from qbench.kernels import tiles as layout
 from qbench.kernels.tiles import Tiles
 
 TRITON_BATCH = 64  # rows of x up to which the Triton kernel is faster than dequantizing
-EXPERT_PAIRS = 24  # (token, expert) pairs up to which each is multiplied for itself; more are sorted (grouped.py)
+EXPERT_PAIRS = 64  # (token, expert) pairs up to which each is multiplied for itself; more are sorted (grouped.py)
 HALF = (torch.float16, torch.bfloat16)
 
 
@@ -145,13 +145,11 @@ def _pairs_on_gpu(x: Tensor, index: Tensor, stacks: list[Tiles]) -> list[Tensor]
     """For each stack `[tokens, k, out]`; in one launch if they are few, else sorted."""
     tiles, device, pairs = stacks[0], x.device.index, index.numel()
     _check(x, tiles)
-    rows, columns = tiles.shape[-2:]
+    rows = tiles.shape[-2]
     if x.dtype in HALF and 0 < pairs <= EXPERT_PAIRS and cuda.refusal(device) is None:
-        plan = blocks.plan(1, rows * pairs * len(stacks), columns, tiles, device)  # as one matrix of so many rows
-        if plan is not None:
-            x = _unit_stride(_rotated(x, tiles)[0])
-            with torch.cuda.device(x.device):
-                return [y.view(*index.shape, rows) for y in cuda.experts(x, index, stacks, plan)]
+        plan, x = blocks.pair_plan(rows * pairs * len(stacks)), _unit_stride(_rotated(x, tiles)[0])
+        with torch.cuda.device(x.device):
+            return [y.view(*index.shape, rows) for y in cuda.experts(x, index, stacks, plan)]
     from qbench.kernels import grouped, routes
 
     held = routes.route(index, tiles.data.shape[0])

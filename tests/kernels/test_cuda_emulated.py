@@ -7,7 +7,7 @@ import torch
 
 from qbench.kernels import blocks, cuda, cuda_experts
 from qbench.kernels.blocks import LongPlan, Plan, WidePlan
-from qbench.kernels.routes import route
+from qbench.kernels.routes import SLOT_ROWS, route
 from qbench.kernels.tiles import to_tiles
 from tests.kernels.cases import FORMATS, random_weight, relative_error
 
@@ -73,6 +73,7 @@ def test_every_format(emulated, generator, nbits, codebook, group_size, dtype):
         (64, WidePlan(8, 1, 2, 1, 4)),
         (30, WidePlan(4, 1, 3, 2, 6)),
         (70, WidePlan(8, 1, 1, 2, 3)),  # two passes
+        (70, WidePlan(8, 1, 1, 1, 3, 2)),  # and x shared by two blocks
         (100, WidePlan(16, 1, 1, 1, 2)),
         (13, Plan(2, 1, 1, 2, 1, 2, True)),
     ],
@@ -135,11 +136,12 @@ def test_options(emulated, generator):
 
 
 @pytest.mark.slow
-def test_experts_in_one_launch(emulated, generator):
+@pytest.mark.parametrize("rows", [20000, 40000])  # of all pairs together
+def test_experts_in_one_launch(emulated, generator, rows):
     """Of one stack, and of two that read the same x; some experts live elsewhere."""
     stacks = [random_weight((3, 24, 200), 4, 64, generator, permuted=True) for _ in range(2)]
     x = torch.randn(2, 200, generator=generator).bfloat16()
-    index, plan = torch.tensor([[2, 0, 3], [1, 1, 9]]), Plan(1, 1, 1, 2, 1, 1)
+    index, plan = torch.tensor([[2, 0, 3], [1, 1, 9]]), blocks.pair_plan(rows)
     for count in (1, 2):
         ys = cuda.experts(x, index, [to_tiles(weight) for weight in stacks[:count]], plan)
         assert len(emulated) == count
@@ -169,8 +171,10 @@ def check_sorted_experts(generator, weight, tokens, per_token, dtype, plan, inde
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("group_size", [32, 64, 128])
-@pytest.mark.parametrize(("nbits", "codebook"), FORMATS)
+@pytest.mark.parametrize(
+    ("nbits", "codebook", "group_size"),
+    [(2, False, 128), (3, False, 32), (3, False, 64), (4, False, 64), (8, False, 64), (4, True, 32)],
+)
 def test_sorted_experts(emulated, generator, nbits, codebook, group_size):
     weight = random_weight((3, 40, 200), nbits, group_size, generator, codebook=codebook)
     check_sorted_experts(generator, weight, 5, 2, torch.bfloat16, WidePlan(2, 1, 1, 1, 2))
@@ -229,6 +233,16 @@ def test_a_warpgroup_keeps_to_its_own_stages():
 def test_a_plan_that_the_kernel_cannot_run_is_refused(shape):
     with pytest.raises(ValueError, match=r"must be 1, 2, 4|at most 16 warps"):
         Plan(*shape)
+
+
+def test_plans_of_slots_fit():
+    for rows in SLOT_ROWS:
+        for N, K in ((768, 2048), (2048, 768), (5120, 1536), (40, 65)):
+            for form in ((4, 64, True), (8, 32, True), (2, 128, False)):
+                plan = cuda_experts._plan(rows, N, K, form, 232448)
+                assert plan is not None, (rows, N, K, form)
+                assert plan.shared_bytes(rows, -(-K // 128), *form) <= 232448
+                assert 8 * plan.batch_blocks == rows
 
 
 def test_plans_fit():
