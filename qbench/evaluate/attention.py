@@ -1,8 +1,9 @@
-"""Attention of one new token per sequence over a static cache, registered with transformers under NAME.
+"""Attention over a static cache as serving engines have it, registered with transformers under NAME.
 
-transformers hands a compiled step's cache to torch's attention with a mask, and a copy of keys and values for every
-query head that shares them. There the heads that share a key are rows of one matrix product instead, as serving
-engines have it, in plain torch that a compiler fuses; softmax is in fp32. All else goes to transformers' "sdpa".
+One new token per sequence: transformers hands a compiled step's cache to torch's attention with a mask, and with a
+copy of keys and values for every query head that shares them. Here the heads that share a key are rows of one matrix
+product, in plain torch that a compiler fuses; softmax is in fp32. A prompt that fills the cache needs no mask, which
+transformers does not see while a CUDA graph is captured. All else is transformers' "sdpa".
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-NAME = "qbench_decode"
+NAME = "qbench_static"
 
 
 def attend(
@@ -36,20 +37,29 @@ def attend(
     return (scores.softmax(-1).to(value.dtype) @ value).reshape(batch, 1, heads, value.shape[-1]), None
 
 
-@contextmanager
-def grouped(model: Any) -> Iterator[bool]:
-    """While it lasts, `model` attends through `attend`, if it attended through transformers' "sdpa"; says whether."""
-    before = getattr(model.config.get_text_config(decoder=True), "_attn_implementation", None)
-    if before != "sdpa":
-        yield False
-        return
-    from transformers import AttentionInterface, AttentionMaskInterface
+def mask(q_length: int, kv_length: int, **options: Any) -> Tensor | None:
+    """None, which is causal, for a prompt that fills the cache; else transformers' mask."""
     from transformers.masking_utils import sdpa_mask
 
+    given = options.get("attention_mask") is not None or options.get("local_size") is not None
+    if q_length == kv_length and q_length > 1 and not given and options.get("allow_is_causal_skip", True):
+        return None
+    return sdpa_mask(q_length=q_length, kv_length=kv_length, **options)
+
+
+@contextmanager
+def static(model: Any) -> Iterator[None]:
+    """While it lasts, `model` attends through `attend` and `mask`, if it attended through transformers' "sdpa"."""
+    before = getattr(model.config.get_text_config(decoder=True), "_attn_implementation", None)
+    if before != "sdpa":
+        yield
+        return
+    from transformers import AttentionInterface, AttentionMaskInterface
+
     AttentionInterface.register(NAME, attend)
-    AttentionMaskInterface.register(NAME, sdpa_mask)
+    AttentionMaskInterface.register(NAME, mask)
     try:
         model.set_attn_implementation(NAME)
-        yield True
+        yield
     finally:
         model.set_attn_implementation(before)

@@ -24,6 +24,7 @@ from qbench.evaluate.memory import Peak
 from qbench.evaluate.steps import Decoder, Prefill
 from qbench.kernels import together
 from qbench.layers.experts import stacked_parameters
+from qbench.layers.linear import packed_weights
 from qbench.model.linears import block_list
 
 BACKEND = "inductor"
@@ -58,8 +59,9 @@ def eager(work: Prefill | Decoder) -> Iterator[Way]:
 @contextmanager
 def graph(work: Prefill | Decoder) -> Iterator[Way]:
     """Raises RefusedError."""
-    peak = Peak(work.model.device)
-    yield Way(_captured(work), peak, _attention(work.model))
+    with nullcontext() if work.attends_to_past else attention.static(work.model):
+        peak = Peak(work.model.device)
+        yield Way(_captured(work), peak, _attention(work.model))
 
 
 @contextmanager
@@ -69,8 +71,7 @@ def compiled(work: Prefill | Decoder) -> Iterator[Way]:
         raise RefusedError(work.uncapturable)
     work.rewind()
     expected = work.step().float()
-    changed = attention.grouped(work.model) if work.attends_to_past else nullcontext()
-    with changed, _compiled_blocks(work.model, work.cache, _options(work)):
+    with attention.static(work.model), _compiled_blocks(work.model, work.cache, _options(work)):
         started = time.perf_counter()
         try:
             work.rewind()
@@ -114,7 +115,7 @@ def _captured(work: Prefill | Decoder) -> Callable[[], None]:
     """`step` as a CUDA graph that starts where `rewind` leaves off. Raises RefusedError."""
     if work.uncapturable:
         raise RefusedError(work.uncapturable)
-    device = work.model.device
+    device, first = work.model.device, None
     aside, current, recorded = torch.cuda.Stream(device), torch.cuda.current_stream(device), torch.cuda.CUDAGraph()
     try:
         aside.wait_stream(current)  # libraries allocate, and kernels are compiled and tuned, before a capture
@@ -127,11 +128,15 @@ def _captured(work: Prefill | Decoder) -> Callable[[], None]:
         current.wait_stream(aside)
         work.rewind()
         with torch.cuda.graph(recorded):
-            work.step()
+            try:
+                work.step()
+            except Exception as error:
+                first = error  # what a failed capture says as it ends is that it failed
+                raise
     except Exception as error:
         torch.cuda.synchronize(device)
         work.rewind()
-        raise RefusedError(_told(error)) from error
+        raise RefusedError(_told(first or error)) from error
     return recorded.replay
 
 
@@ -160,6 +165,8 @@ def _compiled_blocks(model: Any, cache: Any, options: dict[str, Any]) -> Iterato
     blocks = [] if name is None else list(model.get_submodule(name))
     if not blocks or len(blocks) != len(cache.layers):
         raise RefusedError(f"the model has {len(blocks)} blocks and a cache of {len(cache.layers)} layers")
+    if any("forward" in vars(block) for block in blocks):
+        raise RefusedError("something else stands in the place of the blocks' own forward")
     numbered = [module for block in blocks for module in block.modules() if "layer_idx" in vars(module)]
     numbers = [module.layer_idx for module in numbered]
     _forget()
@@ -194,13 +201,13 @@ def _options(work: Prefill | Decoder) -> dict[str, Any]:
         return {}
     from torch._inductor import config
 
-    device = work.model.device
+    device, decoding = work.model.device, work.attends_to_past
+    hopper = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
     wanted = {
         "triton.cudagraphs": False,  # the whole step is captured here
-        # for one token: products with 16-bit weights become kernels of its own, which also pick a mixture's experts
-        "coordinate_descent_tuning": work.attends_to_past,
-        # its kernels start while the one in front ends, as ours do
-        "triton.enable_pdl": device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0),
+        # products with 16-bit weights become kernels of its own, which also pick a mixture's experts; tuning takes 15 s
+        "coordinate_descent_tuning": decoding and not packed_weights(work.model),
+        "triton.enable_pdl": decoding and hopper,  # its kernels start while the one in front ends, as ours do
     }
     return {key: value for key, value in wanted.items() if key in config.get_config_copy()}
 

@@ -68,6 +68,7 @@ class WidePlan:
     splits_in_block: int  # WK: as many warpgroups take turns at the chunks of K
     splits: int  # blocks along K, one cluster
     stages: int  # chunks of x and the weight in flight per block: 2, 3, ... times splits_in_block
+    share: int = 1  # or as many blocks of one cluster take the same x, each other rows; `splits` is 1 then
 
     def __post_init__(self) -> None:
         """A warpgroup keeps to its own stages: a barrier's parity repeats every two phases, so that it could take an
@@ -148,7 +149,7 @@ def _entry(numbers: list[int] | dict[str, list[int]]) -> AnyPlan:
     """A tuned plan; long_linear's carries its name, the others are told by how many numbers say them."""
     if isinstance(numbers, dict):
         return LongPlan(*numbers[LongPlan.kernel])
-    return WidePlan(*numbers) if len(numbers) == 5 else Plan(*numbers[:6], bool(numbers[6]))
+    return WidePlan(*numbers) if len(numbers) < 7 else Plan(*numbers[:6], bool(numbers[6]))
 
 
 @cache

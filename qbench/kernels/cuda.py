@@ -170,6 +170,7 @@ def _launch_wide(x: Tensor, tiles: Tiles, bias: Tensor | None, y: Tensor, chosen
     strips, chunks = tiles.data.shape[-3:-1]
     device, blocks_m = x.device.index, -(-M // (8 * chosen.batch_blocks))
     shape = {"NB": chosen.batch_blocks, "GROUPS": chosen.warpgroups, "WK": chosen.splits_in_block}
+    shape["SHARE"] = chosen.share
     defines = _linear_defines(tiles, x.dtype, **shape)
     image = x.new_empty(blocks_m * 8 * chosen.batch_blocks * chunks * COLUMNS)
     _launch_input("tile_input", x, tiles, image, defines)
@@ -178,14 +179,15 @@ def _launch_wide(x: Tensor, tiles: Tiles, bias: Tensor | None, y: Tensor, chosen
         1 / _down(x.dtype, tiles),
         *(M, N, strips, chunks, -(-chunks // chosen.splits), chosen.stages),
     )
+    cluster = chosen.splits * chosen.share
     nvrtc.launch(
         nvrtc.load("wide_linear", device, defines),
-        (-(-strips // (4 * chosen.warpgroups)) * chosen.splits, blocks_m, 1),
+        (-(-strips // (4 * chosen.warpgroups * chosen.share)) * cluster, blocks_m, 1),
         128 * chosen.warpgroups * chosen.splits_in_block + 32,
         chosen.shared_bytes(M, chunks, tiles.nbits, tiles.group_size, tiles.has_zero),
         _stream(x.device),
         [problem],
-        chosen.splits,
+        cluster,
         early=_early(x.device),
     )
 
@@ -289,7 +291,7 @@ def _linear_defines(tiles: Tiles, dtype: torch.dtype, **others: int) -> Defines:
 
 _ROW = _defines(4, 64, True, False, BF16=1, MB=1, RT=1, ONE=1, DEPTH=2)
 _BATCH = _defines(4, 64, True, False, BF16=1, MB=1, RT=1, ONE=0, RING=1)
-_WIDE = _defines(4, 64, True, False, BF16=1, NB=2, GROUPS=1, WK=1)
+_WIDE = _defines(4, 64, True, False, BF16=1, NB=2, GROUPS=1, WK=1, SHARE=1)
 _LONG = _defines(4, 64, True, False, BF16=1, INPUT_SCALE=1, GROUPS=1, NB=16, STAGES=4, FINISH=1)
 KERNELS = {  # the compute capabilities, lowest and highest, and each of its kernels as launched for the default format
     "dequantize": (8, 99, [("dequantize", _defines(4, 64, True, False, OUT=0))]),

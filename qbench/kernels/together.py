@@ -42,7 +42,8 @@ def _(x, tensors, numbers):
 def _(x, tensors, numbers):
     weights = _each(tensors, numbers)
     one_row = x.dtype in ops.HALF and x.numel() == x.shape[-1] == weights[0].shape[-1]
-    if one_row and _alike(weights) and cuda.refusal(x.device.index) is None:
+    device = x.device.index
+    if one_row and _alike(weights) and cuda.refusal(device) is None and not cuda._plain(device):
         rows = sum(each.shape[0] for each in weights)
         plan = blocks.plan(1, rows, x.shape[-1], weights[0], x.device.index)
         if isinstance(plan, blocks.Plan):
@@ -76,15 +77,16 @@ def launch(x: Tensor, weights: Sequence[Tiles], chosen: blocks.Plan) -> list[Ten
     depth = {"RING": 1} if chosen.ring else {"DEPTH": chosen.stages}
     shape = {"MB": 1, "RT": chosen.strips_per_warp, "ONE": 1, "TOGETHER": len(weights)}
     form = weights[0]
+    defines = cuda._for(x.device.index, cuda._linear_defines(form, x.dtype, **shape, **depth))
     nvrtc.launch(
-        nvrtc.load("dual_linear", x.device.index, cuda._linear_defines(form, x.dtype, **shape, **depth)),
+        nvrtc.load("dual_linear", x.device.index, defines),
         (clusters * chosen.splits, 1, 1),
         32 * chosen.strips * chosen.splits_in_block,
         chosen.shared_bytes(1, chunks, form.nbits, form.group_size, form.has_zero),
         cuda._stream(x.device),
         [problems],
         chosen.splits,
-        early=cuda.EARLY_START,
+        early=cuda._early(x.device),
     )
     return outputs
 

@@ -72,6 +72,9 @@ def _ties(ranked: Ranked) -> Iterator[str]:
         draws = max(one.draws, other.draws)
         text = f"{one.method} and {other.method} cannot be told apart with these {_count(ranked)}"
         text += f" and {draws} draws" if draws > 1 else ""
+        if not difference:
+            yield f"{text}: their numbers are equal."
+            continue
         text += f": they differ by {difference:.{digits}f}"
         if difference <= told.floor:
             yield f"{text}, no more than rounding noise does ({told.floor:.{digits}g})."

@@ -16,6 +16,7 @@ from qbench.registry import make_quantizer
 from qbench.sources import tiny
 
 SMALL = SpeedConfig("default", batch_size=2, prefill_tokens=[12, 5], context_tokens=8, decode_tokens=6, repeats=1)
+ATTEND = attention.attend
 MORE = (("dense", False), ("moe", False), ("moe", True))
 
 
@@ -130,7 +131,7 @@ def test_every_way_is_recorded():
         assert phase.tokens_per_second.median == max(way.tokens_per_second.median for way in phase.ways)
         assert phase.tokens_per_second == phase.rate(phase.method)
     assert [way.attention for way in found.decode.ways] == ["sdpa", attention.NAME]
-    assert [way.attention for way in found.prefill.ways] == ["sdpa", "sdpa"]
+    assert [way.attention for way in found.prefill.ways] == ["sdpa", attention.NAME]
 
 
 def test_on_a_cpu_nothing_is_compiled_unasked():
@@ -159,6 +160,22 @@ def test_other_attention_is_transformers_own():
     found, _ = attention.attend(module, query, key, value, None)
     expected = F.scaled_dot_product_attention(query, key, value, is_causal=True).transpose(1, 2)
     assert torch.allclose(found, expected, atol=1e-6)
+
+
+@torch.inference_mode()
+def test_a_prompt_that_fills_the_cache_needs_no_mask_also_while_it_is_captured(monkeypatch):
+    work, masks = steps.Prefill(model(), prompt()), []
+    expected = work.step()
+    monkeypatch.setattr(
+        attention, "attend", lambda *given, **options: masks.append(given[4]) or ATTEND(*given, **options)
+    )
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with attention.static(work.model):
+        work.rewind()
+        assert torch.equal(work.step(), expected)
+    assert masks == [None, None]  # of two blocks
+    assert attention.mask(4, 8, batch_size=1, q_offset=4).shape == (1, 1, 4, 8)
+    assert attention.mask(4, 4, batch_size=1, local_size=2, allow_is_causal_skip=False).shape == (1, 1, 4, 4)
 
 
 def test_experts_are_multiplied_as_asked_and_then_as_before():

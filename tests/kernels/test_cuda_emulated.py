@@ -73,6 +73,7 @@ def test_every_format(emulated, generator, nbits, codebook, group_size, dtype):
         (64, WidePlan(8, 1, 2, 1, 4)),
         (30, WidePlan(4, 1, 3, 2, 6)),
         (70, WidePlan(8, 1, 1, 2, 3)),  # two passes
+        (70, WidePlan(8, 1, 1, 1, 3, 2)),  # and x shared by two blocks
         (100, WidePlan(16, 1, 1, 1, 2)),
         (13, Plan(2, 1, 1, 2, 1, 2, True)),
     ],

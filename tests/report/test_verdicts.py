@@ -69,6 +69,12 @@ def test_draws_that_scatter_are_not_ranked(tmp_path):
     assert "more draws would, and no number of windows" in said
 
 
+def test_two_rows_of_one_number_are_called_equal(tmp_path):
+    [section] = sections(tmp_path, point("sinq", 4, nll(0.2)), point("rtn", 4, nll(0.2)))
+    [said] = [sentence for sentence in section.sentences if "told apart" in sentence]
+    assert said.endswith("with these 24 windows: their numbers are equal.")
+
+
 def test_a_difference_of_two_models_with_draws_pairs_windows_and_not_draws():
     random = np.random.default_rng(2)
     ours, theirs = (BASELINE[:, None] + random.normal(0, 0.05, n) + random.normal(0, 0.01, (24, n)) for n in (4, 6))

@@ -177,6 +177,7 @@ def _composed_or_refused(composer, point):
         return str(error)
 
 
+@pytest.mark.slow
 def test_points_that_share_their_composing_are_those_that_hydra_composes():
     points = [
         ("quantizer=rtn", "quantizer.nbits=3", "quantizer.nbits=2", "outputs='a b'"),
