@@ -21,7 +21,7 @@ from timing import copies, random_weight, time_together
 from torch import Tensor
 
 from qbench.kernels import cuda
-from qbench.kernels.blocks import BUCKETS, NARROW, AnyPlan, LongPlan, Plan, WidePlan, table_key
+from qbench.kernels.blocks import BUCKETS, NARROW, AnyPlan, Plan, WidePlan, table_key
 from qbench.kernels.tiles import COLUMNS, ROWS, Tiles, to_tiles
 
 PLANS = Path(cuda.__file__).with_name("plans")
@@ -30,7 +30,7 @@ PLANS = Path(cuda.__file__).with_name("plans")
 def candidates(M: int, N: int, K: int, tiles: Tiles) -> Iterator[AnyPlan]:
     properties = torch.cuda.get_device_properties(0)
     chunks = -(-K // COLUMNS)
-    for found in (*narrow(M, N, chunks, properties.multi_processor_count), *wide(M, N, chunks), *long(M, N)):
+    for found in (*narrow(M, N, chunks, properties.multi_processor_count), *wide(M, N, chunks)):
         shared = found.shared_bytes(M, chunks, tiles.nbits, tiles.group_size, tiles.has_zero)
         if shared <= properties.shared_memory_per_block_optin:
             yield found
@@ -56,7 +56,7 @@ def narrow(M: int, N: int, chunks: int, sms: int) -> Iterator[Plan]:
 
 def wide(M: int, N: int, chunks: int) -> Iterator[WidePlan]:
     """Of wide_linear.cu; up to 8 rows of x, its narrowest product would be half empty."""
-    if not 8 < M <= 512:
+    if not 8 < M <= 1024:
         return
     enough = next(size for size in (2, 4, 8, 16) if 8 * size >= min(M, 128))
     for blocks in {enough, max(2, enough // 2)}:
@@ -70,31 +70,10 @@ def wide(M: int, N: int, chunks: int) -> Iterator[WidePlan]:
                         yield WidePlan(blocks, warpgroups, splits_in_block, splits, stages)
 
 
-def long(M: int, N: int) -> Iterator[LongPlan]:
-    """Of long_linear.cu."""
-    if M < 64:
-        return
-    for warpgroups, blocks in ((1, 16), (2, 16), (3, 16), (4, 16), (1, 24), (2, 24), (3, 24), (1, 32), (2, 32)):
-        for share in (1, 2, 4):
-            for finishers in (1, 2):
-                fits = 65536 // (128 * (warpgroups + finishers)) >= 4 * blocks + 24  # registers
-                if (
-                    (fits or (warpgroups, blocks) == (2, 32))
-                    and (share - 1) * 64 * warpgroups < N
-                    and 4 * blocks < max(M, 128)
-                ):
-                    yield LongPlan(warpgroups, blocks, share, finishers)
-
-
 def calls_of(plan: AnyPlan | None, x: Tensor, rotated: list[Tiles]) -> list[Callable[[], Tensor]]:
     if plan is None:
         return [lambda w=w: F.linear(x, cuda.dequantize(w, x.dtype)) for w in rotated]
     return [lambda w=w: cuda.linear(x, w, None, plan) for w in rotated]
-
-
-def entry(plan: AnyPlan | None) -> list[int] | dict[str, list[int]]:
-    numbers = [] if plan is None else [int(value) for value in astuple(plan)]
-    return {plan.kernel: numbers} if isinstance(plan, LongPlan) else numbers
 
 
 def compile_all(plans: Sequence[AnyPlan | None], x: Tensor, tiles: Tiles) -> None:
@@ -135,7 +114,7 @@ def main() -> None:
                 us, best = min(
                     (pair for pair in timed if pair[0] <= within), key=lambda pair: (splits(pair[1]), pair[0])
                 )
-                table[table_key(M, N, K, first.nbits)] = entry(best)
+                table[table_key(M, N, K, first.nbits)] = [] if best is None else [int(value) for value in astuple(best)]
                 print(f"{name} {N}x{K} batch {M}: {us:.1f} us {best} of {len(timed)}", flush=True)
             path.parent.mkdir(exist_ok=True)
             lines = ",\n".join(f"{json.dumps(key)}: {json.dumps(value)}" for key, value in sorted(table.items()))

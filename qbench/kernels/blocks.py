@@ -1,4 +1,4 @@
-"""How a problem is cut into blocks of dual_, wide_ and long_linear.cu: tuned per GPU, else by rule.
+"""How a problem is cut into blocks of dual_linear.cu and wide_linear.cu: tuned per GPU, else by rule.
 
 `benchmarks/tune.py` writes plans/GPU.json; nothing is tuned while the library runs.
 """
@@ -19,7 +19,6 @@ BUCKETS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)  # batches t
 NARROW = 16  # rows of x up to which the rule takes dual_linear.cu
 WIDE = 128  # and up to which wide_linear.cu
 MULTIPROCESSORS = 132  # of an H100 or H200; for the rules alone
-HOPPERS_SHARED = 227 * 1024  # bytes that a block may have
 
 
 def x_record_bytes(batch_blocks: int, group_size: int) -> int:
@@ -68,7 +67,6 @@ class WidePlan:
     splits_in_block: int  # WK: as many warpgroups take turns at the chunks of K
     splits: int  # blocks along K, one cluster
     stages: int  # chunks of x and the weight in flight per block: 2, 3, ... times splits_in_block
-    share: int = 1  # or as many blocks of one cluster take the same x, each other rows; `splits` is 1 then
 
     def __post_init__(self) -> None:
         """A warpgroup keeps to its own stages: a barrier's parity repeats every two phases, so that it could take an
@@ -86,48 +84,14 @@ class WidePlan:
         return max(stages, partial)
 
 
-@dataclass(frozen=True)
-class LongPlan:
-    """Of long_linear.cu: a block has `finishers` warpgroups that finish weights and `warpgroups` that multiply."""
-
-    kernel: ClassVar[str] = "long_linear"
-    warpgroups: int  # GROUPS: along the output rows, 64 each
-    batch_blocks: int  # NB: 8 rows of x each
-    share: int  # blocks of one cluster: the same rows of x, other rows of the weight
-    finishers: int = 1  # FINISH: 1, or 2 that take turns
-
-    def __post_init__(self) -> None:
-        if self.batch_blocks not in (16, 24, 32) or self.share not in (1, 2, 4):
-            raise ValueError("batch_blocks must be 16, 24 or 32, and share 1, 2 or 4")
-
-    def threads(self) -> int:
-        return 128 * (self.warpgroups + self.finishers)
-
-    def stages(self, nbits: int, group_size: int, has_zero: bool) -> int:
-        """STAGES: of 64 columns, in flight per block; as many as there is room for, at most 8."""
-        return min(8, (HOPPERS_SHARED - self._beside_stages(nbits, group_size, has_zero)) // (self._stage() + 16))
-
-    def shared_bytes(self, batch: int, chunks: int, nbits: int, group_size: int, has_zero: bool) -> int:
-        form = nbits, group_size, has_zero
-        return max(2, self.stages(*form)) * (self._stage() + 16) + self._beside_stages(*form)
-
-    def _stage(self) -> int:
-        return 128 * (64 * self.warpgroups + 8 * self.batch_blocks)
-
-    def _beside_stages(self, nbits: int, group_size: int, has_zero: bool) -> int:
-        strips = 4 * self.warpgroups
-        packed = -(-(strips * chunk_bytes(nbits, group_size, has_zero) + 256) // 128) * 128
-        return 512 * strips + (3 if self.batch_blocks == 32 else 4) * (packed + 16)
-
-
-AnyPlan = Plan | WidePlan | LongPlan
+AnyPlan = Plan | WidePlan
 
 
 def plan(M: int, N: int, K: int, tiles: Tiles, device: int) -> AnyPlan | None:
     """For x `[M, K]` and W `[N, K]`, from the tuned table, else by rule; None where writing W and cuBLAS is the way."""
     properties = torch.cuda.get_device_properties(device)
     if M > NARROW and properties.major != 9:
-        return None  # wide_linear.cu and long_linear.cu need wgmma, which Hopper alone has
+        return None  # wide_linear.cu needs wgmma, which Hopper alone has
     form = (tiles.nbits, tiles.group_size, tiles.has_zero)
     limit, plain = properties.shared_memory_per_block_optin, properties.major < 9
     return _plan(min(M, BUCKETS[-1]), N, K, form, properties.name, limit, plain)
@@ -140,16 +104,9 @@ def table_key(M: int, N: int, K: int, nbits: int) -> str:
 
 
 @cache
-def _table(gpu: str) -> dict[str, list[int] | dict[str, list[int]]]:
+def _table(gpu: str) -> dict[str, list[int]]:
     path = Path(__file__).with_name("plans") / f"{gpu.replace(' ', '-').lower()}.json"
     return json.loads(path.read_text()) if path.is_file() else {}
-
-
-def _entry(numbers: list[int] | dict[str, list[int]]) -> AnyPlan:
-    """A tuned plan; long_linear's carries its name, the others are told by how many numbers say them."""
-    if isinstance(numbers, dict):
-        return LongPlan(*numbers[LongPlan.kernel])
-    return WidePlan(*numbers) if len(numbers) < 7 else Plan(*numbers[:6], bool(numbers[6]))
 
 
 @cache
@@ -160,8 +117,8 @@ def _plan(
     tuned = table.get(table_key(M, N, K, form[0]), table.get(table_key(M, N, K, 4)))
     if tuned == []:
         return None
-    found = [] if tuned is None else [_entry(tuned)]
-    found += _by_rule(M, N, K, plain) if M <= NARROW else _wide_by_rule(M, N, K) if M <= WIDE else _long_by_rule(M, N)
+    found = [] if tuned is None else [WidePlan(*tuned) if len(tuned) == 5 else Plan(*tuned[:6], bool(tuned[6]))]
+    found += _by_rule(M, N, K, plain) if M <= NARROW else _wide_by_rule(M, N, K)
     return next((plan for plan in found if plan.shared_bytes(M, -(-K // COLUMNS), *form) <= limit), None)
 
 
@@ -211,16 +168,3 @@ def _wide_by_rule(M: int, N: int, K: int) -> list[WidePlan]:
         for plan in sorted((plan for plan in shapes if plan.splits <= chunks), key=cost)
         for turns, stages in (((2, 6),) if plan.warpgroups == 1 and blocks < 16 else ((1, 4), (1, 2)))
     ]
-
-
-def _long_by_rule(M: int, N: int) -> list[LongPlan]:
-    """What leaves the fewest multiprocessors idle in the last wave of blocks, large tiles before small ones."""
-
-    def cost(plan: LongPlan) -> float:
-        rows = -(-N // (64 * plan.warpgroups * plan.share)) * plan.share
-        tiles = rows * -(-M // (8 * plan.batch_blocks))
-        area = plan.warpgroups * plan.batch_blocks
-        return -(-tiles // MULTIPROCESSORS) * (area + 6)  # 6: what a tile costs beside its products
-
-    shapes = [LongPlan(2, 32, 2), LongPlan(3, 16, 2, 2), LongPlan(2, 16, 2, 2), LongPlan(1, 16, 2, 2)]
-    return sorted(shapes, key=cost)

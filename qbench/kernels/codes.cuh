@@ -110,35 +110,6 @@ template <bool STREAM> __device__ __forceinline__ Codes load_codes(const u8* cod
   return c;
 }
 
-// What units 2 H and 2 H + 1 need of them.
-template <int H> __device__ __forceinline__ void load_half(Codes& c, const u8* codes, const u8* aux) {
-#if BITS == 3
-#pragma unroll
-  for (int j = 0; j < 3; j++) {
-    uint2 v = load2<false>(codes + 256 * j);
-    c.w[2 * j] = v.x, c.w[2 * j + 1] = v.y;
-  }
-#elif BITS == 2
-  uint2 v = load2<false>(codes + 8 * H);
-  c.w[2 * H] = v.x, c.w[2 * H + 1] = v.y;
-#else
-#pragma unroll
-  for (int j = H * WORDS / 8; j < (H + 1) * WORDS / 8; j++) {
-    uint4 v = load4<false>(codes + 512 * j);
-    c.w[4 * j] = v.x, c.w[4 * j + 1] = v.y, c.w[4 * j + 2] = v.z, c.w[4 * j + 3] = v.w;
-  }
-#endif
-#pragma unroll
-  for (int j = H * PER_CHUNK / 2; j < (H * PER_CHUNK + PER_CHUNK + 1) / 2; j++) {
-#if ZERO
-    uint2 v = load2<false>(aux + 64 * j);
-    c.aux[2 * j] = v.x, c.aux[2 * j + 1] = v.y;
-#else
-    c.aux[j] = load1<false>(aux + 32 * j);
-#endif
-  }
-}
-
 // Row r (0: g, 1: g + 8), unit U of 32 columns: this lane's 8 columns as 4 registers.
 template <int U>
 __device__ __forceinline__ void unpack(const Codes& c, int r, const Table& t, u32 (&out)[4]) {

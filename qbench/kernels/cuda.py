@@ -1,4 +1,4 @@
-"""Launching the CUDA C++ kernels: dual_, wide_ and long_linear.cu, dequantize.cu, and with which arguments.
+"""Launching the CUDA C++ kernels: dual_linear.cu, wide_linear.cu, dequantize.cu, and with which arguments.
 
 KERNELS says which run on which compute capability, `refusal` why one of them cannot run on a device or a machine;
 ops.py then takes another.
@@ -12,17 +12,15 @@ from collections.abc import Sequence
 from functools import cache
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from qbench.kernels import nvrtc
-from qbench.kernels.blocks import LongPlan, Plan, WidePlan, x_record_bytes
+from qbench.kernels.blocks import Plan, WidePlan, x_record_bytes
 from qbench.kernels.tiles import COLUMNS, Tiles
 
 log = logging.getLogger(__name__)
 Defines = tuple[tuple[str, int], ...]
 
-LONG_COLUMNS = 64  # of x in one stage of long_linear.cu
 EARLY_START = True  # let a kernel fetch its first weights while the kernel in front of it ends
 
 
@@ -46,13 +44,6 @@ class _WideProblem(ctypes.Structure):  # of wide_linear.cu
         *_fields(ctypes.c_void_p, "tiles", "x", "codebook", "bias", "y"),
         ("t_up", ctypes.c_float),
         *_fields(ctypes.c_int, "M", "N", "strips", "chunks", "per", "stages"),
-    ]
-
-
-class _LongProblem(ctypes.Structure):  # of long_linear.cu
-    _fields_ = [
-        *_fields(ctypes.c_void_p, "tiles", "t", "codebook", "bias", "y"),
-        *_fields(ctypes.c_int, "M", "N", "strips", "chunks", "row_blocks", "x_blocks", "clusters"),
     ]
 
 
@@ -89,12 +80,9 @@ def _for(device: int | None, defines: Defines) -> Defines:
     return tuple(sorted((dict(defines) | {"PLAIN": 1, "RING": 0}).items()))
 
 
-def linear(x: Tensor, tiles: Tiles, bias: Tensor | None, chosen: Plan | WidePlan | LongPlan) -> Tensor:
+def linear(x: Tensor, tiles: Tiles, bias: Tensor | None, chosen: Plan | WidePlan) -> Tensor:
     """y `[M, N]` for x `[M, K]`, fp16 or bf16, in one pass over the weight per 8 * batch_blocks rows of x."""
     y = x.new_empty(len(x), tiles.shape[-2])
-    if isinstance(chosen, LongPlan):
-        _launch_long(x, tiles, bias, y, chosen)
-        return y
     if isinstance(chosen, WidePlan):
         _launch_wide(x, tiles, bias, y, chosen)
     else:
@@ -170,7 +158,6 @@ def _launch_wide(x: Tensor, tiles: Tiles, bias: Tensor | None, y: Tensor, chosen
     strips, chunks = tiles.data.shape[-3:-1]
     device, blocks_m = x.device.index, -(-M // (8 * chosen.batch_blocks))
     shape = {"NB": chosen.batch_blocks, "GROUPS": chosen.warpgroups, "WK": chosen.splits_in_block}
-    shape["SHARE"] = chosen.share
     defines = _linear_defines(tiles, x.dtype, **shape)
     image = x.new_empty(blocks_m * 8 * chosen.batch_blocks * chunks * COLUMNS)
     _launch_input("tile_input", x, tiles, image, defines)
@@ -179,52 +166,16 @@ def _launch_wide(x: Tensor, tiles: Tiles, bias: Tensor | None, y: Tensor, chosen
         1 / _down(x.dtype, tiles),
         *(M, N, strips, chunks, -(-chunks // chosen.splits), chosen.stages),
     )
-    cluster = chosen.splits * chosen.share
     nvrtc.launch(
         nvrtc.load("wide_linear", device, defines),
-        (-(-strips // (4 * chosen.warpgroups * chosen.share)) * cluster, blocks_m, 1),
+        (-(-strips // (4 * chosen.warpgroups)) * chosen.splits, blocks_m, 1),
         128 * chosen.warpgroups * chosen.splits_in_block + 32,
         chosen.shared_bytes(M, chunks, tiles.nbits, tiles.group_size, tiles.has_zero),
         _stream(x.device),
         [problem],
-        cluster,
+        chosen.splits,
         early=_early(x.device),
     )
-
-
-def _launch_long(x: Tensor, tiles: Tiles, bias: Tensor | None, y: Tensor, chosen: LongPlan) -> None:
-    (M, N), device, share = y.shape, x.device, chosen.share
-    strips, chunks = tiles.data.shape[-3:-1]
-    if tiles.permutation is not None:
-        x = x.index_select(-1, tiles.permutation)
-    if x.stride(0) % 8 or x.data_ptr() % 16:  # of what box copies read, every row starts at a multiple of 16 bytes
-        x = F.pad(x, (0, 8 - x.shape[1] % 8))[:, : x.shape[1]]
-    defines = long_defines(tiles, x.dtype, chosen)
-    shared_bytes = chosen.shared_bytes(M, chunks, tiles.nbits, tiles.group_size, tiles.has_zero)
-    row_blocks, x_blocks = -(-strips // (4 * chosen.warpgroups * share)), -(-M // (8 * chosen.batch_blocks))
-    function = nvrtc.load("long_linear", device.index, defines)
-    at_work = nvrtc.clusters_at_work(function, chosen.threads(), shared_bytes, share)
-    clusters = min(row_blocks * x_blocks, at_work)
-    problem = _LongProblem(
-        *map(_address, (tiles.data, tiles.input_scale, tiles.codebook, bias, y)),
-        *(M, N, strips, chunks, row_blocks, x_blocks, clusters),
-    )
-    nvrtc.launch(
-        function,
-        (clusters * share, 1, 1),
-        chosen.threads(),
-        shared_bytes,
-        _stream(device),
-        [nvrtc.tensor_map(x, 8 * chosen.batch_blocks // share, LONG_COLUMNS), problem],
-        share,
-        early=_early(device),
-    )
-
-
-def long_defines(tiles: Tiles, dtype: torch.dtype, chosen: LongPlan) -> Defines:
-    shape = {"GROUPS": chosen.warpgroups, "NB": chosen.batch_blocks, "FINISH": chosen.finishers}
-    shape["STAGES"] = chosen.stages(tiles.nbits, tiles.group_size, tiles.has_zero)
-    return _linear_defines(tiles, dtype, INPUT_SCALE=int(tiles.input_scale is not None), **shape)
 
 
 def _launch_input(entry: str, x: Tensor, tiles: Tiles, to: Tensor, defines: Defines) -> None:
@@ -291,11 +242,9 @@ def _linear_defines(tiles: Tiles, dtype: torch.dtype, **others: int) -> Defines:
 
 _ROW = _defines(4, 64, True, False, BF16=1, MB=1, RT=1, ONE=1, DEPTH=2)
 _BATCH = _defines(4, 64, True, False, BF16=1, MB=1, RT=1, ONE=0, RING=1)
-_WIDE = _defines(4, 64, True, False, BF16=1, NB=2, GROUPS=1, WK=1, SHARE=1)
-_LONG = _defines(4, 64, True, False, BF16=1, INPUT_SCALE=1, GROUPS=1, NB=16, STAGES=4, FINISH=1)
+_WIDE = _defines(4, 64, True, False, BF16=1, NB=2, GROUPS=1, WK=1)
 KERNELS = {  # the compute capabilities, lowest and highest, and each of its kernels as launched for the default format
     "dequantize": (8, 99, [("dequantize", _defines(4, 64, True, False, OUT=0))]),
     "dual_linear": (8, 99, [("dual_linear", _ROW), ("scale_input", _BATCH), ("dual_linear", _BATCH)]),
     "wide_linear": (9, 9, [("tile_input", _WIDE), ("wide_linear", _WIDE)]),  # wgmma is Hopper's alone
-    "long_linear": (9, 9, [("long_linear", _LONG)]),
 }

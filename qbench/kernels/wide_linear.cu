@@ -2,9 +2,8 @@
 // bytes; compiled at run time.
 //
 // Compile-time switches: those of codes.cuh, NB (8-row blocks of the batch: 2, 4, 8, 16 or 24), GROUPS (warpgroups along the
-// rows of the weight, 64 each), WK (as many times more, which take turns at the chunks of K) and SHARE (blocks of a cluster
-// that take the same x, other rows of the weight, and all of K). EXPERTS 1: the weights of a mixture, whose rows of x are
-// sorted by expert; blockIdx.y is a slot of routes.py then, one expert's rows of x.
+// rows of the weight, 64 each) and WK (as many times more, which take turns at the chunks of K). EXPERTS 1: the weights of
+// a mixture, whose rows of x are sorted by expert; blockIdx.y is a slot of routes.py then, one expert's rows of x.
 //
 // wgmma takes the weights as A from registers and x * t as B from shared memory, so x is read once per 64 rows and not
 // once per warp. Unlike in dual_linear.cu a weight is finished before it is multiplied: with a wide batch two instructions
@@ -20,10 +19,6 @@
 #ifndef EXPERTS
 #define EXPERTS 0
 #endif
-#ifndef SHARE
-#define SHARE 1
-#endif
-
 #define STRIPS (4 * GROUPS)                        // of 16 rows, per block
 #define WARPS (STRIPS * WK)                        // that multiply
 #define X_BYTES (8 * NB * 256)                     // x * t of one chunk
@@ -82,10 +77,9 @@ tile_input(const u16* x, const u16* t, const int* permutation, u8* image, u64 x_
 extern "C" __global__ void __launch_bounds__(32 * WARPS + 32) wide_linear(const __grid_constant__ Problem p) {
   SHARED_MEMORY(smem);
   allow_next_kernel();
-  constexpr u32 share = SHARE;
-  const u32 within = cluster_rank(), splits = share > 1 ? 1 : cluster_size(), rank = share > 1 ? 0 : within;  // along K
+  const u32 splits = cluster_size(), rank = cluster_rank();
   const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0), lane = threadIdx.x % 32, g = lane / 4, tig = lane % 4;
-  const int strip0 = int(share > 1 ? blockIdx.x : cluster_index()) * STRIPS, strip = warp % STRIPS, turn = warp / STRIPS;
+  const int strip0 = int(cluster_index()) * STRIPS, strip = warp % STRIPS, turn = warp / STRIPS;
   const int lo = min(int(rank) * p.per, p.chunks), mine = min(lo + p.per, p.chunks) - lo;
 #if EXPERTS
   await_previous_kernel();
@@ -101,11 +95,10 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS + 32) wide_linear(const 
   const u32 full = shared(smem + p.stages * STAGE), empty = full + 8 * p.stages;
   if (threadIdx.x == 0) {
 #pragma unroll 1
-    for (int s = 0; s < p.stages; s++) barrier_init(full + 8 * s), barrier_init(empty + 8 * s, STRIPS * share);
+    for (int s = 0; s < p.stages; s++) barrier_init(full + 8 * s), barrier_init(empty + 8 * s, STRIPS);
     publish_barriers();
   }
-  if (share > 1) cluster_sync();
-  else __syncthreads();
+  __syncthreads();
 
   float acc[4 * NB];
 #pragma unroll
@@ -127,9 +120,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS + 32) wide_linear(const 
         bulk_copy(shared(smem + stage * STAGE + lane * HALF_OF_X), x_from + u64(i) * X_BYTES + lane * HALF_OF_X, x_bytes / 2,
                   full + 8 * stage);
 #else
-      const u32 piece = X_BYTES / share, at = piece * (share > 1 ? within : 0);  // each block's share goes to all of them
-      if (lane == 0)
-        bulk_copy(shared(smem + stage * STAGE) + at, x_from + u64(i) * X_BYTES + at, piece, full + 8 * stage, (1u << share) - 1);
+      if (lane == 0) bulk_copy(shared(smem + stage * STAGE), x_from + u64(i) * X_BYTES, X_BYTES, full + 8 * stage);
 #endif
     };
     const int ahead = min(p.stages, mine);
@@ -175,10 +166,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS + 32) wide_linear(const 
         weights<0>(codes, table, a[0]);
         multiply(a[0], b);
         wgmma_wait<1>();
-        if (i >= WK) {                                                     // the chunk before has been multiplied
-          if (share == 1 && lane == 0) barrier_arrive(empty + 8 * before);
-          if (share > 1 && lane < share) barrier_arrive(empty + 8 * before, lane);
-        }
+        if (i >= WK && lane == 0) barrier_arrive(empty + 8 * before);       // the chunk before has been multiplied
         weights<1>(codes, table, a[1]);
         multiply(a[1], b + (64 >> 4));
         wgmma_wait<1>();
@@ -201,7 +189,6 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS + 32) wide_linear(const 
 #endif
       multiply_all(Index<NB>{});
   }
-  if (share > 1) cluster_sync();  // until then others arrive at this block's barriers
 
   // Sum the splits of K in a fixed order. partial[turn][m][row] overlays the stages.
   __syncthreads();

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from qbench.kernels import blocks, cuda, cuda_experts
-from qbench.kernels.blocks import LongPlan, Plan, WidePlan
+from qbench.kernels.blocks import Plan, WidePlan
 from qbench.kernels.routes import SLOT_ROWS, route
 from qbench.kernels.tiles import to_tiles
 from tests.kernels.cases import FORMATS, random_weight, relative_error
@@ -73,7 +73,6 @@ def test_every_format(emulated, generator, nbits, codebook, group_size, dtype):
         (64, WidePlan(8, 1, 2, 1, 4)),
         (30, WidePlan(4, 1, 3, 2, 6)),
         (70, WidePlan(8, 1, 1, 2, 3)),  # two passes
-        (70, WidePlan(8, 1, 1, 1, 3, 2)),  # and x shared by two blocks
         (100, WidePlan(16, 1, 1, 1, 2)),
         (13, Plan(2, 1, 1, 2, 1, 2, True)),
     ],
@@ -90,31 +89,6 @@ def test_before_hopper(emulated, generator, monkeypatch):
     for batch in (1, 5, 11):
         (plan, *_) = blocks._by_rule(batch, 40, 300, plain=True)
         check(generator, weight, batch, torch.bfloat16, plan)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("batch", "plan"),
-    [
-        (150, LongPlan(1, 16, 1)),  # two tiles of y along x
-        (150, LongPlan(1, 16, 2)),  # and two along the rows, of one cluster
-        (30, LongPlan(2, 32, 1, 2)),
-        (150, LongPlan(1, 16, 2, 2)),  # two warpgroups that finish
-    ],
-)
-def test_a_prompt(emulated, generator, batch, plan):
-    bias = torch.randn(200, generator=generator).bfloat16()
-    check(generator, random_weight((200, 200), 4, 64, generator), batch, torch.bfloat16, plan, bias)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("group_size", "dtype"), [(32, torch.float16), (64, torch.bfloat16), (64, torch.float16), (128, torch.bfloat16)]
-)
-@pytest.mark.parametrize(("nbits", "codebook"), FORMATS)
-def test_every_format_of_a_prompt(emulated, generator, nbits, codebook, group_size, dtype):
-    weight = random_weight((50, 130), nbits, group_size, generator, codebook=codebook)
-    check(generator, weight, 20, dtype, LongPlan(1, 16, 1, 2))
 
 
 @pytest.mark.slow

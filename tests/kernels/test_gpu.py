@@ -9,7 +9,6 @@ import torch
 
 from qbench.format.rotation import Rotation
 from qbench.kernels import blocks, cuda, ops
-from qbench.kernels.blocks import LongPlan
 from qbench.kernels.tiles import to_tiles
 from qbench.layers.linear import QuantLinear, use_kernels
 from tests.kernels.cases import FORMATS, random_weight, relative_error
@@ -57,20 +56,6 @@ def test_dequantize_is_the_formats_own(generator):
     tiles = to_tiles(stack)
     torch.cuda.synchronize()
     assert torch.equal(cuda.dequantize(tiles, torch.bfloat16), stack.dequantize(torch.bfloat16))
-
-
-@pytest.mark.parametrize("plan", [LongPlan(1, 16, 1, 2), LongPlan(2, 32, 2), LongPlan(3, 16, 4, 2)])
-def test_every_shape_of_a_prompt(generator, plan):
-    """Tails of rows, of columns and of tiles; x that starts anywhere; columns in another order."""
-    for permuted in (False, True):
-        weight = on_gpu(random_weight((1000, 712), 4, 64, generator, permuted=permuted))
-        tiles = to_tiles(weight)
-        torch.cuda.synchronize()
-        for batch in (1, 200, 2500):
-            x = torch.randn(batch, 713, device="cuda", dtype=torch.bfloat16)[:, 1:]
-            y = cuda.linear(x, tiles, None, plan)
-            assert relative_error(y, x, weight) <= 1e-2
-            assert torch.equal(y, cuda.linear(x, tiles, None, plan))
 
 
 def test_what_runs_before_hopper(generator, monkeypatch):
