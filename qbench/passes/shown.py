@@ -101,10 +101,10 @@ def collect(
     inputs = {name: ExpertInputs(needs, tokens, original, module.num_experts) for name, module in experts.items()}
     found = Collected([], inputs, {})
 
-    def take(place: int, input: Tensor) -> None:
+    # closes over no `reading`: a cycle would keep all statistics until the garbage collector comes by
+    def take(place: int, layer: nn.Module, input: Tensor) -> None:
         if place == len(collectors):
-            first = next(iter(reading.groups[place].values()))
-            collectors.append(Collector(needs, matrix(first).shape[1], tokens, first.weight.device))
+            collectors.append(Collector(needs, matrix(layer).shape[1], tokens, layer.weight.device))
         collectors[place](input)
 
     reading = Reading(layers, take)
@@ -146,12 +146,14 @@ class _EnoughError(Exception):
 class Reading:
     """Groups the linears `wanted` by the tensor they read, in the order in which they are called.
 
-    `take` is told of every tensor that the first linear of a group is handed, with the group's place in `groups`. A
+    `take` is told of the first linear of a group and of every tensor that it is handed, after its place in `groups`. A
     linear that only a later batch reaches joins no group but one that begins there too. `seen` is to be cleared after
     every batch.
     """
 
-    def __init__(self, wanted: dict[str, nn.Module], take: Callable[[int, Tensor], None] | None = None) -> None:
+    def __init__(
+        self, wanted: dict[str, nn.Module], take: Callable[[int, nn.Module, Tensor], None] | None = None
+    ) -> None:
         self.wanted, self.take = wanted, take
         self.groups: list[Group] = []
         self.place: dict[str, int | None] = {}  # of the group that a linear is the first of; None: it is another's
@@ -164,7 +166,7 @@ class Reading:
             if name not in self.place:
                 self.place[name] = self._begin(name, input)
             if self.take is not None and (place := self.place[name]) is not None:
-                self.take(place, input)
+                self.take(place, self.wanted[name], input)
 
         return note
 

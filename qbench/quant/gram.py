@@ -2,7 +2,9 @@
 
 The product of two numbers of 16 bits is exact in fp32, so what is lost is lost in the sums, which are fp32. For 16,384
 rows and 2,048, 4,096 and 12,288 columns the error of an entry H_ij reached 1.0e-4 of sqrt(H_ii H_jj) against fp64 on an
-H100, and 8.6e-6 without tensor cores. Products are of ROWS rows at most, and GPTQ damps H by a hundred times as much.
+H100, and 8.6e-6 without tensor cores. Sums come out low, the lower the longer: the diagonal by 1.2e-5 on average for
+4,096 rows of one product, 6.2e-5 for 16,384, 3.0e-4 for 65,536. So products are of ROWS rows at most; GPTQ damps H by a
+hundred times as much.
 
 H is symmetric: of the 16-bit product only the blocks on and above the diagonal are computed, a panel of rows of H at a
 time, and `complete` fills in the others. All else (fp32 activations, a CPU) is one plain product in fp32.

@@ -1,5 +1,7 @@
 """Calibration: the groups are observed, the statistics are right, and each block sees the prefix it is to see."""
 
+import gc
+import weakref
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -147,6 +149,22 @@ def test_no_more_of_a_block_runs_than_is_asked_for(inputs):
     collect(model, inputs=inputs)
     # each sequence to see, and if it is to go on, again; nobody is shown what the last block gives out
     assert calls == ({0: 1 + 3, 1: 1} if inputs == "quantized" else {0: 3, 1: 3})
+
+
+def test_no_statistics_outlive_their_turn():
+    """Without help from the garbage collector, which comes when it likes: a Hessian can take half a gigabyte."""
+    handed = []
+
+    def note(group, stats):
+        handed.append(weakref.ref(stats.hessian))
+        assert sum(one() is not None for one in handed) == 1
+
+    gc.disable()
+    try:
+        quantize_blocks(build("dense", 0)[0].eval(), Watcher(), calibration(), note, lambda name, module, inputs: None)
+    finally:
+        gc.enable()
+    assert len(handed) == 8
 
 
 def test_later_blocks_see_the_quantized_prefix():
