@@ -64,7 +64,7 @@ def hadamard(values: Tensor, block: int) -> Tensor:
     rows = wide.reshape(-1, block).T.clone(memory_format=torch.contiguous_format)
     step = 1
     while step < block:
-        first, second = rows.view(-1, 2, step, rows.shape[1]).unbind(1)
+        first, second = rows.view(block // (2 * step), 2, step, rows.shape[1]).unbind(1)
         difference = first - second
         first += second
         second.copy_(difference)

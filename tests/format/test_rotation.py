@@ -89,3 +89,7 @@ def test_the_input_is_rotated_before_it_meets_the_layout(permuted, generator):
     weight = replace(random_weight((20, 64), 4, 32, generator, permuted=permuted), rotation=Rotation.seeded(64, 64, 0))
     x = torch.randn(5, 64, generator=generator)
     torch.testing.assert_close(ops.linear(x, to_tiles(weight)), x @ weight.dequantize().T, rtol=1e-4, atol=1e-3)
+
+
+def test_no_rows_stay_no_rows():
+    assert Rotation.seeded(64, 32, 0)(torch.zeros(0, 64)).shape == (0, 64)
