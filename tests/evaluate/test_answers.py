@@ -70,7 +70,7 @@ def test_wikitext_equals_hflm(tmp_path, two_models, batch_size, add_bos_token):
     same(walk(asks, two_models[0]), evaluation.score(two_models[0], None))
 
 
-@pytest.mark.parametrize("window", [512, 28])
+@pytest.mark.parametrize("window", [pytest.param(512, marks=pytest.mark.slow), 28])
 def test_choices_and_contexts_of_uneven_length_equal_hflm(folder, two_models, window):
     """Two tasks in one walk, continuations of one token and of many, contexts that lose their beginning."""
     write(folder, "choice", documents=7, train=4, metric_list=ACC, num_fewshot=1)

@@ -48,7 +48,9 @@ def test_gptq(kernels, quantizer):  # noqa: F811
     "quantizer",
     [
         GPTQ(group_size=16, block_size=32),
-        GPTQ(group_size=24, nbits=3, aux_dtype="int8", static_groups=False),
+        pytest.param(
+            GPTQ(group_size=24, nbits=3, aux_dtype="int8", static_groups=False), marks=pytest.mark.slow, id="gptq-kept"
+        ),
         AWQ(group_size=16, ratios=3),
         ASINQ(group_size=16, ratios=3, iterations=4),
     ],

@@ -44,6 +44,7 @@ def test_no_factor_depends_on_the_other_weights_of_the_group(generator):
         assert left == alone_left
 
 
+@pytest.mark.slow
 def test_no_factor_depends_on_the_other_matrices_of_a_stack(generator):
     stacks = [torch.stack([uneven(generator, rows, 96).bfloat16() for _ in range(3)]) for rows in (600, 64)]
     settings = (64, 16, 0.7, 2.0, LOG_RANGE)

@@ -92,6 +92,7 @@ def test_the_catalog_and_typos_know_them_by_their_full_name(qbench):
     assert "did you mean 'quantizer.nbits'?" in refused(qbench("quantizer=upstream/sinq", "quantizer.nbit=3"))
 
 
+@pytest.mark.slow
 def test_qbench_never_imports_them_unasked(tmp_path):
     """Packages of these names lie on the path, so that an import would succeed and be seen."""
     for package, _ in PACKAGES.values():

@@ -43,7 +43,7 @@ class TestExperts(OfPacked):
     kind = "moe"
 
 
-@pytest.mark.parametrize("model", ["tiny-dense", "tiny-moe"])
+@pytest.mark.parametrize("model", ["tiny-dense", pytest.param("tiny-moe", marks=pytest.mark.slow)])
 def test_files_in_one_pass_are_the_points_that_exported_them(prepared, tmp_path: Path, model):
     where, methods = [f"model={model}", "task.max_windows=2"], ("rtn", "nf4")
     exporting = [prepared(*where, f"quantizer={q} export.dir={tmp_path / q}") for q in methods]

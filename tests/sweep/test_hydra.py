@@ -196,6 +196,7 @@ def test_points_that_share_their_composing_are_those_that_hydra_composes():
     assert len(composer.loaded) == 2  # the sweep's own, and that of experiment=demo
 
 
+@pytest.mark.slow
 def test_an_option_that_reaches_into_another_group_is_composed_by_hydra(tmp_path, monkeypatch):
     files = {
         "task/reaching": "# @package _global_\nquantizer: {nbits: 4}\ntask: {name: reaching}\n",
