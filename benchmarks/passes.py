@@ -190,10 +190,28 @@ def disk(folder: Path) -> dict[str, object]:
             for _ in blocks:
                 torch.cuda.current_stream().synchronize()
 
+    def peak_rss() -> int:
+        return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+    def anonymous() -> int:
+        """Host memory that is no file's page: the system takes those back when it needs them."""
+        status = Path("/proc/self/status").read_text()
+        return 1024 * sum(int(line.split()[1]) for line in status.splitlines() if line.startswith("RssAnon"))
+
+    torch.zeros(1, device="cuda")
+    before = {"rss_bytes": peak_rss(), "anonymous_bytes": anonymous()}
+    read_blocks()
+    blocks = [source.bytes_of_block(index) for index in range(len(source))]
+    pass_seconds = timed(read_blocks)
+    found = {
+        "block_bytes": max(blocks),
+        "rss_over_start_bytes": peak_rss() - before["rss_bytes"],
+        "anonymous_over_start_bytes": anonymous() - before["anonymous_bytes"],
+    }
     read_bare()
     size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-    blocks = sum(map(source.bytes_of_block, range(len(source))))
-    return {"bare_bytes_per_second": size / timed(read_bare), "pass_bytes_per_second": blocks / timed(read_blocks)}
+    speeds = {"bare_bytes_per_second": size / timed(read_bare), "pass_bytes_per_second": sum(blocks) / pass_seconds}
+    return {"folder_bytes": size, **speeds, **found}
 
 
 def main() -> None:
