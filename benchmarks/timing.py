@@ -36,6 +36,12 @@ def time_together(kernels: Mapping[Key, Sequence[Callable[[], object]]], replays
     """Each kernel's calls in a CUDA graph of their own, replayed by turns, so that all of them meet the same clocks: a
     GPU at its power limit is slower after a second of products than in the first milliseconds of one.
     """
+    times = times_together(kernels, replays)
+    return {name: Timing(statistics.median(us), min(us), max(us)) for name, us in times.items()}
+
+
+def times_together(kernels: Mapping[Key, Sequence[Callable[[], object]]], replays: int = 21) -> dict[Key, list[float]]:
+    """The same, turn by turn: microseconds per call in each."""
     graphs = {name: _captured(calls) for name, calls in kernels.items()}
     times: dict[Key, list[float]] = {name: [] for name in kernels}
     for _ in range(replays):
@@ -46,7 +52,7 @@ def time_together(kernels: Mapping[Key, Sequence[Callable[[], object]]], replays
             end.record()
             end.synchronize()
             times[name].append(start.elapsed_time(end) * 1e3 / len(kernels[name]))
-    return {name: Timing(statistics.median(us), min(us), max(us)) for name, us in times.items()}
+    return times
 
 
 def _captured(calls: Sequence[Callable[[], object]]) -> torch.cuda.CUDAGraph:
