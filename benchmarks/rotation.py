@@ -1,8 +1,9 @@
 """What a rotation of the input costs a W4 linear on one GPU: python benchmarks/rotation.py [-o FILE]
 
 Correctness first, against fp64, for every batch and block, with the allocator's memory poisoned. Then microseconds per
-call by CUDA-graph replay over more than 400 MB of weights, the linear without a rotation and with blocks of 64, 128 and
-1024 by turns: `more` is the median, over the turns, of the time of a turn with the rotation over that without.
+call by CUDA-graph replay over more than 400 MB of weights, by turns: the linear without a rotation, with blocks of 64,
+128 and 1024, and with 1024 by a kernel of the rotation's own in front of the linear (-1024). `more` is the median, over
+the turns, of the time of a turn with the rotation over that without.
 """
 
 from __future__ import annotations
@@ -16,10 +17,11 @@ from pathlib import Path
 
 import torch
 from timing import DEVICE, copies, random_weight, relative_error, times_together
+from torch import Tensor
 
 from qbench.format.rotation import Rotation
-from qbench.kernels import ops
-from qbench.kernels.tiles import to_tiles
+from qbench.kernels import hadamard, ops
+from qbench.kernels.tiles import Tiles, to_tiles
 
 SHAPES = ((12288, 4096), (4096, 12288), (4096, 4096))  # out x in
 BATCHES = (1, 16, 2048)
@@ -49,6 +51,11 @@ def check(batches: list[int]) -> float:
     return worst
 
 
+def apart(x: Tensor, rotation: Rotation, tiles: Tiles) -> Tensor:
+    """The same product, x rotated by a kernel of its own."""
+    return ops.linear(hadamard.rotate(x, rotation), tiles)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("-o", "--output", type=Path, help="write all rows as JSON")
@@ -70,6 +77,7 @@ def main() -> None:
                 block: [partial(ops.linear, x, replace(each, rotation=rotation)) for each in used]
                 for block, rotation in rotations.items()
             }
+            calls[-BLOCKS[-1]] = [partial(apart, x, rotations[BLOCKS[-1]], each) for each in used]
             times = times_together(calls, 41 if batch <= 512 else 21)
             for block, us in times.items():
                 ratios = sorted(a / b - 1 for a, b in zip(us, times[0], strict=True))

@@ -21,6 +21,7 @@ from qbench.kernels.tiles import COLUMNS, Tiles
 log = logging.getLogger(__name__)
 Defines = tuple[tuple[str, int], ...]
 
+MOST_ROTATED = 1024  # columns of a rotation's block that a warp can take; see rotate.cuh
 EARLY_START = True  # let a kernel fetch its first weights while the kernel in front of it ends
 
 
@@ -30,7 +31,7 @@ def _fields(kind: type, *names: str) -> list[tuple[str, type]]:
 
 class _Problem(ctypes.Structure):  # of dual_linear.cu
     _fields_ = [
-        *_fields(ctypes.c_void_p, "tiles", "x", "t", "permutation", "codebook", "bias", "experts", "y"),
+        *_fields(ctypes.c_void_p, "tiles", "x", "t", "permutation", "signs", "codebook", "bias", "experts", "y"),
         ("x_stride", ctypes.c_uint64),
         *_fields(ctypes.c_int64, "next_tiles", "next_t", "next_permutation", "next_y"),
         *_fields(ctypes.c_float, "t_down", "t_up"),
@@ -80,8 +81,23 @@ def _for(device: int | None, defines: Defines) -> Defines:
     return tuple(sorted((dict(defines) | {"PLAIN": 1, "RING": 0}).items()))
 
 
+def takes(tiles: Tiles, chosen: Plan | WidePlan, M: int) -> bool:
+    """Whether `linear` can rotate M rows of x itself, on their way to x * t; else they are handed in rotated.
+
+    Of one row every block rotates the columns that it multiplies, which then have to be whole blocks of the rotation.
+    """
+    if tiles.rotation is None:
+        return True
+    block, columns = tiles.rotation.block, -(-tiles.data.shape[-2] // chosen.splits) * COLUMNS
+    within = M > 1 or chosen.splits == 1 or columns % block == 0
+    return 8 <= block <= MOST_ROTATED and tiles.permutation is None and within
+
+
 def linear(x: Tensor, tiles: Tiles, bias: Tensor | None, chosen: Plan | WidePlan) -> Tensor:
-    """y `[M, N]` for x `[M, K]`, fp16 or bf16, in one pass over the weight per 8 * batch_blocks rows of x."""
+    """y `[M, N]` for x `[M, K]`, fp16 or bf16, in one pass over the weight per 8 * batch_blocks rows of x.
+
+    A rotation of the tiles is one that it `takes`.
+    """
     y = x.new_empty(len(x), tiles.shape[-2])
     if isinstance(chosen, WidePlan):
         _launch_wide(x, tiles, bias, y, chosen)
@@ -129,7 +145,8 @@ def _launch(
     next_tiles, next_y = (tiles, y) if second is None else second
     pairs, launched = (1, 1) if index is None else (index.numel(), index.numel() * (1 if second is None else 2))
     problem = _Problem(
-        *map(_address, (tiles.data, source, tiles.input_scale, tiles.permutation, tiles.codebook, bias, index, y)),
+        *map(_address, (tiles.data, source, tiles.input_scale, tiles.permutation, _signs(tiles), tiles.codebook)),
+        *map(_address, (bias, index, y)),
         x.stride(0),
         _apart(tiles.data, next_tiles.data),
         _apart(tiles.input_scale, next_tiles.input_scale),
@@ -179,21 +196,28 @@ def _launch_wide(x: Tensor, tiles: Tiles, bias: Tensor | None, y: Tensor, chosen
 
 
 def _launch_input(entry: str, x: Tensor, tiles: Tiles, to: Tensor, defines: Defines) -> None:
-    """x * t for all blocks at once, a thread per 8 columns."""
-    chunks = tiles.data.shape[-2]
+    """x * t for all blocks at once, a thread per 8 columns, or per 8 of each 256 columns of a rotation's block."""
+    chunks, turns, shared_bytes = tiles.data.shape[-2], 1, 0
     arguments = [ctypes.c_void_p(_address(part)) for part in (x, tiles.input_scale, tiles.permutation, to)]
     arguments += [ctypes.c_uint64(x.stride(0)), ctypes.c_int(x.shape[1]), ctypes.c_int(chunks)]
     arguments.append(ctypes.c_float(_down(x.dtype, tiles)))
-    function = nvrtc.load(entry, x.device.index, defines)
+    if tiles.rotation is not None:
+        turns = max(1, tiles.rotation.block // 256)
+        shared_bytes = 2048 * turns
+        arguments.append(ctypes.c_void_p(_address(_signs(tiles))))
     nvrtc.launch(
-        function,
-        (-(-chunks // 8), len(x), 1),
+        nvrtc.load(entry, x.device.index, defines),
+        (-(-chunks // (8 * turns)), len(x), 1),
         128,
-        0,
+        shared_bytes,
         _stream(x.device),
         arguments,
         early=_early(x.device),
     )
+
+
+def _signs(tiles: Tiles) -> Tensor | None:
+    return None if tiles.rotation is None else tiles.rotation.signs
 
 
 def _stream(device: torch.device) -> int:
@@ -237,7 +261,8 @@ def _defines(nbits: int, group_size: int, has_zero: bool, codebook: bool, **othe
 
 def _linear_defines(tiles: Tiles, dtype: torch.dtype, **others: int) -> Defines:
     form = (tiles.nbits, tiles.group_size, tiles.has_zero, tiles.codebook is not None)
-    return _defines(*form, BF16=int(dtype == torch.bfloat16), **others)
+    rotation = {} if tiles.rotation is None else {"ROTATE": tiles.rotation.block}
+    return _defines(*form, BF16=int(dtype == torch.bfloat16), **rotation, **others)
 
 
 _ROW = _defines(4, 64, True, False, BF16=1, MB=1, RT=1, ONE=1, DEPTH=2)

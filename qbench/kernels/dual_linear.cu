@@ -40,6 +40,7 @@ struct Problem {
   const void* x;          // ONE: [M, K] in 16 bits, rows x_stride apart; else records [M / (8 MB)][chunks] of x * t
   const u16* t;           // fp16 [experts][128 * chunks], in stored column order, or null
   const int* permutation; // [experts][K] stored column -> column of x, or null
+  const u8* signs;        // of the rotation of ONE row, a bit a column, or null
   const float* codebook;  // [16] or null
   const u16* bias;        // [N] or null
   const long long* experts;  // [pairs]: row p of x goes to expert experts[p] (M is 1 then), or null
@@ -199,6 +200,31 @@ extern "C" __global__ void __launch_bounds__(512) dual_linear(const __grid_const
 #if ONE
   const u16* t = p.t ? moved(p.t, second * p.next_t) + u64(expert) * p.chunks * 128 + lo * 128 : nullptr;
   uint4* row = reinterpret_cast<uint4*>(xs);                            // 8 columns each
+  auto keep_sums = [&](int v, Sums sum) {
+    sum = over_lanes(sum, 0xffffffffu);
+    if (v < 16 * chunks && v % (SUB / 8) == 0) reinterpret_cast<Sums*>(sums)[v / (SUB / 8) * 8] = sum;
+  };
+#if ROTATE
+  const Hadamard h = hadamard(lane);
+  auto beside = [&](int base) { return turn_of(p.signs, p.t, lo * 128 + base * 8, p.K, 64 * chunks - 4 * base, lane); };
+  Turn turn = beside(warp * 32 * TURNS);
+  await_previous_kernel();
+  const u16* x = static_cast<const u16*>(p.x) + m0 * p.x_stride;
+  const bool wide = aligned_rows(x, p.x_stride, nullptr, p.K);
+  for (int base = warp * 32 * TURNS; base < 16 * chunks; base += blockDim.x * TURNS) {
+    uint4 values[TURNS];
+#pragma unroll
+    for (int q = 0; q < TURNS; q++) values[q] = load_x(x, nullptr, (lo * 16 + base + 32 * q + lane) * 8, p.K, wide);
+    rotate(values, turn, h, p.t_down, reinterpret_cast<u32*>(row + base), 64 * chunks - 4 * base, lane);
+    __syncwarp();
+    if (base + blockDim.x * TURNS < 16 * chunks) turn = beside(base + blockDim.x * TURNS);
+#pragma unroll
+    for (int q = 0; q < TURNS; q++) {
+      const int v = base + 32 * q + lane;
+      keep_sums(v, v < 16 * chunks ? sums_of(row[v], lo * 128 + v * 8) : Sums{0.f, 0.f});
+    }
+  }
+#else
   if (t)  // to where x * t will be: every thread reads back only what it copied itself
     for (int v = threadIdx.x; v < 16 * chunks; v += blockDim.x) copy16(shared(row + v), t + v * 8);
   await_previous_kernel();
@@ -216,9 +242,9 @@ extern "C" __global__ void __launch_bounds__(512) dual_linear(const __grid_const
       row[v] = values;
       sum = sums_of(values, k);
     }
-    sum = over_lanes(sum, 0xffffffffu);
-    if (v < 16 * chunks && v % (SUB / 8) == 0) reinterpret_cast<Sums*>(sums)[v / (SUB / 8) * 8] = sum;
+    keep_sums(v, sum);
   }
+#endif
   __syncthreads();
 #elif PLAIN
   const u8* records = static_cast<const u8*>(p.x) + u64(blockIdx.y) * p.chunks * RECORD;

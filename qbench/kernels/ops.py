@@ -83,7 +83,6 @@ def _(x, tensors, numbers, bias):
 def _(x, tensors, numbers, bias):
     tiles = Tiles.over(tensors, numbers)
     _check(x, tiles)
-    x, tiles = _rotated(x, tiles)
     return _linear_on_gpu(x.reshape(-1, x.shape[-1]), tiles, bias).view(*x.shape[:-1], tiles.shape[-2])
 
 
@@ -147,9 +146,10 @@ def _pairs_on_gpu(x: Tensor, index: Tensor, stacks: list[Tiles]) -> list[Tensor]
     _check(x, tiles)
     rows = tiles.shape[-2]
     if x.dtype in HALF and 0 < pairs <= EXPERT_PAIRS and cuda.refusal(device) is None:
-        plan, x = blocks.pair_plan(rows * pairs * len(stacks)), _unit_stride(_rotated(x, tiles)[0])
+        plan = blocks.pair_plan(rows * pairs * len(stacks))
+        x, stacks[0] = _rotated(x, tiles)  # there is no second one then
         with torch.cuda.device(x.device):
-            return [y.view(*index.shape, rows) for y in cuda.experts(x, index, stacks, plan)]
+            return [y.view(*index.shape, rows) for y in cuda.experts(_unit_stride(x), index, stacks, plan)]
     from qbench.kernels import grouped, routes
 
     held = routes.route(index, tiles.data.shape[0])
@@ -196,12 +196,16 @@ def _linear_on_gpu(x: Tensor, tiles: Tiles, bias: Tensor | None) -> Tensor:
             bias = None if bias is None else bias.to(x.dtype).contiguous()
             plan = blocks.plan(len(x), *tiles.shape, tiles, device)
             if plan is not None and cuda.refusal(device, plan.kernel) is None:
+                if not cuda.takes(tiles, plan, len(x)):
+                    x, tiles = _rotated(x, tiles)
                 return cuda.linear(_unit_stride(x), tiles, bias, plan)
             if len(x) <= TRITON_BATCH and cuda.refusal(device) is not None and _has_triton():
                 from qbench.kernels import triton_linear
 
+                x, tiles = _rotated(x, tiles)
                 y = triton_linear.linear(_unit_stride(x), tiles)
                 return y if bias is None else y + bias
+        x, tiles = _rotated(x, tiles)
         weight = _dequantize_on_gpu(tiles, x.dtype)
         if tiles.permutation is not None:
             x = x.index_select(-1, tiles.permutation)

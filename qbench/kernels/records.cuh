@@ -1,6 +1,6 @@
 // x * t and its sums, as dual_linear.cu reads them; a kernel that makes them for all blocks.
 #pragma once
-#include "linear.cuh"
+#include "rotate.cuh"
 
 #ifndef MB
 #define MB 1
@@ -55,19 +55,39 @@ __device__ __forceinline__ Sums over_lanes(Sums sums, u32 lanes) {
   return sums;
 }
 
-// x * t and its sums in records, for all blocks; a warp per 256 columns. Not called for ONE row.
+// x * t and its sums in records, for all blocks; a warp per 256 columns, or per block of a rotation. Not called for ONE row.
 extern "C" __global__ void __launch_bounds__(128)
-scale_input(const u16* x, const u16* t, const int* permutation, u8* records, u64 x_stride, int K, int chunks, float t_down) {
+scale_input(const u16* x, const u16* t, const int* permutation, u8* records, u64 x_stride, int K, int chunks, float t_down
+#if ROTATE
+            , const u8* signs
+#endif
+) {
   allow_next_kernel();
-  const int v = blockIdx.x * 128 + threadIdx.x, m = blockIdx.y, k = v * 8;
+  const int m = blockIdx.y, n = m % (8 * MB);
+  u8* row = records + u64(m / (8 * MB)) * chunks * RECORD;
+  auto put = [&](int v, uint4 values, u32 lanes) {  // 8 columns; whole half warps
+    u8* record = row + u64(v / 16) * RECORD;
+    *reinterpret_cast<uint4*>(record + n * X_ROW + v % 16 * 16) = values;
+    const Sums sum = over_lanes(sums_of(values, v * 8), lanes);
+    if (v % (SUB / 8) == 0) reinterpret_cast<Sums*>(record + 8 * MB * X_ROW)[v % 16 / (SUB / 8) * 8 * MB + n] = sum;
+  };
+#if ROTATE
+  SHARED_MEMORY(smem);
+  const RowPart part(chunks);
+  if (part.pairs <= 0) return;
+  const uint4* turned = rotated(x + m * x_stride, x_stride, t, signs, K, t_down, part, smem);
+#pragma unroll
+  for (int q = 0; q < TURNS; q++) {
+    const int v = part.vector + 32 * q;
+    if (v / 16 < chunks) put(v, turned[32 * q], __activemask());
+  }
+#else
+  const int v = blockIdx.x * 128 + threadIdx.x, k = v * 8;
   if (v / 16 >= chunks) return;                                         // whole half warps
   const uint4 factors = t ? *reinterpret_cast<const uint4*>(t + k) : uint4{};
   await_previous_kernel();
   uint4 values = load_x(x + m * x_stride, permutation, k, K, aligned_rows(x, x_stride, permutation, K));
   if (t) values = scaled(values, factors, t_down);
-  const int n = m % (8 * MB);
-  u8* record = records + (u64(m / (8 * MB)) * chunks + v / 16) * RECORD;
-  *reinterpret_cast<uint4*>(record + n * X_ROW + v % 16 * 16) = values;
-  const Sums sum = over_lanes(sums_of(values, k), __activemask());
-  if (v % (SUB / 8) == 0) reinterpret_cast<Sums*>(record + 8 * MB * X_ROW)[v % 16 / (SUB / 8) * 8 * MB + n] = sum;
+  put(v, values, __activemask());
+#endif
 }

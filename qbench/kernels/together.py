@@ -46,7 +46,7 @@ def _(x, tensors, numbers):
     if one_row and _alike(weights) and cuda.refusal(device) is None and not cuda._plain(device):
         rows = sum(each.shape[0] for each in weights)
         plan = blocks.plan(1, rows, x.shape[-1], weights[0], x.device.index)
-        if isinstance(plan, blocks.Plan):
+        if isinstance(plan, blocks.Plan) and all(cuda.takes(each, plan, 1) for each in weights):
             with torch.cuda.device(x.device):
                 return [y.view(*x.shape[:-1], -1) for y in launch(x.reshape(1, -1), weights, plan)]
     return [ops.dual_linear(x, *each.flat(), None) for each in weights]
@@ -63,7 +63,7 @@ def launch(x: Tensor, weights: Sequence[Tiles], chosen: blocks.Plan) -> list[Ten
             name: cuda._address(tensor)
             for name, tensor in (
                 *(("tiles", tiles.data), ("x", x), ("t", tiles.input_scale), ("permutation", tiles.permutation)),
-                *(("codebook", tiles.codebook), ("y", y)),
+                *(("signs", cuda._signs(tiles)), ("codebook", tiles.codebook), ("y", y)),
             )
         }
         problems.each[i] = cuda._Problem(
@@ -140,11 +140,9 @@ def _each(tensors: Sequence[Tensor | None], numbers: Sequence[int]) -> list[Tile
 
 def _alike(weights: Sequence[Tiles]) -> bool:
     """Whether one compilation of the kernel serves all."""
-    forms = {
-        (each.nbits, each.group_size, each.has_zero, each.codebook is None, each.shape[1], each.rotation is None)
-        for each in weights
-    }
-    return len(forms) == 1 and weights[0].rotation is None
+    blocks_rotated = {None if each.rotation is None else each.rotation.block for each in weights}
+    forms = {(each.nbits, each.group_size, each.has_zero, each.codebook is None, each.shape[1]) for each in weights}
+    return len(forms) == len(blocks_rotated) == 1
 
 
 @cache

@@ -1,0 +1,63 @@
+"""x rotated on its way into the CUDA kernels, on the CPU, against fp64."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from qbench.format.rotation import Rotation
+from qbench.kernels import cuda
+from qbench.kernels.blocks import Plan, WidePlan
+from qbench.kernels.tiles import to_tiles
+from tests.kernels.cases import random_weight, relative_error
+
+LIMITS = {torch.float16: 1e-3, torch.bfloat16: 1e-2}
+ROW, WIDE = Plan(1, 1, 1, 2, 1, 1), WidePlan(2, 1, 1, 1, 2)
+BATCH = Plan(1, 1, 1, 1, 2, 2, True)
+
+
+def rotated_weight(generator, columns, block, signed=True, **others):
+    rotation = Rotation.seeded(columns, block, 3) if signed else Rotation(block)
+    return replace(random_weight((24, columns), 4, 64, generator, **others), rotation=rotation)
+
+
+def check(generator, weight, batch, dtype, plan):
+    tiles = to_tiles(weight)
+    assert cuda.takes(tiles, plan, batch)
+    x = torch.randn(batch, weight.shape[1], generator=generator).to(dtype)
+    assert relative_error(cuda.linear(x, tiles, None, plan), x, weight) <= LIMITS[dtype]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("block", [8, 16, 32, 64, 128, 256, 512, 1024])
+def test_every_block(emulated, generator, block):
+    weight = rotated_weight(generator, {8: 328, 64: 576, 256: 768}.get(block, max(block, 384)), block)
+    check(generator, weight, 1, torch.bfloat16, ROW)
+    check(generator, weight, 3, torch.bfloat16, BATCH)
+    check(generator, weight, 3, torch.bfloat16, WIDE)
+    assert len(emulated) == 5  # nothing but x * t goes first
+
+
+@pytest.mark.slow
+def test_fp16_without_t_and_signs(emulated, generator):
+    weight = rotated_weight(generator, 512, 128, signed=False, t=False)
+    for batch, plan in ((1, ROW), (3, BATCH), (11, WIDE)):
+        check(generator, weight, batch, torch.float16, plan)
+
+
+@pytest.mark.slow
+def test_a_row_whose_splits_are_whole_blocks(emulated, generator):
+    weight = rotated_weight(generator, 1024, 256)
+    check(generator, weight, 1, torch.bfloat16, Plan(1, 1, 1, 1, 2, 2, True))
+
+
+def test_what_is_rotated_by_itself(generator):
+    tiles = to_tiles(rotated_weight(generator, 1024, 1024))
+    assert not cuda.takes(tiles, Plan(1, 1, 1, 1, 2, 2), 1)  # half a block each
+    assert cuda.takes(tiles, Plan(1, 1, 1, 1, 2, 2), 2)
+    permuted = to_tiles(rotated_weight(generator, 1024, 64, permuted=True))
+    assert not cuda.takes(permuted, ROW, 1)
+    assert not cuda.takes(to_tiles(rotated_weight(generator, 2048, 2048)), WIDE, 20)
+    assert not cuda.takes(to_tiles(rotated_weight(generator, 68, 4)), WIDE, 20)
