@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from qbench.format.rotation import Rotation
-from qbench.kernels import cuda
+from qbench.kernels import cuda, ops, together
 from qbench.kernels.blocks import Plan, WidePlan
 from qbench.kernels.tiles import to_tiles
 from tests.kernels.cases import random_weight, relative_error
@@ -51,6 +51,26 @@ def test_fp16_without_t_and_signs(emulated, generator):
 def test_a_row_whose_splits_are_whole_blocks(emulated, generator):
     weight = rotated_weight(generator, 1024, 256)
     check(generator, weight, 1, torch.bfloat16, Plan(1, 1, 1, 1, 2, 2, True))
+
+
+@pytest.mark.slow
+def test_one_launch_for_weights_with_signs_of_their_own(emulated, generator):
+    weights = [rotated_weight(generator, 512, 64), rotated_weight(generator, 512, 64, signed=False)]
+    x = torch.randn(1, 512, generator=generator).bfloat16()
+    found = together.launch(x, [to_tiles(weight) for weight in weights], ROW)
+    assert len(emulated) == 1
+    assert all(relative_error(y, x, weight) <= 1e-2 for y, weight in zip(found, weights, strict=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("columns", "block"), [(576, 64), (4096, 1024), (3072, 512), (4096, 2048), (68, 4)])
+def test_on_a_gpu(columns, block, dtype):
+    weight = rotated_weight(torch.Generator().manual_seed(0), columns, block)
+    on_gpu = weight.with_tensors({name: tensor.cuda() for name, tensor in weight.tensors().items()})
+    for batch in (1, 3, 16, 70, 1100):
+        x = torch.randn(batch, columns, generator=torch.Generator().manual_seed(batch)).to("cuda", dtype)
+        assert relative_error(ops.linear(x, to_tiles(on_gpu)), x, on_gpu) <= LIMITS[dtype]
 
 
 def test_what_is_rotated_by_itself(generator):
