@@ -1,4 +1,4 @@
-"""Launching the CUDA C++ kernels: dual_linear.cu, wide_linear.cu, dequantize.cu, and with which arguments.
+"""Launching the CUDA C++ kernels: dual_linear.cu, wide_linear.cu, dequantize.cu, rotate.cu, and with which arguments.
 
 KERNELS says which run on which compute capability, `refusal` why one of them cannot run on a device or a machine;
 ops.py then takes another.
@@ -14,6 +14,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from qbench.format.rotation import Rotation
 from qbench.kernels import nvrtc
 from qbench.kernels.blocks import Plan, WidePlan, x_record_bytes
 from qbench.kernels.tiles import COLUMNS, Tiles
@@ -88,9 +89,30 @@ def takes(tiles: Tiles, chosen: Plan | WidePlan, M: int) -> bool:
     """
     if tiles.rotation is None:
         return True
-    block, columns = tiles.rotation.block, -(-tiles.data.shape[-2] // chosen.splits) * COLUMNS
-    within = M > 1 or chosen.splits == 1 or columns % block == 0
-    return 8 <= block <= MOST_ROTATED and tiles.permutation is None and within
+    columns = -(-tiles.data.shape[-2] // chosen.splits) * COLUMNS
+    within = M > 1 or chosen.splits == 1 or columns % tiles.rotation.block == 0
+    return can_rotate(tiles.rotation) and tiles.permutation is None and within
+
+
+def can_rotate(rotation: Rotation) -> bool:
+    return 8 <= rotation.block <= MOST_ROTATED
+
+
+def rotate(x: Tensor, rotation: Rotation) -> Tensor:
+    """x R `[M, K]` for x `[M, K]`, fp16 or bf16, by itself; of a rotation that it `can_rotate`."""
+    y, (M, K), turns = x.new_empty(x.shape), x.shape, _turns(rotation)
+    chunks = -(-K // COLUMNS)
+    defines = _defines(4, 64, True, False, BF16=int(x.dtype == torch.bfloat16), ROTATE=rotation.block)
+    arguments = [ctypes.c_void_p(_address(part)) for part in (x, rotation.signs, y)]
+    arguments += [ctypes.c_uint64(x.stride(0)), ctypes.c_int(K), ctypes.c_int(chunks)]
+    function, grid = nvrtc.load("rotate_input", x.device.index, defines), (M, -(-chunks // (8 * turns)), 1)
+    nvrtc.launch(function, grid, 128, 2048 * turns, _stream(x.device), arguments, early=_early(x.device))
+    return y
+
+
+def _turns(rotation: Rotation) -> int:
+    """Times 256 columns that a warp takes at once."""
+    return max(1, rotation.block // 256)
 
 
 def linear(x: Tensor, tiles: Tiles, bias: Tensor | None, chosen: Plan | WidePlan) -> Tensor:
@@ -202,7 +224,7 @@ def _launch_input(entry: str, x: Tensor, tiles: Tiles, to: Tensor, defines: Defi
     arguments += [ctypes.c_uint64(x.stride(0)), ctypes.c_int(x.shape[1]), ctypes.c_int(chunks)]
     arguments.append(ctypes.c_float(_down(x.dtype, tiles)))
     if tiles.rotation is not None:
-        turns = max(1, tiles.rotation.block // 256)
+        turns = _turns(tiles.rotation)
         shared_bytes = 2048 * turns
         arguments.append(ctypes.c_void_p(_address(_signs(tiles))))
     nvrtc.launch(
@@ -270,6 +292,7 @@ _BATCH = _defines(4, 64, True, False, BF16=1, MB=1, RT=1, ONE=0, RING=1)
 _WIDE = _defines(4, 64, True, False, BF16=1, NB=2, GROUPS=1, WK=1)
 KERNELS = {  # the compute capabilities, lowest and highest, and each of its kernels as launched for the default format
     "dequantize": (8, 99, [("dequantize", _defines(4, 64, True, False, OUT=0))]),
+    "rotate_input": (8, 99, [("rotate_input", _defines(4, 64, True, False, BF16=1, ROTATE=1024))]),
     "dual_linear": (8, 99, [("dual_linear", _ROW), ("scale_input", _BATCH), ("dual_linear", _BATCH)]),
     "wide_linear": (9, 9, [("tile_input", _WIDE), ("wide_linear", _WIDE)]),  # wgmma is Hopper's alone
 }

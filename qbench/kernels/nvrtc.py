@@ -22,6 +22,7 @@ SOURCES = {  # of each kernel
     "wide_linear": "wide_linear.cu",
     "tile_input": "wide_linear.cu",
     "dequantize": "dequantize.cu",
+    "rotate_input": "rotate.cu",
 }
 
 

@@ -55,7 +55,7 @@ def backend(device: torch.device, dtype: torch.dtype) -> str:
         return "unpack + matmul"
     runs = [kernel for kernel in cuda.KERNELS if cuda.refusal(device.index or 0, kernel) is None]
     dense = "cuda" if "dequantize" in runs else "triton" if _has_triton() else "torch"
-    dense, fused = f"dequantize ({dense}) + matmul", [kernel for kernel in runs if kernel != "dequantize"]
+    dense, fused = f"dequantize ({dense}) + matmul", [kernel for kernel in runs if kernel.endswith("_linear")]
     if dtype not in HALF:
         return dense
     if "dual_linear" not in fused and _has_triton():
@@ -175,6 +175,11 @@ def _rotated(x: Tensor, tiles: Tiles) -> tuple[Tensor, Tiles]:
     """x in the basis of the tiles, and the tiles as they are multiplied with it."""
     if tiles.rotation is None:
         return x, tiles
+    half = x.is_cuda and x.dtype in HALF and x.numel() > 0
+    if half and cuda.can_rotate(tiles.rotation) and cuda.refusal(x.device.index, "rotate_input") is None:
+        with torch.cuda.device(x.device):
+            y = cuda.rotate(_unit_stride(x.reshape(-1, x.shape[-1])), tiles.rotation)
+        return y.view(x.shape), replace(tiles, rotation=None)
     if x.is_cuda and _has_triton():
         from qbench.kernels import hadamard
 

@@ -73,7 +73,7 @@ scale_input(const u16* x, const u16* t, const int* permutation, u8* records, u64
   };
 #if ROTATE
   SHARED_MEMORY(smem);
-  const RowPart part(chunks);
+  const RowPart part(blockIdx.x, chunks);
   if (part.pairs <= 0) return;
   const uint4* turned = rotated(x + m * x_stride, x_stride, t, signs, K, t_down, part, smem);
 #pragma unroll

@@ -130,9 +130,9 @@ __device__ __forceinline__ void rotate(const uint4 (&x)[TURNS], const Turn& turn
 // Where a thread of 128 is in a row of x that a kernel rotates for all blocks: its warp has 256 TURNS columns.
 struct RowPart {
   int warp, lane, vector, pairs;                    // `vector`: the thread's first 8 columns; pairs left from the warp's first
-  __device__ __forceinline__ explicit RowPart(int chunks) {
+  __device__ __forceinline__ RowPart(int block, int chunks) {
     warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    const int first = (blockIdx.x * 4 + warp) * 32 * TURNS;
+    const int first = (block * 4 + warp) * 32 * TURNS;
     vector = first + lane, pairs = 64 * chunks - 4 * first;
   }
 };

@@ -61,7 +61,7 @@ tile_input(const u16* x, const u16* t, const int* permutation, u8* image, u64 x_
   SHARED_MEMORY(smem);
   allow_next_kernel();
   const int m = blockIdx.y;
-  const RowPart part(chunks);
+  const RowPart part(blockIdx.x, chunks);
   if (part.pairs <= 0) return;
   const uint4* turned = rotated(x + m * x_stride, x_stride, t, signs, K, t_down, part, smem);
 #pragma unroll

@@ -54,6 +54,16 @@ def test_a_row_whose_splits_are_whole_blocks(emulated, generator):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("columns", "block", "dtype"), [(576, 64, torch.float16), (2048, 1024, torch.bfloat16)])
+def test_by_itself(emulated, generator, columns, block, dtype):
+    rotation = Rotation.seeded(columns, block, 1)
+    x = torch.randn(3, 2 * columns, generator=generator).to(dtype)[:, :columns]
+    y, expected = cuda.rotate(x, rotation), rotation(x)
+    assert y.dtype == dtype
+    assert float((y - expected).norm() / expected.norm()) <= LIMITS[dtype] / 2
+
+
+@pytest.mark.slow
 def test_one_launch_for_weights_with_signs_of_their_own(emulated, generator):
     weights = [rotated_weight(generator, 512, 64), rotated_weight(generator, 512, 64, signed=False)]
     x = torch.randn(1, 512, generator=generator).bfloat16()
