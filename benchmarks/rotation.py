@@ -2,8 +2,8 @@
 
 Correctness first, against fp64, for every batch and block, with the allocator's memory poisoned. Then microseconds per
 call by CUDA-graph replay over more than 400 MB of weights, by turns: the linear without a rotation, with blocks of 64,
-128 and 1024, and with 1024 by a kernel of the rotation's own in front of the linear (-1024). `more` is the median, over
-the turns, of the time of a turn with the rotation over that without.
+128 and 1024, and with 1024 by a kernel of the rotation's own in front of the linear: rotate.cu, hadamard.py. `more` is
+the median, over the turns, of the time of a turn with the rotation over that without.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -21,13 +22,14 @@ from timing import DEVICE, copies, random_weight, relative_error, times_together
 from torch import Tensor
 
 from qbench.format.rotation import Rotation
-from qbench.kernels import hadamard, ops
+from qbench.kernels import cuda, hadamard, ops
 from qbench.kernels.tiles import Tiles, to_tiles
 
 SHAPES = ((12288, 4096), (4096, 12288), (4096, 4096))  # out x in
 CHECKED = ((256, 4096), (200, 3072))
 BATCHES = (1, 16, 2048)
 BLOCKS = (64, 128, 1024)
+APART = {"1024 by rotate.cu": cuda.rotate, "1024 by hadamard.py": hadamard.rotate}
 LIMIT = 1e-2  # of the relative error in bf16
 
 
@@ -73,9 +75,9 @@ def compile_all(batches: list[int]) -> None:
     torch.cuda.synchronize()
 
 
-def apart(x: Tensor, rotation: Rotation, tiles: Tiles) -> Tensor:
+def apart(rotate: Callable, x: Tensor, rotation: Rotation, tiles: Tiles) -> Tensor:
     """The same product, x rotated by a kernel of its own."""
-    return ops.linear(hadamard.rotate(x, rotation), tiles)
+    return ops.linear(rotate(x, rotation), tiles)
 
 
 def main() -> None:
@@ -100,7 +102,8 @@ def main() -> None:
                 block: [partial(ops.linear, x, replace(each, rotation=rotation)) for each in used]
                 for block, rotation in rotations.items()
             }
-            calls[-BLOCKS[-1]] = [partial(apart, x, rotations[BLOCKS[-1]], each) for each in used]
+            for name, rotate in APART.items():
+                calls[name] = [partial(apart, rotate, x, rotations[BLOCKS[-1]], each) for each in used]
             times = times_together(calls, 41 if batch <= 512 else 21)
             for block, us in times.items():
                 ratios = sorted(a / b - 1 for a, b in zip(us, times[0], strict=True))
@@ -110,7 +113,7 @@ def main() -> None:
                     | {"more": more, "more_low": low, "more_high": high}
                 )
                 print(
-                    f"{out}x{columns} batch {batch:5} block {block:5} {rows[-1]['us']:8.2f} us {more:+7.1%} "
+                    f"{out}x{columns} batch {batch:5} block {block:19} {rows[-1]['us']:8.2f} us {more:+7.1%} "
                     f"(80 % of turns {low:+.1%} to {high:+.1%})",
                     flush=True,
                 )
