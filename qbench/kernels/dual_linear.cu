@@ -201,27 +201,52 @@ extern "C" __global__ void __launch_bounds__(512) dual_linear(const __grid_const
   const u16* t = p.t ? moved(p.t, second * p.next_t) + u64(expert) * p.chunks * 128 + lo * 128 : nullptr;
   uint4* row = reinterpret_cast<uint4*>(xs);                            // 8 columns each
   auto keep_sums = [&](int v, Sums sum) {
-    sum = over_lanes(sum, 0xffffffffu);
     if (v < 16 * chunks && v % (SUB / 8) == 0) reinterpret_cast<Sums*>(sums)[v / (SUB / 8) * 8] = sum;
   };
-#if ROTATE
+#if ROTATE  // a warp's columns are its own: it lays t out, reads it, and puts x R t in its place
   const Hadamard h = hadamard(lane);
-  auto beside = [&](int base) { return turn_of(p.signs, p.t, lo * 128 + base * 8, p.K, 64 * chunks - 4 * base, lane); };
-  Turn turn = beside(warp * 32 * TURNS);
+  const int turn = blockDim.x * TURNS, first = warp * 32 * TURNS;
+  for (int base = first; t && base < 16 * chunks; base += turn)
+#pragma unroll
+    for (int v = base + lane; v < min(base + 32 * TURNS, 16 * chunks); v += 32) copy16(shared(row + v), t + v * 8);
+  u32 signs[TURNS];
+  uint4 values[TURNS];
+  auto load_signs = [&](int base, u32 (&to)[TURNS]) {
+#pragma unroll
+    for (int q = 0; q < TURNS; q++) to[q] = signs_of(p.signs, (lo * 16 + base + 32 * q + lane) * 8, p.K);
+  };
+  load_signs(first, signs);
+  await_copies();
+  __syncwarp();
   await_previous_kernel();
   const u16* x = static_cast<const u16*>(p.x) + m0 * p.x_stride;
   const bool wide = aligned_rows(x, p.x_stride, nullptr, p.K);
-  for (int base = warp * 32 * TURNS; base < 16 * chunks; base += blockDim.x * TURNS) {
-    uint4 values[TURNS];
+  auto load = [&](int base, uint4 (&to)[TURNS]) {
 #pragma unroll
-    for (int q = 0; q < TURNS; q++) values[q] = load_x(x, nullptr, (lo * 16 + base + 32 * q + lane) * 8, p.K, wide);
-    rotate(values, turn, h, p.t_down, reinterpret_cast<u32*>(row + base), 64 * chunks - 4 * base, lane);
+    for (int q = 0; q < TURNS; q++) to[q] = load_x(x, nullptr, (lo * 16 + base + 32 * q + lane) * 8, p.K, wide);
+  };
+  load(first, values);
+  for (int base = first; base < 16 * chunks; base += turn) {
+    u32 next_signs[TURNS];
+    uint4 next[TURNS];
+    if (base + turn < 16 * chunks) load_signs(base + turn, next_signs), load(base + turn, next);
+    u32* to = reinterpret_cast<u32*>(row + base);
+    auto factors = [&](int q, int i) {
+      return factors_of(t ? to[128 * q + 32 * i + first_pair(lane)] : ONES, p.t_down);
+    };
+    rotate(values, signs, h, factors, to, 64 * chunks - 4 * base, lane);
     __syncwarp();
-    if (base + blockDim.x * TURNS < 16 * chunks) turn = beside(base + blockDim.x * TURNS);
+    Sums found[TURNS];
 #pragma unroll
     for (int q = 0; q < TURNS; q++) {
       const int v = base + 32 * q + lane;
-      keep_sums(v, v < 16 * chunks ? sums_of(row[v], lo * 128 + v * 8) : Sums{0.f, 0.f});
+      found[q] = v < 16 * chunks ? sums_of(row[v], lo * 128 + v * 8) : Sums{0.f, 0.f};
+    }
+    over_lanes(found, 0xffffffffu);
+#pragma unroll
+    for (int q = 0; q < TURNS; q++) {
+      keep_sums(base + 32 * q + lane, found[q]);
+      signs[q] = next_signs[q], values[q] = next[q];
     }
   }
 #else
@@ -242,7 +267,7 @@ extern "C" __global__ void __launch_bounds__(512) dual_linear(const __grid_const
       row[v] = values;
       sum = sums_of(values, k);
     }
-    keep_sums(v, sum);
+    keep_sums(v, over_lanes(sum, 0xffffffffu));
   }
 #endif
   __syncthreads();

@@ -45,14 +45,22 @@ __device__ __forceinline__ Sums sums_of(uint4 x, int k) {
   return sums;
 }
 
-__device__ __forceinline__ Sums over_lanes(Sums sums, u32 lanes) {
+template <int COUNT> __device__ __forceinline__ void over_lanes(Sums (&sums)[COUNT], u32 lanes) {
 #pragma unroll
-  for (int step = 1; step < SUB / 8; step *= 2) {
-    sums.plain += __shfl_xor_sync(lanes, sums.plain, step);
-    if (!ONE_OFFSET) sums.offset += __shfl_xor_sync(lanes, sums.offset, step);
-  }
-  if (ONE_OFFSET) sums.offset = -offset(0, 0) * sums.plain;
-  return sums;
+  for (int step = 1; step < SUB / 8; step *= 2)
+#pragma unroll
+    for (int i = 0; i < COUNT; i++) {
+      sums[i].plain += __shfl_xor_sync(lanes, sums[i].plain, step);
+      if (!ONE_OFFSET) sums[i].offset += __shfl_xor_sync(lanes, sums[i].offset, step);
+    }
+#pragma unroll
+  for (int i = 0; i < COUNT; i++)
+    if (ONE_OFFSET) sums[i].offset = -offset(0, 0) * sums[i].plain;
+}
+__device__ __forceinline__ Sums over_lanes(Sums sum, u32 lanes) {
+  Sums sums[1] = {sum};
+  over_lanes(sums, lanes);
+  return sums[0];
 }
 
 // x * t and its sums in records, for all blocks; a warp per 256 columns, or per block of a rotation. Not called for ONE row.
@@ -65,10 +73,9 @@ scale_input(const u16* x, const u16* t, const int* permutation, u8* records, u64
   allow_next_kernel();
   const int m = blockIdx.y, n = m % (8 * MB);
   u8* row = records + u64(m / (8 * MB)) * chunks * RECORD;
-  auto put = [&](int v, uint4 values, u32 lanes) {  // 8 columns; whole half warps
+  auto put = [&](int v, uint4 values, Sums sum) {                       // 8 columns
     u8* record = row + u64(v / 16) * RECORD;
     *reinterpret_cast<uint4*>(record + n * X_ROW + v % 16 * 16) = values;
-    const Sums sum = over_lanes(sums_of(values, v * 8), lanes);
     if (v % (SUB / 8) == 0) reinterpret_cast<Sums*>(record + 8 * MB * X_ROW)[v % 16 / (SUB / 8) * 8 * MB + n] = sum;
   };
 #if ROTATE
@@ -76,11 +83,13 @@ scale_input(const u16* x, const u16* t, const int* permutation, u8* records, u64
   const RowPart part(blockIdx.x, chunks);
   if (part.pairs <= 0) return;
   const uint4* turned = rotated(x + m * x_stride, x_stride, t, signs, K, t_down, part, smem);
+  Sums sums[TURNS];
 #pragma unroll
-  for (int q = 0; q < TURNS; q++) {
-    const int v = part.vector + 32 * q;
-    if (v / 16 < chunks) put(v, turned[32 * q], __activemask());
-  }
+  for (int q = 0; q < TURNS; q++) sums[q] = sums_of(turned[32 * q], (part.vector + 32 * q) * 8);
+  over_lanes(sums, 0xffffffffu);
+#pragma unroll
+  for (int q = 0; q < TURNS; q++)
+    if (part.vector + 32 * q < 16 * chunks) put(part.vector + 32 * q, turned[32 * q], sums[q]);
 #else
   const int v = blockIdx.x * 128 + threadIdx.x, k = v * 8;
   if (v / 16 >= chunks) return;                                         // whole half warps
@@ -88,6 +97,6 @@ scale_input(const u16* x, const u16* t, const int* permutation, u8* records, u64
   await_previous_kernel();
   uint4 values = load_x(x + m * x_stride, permutation, k, K, aligned_rows(x, x_stride, permutation, K));
   if (t) values = scaled(values, factors, t_down);
-  put(v, values, __activemask());
+  put(v, values, over_lanes(sums_of(values, k), __activemask()));
 #endif
 }

@@ -18,6 +18,11 @@
 
 #define TURNS (ROTATE > 256 ? ROTATE / 256 : 1)     // times 256 columns that a warp takes at once
 
+constexpr int log2_of(int v) { return v > 1 ? 1 + log2_of(v / 2) : 0; }
+#define LOG_ROTATE log2_of(ROTATE)
+
+#define ONES 0x3c003c00u                             // a pair of t that changes nothing
+
 struct Hadamard { u32 first[4], second[2][2]; };    // a lane's share of both matrices
 
 __device__ __forceinline__ int bit(int value, int at) { return value >> at & 1; }
@@ -33,7 +38,8 @@ struct Entry {
 };
 
 __device__ __forceinline__ Hadamard hadamard(int lane) {
-  constexpr u32 one = BF16 ? 0x3f803f80u : 0x3c003c00u, quarter = BF16 ? 0x3e803e80u : 0x34003400u;  // sums stay finite
+  constexpr u32 quarter = BF16 ? 0x3e803e80u : 0x34003400u;                 // sums stay finite
+  constexpr u32 rest = (BF16 ? 0x3f803f80u : 0x3c003c00u) + (2 - LOG_ROTATE / 2) * (BF16 ? 0x00800080u : 0x04000400u);
   constexpr u32 low = 0x8000u, high = 0x80000000u;
   Hadamard h;
   Entry entry;
@@ -46,7 +52,7 @@ __device__ __forceinline__ Hadamard hadamard(int lane) {
   for (int n = 0; n < 2; n++) {
     Entry entry;
     entry.over(6, bit(lane, 0), bit(lane, 2)), entry.over(7, bit(lane, 1), n);
-    u32 pair = entry.zero ? 0 : entry.minus ? one ^ (low | high) : one;
+    u32 pair = entry.zero ? 0 : entry.minus ? rest ^ (low | high) : rest;
     if (bit(lane, 4)) pair = ROTATE > 32 ? pair ^ high : pair & 0xffff0000u;
     else if (ROTATE <= 32) pair &= 0xffffu;
     h.second[n][0] = pair, h.second[n][1] = pair ^ (bit(lane, 3) ? low | high : 0);
@@ -59,41 +65,30 @@ __device__ __forceinline__ int first_pair(int lane) {
   return bit(lane, 2) | bit(lane, 0) << 1 | bit(lane, 3) << 2 | bit(lane, 4) << 3 | bit(lane, 1) << 4;
 }
 
-// What a warp needs beside its 256 TURNS columns of x from column k on, and can have before them.
-struct Turn { u32 signs[TURNS], t[TURNS][4]; };
-
-__device__ __forceinline__ Turn turn_of(const u8* signs, const u16* t, int k, int K, int pairs, int lane) {
-  Turn turn;
-#pragma unroll
-  for (int q = 0; q < TURNS; q++) {
-    const int at = k + 256 * q + 8 * lane;
-    turn.signs[q] = signs && at < K ? signs[at / 8] : 0;
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-      const int pair = 128 * q + 32 * i + first_pair(lane);
-      turn.t[q][i] = t && pair < pairs ? *reinterpret_cast<const u32*>(t + k + 2 * pair) : 0x3c003c00u;  // 1
-    }
-  }
-  return turn;
+// The signs of the 8 columns from k on, as `rotate` wants them: those of pair i in bits 15 - i and 31 - i.
+__device__ __forceinline__ u32 signs_of(const u8* signs, int k, int K) {
+  const u32 s = signs && k < K ? signs[k / 8] : 0;
+  return (s & 1) << 15 | (s & 2) << 30 | (s & 4) << 12 | (s & 8) << 27 | (s & 16) << 9 | (s & 32) << 24 | (s & 64) << 6 |
+         (s & 128) << 21;
 }
 
-constexpr float rotation_norm() {                   // 4 / sqrt(ROTATE)
-  float norm = 4.f;
-  int block = ROTATE;
-  for (; block >= 4; block /= 4) norm /= 2.f;
-  return block == 2 ? norm * 0.70710678f : norm;
+// A pair of t as `rotate` multiplies with it; `down` as in `scaled`.
+__device__ __forceinline__ float2 factors_of(u32 t, float down) {
+  const float norm = (LOG_ROTATE % 2 ? 0.70710678f : 1.f) * (BF16 ? 1.f : down);
+  return {from_half(u16(t)) * norm, from_half(u16(t >> 16)) * norm};
 }
 
-// x R t of a warp's 256 TURNS columns, x as `load_x` gives it to lane after lane; the first `pairs` pairs of columns go to
-// `to` in shared memory, in their order. `down` as in `scaled`.
-__device__ __forceinline__ void rotate(const uint4 (&x)[TURNS], const Turn& turn, const Hadamard& h, float down, u32* to,
-                                       int pairs, int lane) {
+// x R t of a warp's 256 TURNS columns, x as `load_x` gives it to lane after lane; the first `pairs` pairs of columns, a
+// multiple of 64, go to `to` in shared memory, in their order. factors(q, i): of pair 128 q + 32 i + first_pair(lane).
+template <class F>
+__device__ __forceinline__ void rotate(const uint4 (&x)[TURNS], const u32 (&signs)[TURNS], const Hadamard& h, F factors,
+                                       u32* to, int pairs, int lane) {
   float y[TURNS][2][4];
 #pragma unroll
   for (int q = 0; q < TURNS; q++) {
     u32 v[4] = {x[q].x, x[q].y, x[q].z, x[q].w};
 #pragma unroll
-    for (int i = 0; i < 4; i++) v[i] ^= (turn.signs[q] << (15 - 2 * i) & 0x8000u) | (turn.signs[q] << (30 - 2 * i) & 0x80000000u);
+    for (int i = 0; i < 4; i++) v[i] ^= signs[q] << i & 0x80008000u;
     float c[2][4] = {};
 #pragma unroll
     for (int n = 0; n < 2; n++) mma(c[n], h.first[0], h.first[1], h.first[2], h.first[3], v[2 * n], v[2 * n + 1]);
@@ -115,15 +110,13 @@ __device__ __forceinline__ void rotate(const uint4 (&x)[TURNS], const Turn& turn
           const float sum = low + high;
           high = low - high, low = sum;
         }
-  const float norm = rotation_norm() * (BF16 ? 1.f : down);
 #pragma unroll
   for (int q = 0; q < TURNS; q++)
 #pragma unroll
     for (int i = 0; i < 4; i++) {
-      const int pair = 128 * q + 32 * i + first_pair(lane);
-      const u32 t = turn.t[q][i];
-      const float even = y[q][i / 2][i % 2] * norm, odd = y[q][i / 2][2 + i % 2] * norm;
-      if (pair < pairs) to[pair] = round2(even * from_half(u16(t)), odd * from_half(u16(t >> 16)));
+      if (TURNS == 1 && 32 * i >= pairs) break;
+      const float2 t = factors(q, i);
+      to[128 * q + 32 * i + first_pair(lane)] = round2(y[q][i / 2][i % 2] * t.x, y[q][i / 2][2 + i % 2] * t.y);
     }
 }
 
@@ -141,15 +134,25 @@ struct RowPart {
 // apart, in the block's 2048 TURNS bytes of shared memory. Whole warps.
 __device__ __forceinline__ const uint4* rotated(const u16* x, u64 x_stride, const u16* t, const u8* signs, int K,
                                                 float down, const RowPart& part, u8* memory) {
-  const int k = 8 * (part.vector - part.lane);
-  const Turn turn = turn_of(signs, t, k, K, part.pairs, part.lane);
+  const int first = 8 * (part.vector - part.lane);
   const Hadamard h = hadamard(part.lane);
+  u32 signs_of_x[TURNS];
+  float2 factors[TURNS][4];
+#pragma unroll
+  for (int q = 0; q < TURNS; q++) {
+    signs_of_x[q] = signs_of(signs, 8 * (part.vector + 32 * q), K);
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      const int pair = 128 * q + 32 * i + first_pair(part.lane);
+      factors[q][i] = factors_of(t && pair < part.pairs ? *reinterpret_cast<const u32*>(t + first + 2 * pair) : ONES, down);
+    }
+  }
   uint4 values[TURNS], *turned = reinterpret_cast<uint4*>(memory) + part.warp * 32 * TURNS;
   const bool wide = aligned_rows(x, x_stride, nullptr, K);
   await_previous_kernel();
 #pragma unroll
   for (int q = 0; q < TURNS; q++) values[q] = load_x(x, nullptr, 8 * (part.vector + 32 * q), K, wide);
-  rotate(values, turn, h, down, reinterpret_cast<u32*>(turned), part.pairs, part.lane);
+  rotate(values, signs_of_x, h, [&](int q, int i) { return factors[q][i]; }, reinterpret_cast<u32*>(turned), part.pairs, part.lane);
   __syncwarp();
   return turned + part.lane;
 }
