@@ -261,19 +261,32 @@ def _apart(first: Tensor | None, second: Tensor | None) -> int:
 
 
 def dequantize(tiles: Tiles, dtype: torch.dtype) -> Tensor:
-    """W `[..., N, K]` in fp16, bf16 or fp32, in stored column order, t included: read once, written once."""
+    """W `[..., N, K]` in fp16, bf16 or fp32, in stored column order, t included: read once, written once.
+
+    A rotation that it `undoes` is undone; of another W is in the rotated basis.
+    """
     N, K = tiles.shape[-2:]
     strips, chunks = tiles.data.shape[-3:-1]
     w = torch.empty(tiles.shape, dtype=dtype, device=tiles.data.device)
     out = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}[dtype]
-    defines = _defines(tiles.nbits, tiles.group_size, tiles.has_zero, tiles.codebook is not None, OUT=out)
-    function = nvrtc.load("dequantize", w.device.index, defines)
+    warps, shared_bytes, rotation = min(8, chunks), 0, {}
     arguments = [ctypes.c_void_p(_address(part)) for part in (tiles.data, tiles.input_scale, tiles.codebook, w)]
     arguments += [ctypes.c_int(value) for value in (N, K, strips, chunks)]
-    warps = min(8, chunks)
+    if tiles.rotation is not None and undoes(tiles, dtype):
+        rotation, shared_bytes = {"ROTATE": tiles.rotation.block}, 64 * (64 * warps + 4)
+        arguments.append(ctypes.c_void_p(_address(_signs(tiles))))
+    defines = _defines(tiles.nbits, tiles.group_size, tiles.has_zero, tiles.codebook is not None, OUT=out, **rotation)
+    function = nvrtc.load("dequantize", w.device.index, defines)
     grid = (tiles.data.shape[:-2].numel(), -(-chunks // warps), 1)
-    nvrtc.launch(function, grid, 32 * warps, 0, _stream(w.device), arguments)
+    nvrtc.launch(function, grid, 32 * warps, shared_bytes, _stream(w.device), arguments)
     return w
+
+
+def undoes(tiles: Tiles, dtype: torch.dtype) -> bool:
+    """Whether `dequantize` can give W in its own basis: in bf16, whose rounding hides that of the fp16 on the way."""
+    if tiles.rotation is None:
+        return True
+    return dtype == torch.bfloat16 and can_rotate(tiles.rotation) and tiles.permutation is None
 
 
 def _defines(nbits: int, group_size: int, has_zero: bool, codebook: bool, **others: int) -> Defines:

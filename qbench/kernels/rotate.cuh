@@ -72,6 +72,12 @@ __device__ __forceinline__ u32 signs_of(const u8* signs, int k, int K) {
          (s & 128) << 21;
 }
 
+constexpr float rotation_norm() {                   // 4 / sqrt(ROTATE)
+  float norm = LOG_ROTATE % 2 ? 4 * 0.70710678f : 4.f;
+  for (int i = 0; i < LOG_ROTATE / 2; i++) norm /= 2.f;
+  return norm;
+}
+
 // A pair of t as `rotate` multiplies with it; `down` as in `scaled`.
 __device__ __forceinline__ float2 factors_of(u32 t, float down) {
   const float norm = (LOG_ROTATE % 2 ? 0.70710678f : 1.f) * (BF16 ? 1.f : down);

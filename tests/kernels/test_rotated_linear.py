@@ -64,6 +64,25 @@ def test_by_itself(emulated, generator, columns, block, dtype):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("columns", "block", "others"),
+    [
+        (328, 8, {}),
+        (352, 32, {"t": False}),
+        (576, 64, {"codebook": True}),
+        (384, 128, {}),
+        (1536, 512, {}),
+        (2048, 1024, {}),
+    ],
+)
+def test_undone_in_the_weight(emulated, generator, columns, block, others):
+    weight = rotated_weight(generator, columns, block, **others)
+    expected = weight.dequantize()
+    w = cuda.dequantize(to_tiles(weight), torch.bfloat16).float()
+    assert float((w - expected).norm() / expected.norm()) <= 3e-3
+
+
+@pytest.mark.slow
 def test_one_launch_for_weights_with_signs_of_their_own(emulated, generator):
     weights = [rotated_weight(generator, 512, 64), rotated_weight(generator, 512, 64, signed=False)]
     x = torch.randn(1, 512, generator=generator).bfloat16()
