@@ -199,77 +199,10 @@ extern "C" __global__ void __launch_bounds__(512) dual_linear(const __grid_const
   const int chunks = hi - lo;
 #if ONE
   const u16* t = p.t ? moved(p.t, second * p.next_t) + u64(expert) * p.chunks * 128 + lo * 128 : nullptr;
-  uint4* row = reinterpret_cast<uint4*>(xs);                            // 8 columns each
-  auto keep_sums = [&](int v, Sums sum) {
-    if (v < 16 * chunks && v % (SUB / 8) == 0) reinterpret_cast<Sums*>(sums)[v / (SUB / 8) * 8] = sum;
-  };
-#if ROTATE  // a warp's columns are its own: it lays t out, reads it, and puts x R t in its place
-  const Hadamard h = hadamard(lane);
-  const int turn = blockDim.x * TURNS, first = warp * 32 * TURNS;
-  for (int base = first; t && base < 16 * chunks; base += turn)
-#pragma unroll
-    for (int v = base + lane; v < min(base + 32 * TURNS, 16 * chunks); v += 32) copy16(shared(row + v), t + v * 8);
-  u32 signs[TURNS];
-  uint4 values[TURNS];
-  auto load_signs = [&](int base, u32 (&to)[TURNS]) {
-#pragma unroll
-    for (int q = 0; q < TURNS; q++) to[q] = signs_of(p.signs, (lo * 16 + base + 32 * q + lane) * 8, p.K);
-  };
-  load_signs(first, signs);
-  await_copies();
-  __syncwarp();
-  await_previous_kernel();
-  const u16* x = static_cast<const u16*>(p.x) + m0 * p.x_stride;
-  const bool wide = aligned_rows(x, p.x_stride, nullptr, p.K);
-  auto load = [&](int base, uint4 (&to)[TURNS]) {
-#pragma unroll
-    for (int q = 0; q < TURNS; q++) to[q] = load_x(x, nullptr, (lo * 16 + base + 32 * q + lane) * 8, p.K, wide);
-  };
-  load(first, values);
-  for (int base = first; base < 16 * chunks; base += turn) {
-    u32 next_signs[TURNS];
-    uint4 next[TURNS];
-    if (base + turn < 16 * chunks) load_signs(base + turn, next_signs), load(base + turn, next);
-    u32* to = reinterpret_cast<u32*>(row + base);
-    auto factors = [&](int q, int i) {
-      return factors_of(t ? to[128 * q + 32 * i + first_pair(lane)] : ONES, p.t_down);
-    };
-    rotate(values, signs, h, factors, to, 64 * chunks - 4 * base, lane);
-    __syncwarp();
-    Sums found[TURNS];
-#pragma unroll
-    for (int q = 0; q < TURNS; q++) {
-      const int v = base + 32 * q + lane;
-      found[q] = v < 16 * chunks ? sums_of(row[v], lo * 128 + v * 8) : Sums{0.f, 0.f};
-    }
-    over_lanes(found, 0xffffffffu);
-#pragma unroll
-    for (int q = 0; q < TURNS; q++) {
-      keep_sums(base + 32 * q + lane, found[q]);
-      signs[q] = next_signs[q], values[q] = next[q];
-    }
-  }
-#else
-  if (t)  // to where x * t will be: every thread reads back only what it copied itself
-    for (int v = threadIdx.x; v < 16 * chunks; v += blockDim.x) copy16(shared(row + v), t + v * 8);
-  await_previous_kernel();
   const int* permutation =
       p.permutation ? moved(p.permutation, second * p.next_permutation) + u64(expert) * p.K : nullptr;
   const u16* x = static_cast<const u16*>(p.x) + (EXPERTS ? pair / p.pairs_per_row : m0) * p.x_stride;
-  const bool wide = aligned_rows(x, p.x_stride, permutation, p.K);
-  await_copies();
-  for (int base = warp * 32; base < 16 * chunks; base += blockDim.x) {
-    const int v = base + lane, k = lo * 128 + v * 8;
-    Sums sum = {0.f, 0.f};
-    if (v < 16 * chunks) {
-      uint4 values = load_x(x, permutation, k, p.K, wide);
-      if (t) values = scaled(values, row[v], p.t_down);
-      row[v] = values;
-      sum = sums_of(values, k);
-    }
-    keep_sums(v, over_lanes(sum, 0xffffffffu));
-  }
-#endif
+  scale_row({x, p.x_stride, t, permutation, p.signs, p.K, p.t_down}, lo, chunks, reinterpret_cast<uint4*>(xs), sums);
   __syncthreads();
 #elif PLAIN
   const u8* records = static_cast<const u8*>(p.x) + u64(blockIdx.y) * p.chunks * RECORD;

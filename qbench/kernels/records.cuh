@@ -100,3 +100,84 @@ scale_input(const u16* x, const u16* t, const int* permutation, u8* records, u64
   put(v, values, over_lanes(sums_of(values, k), __activemask()));
 #endif
 }
+
+struct Row {
+  const u16* x;           // one row, in 16 bits; rows x_stride apart
+  u64 x_stride;
+  const u16* t;           // from the block's first column on, or null
+  const int* permutation; // or null
+  const u8* signs;        // of the rotation, or null
+  int K;
+  float t_down;
+};
+
+// x * t of ONE row from chunk `lo` on, and its sums, by all warps of a block; t and signs come before the kernel in front ends.
+__device__ __forceinline__ void scale_row(const Row& of, int lo, int chunks, uint4* row, u8* sums) {
+  const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
+  auto keep_sums = [&](int v, Sums sum) {
+    if (v < 16 * chunks && v % (SUB / 8) == 0) reinterpret_cast<Sums*>(sums)[v / (SUB / 8) * 8] = sum;
+  };
+#if ROTATE  // a warp's columns are its own: it lays t out, reads it, and puts x R t in its place
+  const Hadamard h = hadamard(lane);
+  const int turn = blockDim.x * TURNS, first = warp * 32 * TURNS;
+  for (int base = first; of.t && base < 16 * chunks; base += turn)
+#pragma unroll
+    for (int v = base + lane; v < min(base + 32 * TURNS, 16 * chunks); v += 32) copy16(shared(row + v), of.t + v * 8);
+  u32 signs[TURNS];
+  uint4 values[TURNS];
+  auto load_signs = [&](int base, u32 (&to)[TURNS]) {
+#pragma unroll
+    for (int q = 0; q < TURNS; q++) to[q] = signs_of(of.signs, (lo * 16 + base + 32 * q + lane) * 8, of.K);
+  };
+  load_signs(first, signs);
+  await_copies();
+  __syncwarp();
+  await_previous_kernel();
+  const bool wide = aligned_rows(of.x, of.x_stride, nullptr, of.K);
+  auto load = [&](int base, uint4 (&to)[TURNS]) {
+#pragma unroll
+    for (int q = 0; q < TURNS; q++) to[q] = load_x(of.x, nullptr, (lo * 16 + base + 32 * q + lane) * 8, of.K, wide);
+  };
+  load(first, values);
+  for (int base = first; base < 16 * chunks; base += turn) {
+    u32 next_signs[TURNS];
+    uint4 next[TURNS];
+    if (base + turn < 16 * chunks) load_signs(base + turn, next_signs), load(base + turn, next);
+    u32* to = reinterpret_cast<u32*>(row + base);
+    auto factors = [&](int q, int i) {
+      return factors_of(of.t ? to[128 * q + 32 * i + first_pair(lane)] : ONES, of.t_down);
+    };
+    rotate(values, signs, h, factors, to, 64 * chunks - 4 * base, lane);
+    __syncwarp();
+    Sums found[TURNS];
+#pragma unroll
+    for (int q = 0; q < TURNS; q++) {
+      const int v = base + 32 * q + lane;
+      found[q] = v < 16 * chunks ? sums_of(row[v], lo * 128 + v * 8) : Sums{0.f, 0.f};
+    }
+    over_lanes(found, 0xffffffffu);
+#pragma unroll
+    for (int q = 0; q < TURNS; q++) {
+      keep_sums(base + 32 * q + lane, found[q]);
+      signs[q] = next_signs[q], values[q] = next[q];
+    }
+  }
+#else
+  if (of.t)  // to where x * t will be: every thread reads back only what it copied itself
+    for (int v = threadIdx.x; v < 16 * chunks; v += blockDim.x) copy16(shared(row + v), of.t + v * 8);
+  await_previous_kernel();
+  const bool wide = aligned_rows(of.x, of.x_stride, of.permutation, of.K);
+  await_copies();
+  for (int base = warp * 32; base < 16 * chunks; base += blockDim.x) {
+    const int v = base + lane, k = lo * 128 + v * 8;
+    Sums sum = {0.f, 0.f};
+    if (v < 16 * chunks) {
+      uint4 values = load_x(of.x, of.permutation, k, of.K, wide);
+      if (of.t) values = scaled(values, row[v], of.t_down);
+      row[v] = values;
+      sum = sums_of(values, k);
+    }
+    keep_sums(v, over_lanes(sum, 0xffffffffu));
+  }
+#endif
+}
