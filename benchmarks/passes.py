@@ -129,17 +129,19 @@ def command(folder: Path, windows: int, only: str | None = None) -> dict[str, ob
     return {"command_seconds": seconds, "points": rows}
 
 
-def shape(name: str, layers: int | None, windows: int, methods: list[str]) -> dict[str, object]:
+def shape(name: str, layers: int | None, windows: int, methods: list[str], on_host: bool) -> dict[str, object]:
     """In one process: the bare bf16 forward of a shape if it fits, and a pass over it."""
     from hydra import compose, initialize_config_module
     from omegaconf import OmegaConf
 
     from qbench.config import register
     from qbench.request.prepare import prepare
-    from qbench.run import run_pass
+    from qbench.run import run_pass, walked
 
+    if on_host:
+        walked.wait_on_host = lambda *_: True
     register()
-    found: dict[str, object] = {"layers": layers, "windows": windows}
+    found: dict[str, object] = {"layers": layers, "windows": windows, "states_on_host": on_host}
     with tempfile.TemporaryDirectory() as place:
         os.chdir(place)
         path = text(Path(place), windows)
@@ -222,6 +224,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int)
     parser.add_argument("--windows", type=int, default=40)
     parser.add_argument("--methods", nargs="+", default=["rtn", "sinq"], help="as `sinq quantizer.nbits=3`, quoted")
+    parser.add_argument("--on-host", action="store_true", help="of `shape`: hidden states wait in pinned host memory")
     parser.add_argument("--out", type=Path)
     asked = parser.parse_args()
     runs = {
@@ -229,7 +232,7 @@ def main() -> None:
         "bare": lambda: bare(asked.folder, asked.windows),
         "command": lambda: command(asked.folder, asked.windows),
         "point": lambda: command(asked.folder, asked.windows, "rtn"),
-        "shape": lambda: shape(asked.shape, asked.layers, asked.windows, asked.methods),
+        "shape": lambda: shape(asked.shape, asked.layers, asked.windows, asked.methods, asked.on_host),
         "disk": lambda: disk(asked.folder),
     }
     settings = {"what": asked.what, "shape": asked.shape, "windows": asked.windows}
