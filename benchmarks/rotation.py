@@ -27,7 +27,7 @@ from qbench.kernels.tiles import Tiles, to_tiles
 
 SHAPES = ((12288, 4096), (4096, 12288), (4096, 4096))  # out x in
 CHECKED = ((256, 4096), (200, 3072))
-BATCHES = (1, 16, 2048)
+BATCHES = (1, 16, 64, 2048)
 BLOCKS = (64, 128, 1024)
 APART = {"1024 by rotate.cu": cuda.rotate, "1024 by hadamard.py": hadamard.rotate}
 LIMIT = 1e-2  # of the relative error in bf16
