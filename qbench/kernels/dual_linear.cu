@@ -52,6 +52,7 @@ struct Problem {
   int per, log_splits_in_block;  // chunks of K per block; log2 of its warps along K
   int stages, pairs, pairs_per_row;  // blockIdx.z is a pair of the first stack, then of the second
   int last_expert;                // an expert after it lives elsewhere: its result is not used
+  int exchange;                   // where in shared memory ONE row is rotated
 };
 
 struct Problems {  // several weights of one K that multiply the same row of x
@@ -202,7 +203,7 @@ extern "C" __global__ void __launch_bounds__(512) dual_linear(const __grid_const
   const int* permutation =
       p.permutation ? moved(p.permutation, second * p.next_permutation) + u64(expert) * p.K : nullptr;
   const u16* x = static_cast<const u16*>(p.x) + (EXPERTS ? pair / p.pairs_per_row : m0) * p.x_stride;
-  scale_row({x, p.x_stride, t, permutation, p.signs, p.K, p.t_down}, lo, chunks, reinterpret_cast<uint4*>(xs), sums);
+  scale_row({x, p.x_stride, t, permutation, p.signs, p.K, p.t_down}, lo, chunks, reinterpret_cast<uint4*>(xs), sums, smem + p.exchange);
   __syncthreads();
 #elif PLAIN
   const u8* records = static_cast<const u8*>(p.x) + u64(blockIdx.y) * p.chunks * RECORD;
