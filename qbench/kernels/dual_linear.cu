@@ -200,10 +200,32 @@ extern "C" __global__ void __launch_bounds__(512) dual_linear(const __grid_const
   const int chunks = hi - lo;
 #if ONE
   const u16* t = p.t ? moved(p.t, second * p.next_t) + u64(expert) * p.chunks * 128 + lo * 128 : nullptr;
+  uint4* row = reinterpret_cast<uint4*>(xs);                            // 8 columns each
+#if ROTATE
+  const u16* x = static_cast<const u16*>(p.x) + m0 * p.x_stride;
+  rotate_row({x, p.x_stride, t, p.signs, p.K, p.t_down}, lo, chunks, row, sums, smem + p.exchange);
+#else
+  if (t)  // to where x * t will be: every thread reads back only what it copied itself
+    for (int v = threadIdx.x; v < 16 * chunks; v += blockDim.x) copy16(shared(row + v), t + v * 8);
+  await_previous_kernel();
   const int* permutation =
       p.permutation ? moved(p.permutation, second * p.next_permutation) + u64(expert) * p.K : nullptr;
   const u16* x = static_cast<const u16*>(p.x) + (EXPERTS ? pair / p.pairs_per_row : m0) * p.x_stride;
-  scale_row({x, p.x_stride, t, permutation, p.signs, p.K, p.t_down}, lo, chunks, reinterpret_cast<uint4*>(xs), sums, smem + p.exchange);
+  const bool wide = aligned_rows(x, p.x_stride, permutation, p.K);
+  await_copies();
+  for (int base = warp * 32; base < 16 * chunks; base += blockDim.x) {
+    const int v = base + lane, k = lo * 128 + v * 8;
+    Sums sum = {0.f, 0.f};
+    if (v < 16 * chunks) {
+      uint4 values = load_x(x, permutation, k, p.K, wide);
+      if (t) values = scaled(values, row[v], p.t_down);
+      row[v] = values;
+      sum = sums_of(values, k);
+    }
+    sum = over_lanes(sum, 0xffffffffu);
+    if (v < 16 * chunks && v % (SUB / 8) == 0) reinterpret_cast<Sums*>(sums)[v / (SUB / 8) * 8] = sum;
+  }
+#endif
   __syncthreads();
 #elif PLAIN
   const u8* records = static_cast<const u8*>(p.x) + u64(blockIdx.y) * p.chunks * RECORD;

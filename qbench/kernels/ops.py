@@ -25,7 +25,9 @@ from qbench.kernels import tiles as layout
 from qbench.kernels.tiles import Tiles
 
 TRITON_BATCH = 64  # rows of x up to which the Triton kernel is faster than dequantizing
-UNDO_ROWS = 1024  # rows of x from which on a rotation is undone in a weight that is written, instead of put on x
+UNDO_SHARE = (
+    0.3  # rows of x, of the weight's, from which on a rotation is undone in a weight that is written, not put on x
+)
 EXPERT_PAIRS = 64  # (token, expert) pairs up to which each is multiplied for itself; more are sorted (grouped.py)
 HALF = (torch.float16, torch.bfloat16)
 
@@ -211,7 +213,11 @@ def _linear_on_gpu(x: Tensor, tiles: Tiles, bias: Tensor | None) -> Tensor:
                 x, tiles = _rotated(x, tiles)
                 y = triton_linear.linear(_unit_stride(x), tiles)
                 return y if bias is None else y + bias
-        if len(x) < UNDO_ROWS or not cuda.undoes(tiles, x.dtype) or cuda.refusal(device, "dequantize") is not None:
+        if (
+            len(x) < UNDO_SHARE * tiles.shape[0]
+            or not cuda.undoes(tiles, x.dtype)
+            or cuda.refusal(device, "dequantize") is not None
+        ):
             x, tiles = _rotated(x, tiles)
         weight = _dequantize_on_gpu(tiles, x.dtype)
         if tiles.permutation is not None:

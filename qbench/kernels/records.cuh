@@ -82,22 +82,18 @@ scale_input(const u16* x, const u16* t, const int* permutation, u8* records, u64
   if (v % (SUB / 8) == 0) reinterpret_cast<Sums*>(record + 8 * MB * X_ROW)[v % 16 / (SUB / 8) * 8 * MB + n] = sum;
 }
 
+#if ROTATE
 struct Row {
   const u16* x;           // one row, in 16 bits; rows x_stride apart
   u64 x_stride;
   const u16* t;           // from the block's first column on, or null
-  const int* permutation; // or null
   const u8* signs;        // of the rotation, or null
   int K;
   float t_down;
 };
 
-// x * t of ONE row from chunk `lo` on, and its sums, by all warps of a block; t and signs come before the kernel in front ends.
-__device__ __forceinline__ void scale_row(const Row& of, int lo, int chunks, uint4* row, u8* sums, u8* exchange) {
-  auto keep_sums = [&](int v, Sums sum) {
-    if (v < 16 * chunks && v % (SUB / 8) == 0) reinterpret_cast<Sums*>(sums)[v / (SUB / 8) * 8] = sum;
-  };
-#if ROTATE
+// x R t of ONE row from chunk `lo` on, and its sums, by all warps of a block; t and signs come before the kernel in front ends.
+__device__ __forceinline__ void rotate_row(const Row& of, int lo, int chunks, uint4* row, u8* sums, u8* exchange) {
   const Team team(exchange);
   const int first = lo * 128 + 8 * int(threadIdx.x - team.thread);       // column of the team
   if (of.t)  // to where x * t will be: every thread reads back only what it copied itself
@@ -116,28 +112,11 @@ __device__ __forceinline__ void scale_row(const Row& of, int lo, int chunks, uin
     const uint4 values = team.turn(pairs, of.t && within ? row[v] : uint4{ONES, ONES, ONES, ONES}, of.t_down);
     Sums sum = {0.f, 0.f};
     if (within) row[v] = values, sum = sums_of(values, lo * 128 + v * 8);
-    keep_sums(v, over_lanes(sum, 0xffffffffu));
+    sum = over_lanes(sum, 0xffffffffu);
+    if (within && v % (SUB / 8) == 0) reinterpret_cast<Sums*>(sums)[v / (SUB / 8) * 8] = sum;
     if (more) __syncthreads();                                          // the exchange has been read
 #pragma unroll
     for (int i = 0; i < 4; i++) pairs[i] = next[i];
   }
-#else
-  if (of.t)  // to where x * t will be: every thread reads back only what it copied itself
-    for (int v = threadIdx.x; v < 16 * chunks; v += blockDim.x) copy16(shared(row + v), of.t + v * 8);
-  await_previous_kernel();
-  const bool wide = aligned_rows(of.x, of.x_stride, of.permutation, of.K);
-  await_copies();
-  const int lane = threadIdx.x % 32;
-  for (int base = threadIdx.x - lane; base < 16 * chunks; base += blockDim.x) {
-    const int v = base + lane, k = lo * 128 + v * 8;
-    Sums sum = {0.f, 0.f};
-    if (v < 16 * chunks) {
-      uint4 values = load_x(of.x, of.permutation, k, of.K, wide);
-      if (of.t) values = scaled(values, row[v], of.t_down);
-      row[v] = values;
-      sum = sums_of(values, k);
-    }
-    keep_sums(v, over_lanes(sum, 0xffffffffu));
-  }
-#endif
 }
+#endif
