@@ -38,7 +38,7 @@ class _Problem(ctypes.Structure):  # of dual_linear.cu
         *_fields(ctypes.c_int64, "next_tiles", "next_t", "next_permutation", "next_y"),
         *_fields(ctypes.c_float, "t_down", "t_up"),
         *_fields(ctypes.c_int, "M", "N", "K", "strips", "chunks", "per", "log_splits_in_block"),
-        *_fields(ctypes.c_int, "stages", "pairs", "pairs_per_row", "last_expert", "exchange"),
+        *_fields(ctypes.c_int, "stages", "pairs", "pairs_per_row", "last_expert"),
     ]
 
 
@@ -86,24 +86,13 @@ def _for(device: int | None, defines: Defines) -> Defines:
 def takes(tiles: Tiles, chosen: Plan | WidePlan, M: int) -> bool:
     """Whether `linear` can rotate M rows of x itself, on their way to x * t; else they are handed in rotated.
 
-    Of one row every block rotates the columns that it multiplies, which then have to be whole blocks of the rotation,
-    with warps in fours.
+    Of one row every block rotates the columns that it multiplies, which then have to be whole blocks of the rotation.
     """
     if tiles.rotation is None:
         return True
     columns = -(-tiles.data.shape[-2] // chosen.splits) * COLUMNS
-    whole = chosen.splits == 1 or columns % tiles.rotation.block == 0
-    within = M > 1 or (whole and chosen.strips * chosen.splits_in_block % 4 == 0)
+    within = M > 1 or chosen.splits == 1 or columns % tiles.rotation.block == 0
     return can_rotate(tiles.rotation) and tiles.permutation is None and within
-
-
-def shared_with_exchange(chosen: Plan, M: int, tiles: Tiles) -> tuple[int, int]:
-    """Where in shared memory one row is rotated, and the bytes of all of it."""
-    form = (tiles.data.shape[-2], tiles.nbits, tiles.group_size, tiles.has_zero)
-    exchange = -(-chosen.shared_bytes(M, *form) // 16) * 16
-    if tiles.rotation is None or M > 1:
-        return 0, chosen.shared_bytes(M, *form)
-    return exchange, exchange + EXCHANGE_BYTES * chosen.strips * chosen.splits_in_block // 4
 
 
 def can_rotate(rotation: Rotation) -> bool:
@@ -171,7 +160,6 @@ def _launch(
         record = x_record_bytes(chosen.batch_blocks, tiles.group_size)
         source = torch.empty(blocks_m * chunks * record, dtype=torch.uint8, device=x.device)
         _launch_input("scale_input", x, tiles, source, defines)
-    exchange, shared_bytes = shared_with_exchange(chosen, M, tiles)
     next_tiles, next_y = (tiles, y) if second is None else second
     pairs, launched = (1, 1) if index is None else (index.numel(), index.numel() * (1 if second is None else 2))
     problem = _Problem(
@@ -185,14 +173,14 @@ def _launch(
         down,
         1 / down,
         *(M, N, K, strips, chunks, -(-chunks // chosen.splits), chosen.splits_in_block.bit_length() - 1),
-        *(chosen.stages, pairs, pairs_per_row, 0 if index is None else tiles.data.shape[0] - 1, exchange),
+        *(chosen.stages, pairs, pairs_per_row, 0 if index is None else tiles.data.shape[0] - 1),
     )
     blocks_n = -(-strips // (chosen.strips_per_warp * chosen.strips))
     nvrtc.launch(
         nvrtc.load("dual_linear", device, defines),
         (blocks_n * chosen.splits, blocks_m, launched),
         32 * chosen.strips * chosen.splits_in_block,
-        shared_bytes,
+        chosen.shared_bytes(M, chunks, tiles.nbits, tiles.group_size, tiles.has_zero),
         stream,
         [problem],
         chosen.splits,

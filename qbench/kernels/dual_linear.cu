@@ -52,7 +52,6 @@ struct Problem {
   int per, log_splits_in_block;  // chunks of K per block; log2 of its warps along K
   int stages, pairs, pairs_per_row;  // blockIdx.z is a pair of the first stack, then of the second
   int last_expert;                // an expert after it lives elsewhere: its result is not used
-  int exchange;                   // where in shared memory ONE row is rotated
 };
 
 struct Problems {  // several weights of one K that multiply the same row of x
@@ -203,7 +202,7 @@ extern "C" __global__ void __launch_bounds__(512) dual_linear(const __grid_const
   uint4* row = reinterpret_cast<uint4*>(xs);                            // 8 columns each
 #if ROTATE
   const u16* x = static_cast<const u16*>(p.x) + m0 * p.x_stride;
-  rotate_row({x, p.x_stride, t, p.signs, p.K, p.t_down}, lo, chunks, row, sums, smem + p.exchange);
+  rotate_row({x, p.x_stride, t, p.signs, p.K, p.t_down}, lo, chunks, row, sums);
 #else
   if (t)  // to where x * t will be: every thread reads back only what it copied itself
     for (int v = threadIdx.x; v < 16 * chunks; v += blockDim.x) copy16(shared(row + v), t + v * 8);

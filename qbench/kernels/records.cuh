@@ -45,14 +45,22 @@ __device__ __forceinline__ Sums sums_of(uint4 x, int k) {
   return sums;
 }
 
-__device__ __forceinline__ Sums over_lanes(Sums sums, u32 lanes) {
+template <int COUNT> __device__ __forceinline__ void over_lanes(Sums (&sums)[COUNT], u32 lanes) {
 #pragma unroll
-  for (int step = 1; step < SUB / 8; step *= 2) {
-    sums.plain += __shfl_xor_sync(lanes, sums.plain, step);
-    if (!ONE_OFFSET) sums.offset += __shfl_xor_sync(lanes, sums.offset, step);
-  }
-  if (ONE_OFFSET) sums.offset = -offset(0, 0) * sums.plain;
-  return sums;
+  for (int step = 1; step < SUB / 8; step *= 2)
+#pragma unroll
+    for (int i = 0; i < COUNT; i++) {
+      sums[i].plain += __shfl_xor_sync(lanes, sums[i].plain, step);
+      if (!ONE_OFFSET) sums[i].offset += __shfl_xor_sync(lanes, sums[i].offset, step);
+    }
+#pragma unroll
+  for (int i = 0; i < COUNT; i++)
+    if (ONE_OFFSET) sums[i].offset = -offset(0, 0) * sums[i].plain;
+}
+__device__ __forceinline__ Sums over_lanes(Sums sum, u32 lanes) {
+  Sums sums[1] = {sum};
+  over_lanes(sums, lanes);
+  return sums[0];
 }
 
 // x * t and its sums in records, for all blocks; a thread per 8 columns. Not called for ONE row.
@@ -92,31 +100,54 @@ struct Row {
   float t_down;
 };
 
-// x R t of ONE row from chunk `lo` on, and its sums, by all warps of a block; t and signs come before the kernel in front ends.
-__device__ __forceinline__ void rotate_row(const Row& of, int lo, int chunks, uint4* row, u8* sums, u8* exchange) {
-  const Team team(exchange);
-  const int first = lo * 128 + 8 * int(threadIdx.x - team.thread);       // column of the team
-  if (of.t)  // to where x * t will be: every thread reads back only what it copied itself
-    for (int v = threadIdx.x; v < 16 * chunks; v += blockDim.x) copy16(shared(row + v), of.t + v * 8);
-  u32 pairs[4], next[4];
-  team.load_signs(of.signs, first, of.K, pairs);
+// x R t of ONE row from chunk `lo` on, and its sums, by all warps of a block, 1024 columns each, which are its own: the warp lays
+// t out, reads it, and puts x R t in its place. t and signs come before the kernel in front ends.
+__device__ __forceinline__ void rotate_row(const Row& of, int lo, int chunks, uint4* row, u8* sums) {
+  const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
+  const Hadamard h = hadamard<1, 2>(lane);
+  const int turn = blockDim.x * TURNS, first = warp * 32 * TURNS;
+  for (int base = first; of.t && base < 16 * chunks; base += turn)
+#pragma unroll
+    for (int v = base + lane; v < min(base + 32 * TURNS, 16 * chunks); v += 32) copy16(shared(row + v), of.t + v * 8);
+  u32 signs[TURNS];
+  uint4 values[TURNS];
+  auto load_signs = [&](int base, u32 (&to)[TURNS]) {
+#pragma unroll
+    for (int q = 0; q < TURNS; q++) to[q] = signs_of(of.signs, (lo * 16 + base + 32 * q + lane) * 8, of.K);
+  };
+  load_signs(first, signs);
+  await_copies();
+  __syncwarp();
   await_previous_kernel();
   const bool wide = aligned_rows(of.x, of.x_stride, nullptr, of.K);
-  team.load(of.x, first, of.K, wide, pairs);
-  await_copies();
-  for (int base = 0; base < 16 * chunks; base += blockDim.x) {           // all threads, since they have barriers
-    const int v = base + threadIdx.x, ahead = first + 8 * int(base + blockDim.x);
-    const bool more = base + int(blockDim.x) < 16 * chunks;
-    if (more) team.load_signs(of.signs, ahead, of.K, next), team.load(of.x, ahead, of.K, wide, next);
-    const bool within = v < 16 * chunks;
-    const uint4 values = team.turn(pairs, of.t && within ? row[v] : uint4{ONES, ONES, ONES, ONES}, of.t_down);
-    Sums sum = {0.f, 0.f};
-    if (within) row[v] = values, sum = sums_of(values, lo * 128 + v * 8);
-    sum = over_lanes(sum, 0xffffffffu);
-    if (within && v % (SUB / 8) == 0) reinterpret_cast<Sums*>(sums)[v / (SUB / 8) * 8] = sum;
-    if (more) __syncthreads();                                          // the exchange has been read
+  auto load = [&](int base, uint4 (&to)[TURNS]) {
 #pragma unroll
-    for (int i = 0; i < 4; i++) pairs[i] = next[i];
+    for (int q = 0; q < TURNS; q++) to[q] = load_x(of.x, nullptr, (lo * 16 + base + 32 * q + lane) * 8, of.K, wide);
+  };
+  load(first, values);
+  for (int base = first; base < 16 * chunks; base += turn) {
+    u32 next_signs[TURNS];
+    uint4 next[TURNS];
+    if (base + turn < 16 * chunks) load_signs(base + turn, next_signs), load(base + turn, next);
+    u32* to = reinterpret_cast<u32*>(row + base);
+    auto factors = [&](int q, int i) {
+      return factors_of(of.t ? to[128 * q + 32 * i + first_pair(lane)] : ONES, of.t_down);
+    };
+    rotate(values, signs, h, factors, to, 64 * chunks - 4 * base, lane);
+    __syncwarp();
+    Sums found[TURNS];
+#pragma unroll
+    for (int q = 0; q < TURNS; q++) {
+      const int v = base + 32 * q + lane;
+      found[q] = v < 16 * chunks ? sums_of(row[v], lo * 128 + v * 8) : Sums{0.f, 0.f};
+    }
+    over_lanes(found, 0xffffffffu);
+#pragma unroll
+    for (int q = 0; q < TURNS; q++) {
+      const int v = base + 32 * q + lane;
+      if (v < 16 * chunks && v % (SUB / 8) == 0) reinterpret_cast<Sums*>(sums)[v / (SUB / 8) * 8] = found[q];
+      signs[q] = next_signs[q], values[q] = next[q];
+    }
   }
 }
 #endif

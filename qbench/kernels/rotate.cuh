@@ -3,10 +3,11 @@
 // Compile-time switch: ROTATE, the columns of a block, a power of two from 8 to 1024; 0 where x is not rotated.
 //
 // A Sylvester-Hadamard matrix is a product over the bits of a column's number, so that each bit can be transformed where it
-// is. A warp takes 256 columns as a 16 x 16 matrix that is multiplied from both sides: bits 0, 3, 4 and C by `first`, after
-// which the sums lie as the A operand of the next product wants them, then bits 5, 6, 7 and G by `second`. Two more bits are
-// sums and differences in fp32. For a smaller block the upper bits are left as they are. Between both products sums are
-// rounded to 16 bits, and once more when t is on them: as often as R^T x and then x t by themselves.
+// is. A warp takes 256 columns as a 16 x 16 matrix that is multiplied from both sides: bits 0, 1, 3 and 4 by `first`, after
+// which the sums lie as the A operand of the next product wants them, then bits 2, 5, 6 and 7 by `second`. Bits 8 and 9
+// belong to other 256 columns of the same lane: sums and differences in fp32. For a smaller block the upper bits are left as
+// they are. Between both products sums are rounded to 16 bits, and once more when t is on them: as often as R^T x and then
+// x t by themselves.
 #pragma once
 #include "linear.cuh"
 
@@ -14,6 +15,8 @@
 #define ROTATE 0
 #endif
 #if ROTATE
+
+#define TURNS 4                                      // times 256 columns of ONE row that a warp takes at once
 
 constexpr int log2_of(int v) { return v > 1 ? 1 + log2_of(v / 2) : 0; }
 #define LOG_ROTATE log2_of(ROTATE)
@@ -60,88 +63,122 @@ template <int C, int G> __device__ __forceinline__ Hadamard hadamard(int lane) {
   return h;
 }
 
+// Of 256 columns, which pair is a lane's first after the products; the other three are 32, 64 and 96 further.
+__device__ __forceinline__ int first_pair(int lane) {
+  return bit(lane, 2) | bit(lane, 0) << 1 | bit(lane, 3) << 2 | bit(lane, 4) << 3 | bit(lane, 1) << 4;
+}
+
+// The signs of the 8 columns from k on, as `rotate` wants them: those of pair i in bits 15 - i and 31 - i.
+__device__ __forceinline__ u32 signs_of(const u8* signs, int k, int K) {
+  const u32 s = signs && k < K ? signs[k / 8] : 0;
+  return (s & 1) << 15 | (s & 2) << 30 | (s & 4) << 12 | (s & 8) << 27 | (s & 16) << 9 | (s & 32) << 24 | (s & 64) << 6 |
+         (s & 128) << 21;
+}
+
 constexpr float rotation_norm() {                   // 4 / sqrt(ROTATE)
   float norm = LOG_ROTATE % 2 ? 4 * 0.70710678f : 4.f;
   for (int i = 0; i < LOG_ROTATE / 2; i++) norm /= 2.f;
   return norm;
 }
 
-// A pair of t as the rotated x is multiplied with it; `down` as in `scaled`.
+// A pair of t as `rotate` multiplies with it; `down` as in `scaled`.
 __device__ __forceinline__ float2 factors_of(u32 t, float down) {
   const float norm = (LOG_ROTATE % 2 ? 0.70710678f : 1.f) * (BF16 ? 1.f : down);
   return {from_half(u16(t)) * norm, from_half(u16(t >> 16)) * norm};
 }
 
-// A row of x by teams of four warps, which have 1024 columns each: a warp has those of one pair of bits 1 and 2, whose products
-// are those of bit 0 and bits 3 to 9. Bits 1 and 2 are transformed where a thread has its 8 columns, after an exchange through
-// 4096 bytes of shared memory a team, in which pairs of columns lie so that no banks collide.
-struct Team {
-  int warp, lane, thread;                           // within the team
-  Hadamard h;
-  float2* slots;
-  __device__ __forceinline__ explicit Team(u8* memory) : warp(threadIdx.x / 32 % 4), lane(threadIdx.x % 32) {
-    thread = threadIdx.x % 128, h = hadamard<8, 9>(lane);
-    slots = reinterpret_cast<float2*>(memory) + threadIdx.x / 128 * 512;
-  }
-  // Of what a lane loads of the 1024 columns from k on the signs, which are there before x is.
-  __device__ __forceinline__ void load_signs(const u8* signs, int k, int K, u32 (&pairs)[4]) const {
+// x R t of a warp's 256 TURNS columns, x as `load_x` gives it to lane after lane; the first `pairs` pairs of columns, a
+// multiple of 64, go to `to` in shared memory, in their order. factors(q, i): of pair 128 q + 32 i + first_pair(lane).
+template <class F>
+__device__ __forceinline__ void rotate(const uint4 (&x)[TURNS], const u32 (&signs)[TURNS], const Hadamard& h, F factors,
+                                       u32* to, int pairs, int lane) {
+  float y[TURNS][2][4];
 #pragma unroll
-    for (int i = 0; i < 4; i++) {
-      const int at = k + 8 * lane + 256 * i;
-      const u32 s = signs && at < K ? signs[at / 8] >> (2 * warp) : 0;
-      pairs[i] = (s << 15 & 0x8000u) | (s << 30 & 0x80000000u);
-    }
-  }
-  __device__ __forceinline__ void load(const u16* x, int k, int K, bool wide, u32 (&pairs)[4]) const {
+  for (int q = 0; q < TURNS; q++) {
+    u32 v[4] = {x[q].x, x[q].y, x[q].z, x[q].w};
 #pragma unroll
-    for (int i = 0; i < 4; i++) {
-      const int at = k + 8 * lane + 256 * i + 2 * warp;
-      if (at < K) pairs[i] ^= wide ? *reinterpret_cast<const u32*>(x + at) : x[at] | u32(x[at + 1]) << 16;
-    }
-  }
-  // Where a pair lies, by bits 1 to 9 of its columns: bits 5, 6, 8 and 9 move bits 1, 2 and 4.
-  static __device__ __forceinline__ int slot(int pair) {
-    return pair ^ (bit(pair, 4) | (bit(pair, 5) ^ bit(pair, 7)) << 1 | bit(pair, 8) << 3);
-  }
-  // The thread's 8 columns of x R t; `t` are those of them as stored, `down` as in `scaled`. Has a barrier of the block.
-  __device__ __forceinline__ uint4 turn(const u32 (&pairs)[4], uint4 t, float down) const {
-    float c[2][4] = {}, y[2][4] = {};
+    for (int i = 0; i < 4; i++) v[i] ^= signs[q] << i & 0x80008000u;
+    float c[2][4] = {};
 #pragma unroll
-    for (int n = 0; n < 2; n++) mma(c[n], h.first[0], h.first[1], h.first[2], h.first[3], pairs[2 * n], pairs[2 * n + 1]);
+    for (int n = 0; n < 2; n++) mma(c[n], h.first[0], h.first[1], h.first[2], h.first[3], v[2 * n], v[2 * n + 1]);
     const u32 a[4] = {round2(c[0][0], c[0][1]), round2(c[0][2], c[0][3]), round2(c[1][0], c[1][1]), round2(c[1][2], c[1][3])};
 #pragma unroll
-    for (int n = 0; n < 2; n++) mma(y[n], a[0], a[1], a[2], a[3], h.second[n][0], h.second[n][1]);
-    const int pair = warp | bit(lane, 3) << 2 | bit(lane, 4) << 3 | bit(lane, 1) << 4 | bit(lane, 2) << 7 | bit(lane, 0) << 8;
+    for (int n = 0; n < 2; n++) {
+      y[q][n][0] = y[q][n][1] = y[q][n][2] = y[q][n][3] = 0.f;
+      mma(y[q][n], a[0], a[1], a[2], a[3], h.second[n][0], h.second[n][1]);
+    }
+  }
 #pragma unroll
-    for (int i = 0; i < 4; i++) slots[slot(pair | i << 5)] = {y[i / 2][i % 2], y[i / 2][2 + i % 2]};
-    __syncthreads();
-    float2 v[4];
+  for (int step = 1; step < TURNS; step *= 2)
 #pragma unroll
-    for (int i = 0; i < 4; i++) v[i] = slots[slot(4 * thread + i)];
-    round_of_two(v[0], v[1]), round_of_two(v[2], v[3]);
-    round_of_two(v[0], v[2]), round_of_two(v[1], v[3]);
-    return {product(v[0], t.x, down), product(v[1], t.y, down), product(v[2], t.z, down), product(v[3], t.w, down)};
-  }
-  static __device__ __forceinline__ void round_of_two(float2& low, float2& high) {
-    const float2 sum = {low.x + high.x, low.y + high.y};
-    high = {low.x - high.x, low.y - high.y}, low = sum;
-  }
-  static __device__ __forceinline__ u32 product(float2 v, u32 t, float down) {
-    const float2 factor = factors_of(t, down);
-    return round2(v.x * factor.x, v.y * factor.y);
-  }
-};
+    for (int q = 0; q < TURNS; q++)
+      if (ROTATE > 256 * step && !(q & step))
+#pragma unroll
+        for (int i = 0; i < 8; i++) {
+          float &low = y[q][i / 4][i % 4], &high = y[q + step][i / 4][i % 4];
+          const float sum = low + high;
+          high = low - high, low = sum;
+        }
+#pragma unroll
+  for (int q = 0; q < TURNS; q++)
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      if (128 * q + 32 * i >= pairs) continue;
+      const float2 t = factors(q, i);
+      to[128 * q + 32 * i + first_pair(lane)] = round2(y[q][i / 2][i % 2] * t.x, y[q][i / 2][2 + i % 2] * t.y);
+    }
+}
 
-// Of a row of x: columns 8 v to 8 v + 7 of x R t, in blocks of 128 threads, once the kernel in front has ended.
+// x R t of a row by blocks of 128 threads that have 1024 columns each, once the kernel in front has ended: columns 8 v to 8 v + 7,
+// where v is the thread's place in the row. A warp has the columns of one pair of bits 1 and 2, whose products are those of bit 0
+// and bits 3 to 9; those two bits are transformed where a thread has its 8 columns, after an exchange through 4096 bytes of
+// shared memory, in which slots of a pair of columns lie so that no banks collide.
 __device__ __forceinline__ uint4 rotated(const u16* x, u64 x_stride, const u16* t, const u8* signs, int K, int chunks, float down,
                                          int v, u8* memory) {
-  const Team team(memory);
-  const int first = 8 * (v - team.thread);
-  const uint4 factors = t && v < 16 * chunks ? *reinterpret_cast<const uint4*>(t + 8 * v) : uint4{ONES, ONES, ONES, ONES};
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, first = 8 * (v - int(threadIdx.x));
+  const Hadamard h = hadamard<8, 9>(lane);
+  const uint4 raw = t && v < 16 * chunks ? *reinterpret_cast<const uint4*>(t + 8 * v) : uint4{ONES, ONES, ONES, ONES};
+  const float2 factors[4] = {factors_of(raw.x, down), factors_of(raw.y, down), factors_of(raw.z, down), factors_of(raw.w, down)};
+  const bool wide = aligned_rows(x, x_stride, nullptr, K);
   u32 pairs[4];
-  team.load_signs(signs, first, K, pairs);
+#pragma unroll
+  for (int i = 0; i < 4; i++) {
+    const int k = first + 8 * lane + 256 * i;
+    const u32 s = signs && k < K ? signs[k / 8] >> (2 * warp) : 0;
+    pairs[i] = s << 15 & 0x8000u | s << 30 & 0x80000000u;
+  }
   await_previous_kernel();
-  team.load(x, first, K, aligned_rows(x, x_stride, nullptr, K), pairs);
-  return team.turn(pairs, factors, down);
+#pragma unroll
+  for (int i = 0; i < 4; i++) {
+    const int k = first + 8 * lane + 256 * i + 2 * warp;
+    if (k < K) pairs[i] ^= wide ? *reinterpret_cast<const u32*>(x + k) : x[k] | u32(x[k + 1]) << 16;
+  }
+  float c[2][4] = {}, y[2][4] = {};
+#pragma unroll
+  for (int n = 0; n < 2; n++) mma(c[n], h.first[0], h.first[1], h.first[2], h.first[3], pairs[2 * n], pairs[2 * n + 1]);
+  const u32 a[4] = {round2(c[0][0], c[0][1]), round2(c[0][2], c[0][3]), round2(c[1][0], c[1][1]), round2(c[1][2], c[1][3])};
+#pragma unroll
+  for (int n = 0; n < 2; n++) mma(y[n], a[0], a[1], a[2], a[3], h.second[n][0], h.second[n][1]);
+  float2* slots = reinterpret_cast<float2*>(memory);
+  auto slot = [](int pair) {  // bits 1 to 9 of the column; bits 5, 6, 8 and 9 move bits 1, 2 and 4
+    return pair ^ (bit(pair, 4) | (bit(pair, 5) ^ bit(pair, 7)) << 1 | bit(pair, 8) << 3);
+  };
+#pragma unroll
+  for (int i = 0; i < 4; i++) {
+    const int pair = warp | bit(lane, 3) << 2 | bit(lane, 4) << 3 | bit(lane, 1) << 4 | i << 5 | bit(lane, 2) << 7 | bit(lane, 0) << 8;
+    slots[slot(pair)] = {y[i / 2][i % 2], y[i / 2][2 + i % 2]};
+  }
+  __syncthreads();
+  float2 found[4];
+#pragma unroll
+  for (int i = 0; i < 4; i++) found[i] = slots[slot(4 * threadIdx.x + i)];
+  auto round_of_two = [](float2& low, float2& high) {
+    const float2 sum = {low.x + high.x, low.y + high.y};
+    high = {low.x - high.x, low.y - high.y}, low = sum;
+  };
+  round_of_two(found[0], found[1]), round_of_two(found[2], found[3]);
+  round_of_two(found[0], found[2]), round_of_two(found[1], found[3]);
+  return {round2(found[0].x * factors[0].x, found[0].y * factors[0].y), round2(found[1].x * factors[1].x, found[1].y * factors[1].y),
+          round2(found[2].x * factors[2].x, found[2].y * factors[2].y), round2(found[3].x * factors[3].x, found[3].y * factors[3].y)};
 }
 #endif

@@ -55,8 +55,7 @@ def _(x, tensors, numbers):
 def launch(x: Tensor, weights: Sequence[Tiles], chosen: blocks.Plan) -> list[Tensor]:
     """y `[1, N]` of each weight for x `[1, K]`, fp16 or bf16, in one launch."""
     outputs = [x.new_empty(1, each.shape[0]) for each in weights]
-    form, chunks = weights[0], weights[0].data.shape[-2]
-    exchange, shared_bytes = cuda.shared_with_exchange(chosen, 1, form)
+    chunks = weights[0].data.shape[-2]
     problems, clusters = _problems(len(weights))(), 0
     for i, (tiles, y) in enumerate(zip(weights, outputs, strict=True)):
         down, strips = cuda._down(x.dtype, tiles), tiles.data.shape[-3]
@@ -72,18 +71,18 @@ def launch(x: Tensor, weights: Sequence[Tiles], chosen: blocks.Plan) -> list[Ten
             **{"x_stride": x.stride(0), "t_down": down, "t_up": 1 / down, "M": 1, "N": tiles.shape[0], "K": x.shape[1]},
             **{"strips": strips, "chunks": chunks, "per": -(-chunks // chosen.splits), "stages": chosen.stages},
             **{"log_splits_in_block": chosen.splits_in_block.bit_length() - 1, "pairs_per_row": 1},
-            exchange=exchange,
         )
         problems.first[i] = clusters
         clusters += -(-strips // (chosen.strips_per_warp * chosen.strips))
     depth = {"RING": 1} if chosen.ring else {"DEPTH": chosen.stages}
     shape = {"MB": 1, "RT": chosen.strips_per_warp, "ONE": 1, "TOGETHER": len(weights)}
+    form = weights[0]
     defines = cuda._for(x.device.index, cuda._linear_defines(form, x.dtype, **shape, **depth))
     nvrtc.launch(
         nvrtc.load("dual_linear", x.device.index, defines),
         (clusters * chosen.splits, 1, 1),
         32 * chosen.strips * chosen.splits_in_block,
-        shared_bytes,
+        chosen.shared_bytes(1, chunks, form.nbits, form.group_size, form.has_zero),
         cuda._stream(x.device),
         [problems],
         chosen.splits,
