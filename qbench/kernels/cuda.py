@@ -22,8 +22,7 @@ from qbench.kernels.tiles import COLUMNS, Tiles
 log = logging.getLogger(__name__)
 Defines = tuple[tuple[str, int], ...]
 
-MOST_ROTATED = 1024  # columns of a rotation's block that four warps can take; see rotate.cuh
-EXCHANGE_BYTES = 4096  # through which they exchange 1024 columns
+MOST_ROTATED = 1024  # columns of a rotation's block that a warp can take; see rotate.cuh
 EARLY_START = True  # let a kernel fetch its first weights while the kernel in front of it ends
 
 
@@ -101,14 +100,19 @@ def can_rotate(rotation: Rotation) -> bool:
 
 def rotate(x: Tensor, rotation: Rotation) -> Tensor:
     """x R `[M, K]` for x `[M, K]`, fp16 or bf16, by itself; of a rotation that it `can_rotate`."""
-    y, (M, K) = x.new_empty(x.shape), x.shape
+    y, (M, K), turns = x.new_empty(x.shape), x.shape, _turns(rotation)
     chunks = -(-K // COLUMNS)
     defines = _defines(4, 64, True, False, BF16=int(x.dtype == torch.bfloat16), ROTATE=rotation.block)
     arguments = [ctypes.c_void_p(_address(part)) for part in (x, rotation.signs, y)]
     arguments += [ctypes.c_uint64(x.stride(0)), ctypes.c_int(K), ctypes.c_int(chunks)]
-    function, grid = nvrtc.load("rotate_input", x.device.index, defines), (M, -(-chunks // 8), 1)
-    nvrtc.launch(function, grid, 128, EXCHANGE_BYTES, _stream(x.device), arguments, early=_early(x.device))
+    function, grid = nvrtc.load("rotate_input", x.device.index, defines), (M, -(-chunks // (8 * turns)), 1)
+    nvrtc.launch(function, grid, 128, 2048 * turns, _stream(x.device), arguments, early=_early(x.device))
     return y
+
+
+def _turns(rotation: Rotation) -> int:
+    """Times 256 columns that a warp takes at once."""
+    return max(1, rotation.block // 256)
 
 
 def linear(x: Tensor, tiles: Tiles, bias: Tensor | None, chosen: Plan | WidePlan) -> Tensor:
@@ -214,17 +218,18 @@ def _launch_wide(x: Tensor, tiles: Tiles, bias: Tensor | None, y: Tensor, chosen
 
 
 def _launch_input(entry: str, x: Tensor, tiles: Tiles, to: Tensor, defines: Defines) -> None:
-    """x * t for all blocks at once, a thread per 8 columns."""
-    chunks, shared_bytes = tiles.data.shape[-2], 0
+    """x * t for all blocks at once, a thread per 8 columns, or per 8 of each 256 columns of a rotation's block."""
+    chunks, turns, shared_bytes = tiles.data.shape[-2], 1, 0
     arguments = [ctypes.c_void_p(_address(part)) for part in (x, tiles.input_scale, tiles.permutation, to)]
     arguments += [ctypes.c_uint64(x.stride(0)), ctypes.c_int(x.shape[1]), ctypes.c_int(chunks)]
     arguments.append(ctypes.c_float(_down(x.dtype, tiles)))
     if tiles.rotation is not None:
-        shared_bytes = EXCHANGE_BYTES
+        turns = _turns(tiles.rotation)
+        shared_bytes = 2048 * turns
         arguments.append(ctypes.c_void_p(_address(_signs(tiles))))
     nvrtc.launch(
         nvrtc.load(entry, x.device.index, defines),
-        (-(-chunks // 8), len(x), 1),
+        (-(-chunks // (8 * turns)), len(x), 1),
         128,
         shared_bytes,
         _stream(x.device),

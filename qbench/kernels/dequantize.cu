@@ -96,7 +96,7 @@ dequantize(const u8* tiles, const u16* t, const float* codebook, void* w, int N,
     const u8* from = tiles + (u64(blockIdx.x) * chunks + chunk) * CHUNK;
     if (t) t += u64(matrix) * chunks * 128;
     const Codes codes = load_codes<true>(from + lane_codes(lane), from + lane_aux(lane));
-    const Hadamard h = hadamard<1, 2>(lane);
+    const Hadamard h = hadamard(lane);
     const Table table = {};
 #if CODEBOOK
     const float entry = codebook[lane % 16];

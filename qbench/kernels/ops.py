@@ -25,9 +25,7 @@ from qbench.kernels import tiles as layout
 from qbench.kernels.tiles import Tiles
 
 TRITON_BATCH = 64  # rows of x up to which the Triton kernel is faster than dequantizing
-UNDO_SHARE = (
-    0.3  # rows of x, of the weight's, from which on a rotation is undone in a weight that is written, not put on x
-)
+UNDO_SHARE = 0.3  # rows of x per row of W from which on a rotation is undone in a W that is written, not put on x
 EXPERT_PAIRS = 64  # (token, expert) pairs up to which each is multiplied for itself; more are sorted (grouped.py)
 HALF = (torch.float16, torch.bfloat16)
 

@@ -63,7 +63,7 @@ __device__ __forceinline__ Sums over_lanes(Sums sum, u32 lanes) {
   return sums[0];
 }
 
-// x * t and its sums in records, for all blocks; a thread per 8 columns. Not called for ONE row.
+// x * t and its sums in records, for all blocks; a warp per 256 columns, or per block of a rotation. Not called for ONE row.
 extern "C" __global__ void __launch_bounds__(128)
 scale_input(const u16* x, const u16* t, const int* permutation, u8* records, u64 x_stride, int K, int chunks, float t_down
 #if ROTATE
@@ -72,22 +72,33 @@ scale_input(const u16* x, const u16* t, const int* permutation, u8* records, u64
 ) {
   allow_next_kernel();
   const int m = blockIdx.y, n = m % (8 * MB);
-  const int v = blockIdx.x * 128 + threadIdx.x, k = v * 8;
+  u8* row = records + u64(m / (8 * MB)) * chunks * RECORD;
+  auto put = [&](int v, uint4 values, Sums sum) {                       // 8 columns
+    u8* record = row + u64(v / 16) * RECORD;
+    *reinterpret_cast<uint4*>(record + n * X_ROW + v % 16 * 16) = values;
+    if (v % (SUB / 8) == 0) reinterpret_cast<Sums*>(record + 8 * MB * X_ROW)[v % 16 / (SUB / 8) * 8 * MB + n] = sum;
+  };
 #if ROTATE
   SHARED_MEMORY(smem);
-  const uint4 values = rotated(x + m * x_stride, x_stride, t, signs, K, chunks, t_down, v, smem);
-  if (v / 16 >= chunks) return;                                         // whole half warps
+  const RowPart part(blockIdx.x, chunks);
+  if (part.pairs <= 0) return;
+  const uint4* turned = rotated(x + m * x_stride, x_stride, t, signs, K, t_down, part, smem);
+  Sums sums[TURNS];
+#pragma unroll
+  for (int q = 0; q < TURNS; q++) sums[q] = sums_of(turned[32 * q], (part.vector + 32 * q) * 8);
+  over_lanes(sums, 0xffffffffu);
+#pragma unroll
+  for (int q = 0; q < TURNS; q++)
+    if (part.vector + 32 * q < 16 * chunks) put(part.vector + 32 * q, turned[32 * q], sums[q]);
 #else
-  if (v / 16 >= chunks) return;
+  const int v = blockIdx.x * 128 + threadIdx.x, k = v * 8;
+  if (v / 16 >= chunks) return;                                         // whole half warps
   const uint4 factors = t ? *reinterpret_cast<const uint4*>(t + k) : uint4{};
   await_previous_kernel();
   uint4 values = load_x(x + m * x_stride, permutation, k, K, aligned_rows(x, x_stride, permutation, K));
   if (t) values = scaled(values, factors, t_down);
+  put(v, values, over_lanes(sums_of(values, k), __activemask()));
 #endif
-  u8* record = records + (u64(m / (8 * MB)) * chunks + v / 16) * RECORD;
-  *reinterpret_cast<uint4*>(record + n * X_ROW + v % 16 * 16) = values;
-  const Sums sum = over_lanes(sums_of(values, k), __activemask());
-  if (v % (SUB / 8) == 0) reinterpret_cast<Sums*>(record + 8 * MB * X_ROW)[v % 16 / (SUB / 8) * 8 * MB + n] = sum;
 }
 
 #if ROTATE
@@ -100,11 +111,14 @@ struct Row {
   float t_down;
 };
 
-// x R t of ONE row from chunk `lo` on, and its sums, by all warps of a block, 1024 columns each, which are its own: the warp lays
-// t out, reads it, and puts x R t in its place. t and signs come before the kernel in front ends.
+// x R t of ONE row from chunk `lo` on, and its sums, by all warps of a block. A warp's columns are its own: it lays t out, reads
+// it, and puts x R t in its place. t and signs come before the kernel in front ends.
 __device__ __forceinline__ void rotate_row(const Row& of, int lo, int chunks, uint4* row, u8* sums) {
   const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
-  const Hadamard h = hadamard<1, 2>(lane);
+  auto keep_sums = [&](int v, Sums sum) {
+    if (v < 16 * chunks && v % (SUB / 8) == 0) reinterpret_cast<Sums*>(sums)[v / (SUB / 8) * 8] = sum;
+  };
+  const Hadamard h = hadamard(lane);
   const int turn = blockDim.x * TURNS, first = warp * 32 * TURNS;
   for (int base = first; of.t && base < 16 * chunks; base += turn)
 #pragma unroll
@@ -144,8 +158,7 @@ __device__ __forceinline__ void rotate_row(const Row& of, int lo, int chunks, ui
     over_lanes(found, 0xffffffffu);
 #pragma unroll
     for (int q = 0; q < TURNS; q++) {
-      const int v = base + 32 * q + lane;
-      if (v < 16 * chunks && v % (SUB / 8) == 0) reinterpret_cast<Sums*>(sums)[v / (SUB / 8) * 8] = found[q];
+      keep_sums(base + 32 * q + lane, found[q]);
       signs[q] = next_signs[q], values[q] = next[q];
     }
   }

@@ -16,7 +16,7 @@
 #endif
 #if ROTATE
 
-#define TURNS 4                                      // times 256 columns of ONE row that a warp takes at once
+#define TURNS (ROTATE > 256 ? ROTATE / 256 : 1)     // times 256 columns that a warp takes at once
 
 constexpr int log2_of(int v) { return v > 1 ? 1 + log2_of(v / 2) : 0; }
 #define LOG_ROTATE log2_of(ROTATE)
@@ -37,8 +37,7 @@ struct Entry {
   }
 };
 
-// C and G: the bits of a column's number that tell the registers b0 and b1 apart, and one of the first products from the other.
-template <int C, int G> __device__ __forceinline__ Hadamard hadamard(int lane) {
+__device__ __forceinline__ Hadamard hadamard(int lane) {
   constexpr u32 quarter = BF16 ? 0x3e803e80u : 0x34003400u;                 // sums stay finite
   constexpr u32 rest = (BF16 ? 0x3f803f80u : 0x3c003c00u) + (2 - LOG_ROTATE / 2) * (BF16 ? 0x00800080u : 0x04000400u);
   constexpr u32 low = 0x8000u, high = 0x80000000u;
@@ -46,10 +45,9 @@ template <int C, int G> __device__ __forceinline__ Hadamard hadamard(int lane) {
   Entry entry;
   entry.over(3, bit(lane, 0), bit(lane, 3)), entry.over(4, bit(lane, 1), bit(lane, 4));
   h.first[0] = entry.zero ? 0 : entry.minus ? quarter ^ (low | high) : quarter;
-  const u32 unit = h.first[0];
-  h.first[2] = unit ^ (bit(lane, 2) ? low | high : 0);
-  if (ROTATE <= 1 << C) h.first[0] = bit(lane, 2) ? 0 : unit, h.first[2] = bit(lane, 2) ? unit : 0;
-  h.first[1] = h.first[0] ^ high, h.first[3] = h.first[2] ^ high;
+  h.first[1] = h.first[0] ^ high;
+  h.first[2] = h.first[0] ^ (bit(lane, 2) ? low | high : 0);
+  h.first[3] = h.first[2] ^ high;
 #pragma unroll
   for (int n = 0; n < 2; n++) {
     Entry entry;
@@ -58,7 +56,6 @@ template <int C, int G> __device__ __forceinline__ Hadamard hadamard(int lane) {
     if (bit(lane, 4)) pair = ROTATE > 32 ? pair ^ high : pair & 0xffff0000u;
     else if (ROTATE <= 32) pair &= 0xffffu;
     h.second[n][0] = pair, h.second[n][1] = pair ^ (bit(lane, 3) ? low | high : 0);
-    if (ROTATE <= 1 << G) h.second[n][0] = bit(lane, 3) ? 0 : pair, h.second[n][1] = bit(lane, 3) ? pair : 0;
   }
   return h;
 }
@@ -112,7 +109,7 @@ __device__ __forceinline__ void rotate(const uint4 (&x)[TURNS], const u32 (&sign
   for (int step = 1; step < TURNS; step *= 2)
 #pragma unroll
     for (int q = 0; q < TURNS; q++)
-      if (ROTATE > 256 * step && !(q & step))
+      if (!(q & step))
 #pragma unroll
         for (int i = 0; i < 8; i++) {
           float &low = y[q][i / 4][i % 4], &high = y[q + step][i / 4][i % 4];
@@ -123,62 +120,46 @@ __device__ __forceinline__ void rotate(const uint4 (&x)[TURNS], const u32 (&sign
   for (int q = 0; q < TURNS; q++)
 #pragma unroll
     for (int i = 0; i < 4; i++) {
-      if (128 * q + 32 * i >= pairs) continue;
+      if (TURNS == 1 && 32 * i >= pairs) break;
       const float2 t = factors(q, i);
       to[128 * q + 32 * i + first_pair(lane)] = round2(y[q][i / 2][i % 2] * t.x, y[q][i / 2][2 + i % 2] * t.y);
     }
 }
 
-// x R t of a row by blocks of 128 threads that have 1024 columns each, once the kernel in front has ended: columns 8 v to 8 v + 7,
-// where v is the thread's place in the row. A warp has the columns of one pair of bits 1 and 2, whose products are those of bit 0
-// and bits 3 to 9; those two bits are transformed where a thread has its 8 columns, after an exchange through 4096 bytes of
-// shared memory, in which slots of a pair of columns lie so that no banks collide.
-__device__ __forceinline__ uint4 rotated(const u16* x, u64 x_stride, const u16* t, const u8* signs, int K, int chunks, float down,
-                                         int v, u8* memory) {
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, first = 8 * (v - int(threadIdx.x));
-  const Hadamard h = hadamard<8, 9>(lane);
-  const uint4 raw = t && v < 16 * chunks ? *reinterpret_cast<const uint4*>(t + 8 * v) : uint4{ONES, ONES, ONES, ONES};
-  const float2 factors[4] = {factors_of(raw.x, down), factors_of(raw.y, down), factors_of(raw.z, down), factors_of(raw.w, down)};
-  const bool wide = aligned_rows(x, x_stride, nullptr, K);
-  u32 pairs[4];
-#pragma unroll
-  for (int i = 0; i < 4; i++) {
-    const int k = first + 8 * lane + 256 * i;
-    const u32 s = signs && k < K ? signs[k / 8] >> (2 * warp) : 0;
-    pairs[i] = s << 15 & 0x8000u | s << 30 & 0x80000000u;
+// Where a thread of 128 is in a row of x that a kernel rotates for all blocks: its warp has 256 TURNS columns.
+struct RowPart {
+  int warp, lane, vector, pairs;                    // `vector`: the thread's first 8 columns; pairs left from the warp's first
+  __device__ __forceinline__ RowPart(int block, int chunks) {
+    warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const int first = (block * 4 + warp) * 32 * TURNS;
+    vector = first + lane, pairs = 64 * chunks - 4 * first;
   }
+};
+
+// x R t of the warp's columns of one row, once the kernel in front has ended: the thread's 8 columns of every 256, 32 vectors
+// apart, in the block's 2048 TURNS bytes of shared memory. Whole warps.
+__device__ __forceinline__ const uint4* rotated(const u16* x, u64 x_stride, const u16* t, const u8* signs, int K,
+                                                float down, const RowPart& part, u8* memory) {
+  const int first = 8 * (part.vector - part.lane);
+  const Hadamard h = hadamard(part.lane);
+  u32 signs_of_x[TURNS];
+  float2 factors[TURNS][4];
+#pragma unroll
+  for (int q = 0; q < TURNS; q++) {
+    signs_of_x[q] = signs_of(signs, 8 * (part.vector + 32 * q), K);
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      const int pair = 128 * q + 32 * i + first_pair(part.lane);
+      factors[q][i] = factors_of(t && pair < part.pairs ? *reinterpret_cast<const u32*>(t + first + 2 * pair) : ONES, down);
+    }
+  }
+  uint4 values[TURNS], *turned = reinterpret_cast<uint4*>(memory) + part.warp * 32 * TURNS;
+  const bool wide = aligned_rows(x, x_stride, nullptr, K);
   await_previous_kernel();
 #pragma unroll
-  for (int i = 0; i < 4; i++) {
-    const int k = first + 8 * lane + 256 * i + 2 * warp;
-    if (k < K) pairs[i] ^= wide ? *reinterpret_cast<const u32*>(x + k) : x[k] | u32(x[k + 1]) << 16;
-  }
-  float c[2][4] = {}, y[2][4] = {};
-#pragma unroll
-  for (int n = 0; n < 2; n++) mma(c[n], h.first[0], h.first[1], h.first[2], h.first[3], pairs[2 * n], pairs[2 * n + 1]);
-  const u32 a[4] = {round2(c[0][0], c[0][1]), round2(c[0][2], c[0][3]), round2(c[1][0], c[1][1]), round2(c[1][2], c[1][3])};
-#pragma unroll
-  for (int n = 0; n < 2; n++) mma(y[n], a[0], a[1], a[2], a[3], h.second[n][0], h.second[n][1]);
-  float2* slots = reinterpret_cast<float2*>(memory);
-  auto slot = [](int pair) {  // bits 1 to 9 of the column; bits 5, 6, 8 and 9 move bits 1, 2 and 4
-    return pair ^ (bit(pair, 4) | (bit(pair, 5) ^ bit(pair, 7)) << 1 | bit(pair, 8) << 3);
-  };
-#pragma unroll
-  for (int i = 0; i < 4; i++) {
-    const int pair = warp | bit(lane, 3) << 2 | bit(lane, 4) << 3 | bit(lane, 1) << 4 | i << 5 | bit(lane, 2) << 7 | bit(lane, 0) << 8;
-    slots[slot(pair)] = {y[i / 2][i % 2], y[i / 2][2 + i % 2]};
-  }
-  __syncthreads();
-  float2 found[4];
-#pragma unroll
-  for (int i = 0; i < 4; i++) found[i] = slots[slot(4 * threadIdx.x + i)];
-  auto round_of_two = [](float2& low, float2& high) {
-    const float2 sum = {low.x + high.x, low.y + high.y};
-    high = {low.x - high.x, low.y - high.y}, low = sum;
-  };
-  round_of_two(found[0], found[1]), round_of_two(found[2], found[3]);
-  round_of_two(found[0], found[2]), round_of_two(found[1], found[3]);
-  return {round2(found[0].x * factors[0].x, found[0].y * factors[0].y), round2(found[1].x * factors[1].x, found[1].y * factors[1].y),
-          round2(found[2].x * factors[2].x, found[2].y * factors[2].y), round2(found[3].x * factors[3].x, found[3].y * factors[3].y)};
+  for (int q = 0; q < TURNS; q++) values[q] = load_x(x, nullptr, 8 * (part.vector + 32 * q), K, wide);
+  rotate(values, signs_of_x, h, [&](int q, int i) { return factors[q][i]; }, reinterpret_cast<u32*>(turned), part.pairs, part.lane);
+  __syncwarp();
+  return turned + part.lane;
 }
 #endif

@@ -40,7 +40,7 @@ struct Problem {
 #endif
 };
 
-// x * t into the image; a thread per 8 columns.
+// x * t into the image; a thread per 8 columns, of every 256 that its warp rotates together.
 extern "C" __global__ void __launch_bounds__(128)
 tile_input(const u16* x, const u16* t, const int* permutation, u8* image, u64 x_stride, int K, int chunks, float t_down
 #if EXPERTS
@@ -49,12 +49,24 @@ tile_input(const u16* x, const u16* t, const int* permutation, u8* image, u64 x_
            , const u8* signs
 #endif
 ) {
+  auto put = [&](int m, int v, uint4 values) {
+    const u32 pairs[4] = {values.x, values.y, values.z, values.w};
+    const int unit = v % 16 / 4, tig = v % 4, n = m % (8 * NB);
+    u8* row = image + (u64(m / (8 * NB)) * chunks + v / 16) * X_BYTES + unit / 2 * HALF_OF_X + n * 128;
+#pragma unroll
+    for (int i = 0; i < 4; i++)
+      *reinterpret_cast<u32*>(row + ((4 * (unit % 2) + i) ^ n % 8) * 16 + 4 * tig) = pairs[i];
+  };
 #if ROTATE
   SHARED_MEMORY(smem);
   allow_next_kernel();
-  const int v = blockIdx.x * 128 + threadIdx.x, m = blockIdx.y;
-  const uint4 values = rotated(x + m * x_stride, x_stride, t, signs, K, chunks, t_down, v, smem);
-  if (v / 16 >= chunks) return;
+  const int m = blockIdx.y;
+  const RowPart part(blockIdx.x, chunks);
+  if (part.pairs <= 0) return;
+  const uint4* turned = rotated(x + m * x_stride, x_stride, t, signs, K, t_down, part, smem);
+#pragma unroll
+  for (int q = 0; q < TURNS; q++)
+    if ((part.vector + 32 * q) / 16 < chunks) put(m, part.vector + 32 * q, turned[32 * q]);
 #else
 #if EXPERTS  // blockIdx.x is a place of routes.py
   await_previous_kernel();
@@ -76,13 +88,8 @@ tile_input(const u16* x, const u16* t, const int* permutation, u8* image, u64 x_
 #endif
   uint4 values = load_x(x, permutation, k, K, aligned_rows(x, x_stride, permutation, K));
   if (t) values = scaled(values, factors, t_down);
+  put(m, v, values);
 #endif
-  const u32 pairs[4] = {values.x, values.y, values.z, values.w};
-  const int unit = v % 16 / 4, tig = v % 4, n = m % (8 * NB);
-  u8* row = image + (u64(m / (8 * NB)) * chunks + v / 16) * X_BYTES + unit / 2 * HALF_OF_X + n * 128;
-#pragma unroll
-  for (int i = 0; i < 4; i++)
-    *reinterpret_cast<u32*>(row + ((4 * (unit % 2) + i) ^ n % 8) * 16 + 4 * tig) = pairs[i];
 }
 
 extern "C" __global__ void __launch_bounds__(32 * WARPS + 32) wide_linear(const __grid_constant__ Problem p) {
