@@ -36,6 +36,7 @@ class _Problem(ctypes.Structure):  # of dual_linear.cu
         *_fields(ctypes.c_float, "t_down", "t_up"),
         *_fields(ctypes.c_int, "M", "N", "K", "strips", "chunks", "per", "log_splits_in_block"),
         *_fields(ctypes.c_int, "stages", "pairs", "pairs_per_row", "last_expert"),
+        ("up", ctypes.c_void_p),
     ]
 
 
@@ -90,14 +91,15 @@ def linear(x: Tensor, tiles: Tiles, bias: Tensor | None, chosen: Plan | WidePlan
     return y
 
 
-def experts(x: Tensor, index: Tensor, stacks: Sequence[Tiles], chosen: Plan) -> list[Tensor]:
+def experts(x: Tensor, index: Tensor, stacks: Sequence[Tiles], chosen: Plan, up: Tensor | None = None) -> list[Tensor]:
     """For each of one or two stacks of one form, y `[tokens * k, N]`, in one launch.
 
     Row p is x[p // k] times the matrix index[p // k, p % k] of the stack; if there is none, the row holds anything.
+    With `up`, which lies in memory as x does, silu(x) * up takes the place of x.
     """
     ys = [x.new_empty(index.numel(), tiles.shape[-2]) for tiles in stacks]
     index, second = index.long().contiguous(), (stacks[1], ys[1]) if len(stacks) > 1 else None
-    _launch(x, stacks[0], None, ys[0], chosen, 1, index, index.numel() // len(x), second)
+    _launch(x, stacks[0], None, ys[0], chosen, 1, index, index.numel() // len(x), second, up)
     return ys
 
 
@@ -111,6 +113,7 @@ def _launch(
     index: Tensor | None = None,
     pairs_per_row: int = 1,
     second: tuple[Tiles, Tensor] | None = None,
+    up: Tensor | None = None,
 ) -> None:
     N, K = tiles.shape[-2:]
     M = len(x) if index is None else 1
@@ -118,7 +121,7 @@ def _launch(
     device, stream = x.device.index, _stream(x.device)
     depth = {"RING": 1} if chosen.ring else {"DEPTH": chosen.stages}
     shape = {"MB": 1 if M == 1 else chosen.batch_blocks, "RT": chosen.strips_per_warp, "ONE": int(M == 1)}
-    kind = {} if index is None else {"EXPERTS": 1}
+    kind = ({} if index is None else {"EXPERTS": 1}) | ({} if up is None else {"GATED": 1})
     defines = _for(device, _linear_defines(tiles, x.dtype, **shape, **depth, **kind))
     down = _down(x.dtype, tiles)
     source = x
@@ -139,6 +142,7 @@ def _launch(
         1 / down,
         *(M, N, K, strips, chunks, -(-chunks // chosen.splits), chosen.splits_in_block.bit_length() - 1),
         *(chosen.stages, pairs, pairs_per_row, 0 if index is None else tiles.data.shape[0] - 1),
+        _address(up),
     )
     blocks_n = -(-strips // (chosen.strips_per_warp * chosen.strips))
     nvrtc.launch(

@@ -2,7 +2,8 @@
 //
 // Compile-time switches: those of codes.cuh and MB (8-row blocks of the batch), ONE 0|1 (row in the batch), RT (16-row
 // strips of the weight per warp), RING 0|1, DEPTH (chunks under way per warp without RING), PLAIN
-// 0|1 (for GPUs before Hopper: no RING, one split of K between blocks), EXPERTS 0|1 (every row has a matrix of its own).
+// 0|1 (for GPUs before Hopper: no RING, one split of K between blocks), EXPERTS 0|1 (every row has a matrix of its own),
+// GATED 0|1 (of EXPERTS: what is multiplied is silu(x) * up).
 //
 // How it reaches memory bandwidth. The weights are the A operand of mma.m16n8k16, the batch its narrow side of 8, so
 // batch 1 to 8 cost the same and nothing is padded to 64. Two weights cost one lop3 and at most one shift: their bits
@@ -20,6 +21,10 @@
 
 #ifndef EXPERTS
 #define EXPERTS 0
+#endif
+
+#ifndef GATED
+#define GATED 0
 #endif
 
 #ifndef RT
@@ -51,6 +56,7 @@ struct Problem {
   int per, log_splits_in_block;  // chunks of K per block; log2 of its warps along K
   int stages, pairs, pairs_per_row;  // blockIdx.z is a pair of the first stack, then of the second
   int last_expert;                // an expert after it lives elsewhere: its result is not used
+  const u16* up;                  // GATED: rows as those of x
 };
 
 struct Problems {  // several weights of one K that multiply the same row of x
@@ -205,13 +211,20 @@ extern "C" __global__ void __launch_bounds__(512) dual_linear(const __grid_const
   const int* permutation =
       p.permutation ? moved(p.permutation, second * p.next_permutation) + u64(expert) * p.K : nullptr;
   const u16* x = static_cast<const u16*>(p.x) + (EXPERTS ? pair / p.pairs_per_row : m0) * p.x_stride;
-  const bool wide = aligned_rows(x, p.x_stride, permutation, p.K);
+  bool wide = aligned_rows(x, p.x_stride, permutation, p.K);
+#if GATED
+  const u16* up = p.up + pair / p.pairs_per_row * p.x_stride;
+  wide = wide && (u64(up) & 15) == 0;
+#endif
   await_copies();
   for (int base = warp * 32; base < 16 * chunks; base += blockDim.x) {
     const int v = base + lane, k = lo * 128 + v * 8;
     Sums sum = {0.f, 0.f};
     if (v < 16 * chunks) {
       uint4 values = load_x(x, permutation, k, p.K, wide);
+#if GATED
+      values = gated(values, load_x(up, permutation, k, p.K, wide));
+#endif
       if (t) values = scaled(values, row[v], p.t_down);
       row[v] = values;
       sum = sums_of(values, k);

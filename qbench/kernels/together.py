@@ -19,11 +19,12 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from qbench.kernels import blocks, cuda, nvrtc, ops
+from qbench.kernels import blocks, choose, cuda, nvrtc, ops
 from qbench.kernels.tiles import Tiles
 
 MOST = 4  # weights in a launch
 TENSORS, NUMBERS = 5, 7  # of `Tiles.flat`
+VIEWS = (torch.ops.aten.reshape.default, torch.ops.aten.view.default)
 HELD = ("placeholder", "get_attr")  # nodes of weights, which are there before anything is computed
 
 
@@ -91,18 +92,50 @@ def launch(x: Tensor, weights: Sequence[Tiles], chosen: blocks.Plan) -> list[Ten
     return outputs
 
 
-def graph_pass() -> Any:
-    """For inductor's `post_grad_custom_pre_pass`: replaces linears of one x by `dual_linears`."""
+def graph_pass(choices: bool) -> Any:
+    """For inductor's `post_grad_custom_pre_pass`: fewer launches of the same work.
+
+    Linears of one x become `dual_linears`, what gates experts goes into the product that reads it, and with `choices` a
+    mixture's router is rewritten to choose.py's.
+    """
     from torch._inductor.custom_graph_pass import CustomGraphPass
 
     class Together(CustomGraphPass):
         def __call__(self, graph: fx.Graph) -> None:
             merge(graph)
+            gate(graph)
+            if choices:
+                choose.rewrite(graph)
 
         def uuid(self) -> bytes:  # what inductor's cache tells passes apart by
-            return Path(__file__).read_bytes()
+            return b"".join(Path(file).read_bytes() for file in (__file__, choose.__file__)) + bytes([choices])
 
     return Together()
+
+
+def gate(graph: fx.Graph) -> None:
+    """Replaces experts that multiply what `silu_times` made for them alone by `dual_linear_gated_experts`."""
+    for node in list(graph.nodes):
+        if node.target is not torch.ops.qbench.dual_linear_experts.default:
+            continue
+        x, made = node.args[0], []
+        while isinstance(x, fx.Node) and x.target in VIEWS and len(x.users) == 1:
+            made.append(x)
+            x = x.args[0]
+        if not isinstance(x, fx.Node) or x.target is not torch.ops.qbench.silu_times.default or len(x.users) > 1:
+            continue
+        shape = list(node.args[0].meta["val"].shape)
+        with graph.inserting_before(node):
+            both = [graph.call_function(torch.ops.aten.reshape.default, (part, shape)) for part in x.args]
+            for part, source in zip(both, x.args, strict=True):
+                part.meta["val"] = source.meta["val"].reshape(shape)
+            fused = graph.call_function(
+                torch.ops.qbench.dual_linear_gated_experts.default, (*both, *node.args[1:]), node.kwargs
+            )
+        fused.meta = dict(node.meta)
+        node.replace_all_uses_with(fused)
+        for dead in (node, *made, x):
+            graph.erase_node(dead)
 
 
 def merge(graph: fx.Graph) -> None:

@@ -128,6 +128,19 @@ def test_experts_in_one_launch(emulated, generator, rows):
     assert to_tiles(stacks[0]).select(1).shape == (24, 200)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "permuted"), [(torch.bfloat16, False), pytest.param(torch.float16, True, marks=pytest.mark.slow)]
+)
+def test_experts_gate_what_they_multiply(emulated, generator, dtype, permuted):
+    tiles = to_tiles(random_weight((2, 24, 130), 4, 64, generator, permuted=permuted))
+    gate, up = (torch.randn(3, 130, generator=generator).to(dtype) for _ in range(2))
+    index, plan = torch.tensor([[1], [0], [1]]), blocks.pair_plan(72)
+    (y,) = cuda.experts(gate, index, [tiles], plan, up)
+    (expected,) = cuda.experts(torch.nn.functional.silu(gate) * up, index, [tiles], plan)
+    assert len(emulated) == 2
+    assert (y.double() - expected.double()).norm() <= LIMITS[dtype] * expected.double().norm()
+
+
 def check_sorted_experts(generator, weight, tokens, per_token, dtype, plan, index=None):
     """Rows of x gathered, then sorted ones; experts that live elsewhere are left as they were."""
     experts, columns = weight.shape[0], weight.shape[2]

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from qbench.kernels import ops, together
+from qbench.kernels import grouped, ops, together
 from qbench.kernels.blocks import Plan
 from qbench.kernels.tiles import to_tiles
 from tests.kernels.cases import random_weight, relative_error
@@ -57,6 +57,43 @@ def test_the_op_and_the_pass(generator):
     assert names.count("qbench.dual_linears.default") == 1
     assert names.count("qbench.dual_linear.default") == 1  # of another x, and with a bias
     assert all(torch.equal(a, b) for a, b in zip(traced(x), expected, strict=True))
+
+
+def test_experts_take_what_gates_them(generator):
+    tiles = to_tiles(random_weight((3, 24, 40), 4, 64, generator))
+    gate, up = (torch.randn(2, 2, 40, generator=generator) for _ in range(2))
+    index = torch.tensor([[2, 0], [1, 1]]).reshape(-1, 1)
+
+    def forward(gate, up, index):
+        kept = grouped.silu_times(up, gate).flatten(0, 1)
+        return ops.linear_experts(grouped.silu_times(gate, up).flatten(0, 1), index, tiles), kept, (
+            ops.linear_experts(kept, index, tiles)
+        )  # fmt: skip
+
+    traced = make_fx(forward, tracing_mode="fake", _allow_non_fake_inputs=True)(gate, up, index)
+    together.gate(traced.graph)
+    traced.graph.lint()
+    traced.recompile()
+    names = [str(node.target) for node in traced.graph.nodes]
+    counts = [names.count(f"qbench.{op}.default") for op in ("dual_linear_gated_experts", "dual_linear_experts")]
+    assert counts == [1, 1]  # what is read elsewhere as well is made once
+    assert names.count("qbench.silu_times.default") == 1
+    for found, expected in zip(traced(gate, up, index), forward(gate, up, index), strict=True):
+        assert torch.equal(found, expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_gated_experts_on_a_gpu(dtype):
+    draw = torch.Generator().manual_seed(0)
+    weight = random_weight((4, 2048, 768), 4, 64, draw)
+    tiles = to_tiles(weight.with_tensors({name: tensor.cuda() for name, tensor in weight.tensors().items()}))
+    gate, up = (torch.randn(8, 768, generator=draw).to("cuda", dtype) for _ in range(2))
+    index = torch.randint(4, (8, 1), generator=draw).cuda()
+    found = torch.ops.qbench.dual_linear_gated_experts(gate, up, index, *tiles.flat())
+    expected = ops.linear_experts(grouped.silu_times(gate, up), index, tiles)
+    assert (found.double() - expected.double()).norm() <= 1e-2 * expected.double().norm()
+    assert torch.equal(found, torch.ops.qbench.dual_linear_gated_experts(gate, up, index, *tiles.flat()))
 
 
 @pytest.mark.gpu
