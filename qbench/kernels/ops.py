@@ -150,6 +150,47 @@ def _(gate, up, index, tensors, numbers):
     return _pairs_on_gpu(gate, index, [Tiles.over(tensors, numbers)], up)[0]
 
 
+@torch.library.custom_op("qbench::dual_linear_summed_experts", mutates_args=())
+def dual_linear_summed_experts(
+    gate: Tensor,
+    up: Tensor,
+    index: Tensor,
+    scores: Tensor,
+    tensors: Sequence[Tensor | None],
+    numbers: Sequence[int],
+) -> Tensor:
+    """Over a token's pairs the sum of scores times `dual_linear_gated_experts`, as `grouped.combine` adds them up.
+
+    gate, up `[tokens * k, in]`, index and scores `[tokens, k]` -> `[tokens, out]`.
+    """
+    return _gated_and_added(gate, up, index, scores, tensors, numbers)
+
+
+@dual_linear_summed_experts.register_fake
+def _(gate, up, index, scores, tensors, numbers):
+    return gate.new_empty(len(index), Tiles.over(tensors, numbers).shape[-2])
+
+
+@dual_linear_summed_experts.register_kernel("cuda")
+def _(gate, up, index, scores, tensors, numbers):
+    tiles = Tiles.over(tensors, numbers)
+    _check(gate, tiles)
+    few = gate.dtype in HALF and 0 < index.numel() <= EXPERT_PAIRS and cuda.refusal(gate.device.index) is None
+    if few and tiles.rotation is None and gate.is_contiguous() and up.is_contiguous():
+        with torch.cuda.device(gate.device):
+            y = cuda.summed_experts(gate, up, index, scores, tiles)
+        if y is not None:
+            return y
+    return _gated_and_added(gate, up, index, scores, tensors, numbers)
+
+
+def _gated_and_added(gate, up, index, scores, tensors, numbers):
+    from qbench.kernels import grouped
+
+    y = dual_linear_gated_experts(gate, up, index.reshape(-1, 1), tensors, numbers)
+    return grouped.combine(y.flatten(0, 1), index, scores, Tiles.over(tensors, numbers).data.shape[0])
+
+
 def _launch_together(first: Tiles, second: Tiles, dtype: torch.dtype) -> bool:
     """Whether one launch serves both: they differ in nothing but what they hold."""
     alike = first.shape == second.shape and first.nbits == second.nbits and first.group_size == second.group_size

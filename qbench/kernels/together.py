@@ -114,28 +114,53 @@ def graph_pass(choices: bool) -> Any:
 
 
 def gate(graph: fx.Graph) -> None:
-    """Replaces experts that multiply what `silu_times` made for them alone by `dual_linear_gated_experts`."""
+    """Experts that multiply what `silu_times` made for them alone become `dual_linear_gated_experts`, and with the sum
+    over a token's pairs, if that follows, `dual_linear_summed_experts`."""
     for node in list(graph.nodes):
         if node.target is not torch.ops.qbench.dual_linear_experts.default:
             continue
-        x, made = node.args[0], []
-        while isinstance(x, fx.Node) and x.target in VIEWS and len(x.users) == 1:
-            made.append(x)
-            x = x.args[0]
-        if not isinstance(x, fx.Node) or x.target is not torch.ops.qbench.silu_times.default or len(x.users) > 1:
+        x, index, *weight = node.args
+        made = _base(x)
+        if not isinstance(made, fx.Node) or made.target is not torch.ops.qbench.silu_times.default:
             continue
-        shape = list(node.args[0].meta["val"].shape)
-        with graph.inserting_before(node):
-            both = [graph.call_function(torch.ops.aten.reshape.default, (part, shape)) for part in x.args]
-            for part, source in zip(both, x.args, strict=True):
-                part.meta["val"] = source.meta["val"].reshape(shape)
-            fused = graph.call_function(
-                torch.ops.qbench.dual_linear_gated_experts.default, (*both, *node.args[1:]), node.kwargs
-            )
-        fused.meta = dict(node.meta)
-        node.replace_all_uses_with(fused)
-        for dead in (node, *made, x):
-            graph.erase_node(dead)
+        if not _read_once(x, made):
+            continue
+        last, target, chosen = node, torch.ops.qbench.dual_linear_gated_experts.default, (index,)
+        total = next(iter(node.users), None)
+        while total is not None and total.target in VIEWS and len(total.users) == 1:
+            total = next(iter(total.users))
+        if total is not None and total.target is torch.ops.qbench.combined.default:
+            y, pairs, scores, _, place = total.args
+            if place is None and _base(y) is node and _read_once(y, node) and _base(index) is _base(pairs):
+                last, target, chosen = total, torch.ops.qbench.dual_linear_summed_experts.default, (pairs, scores)
+        with graph.inserting_before(last):
+            both = [graph.call_function(torch.ops.aten.reshape.default, (one, _shape(x))) for one in made.args]
+            for one, source in zip(both, made.args, strict=True):
+                one.meta["val"] = source.meta["val"].reshape(_shape(x))
+            fused = graph.call_function(target, (*both, *chosen, *weight))
+        fused.meta = dict(last.meta)
+        last.replace_all_uses_with(fused)
+    graph.eliminate_dead_code()
+
+
+def _base(node: Any) -> Any:
+    """What a node is a view of."""
+    while isinstance(node, fx.Node) and node.target in VIEWS:
+        node = node.args[0]
+    return node
+
+
+def _read_once(view: fx.Node, base: fx.Node) -> bool:
+    """Whether nothing but `view` is made of `base`, and nothing else reads that."""
+    while view is not base:
+        if len(view.users) > 1:
+            return False
+        view = view.args[0]
+    return len(base.users) == 1
+
+
+def _shape(node: fx.Node) -> list[int]:
+    return list(node.meta["val"].shape)
 
 
 def merge(graph: fx.Graph) -> None:

@@ -59,27 +59,29 @@ def test_the_op_and_the_pass(generator):
     assert all(torch.equal(a, b) for a, b in zip(traced(x), expected, strict=True))
 
 
-def test_experts_take_what_gates_them(generator):
+def test_experts_take_what_gates_them_and_what_adds_them_up(generator):
     tiles = to_tiles(random_weight((3, 24, 40), 4, 64, generator))
     gate, up = (torch.randn(2, 2, 40, generator=generator) for _ in range(2))
-    index = torch.tensor([[2, 0], [1, 1]]).reshape(-1, 1)
+    index, scores = torch.tensor([[2, 0], [1, 1]]), torch.rand(2, 2, generator=generator)
 
-    def forward(gate, up, index):
-        kept = grouped.silu_times(up, gate).flatten(0, 1)
-        return ops.linear_experts(grouped.silu_times(gate, up).flatten(0, 1), index, tiles), kept, (
-            ops.linear_experts(kept, index, tiles)
-        )  # fmt: skip
+    def experts(x, index):
+        return ops.linear_experts(x.flatten(0, 1), index.reshape(-1, 1), tiles).flatten(0, 1)
 
-    traced = make_fx(forward, tracing_mode="fake", _allow_non_fake_inputs=True)(gate, up, index)
+    def forward(gate, up, index, scores):
+        kept = grouped.silu_times(up, gate)
+        read_twice = experts(grouped.silu_times(gate, 2 * up), index)
+        total = grouped.combine(experts(grouped.silu_times(gate, up), index), index, scores, 3)
+        return total, kept, experts(kept, index), read_twice, grouped.combine(read_twice, index, scores, 3)
+
+    traced = make_fx(forward, tracing_mode="fake", _allow_non_fake_inputs=True)(gate, up, index, scores)
     together.gate(traced.graph)
     traced.graph.lint()
     traced.recompile()
     names = [str(node.target) for node in traced.graph.nodes]
-    counts = [names.count(f"qbench.{op}.default") for op in ("dual_linear_gated_experts", "dual_linear_experts")]
-    assert counts == [1, 1]  # what is read elsewhere as well is made once
-    assert names.count("qbench.silu_times.default") == 1
-    for found, expected in zip(traced(gate, up, index), forward(gate, up, index), strict=True):
-        assert torch.equal(found, expected)
+    kinds = [f"dual_linear_{kind}experts" for kind in ("summed_", "gated_", "")]
+    assert [names.count(f"qbench.{op}.default") for op in (*kinds, "silu_times", "combined")] == [1, 1, 1, 1, 1]
+    found, expected = traced(gate, up, index, scores), forward(gate, up, index, scores)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
 @pytest.mark.gpu
@@ -94,6 +96,13 @@ def test_gated_experts_on_a_gpu(dtype):
     expected = ops.linear_experts(grouped.silu_times(gate, up), index, tiles)
     assert (found.double() - expected.double()).norm() <= 1e-2 * expected.double().norm()
     assert torch.equal(found, torch.ops.qbench.dual_linear_gated_experts(gate, up, index, *tiles.flat()))
+    for k in (8, 2):
+        pairs, scores = index.view(-1, k), torch.rand(8 // k, k, generator=draw).cuda()
+        added = torch.ops.qbench.dual_linear_summed_experts(gate, up, pairs, scores, *tiles.flat())
+        total = grouped.combine(expected.flatten(0, 1).double(), pairs, scores.double(), 4)
+        assert (added.double() - total).norm() <= 1e-2 * total.norm()
+        again = torch.ops.qbench.dual_linear_summed_experts(gate, up, pairs, scores, *tiles.flat())
+        assert torch.equal(added, again)
 
 
 @pytest.mark.gpu
