@@ -138,7 +138,7 @@ def gate(graph: fx.Graph) -> None:
             for one, source in zip(both, made.args, strict=True):
                 one.meta["val"] = source.meta["val"].reshape(_shape(x))
             fused = graph.call_function(target, (*both, *chosen, *weight))
-        fused.meta = dict(last.meta)
+        fused.meta["val"] = last.meta["val"]  # and nothing else: the inputs that are told there are those of `last`
         last.replace_all_uses_with(fused)
     graph.eliminate_dead_code()
 
