@@ -2,9 +2,7 @@
 //
 // Compile-time switches: those of codes.cuh and MB (8-row blocks of the batch), ONE 0|1 (row in the batch), RT (16-row
 // strips of the weight per warp), RING 0|1, DEPTH (chunks under way per warp without RING), PLAIN
-// 0|1 (for GPUs before Hopper: no RING, one split of K between blocks), EXPERTS 0|1 (every row has a matrix of its own),
-// GATED 0|1 (of EXPERTS: what is multiplied is silu(x) * up), SUMMED 0|1 (of GATED: a token's pairs are added up, each
-// times its score; a block has a warp along K for each of them).
+// 0|1 (for GPUs before Hopper: no RING, one split of K between blocks), EXPERTS 0|1 (every row has a matrix of its own).
 //
 // How it reaches memory bandwidth. The weights are the A operand of mma.m16n8k16, the batch its narrow side of 8, so
 // batch 1 to 8 cost the same and nothing is padded to 64. Two weights cost one lop3 and at most one shift: their bits
@@ -23,12 +21,7 @@
 #ifndef EXPERTS
 #define EXPERTS 0
 #endif
-#ifndef GATED
-#define GATED 0
-#endif
-#ifndef SUMMED
-#define SUMMED 0
-#endif
+
 #ifndef RT
 #define RT 1
 #endif
@@ -58,9 +51,6 @@ struct Problem {
   int per, log_splits_in_block;  // chunks of K per block; log2 of its warps along K
   int stages, pairs, pairs_per_row;  // blockIdx.z is a pair of the first stack, then of the second
   int last_expert;                // an expert after it lives elsewhere: its result is not used
-  const u16* up;                  // GATED: rows as those of x
-  const void* scores;             // SUMMED: [pairs], in fp32 or as y
-  int scores_in_fp32;
 };
 
 struct Problems {  // several weights of one K that multiply the same row of x
@@ -154,8 +144,7 @@ extern "C" __global__ void __launch_bounds__(512) dual_linear(const __grid_const
   const int lo = min(int(rank) * p.per, p.chunks), hi = min(lo + p.per, p.chunks);
   const int m0 = blockIdx.y * 8 * MB, batch = min(p.M - m0, 8 * MB);
   if (EXPERTS) await_previous_kernel();  // it may be what chose the experts
-  const int second = EXPERTS && blockIdx.z >= p.pairs ? 1 : 0, apart = SUMMED ? 1 : WK;
-  const int pair = SUMMED ? blockIdx.z * p.pairs_per_row + min(wk, p.pairs_per_row - 1) : blockIdx.z - second * p.pairs;
+  const int second = EXPERTS && blockIdx.z >= p.pairs ? 1 : 0, pair = blockIdx.z - second * p.pairs;
   const int expert = EXPERTS ? min(int(p.experts[pair]), p.last_expert) : 0;
   const u8* tiles = p.tiles + second * p.next_tiles;
   const u64 expert_bytes = u64(p.strips) * p.chunks * CHUNK;
@@ -164,20 +153,16 @@ extern "C" __global__ void __launch_bounds__(512) dual_linear(const __grid_const
   // and a barrier for each of them.
   const int ring_bytes = RING ? (warps * p.stages * (RT * CHUNK + 8) + 127) & ~127 : 0;
   u8* xs = smem + ring_bytes;
-  u8* sums = xs + (ONE ? (SUMMED ? p.pairs_per_row : 1) * p.per * X_STEP : 8 * MB * X_ROW);
+  u8* sums = xs + (ONE ? p.per * X_STEP : 8 * MB * X_ROW);
   const u32 x_bar = shared(xs + p.per * RECORD);
 
   const u8* source[RT];
 #pragma unroll
   for (int r = 0; r < RT; r++) {
     int strip = min(row0 / 16 + wr * RT + r, p.strips - 1);
-    source[r] = tiles + expert * expert_bytes + (u64(strip) * p.chunks + lo + (SUMMED ? 0 : wk)) * CHUNK;
+    source[r] = tiles + expert * expert_bytes + (u64(strip) * p.chunks + lo + wk) * CHUNK;
   }
-#if SUMMED  // all chunks of the warp's own pair, unless its expert lives elsewhere
-  const int mine = wk < p.pairs_per_row && p.experts[pair] <= p.last_expert ? p.chunks : 0;
-#else
   const int mine = max(0, (hi - lo - wk + WK - 1) >> p.log_splits_in_block);  // chunks lo + wk, lo + wk + WK, ...
-#endif
 
   // The first weights are on their way before anything waits: they do not depend on the previous kernel.
 #if RING
@@ -200,7 +185,7 @@ extern "C" __global__ void __launch_bounds__(512) dual_linear(const __grid_const
 #else
   Codes held[DEPTH + 1][RT];
   const u8 *codes_at = source[0] + lane_codes(lane), *aux_at = source[0] + lane_aux(lane);
-  const u32 step = apart * CHUNK, next_strip = RT == 1 || source[RT - 1] == source[0] ? 0 : p.chunks * CHUNK;
+  const u32 step = WK * CHUNK, next_strip = RT == 1 || source[RT - 1] == source[0] ? 0 : p.chunks * CHUNK;
   auto fetch = [&](Codes (&to)[RT]) {
 #pragma unroll
     for (int r = 0; r < RT; r++) to[r] = load_codes<true>(codes_at + r * next_strip, aux_at + r * next_strip);
@@ -212,36 +197,27 @@ extern "C" __global__ void __launch_bounds__(512) dual_linear(const __grid_const
 #endif
   const int chunks = hi - lo;
 #if ONE
+  const u16* t = p.t ? moved(p.t, second * p.next_t) + u64(expert) * p.chunks * 128 + lo * 128 : nullptr;
   uint4* row = reinterpret_cast<uint4*>(xs);                            // 8 columns each
-  const int vectors = 16 * chunks, all_vectors = (SUMMED ? p.pairs_per_row : 1) * vectors;
-  auto part = [&](int v) { return SUMMED ? v / vectors : 0; };  // which of the block's rows of x
-  auto expert_of = [&](int v) {
-    return SUMMED ? min(int(p.experts[blockIdx.z * p.pairs_per_row + part(v)]), p.last_expert) : expert;
-  };
-  const u16* t = p.t ? moved(p.t, second * p.next_t) + lo * 128 : nullptr;
   if (t)  // to where x * t will be: every thread reads back only what it copied itself
-    for (int v = threadIdx.x; v < all_vectors; v += blockDim.x)
-      copy16(shared(row + v), t + u64(expert_of(v)) * p.chunks * 128 + (v - part(v) * vectors) * 8);
+    for (int v = threadIdx.x; v < 16 * chunks; v += blockDim.x) copy16(shared(row + v), t + v * 8);
   await_previous_kernel();
-  const int* permutations = p.permutation ? moved(p.permutation, second * p.next_permutation) : nullptr;
-  const u64 first_row = SUMMED ? blockIdx.z * p.pairs_per_row : EXPERTS ? pair / p.pairs_per_row : m0;
-  const u16* x = static_cast<const u16*>(p.x) + first_row * p.x_stride;
-  const u16* up = GATED ? p.up + first_row * p.x_stride : x;
-  const bool wide = aligned_rows(x, p.x_stride, permutations, p.K) && (u64(up) & 15) == 0;
+  const int* permutation =
+      p.permutation ? moved(p.permutation, second * p.next_permutation) + u64(expert) * p.K : nullptr;
+  const u16* x = static_cast<const u16*>(p.x) + (EXPERTS ? pair / p.pairs_per_row : m0) * p.x_stride;
+  const bool wide = aligned_rows(x, p.x_stride, permutation, p.K);
   await_copies();
-  for (int base = warp * 32; base < all_vectors; base += blockDim.x) {
-    const int v = base + lane, q = part(v), k = lo * 128 + (v - q * vectors) * 8;
+  for (int base = warp * 32; base < 16 * chunks; base += blockDim.x) {
+    const int v = base + lane, k = lo * 128 + v * 8;
     Sums sum = {0.f, 0.f};
-    if (v < all_vectors) {
-      const int* permutation = permutations ? permutations + u64(expert_of(v)) * p.K : nullptr;
-      uint4 values = load_x(x + q * p.x_stride, permutation, k, p.K, wide);
-      if (GATED) values = gated(values, load_x(up + q * p.x_stride, permutation, k, p.K, wide));
+    if (v < 16 * chunks) {
+      uint4 values = load_x(x, permutation, k, p.K, wide);
       if (t) values = scaled(values, row[v], p.t_down);
       row[v] = values;
       sum = sums_of(values, k);
     }
     sum = over_lanes(sum, 0xffffffffu);
-    if (v < all_vectors && v % (SUB / 8) == 0) reinterpret_cast<Sums*>(sums)[v / (SUB / 8) * 8] = sum;
+    if (v < 16 * chunks && v % (SUB / 8) == 0) reinterpret_cast<Sums*>(sums)[v / (SUB / 8) * 8] = sum;
   }
   __syncthreads();
 #elif PLAIN
@@ -272,15 +248,14 @@ extern "C" __global__ void __launch_bounds__(512) dual_linear(const __grid_const
     for (int n = 0; n < MB; n++) acc[r][n][0] = acc[r][n][1] = acc[r][n][2] = acc[r][n][3] = 0.f;
 
   // What the last block of 8 computes beyond the batch is garbage of its own columns, and nobody reads it.
-  const int at = SUMMED ? wk * chunks : wk;
-  const u8* x_lane = xs + at * X_STEP + (ONE ? 0 : g) * X_ROW + tig * 16;
-  const u8* sum_lane = sums + at * SUMS_STEP + 2 * tig * 8;
+  const u8* x_lane = xs + wk * X_STEP + (ONE ? 0 : g) * X_ROW + tig * 16;
+  const u8* sum_lane = sums + wk * SUMS_STEP + 2 * tig * 8;
   u32 arrival = x_bar + 8 * wk;
   auto multiply = [&](const Codes (&codes)[RT]) {
     if (!ONE && !PLAIN) barrier_wait(arrival, 0);
     const u8* x_row = x_lane;
     const float* sub_sums = reinterpret_cast<const float*>(sum_lane);
-    arrival += 8 * WK, x_lane += apart * X_STEP, sum_lane += apart * SUMS_STEP;
+    arrival += 8 * WK, x_lane += WK * X_STEP, sum_lane += WK * SUMS_STEP;
     subgroup<0>(codes, table, x_row, sub_sums, acc);
     subgroup<1>(codes, table, x_row, sub_sums, acc);
     if constexpr (SUBS == 4) {
@@ -317,10 +292,6 @@ extern "C" __global__ void __launch_bounds__(512) dual_linear(const __grid_const
 
   // Sum the splits of K in a fixed order. partial[wk][m][row] overlays the rings and x.
   __syncthreads();
-#if SUMMED
-  const float score = mine == 0 ? 0.f : load_score(p.scores, pair, p.scores_in_fp32);
-  for (int r = 0; r < RT; r++) acc[r][0][0] *= score, acc[r][0][2] *= score;  // of the one row; the rest is not read
-#endif
   float* partial = reinterpret_cast<float*>(smem);
   const int stride = rows + 4;
 #pragma unroll
@@ -331,6 +302,6 @@ extern "C" __global__ void __launch_bounds__(512) dual_linear(const __grid_const
       float* to = partial + (wk * 8 * MB + m) * stride + row;
       to[0] = acc[r][n][0], to[stride] = acc[r][n][1], to[8] = acc[r][n][2], to[stride + 8] = acc[r][n][3];
     }
-  u16* y = moved(p.y, second * p.next_y) + u64(SUMMED ? blockIdx.z : EXPERTS ? pair : m0) * p.N;
+  u16* y = moved(p.y, second * p.next_y) + u64(EXPERTS ? pair : m0) * p.N;
   store_sums({y, p.bias, p.t_up, p.N}, partial, rows, stride, row0, WK, 8 * MB, batch, splits, rank);
 }

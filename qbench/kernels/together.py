@@ -24,7 +24,6 @@ from qbench.kernels.tiles import Tiles
 
 MOST = 4  # weights in a launch
 TENSORS, NUMBERS = 5, 7  # of `Tiles.flat`
-VIEWS = (torch.ops.aten.reshape.default, torch.ops.aten.view.default)
 HELD = ("placeholder", "get_attr")  # nodes of weights, which are there before anything is computed
 
 
@@ -95,15 +94,13 @@ def launch(x: Tensor, weights: Sequence[Tiles], chosen: blocks.Plan) -> list[Ten
 def graph_pass(choices: bool) -> Any:
     """For inductor's `post_grad_custom_pre_pass`: fewer launches of the same work.
 
-    Linears of one x become `dual_linears`, what gates experts goes into the product that reads it, and with `choices` a
-    mixture's router is rewritten to choose.py's.
+    Linears of one x become `dual_linears`, and with `choices` a mixture's router is rewritten to choose.py's.
     """
     from torch._inductor.custom_graph_pass import CustomGraphPass
 
     class Together(CustomGraphPass):
         def __call__(self, graph: fx.Graph) -> None:
             merge(graph)
-            gate(graph)
             if choices:
                 choose.rewrite(graph)
 
@@ -111,56 +108,6 @@ def graph_pass(choices: bool) -> Any:
             return b"".join(Path(file).read_bytes() for file in (__file__, choose.__file__)) + bytes([choices])
 
     return Together()
-
-
-def gate(graph: fx.Graph) -> None:
-    """Experts that multiply what `silu_times` made for them alone become `dual_linear_gated_experts`, and with the sum
-    over a token's pairs, if that follows, `dual_linear_summed_experts`."""
-    for node in list(graph.nodes):
-        if node.target is not torch.ops.qbench.dual_linear_experts.default:
-            continue
-        x, index, *weight = node.args
-        made = _base(x)
-        if not isinstance(made, fx.Node) or made.target is not torch.ops.qbench.silu_times.default:
-            continue
-        if not _read_once(x, made):
-            continue
-        last, target, chosen = node, torch.ops.qbench.dual_linear_gated_experts.default, (index,)
-        total = next(iter(node.users), None)
-        while total is not None and total.target in VIEWS and len(total.users) == 1:
-            total = next(iter(total.users))
-        if total is not None and total.target is torch.ops.qbench.combined.default:
-            y, pairs, scores, _, place = total.args
-            if place is None and _base(y) is node and _read_once(y, node) and _base(index) is _base(pairs):
-                last, target, chosen = total, torch.ops.qbench.dual_linear_summed_experts.default, (pairs, scores)
-        with graph.inserting_before(last):
-            both = [graph.call_function(torch.ops.aten.reshape.default, (one, _shape(x))) for one in made.args]
-            for one, source in zip(both, made.args, strict=True):
-                one.meta["val"] = source.meta["val"].reshape(_shape(x))
-            fused = graph.call_function(target, (*both, *chosen, *weight))
-        fused.meta["val"] = last.meta["val"]  # and nothing else: the inputs that are told there are those of `last`
-        last.replace_all_uses_with(fused)
-    graph.eliminate_dead_code()
-
-
-def _base(node: Any) -> Any:
-    """What a node is a view of."""
-    while isinstance(node, fx.Node) and node.target in VIEWS:
-        node = node.args[0]
-    return node
-
-
-def _read_once(view: fx.Node, base: fx.Node) -> bool:
-    """Whether nothing but `view` is made of `base`, and nothing else reads that."""
-    while view is not base:
-        if len(view.users) > 1:
-            return False
-        view = view.args[0]
-    return len(base.users) == 1
-
-
-def _shape(node: fx.Node) -> list[int]:
-    return list(node.meta["val"].shape)
 
 
 def merge(graph: fx.Graph) -> None:
