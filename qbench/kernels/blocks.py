@@ -19,6 +19,7 @@ BUCKETS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)  # batches t
 NARROW = 16  # rows of x up to which the rule takes dual_linear.cu
 WIDE = 512  # and up to which wide_linear.cu; above, writing W and cuBLAS
 MULTIPROCESSORS = 132  # of an H100 or H200; for the rules alone
+LARGEST_SHARED = 227 << 10  # bytes of a block on Hopper
 
 
 def x_record_bytes(batch_blocks: int, group_size: int) -> int:
@@ -84,7 +85,37 @@ class WidePlan:
         return max(stages, partial)
 
 
-AnyPlan = Plan | WidePlan
+@dataclass(frozen=True)
+class PromptPlan:
+    """Of prompt_linear.cu, 4-bit codes alone: `warpgroups` warpgroups a block, and one more that fetches."""
+
+    kernel: ClassVar[str] = "prompt_linear"
+    batch_blocks: int  # NB: 8 rows of x each
+    warpgroups: int  # GROUPS: along the output rows, 64 each
+    share: int  # blocks of one cluster: the same rows of x, other rows of the weight
+
+    def __post_init__(self) -> None:
+        if self.batch_blocks not in (16, 24, 32) or self.share not in (1, 2, 4):
+            raise ValueError("batch_blocks must be 16, 24 or 32 and share 1, 2 or 4")
+
+    @property
+    def threads(self) -> int:
+        return 128 * (self.warpgroups + 1)
+
+    def stages(self, group_size: int, has_zero: bool) -> int:
+        """Chunks in flight: as many as fit, beside 512 bytes for each warp that multiplies and a kilobyte of barriers."""
+        return min(6, (LARGEST_SHARED - 2048 * self.warpgroups - 1024) // self._stage_bytes(group_size, has_zero))
+
+    def _stage_bytes(self, group_size: int, has_zero: bool) -> int:
+        weights = 4 * self.warpgroups * chunk_bytes(4, group_size, has_zero) + 2 * COLUMNS
+        return 8 * self.batch_blocks * 2 * COLUMNS + -(-weights // 1024) * 1024
+
+    def shared_bytes(self, batch: int, chunks: int, nbits: int, group_size: int, has_zero: bool) -> int:
+        stages = self.stages(group_size, has_zero)
+        return stages * (self._stage_bytes(group_size, has_zero) + 16) + 2048 * self.warpgroups
+
+
+AnyPlan = Plan | WidePlan | PromptPlan
 
 
 def plan(M: int, N: int, K: int, tiles: Tiles, device: int) -> AnyPlan | None:
@@ -117,9 +148,17 @@ def _plan(
     tuned = table.get(table_key(M, N, K, form[0]), table.get(table_key(M, N, K, 4)))
     if tuned == [] or (tuned is None and M > WIDE):
         return None
-    found = [] if tuned is None else [WidePlan(*tuned) if len(tuned) == 5 else Plan(*tuned[:6], bool(tuned[6]))]
+    found = [] if tuned is None else [_of(tuned)]
+    found = [plan for plan in found if form[0] == 4 or not isinstance(plan, PromptPlan)]
     found += _by_rule(M, N, K, plain) if M <= NARROW else _wide_by_rule(M, N, K)
     return next((plan for plan in found if plan.shared_bytes(M, -(-K // COLUMNS), *form) <= limit), None)
+
+
+def _of(tuned: list[int]) -> AnyPlan:
+    """Kernels are told apart by how many numbers their plans have."""
+    if len(tuned) == 3:
+        return PromptPlan(*tuned)
+    return WidePlan(*tuned) if len(tuned) == 5 else Plan(*tuned[:6], bool(tuned[6]))
 
 
 def pair_plan(rows: int) -> Plan:

@@ -1,4 +1,4 @@
-"""Launching the CUDA C++ kernels: dual_linear.cu, wide_linear.cu, dequantize.cu, and with which arguments.
+"""Launching the CUDA C++ kernels: dual_, wide_ and prompt_linear.cu, dequantize.cu, and with which arguments.
 
 KERNELS says which run on which compute capability, `refusal` why one of them cannot run on a device or a machine;
 ops.py then takes another.
@@ -12,10 +12,11 @@ from collections.abc import Sequence
 from functools import cache
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from qbench.kernels import nvrtc
-from qbench.kernels.blocks import Plan, WidePlan, x_record_bytes
+from qbench.kernels.blocks import AnyPlan, Plan, PromptPlan, WidePlan, x_record_bytes
 from qbench.kernels.tiles import COLUMNS, Tiles
 
 log = logging.getLogger(__name__)
@@ -44,6 +45,13 @@ class _WideProblem(ctypes.Structure):  # of wide_linear.cu
         *_fields(ctypes.c_void_p, "tiles", "x", "codebook", "bias", "y"),
         ("t_up", ctypes.c_float),
         *_fields(ctypes.c_int, "M", "N", "strips", "chunks", "per", "stages"),
+    ]
+
+
+class _PromptProblem(ctypes.Structure):  # of prompt_linear.cu
+    _fields_ = [
+        *_fields(ctypes.c_void_p, "tiles", "t", "codebook", "bias", "y"),
+        *_fields(ctypes.c_int, "M", "N", "strips", "chunks", "row_blocks", "x_blocks", "clusters"),
     ]
 
 
@@ -80,10 +88,12 @@ def _for(device: int | None, defines: Defines) -> Defines:
     return tuple(sorted((dict(defines) | {"PLAIN": 1, "RING": 0}).items()))
 
 
-def linear(x: Tensor, tiles: Tiles, bias: Tensor | None, chosen: Plan | WidePlan) -> Tensor:
+def linear(x: Tensor, tiles: Tiles, bias: Tensor | None, chosen: AnyPlan) -> Tensor:
     """y `[M, N]` for x `[M, K]`, fp16 or bf16, in one pass over the weight per 8 * batch_blocks rows of x."""
     y = x.new_empty(len(x), tiles.shape[-2])
-    if isinstance(chosen, WidePlan):
+    if isinstance(chosen, PromptPlan):
+        _launch_prompt(x, tiles, bias, y, chosen)
+    elif isinstance(chosen, WidePlan):
         _launch_wide(x, tiles, bias, y, chosen)
     else:
         _launch(x, tiles, bias, y, chosen, blocks_m=-(-len(x) // (8 * chosen.batch_blocks)))
@@ -178,6 +188,36 @@ def _launch_wide(x: Tensor, tiles: Tiles, bias: Tensor | None, y: Tensor, chosen
     )
 
 
+def _launch_prompt(x: Tensor, tiles: Tiles, bias: Tensor | None, y: Tensor, chosen: PromptPlan) -> None:
+    (M, N), device, share = y.shape, x.device, chosen.share
+    strips, chunks = tiles.data.shape[-3:-1]
+    if tiles.permutation is not None:
+        x = x.index_select(-1, tiles.permutation)
+    if x.stride(0) % 8 or x.data_ptr() % 16:  # of what box copies read, every row starts at a multiple of 16 bytes
+        x = F.pad(x, (0, 8 - x.shape[1] % 8))[:, : x.shape[1]]
+    shape = {"GROUPS": chosen.warpgroups, "NB": chosen.batch_blocks, "INPUT_SCALE": int(tiles.input_scale is not None)}
+    stages = chosen.stages(tiles.group_size, tiles.has_zero)
+    function = nvrtc.load("prompt_linear", device.index, _linear_defines(tiles, x.dtype, STAGES=stages, **shape))
+    shared_bytes = chosen.shared_bytes(M, chunks, tiles.nbits, tiles.group_size, tiles.has_zero)
+    row_blocks, x_blocks = -(-strips // (4 * chosen.warpgroups * share)), -(-M // (8 * chosen.batch_blocks))
+    at_work = nvrtc.clusters_at_work(function, chosen.threads, shared_bytes, share)
+    clusters = min(row_blocks * x_blocks, at_work)
+    problem = _PromptProblem(
+        *map(_address, (tiles.data, tiles.input_scale, tiles.codebook, bias, y)),
+        *(M, N, strips, chunks, row_blocks, x_blocks, clusters),
+    )
+    nvrtc.launch(
+        function,
+        (clusters * share, 1, 1),
+        chosen.threads,
+        shared_bytes,
+        _stream(device),
+        [nvrtc.tensor_map(x, 8 * chosen.batch_blocks // share, COLUMNS // 2), problem],
+        share,
+        early=_early(device),
+    )
+
+
 def _launch_input(entry: str, x: Tensor, tiles: Tiles, to: Tensor, defines: Defines) -> None:
     """x * t for all blocks at once, a thread per 8 columns."""
     chunks = tiles.data.shape[-2]
@@ -243,8 +283,10 @@ def _linear_defines(tiles: Tiles, dtype: torch.dtype, **others: int) -> Defines:
 _ROW = _defines(4, 64, True, False, BF16=1, MB=1, RT=1, ONE=1, DEPTH=2)
 _BATCH = _defines(4, 64, True, False, BF16=1, MB=1, RT=1, ONE=0, RING=1)
 _WIDE = _defines(4, 64, True, False, BF16=1, NB=2, GROUPS=1, WK=1)
+_PROMPT = _defines(4, 64, True, False, BF16=1, INPUT_SCALE=1, GROUPS=2, NB=32, STAGES=3)
 KERNELS = {  # the compute capabilities, lowest and highest, and each of its kernels as launched for the default format
     "dequantize": (8, 99, [("dequantize", _defines(4, 64, True, False, OUT=0))]),
     "dual_linear": (8, 99, [("dual_linear", _ROW), ("scale_input", _BATCH), ("dual_linear", _BATCH)]),
     "wide_linear": (9, 9, [("tile_input", _WIDE), ("wide_linear", _WIDE)]),  # wgmma is Hopper's alone
+    "prompt_linear": (9, 9, [("prompt_linear", _PROMPT)]),
 }

@@ -1,0 +1,198 @@
+// y = x W^T + b for prompts, hundreds of rows of x and more, where the tensor cores are the limit; 4-bit codes; compiled at
+// run time.
+//
+// Compile-time switches: those of codes.cuh, INPUT_SCALE 0|1, GROUPS (warpgroups along the rows of the weight, 64 each), NB
+// (8-row blocks of x: 16, 24 or 32) and STAGES (chunks of 128 columns in flight).
+//
+// wgmma takes the weights as A from registers and x as B from shared memory. A weight is finished in registers, t
+// included, while the products of the unit before are under way, so that x is read as it is: no kernel in front, and
+// W in 16 bits exists nowhere. x arrives by box copies, in the order of its columns; a lane of the packed weight holds
+// eight adjacent columns, so codes change places among the four lanes that share rows before they are unpacked. Each
+// block of a cluster fetches a share of the rows of x and sends it to all of them; their rows of the weight differ.
+// Blocks stay and take one tile of y after the other: the next tile's operands arrive while the last one's sums are
+// written. Every sum is made by one thread in one order.
+
+#include "finish.cuh"
+
+#define STRIPS (4 * GROUPS)                        // of 16 rows, per block; a warp each
+#define HALF_OF_X (8 * NB * 128)                   // 64 columns
+#define X_BYTES (2 * HALF_OF_X)
+#define REGISTERS (GROUPS == 1 ? 240 : GROUPS == 2 ? 240 : 152)  // of a thread that multiplies; the fetching warpgroup gives up its own
+#define STAGE (X_BYTES + ((STRIPS * CHUNK + 256 + 1023) & ~1023))  // x, strips of the weight, t
+
+struct Problem {
+  const u8* tiles;        // [strips][chunks][CHUNK]
+  const u16* t;           // fp16 [128 * chunks]; read if INPUT_SCALE
+  const float* codebook;  // [16] or null
+  const u16* bias;        // [N] or null
+  u16* y;                 // [M, N]
+  int M, N, strips, chunks;
+  int row_blocks, x_blocks, clusters;  // tiles of y: clusters of blocks along N, blocks along M; clusters at work
+};
+
+// A lane's word holds pairs 8 tig + 2 i of a row's 32 columns; afterwards pairs 8 i + 2 tig, as wgmma takes them.
+struct Exchange {
+  u32 keep, turn, bytes, halves;
+  __device__ __forceinline__ explicit Exchange(int tig) {
+    keep = tig & 1 ? 0xf0f0f0f0u : 0x0f0f0f0fu, turn = tig & 1 ? 28 : 4;
+    bytes = (CODEBOOK ? tig & 1 : tig & 2) ? 0x3715 : 0x6240, halves = tig & 2 ? 0x3276 : 0x5410;
+  }
+  __device__ __forceinline__ u32 operator()(u32 w) const {
+#if CODEBOOK  // a pair is a byte
+    w = __byte_perm(w, __shfl_xor_sync(0xffffffffu, w, 1), bytes);
+    return __byte_perm(w, __shfl_xor_sync(0xffffffffu, w, 2), halves);
+#else         // a pair is a nibble of either half
+    const u32 other = __shfl_xor_sync(0xffffffffu, w, 1);
+    w = (w & keep) | (__funnelshift_l(other, other, turn) & ~keep);
+    return __byte_perm(w, __shfl_xor_sync(0xffffffffu, w, 2), bytes);
+#endif
+  }
+};
+
+// Two fp16 factors as a pair of the activations' kind.
+__device__ __forceinline__ u32 factors(u32 t) { return BF16 ? two_bf16(from_half(u16(t)), from_half(u16(t >> 16))) : t; }
+
+extern "C" __global__ void __launch_bounds__(128 * (GROUPS + 1), 1)
+prompt_linear(const __grid_constant__ Map x, const __grid_constant__ Problem p) {
+  SHARED_MEMORY(smem);
+  const u32 share = cluster_size(), rank = cluster_rank();
+  const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
+  const int tiles = p.row_blocks * p.x_blocks, first_tile = int(cluster_index());
+
+  // Shared memory: the stages, 512 bytes per multiplying warp to turn y in, then barriers: full, empty.
+  const u32 turn = shared(smem) + STAGES * STAGE, full = turn + STRIPS * 512, empty = full + 8 * STAGES;
+  if (threadIdx.x == 0) {
+#pragma unroll 1
+    for (int s = 0; s < STAGES; s++) barrier_init(full + 8 * s), barrier_init(empty + 8 * s, STRIPS * share);
+    publish_barriers();
+  }
+  if (share > 1) cluster_sync();
+  else __syncthreads();
+  allow_next_kernel();
+
+  int stage = 0;
+  u32 parity = 0;
+  auto advance = [&] {
+    if (++stage == STAGES) stage = 0, parity ^= 1;
+  };
+
+  if (warp >= STRIPS) {  // the warpgroup that fetches: one warp, the others lend their registers
+    fewer_registers<24>();
+    bool waited = false;
+#pragma unroll 1
+    for (int tile = warp == STRIPS ? first_tile : tiles; tile < tiles; tile += p.clusters) {
+      const int m0 = tile % p.x_blocks * 8 * NB + int(rank * (8 * NB / share));
+      const int strip = min(int(tile / p.x_blocks * share + rank) * STRIPS + lane, p.strips - 1);
+      const u8* from = p.tiles + u64(strip) * p.chunks * CHUNK;
+#pragma unroll 1
+      for (int chunk = 0; chunk < p.chunks; chunk++) {
+        barrier_wait(empty + 8 * stage, parity ^ 1);
+        const u32 at = shared(smem) + stage * STAGE, bar = full + 8 * stage, w = at + X_BYTES;
+        if (lane == 0) barrier_expect(bar, X_BYTES + STRIPS * CHUNK + (INPUT_SCALE ? 256 : 0));
+        __syncwarp();
+        if (lane < STRIPS) bulk_copy(w + lane * CHUNK, from + u64(chunk) * CHUNK, CHUNK, bar);
+        if (INPUT_SCALE && lane == STRIPS) bulk_copy(w + STRIPS * CHUNK, p.t + chunk * 128, 256, bar);
+        if (!waited) await_previous_kernel(), waited = true;  // which may write x
+        if (lane < 2)
+          box_copy(at + lane * HALF_OF_X + rank * (HALF_OF_X / share), x, chunk * 128 + lane * 64, m0, bar, (1u << share) - 1);
+        advance();
+      }
+    }
+  } else {
+    more_registers<REGISTERS>();
+    const int tig = lane % 4;
+    const u32 mine = turn + warp * 512;
+    const Exchange exchange(tig);
+    Table table = {};
+#if CODEBOOK
+    table = load_table(p.codebook);
+#endif
+    float acc[4 * NB];
+    u32 a[2][2][4];
+    Codes codes;
+    auto load = [&] {
+      barrier_wait(full + 8 * stage, parity);
+      const u8* chunk = smem + stage * STAGE + X_BYTES + warp * CHUNK;
+      codes = load_codes<false>(chunk + lane_codes(lane), chunk + lane_aux(lane));
+#pragma unroll
+      for (int j = 0; j < WORDS; j++) codes.w[j] = exchange(codes.w[j]);
+    };
+    bool loaded = false;
+    await_previous_kernel();
+#pragma unroll 1
+    for (int tile = first_tile; tile < tiles; tile += p.clusters) {
+#pragma unroll
+      for (int i = 0; i < 4 * NB; i++) acc[i] = 0.f;
+      if (!loaded) load(), loaded = true;
+      int before = 0;
+      auto release = [&] {  // the stage before has been multiplied
+        if (lane < share) barrier_arrive(empty + 8 * before, lane);
+      };
+#pragma unroll 1
+      for (int chunk = 0; chunk < p.chunks; chunk++) {
+        const u8* t = smem + stage * STAGE + X_BYTES + STRIPS * CHUNK + 4 * tig;
+        const u64 b = descriptor(shared(smem) + stage * STAGE);
+        auto unit = [&](auto index) {  // 32 columns
+          constexpr int U = decltype(index)::value;
+          u32 (&made)[2][4] = a[U % 2];
+          weights<U>(codes, table, made);
+          if (INPUT_SCALE) {
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+              const u32 factor = factors(load1<false>(t + 64 * U + 16 * i));
+#pragma unroll
+              for (int r = 0; r < 2; r++) made[i / 2][i % 2 * 2 + r] = times2(made[i / 2][i % 2 * 2 + r], factor);
+            }
+          }
+          const u64 columns = b + (U / 2 * HALF_OF_X + U % 2 * 64 >> 4);
+          wgmma_open();
+          wgmma<NB>(acc, made[0], columns), wgmma<NB>(acc, made[1], columns + (32 >> 4));
+          wgmma_commit();
+        };
+        wgmma_wait<1>();
+        unit(Index<0>{});
+        wgmma_wait<1>();
+        if (chunk > 0) release();
+        unit(Index<1>{});
+        wgmma_wait<1>();
+        unit(Index<2>{});
+        wgmma_wait<1>();
+        unit(Index<3>{});
+        before = stage;
+        advance();
+        if (chunk + 1 < p.chunks || tile + p.clusters < tiles) load();
+      }
+      wgmma_wait<0>();
+      release();
+
+      // Sums are [row of the weight][row of x] per warp: 16 x 16 at a time are turned through shared memory.
+      const int m0 = tile % p.x_blocks * 8 * NB;
+      const int strip = int(tile / p.x_blocks * share + rank) * STRIPS + warp, n0 = strip * 16;
+      const int row = n0 + lane / 4, n = n0 + lane % 2 * 8;
+      const float first = p.bias && row < p.N ? load16(p.bias[row]) : 0.f;
+      const float second = p.bias && row + 8 < p.N ? load16(p.bias[row + 8]) : 0.f;
+#pragma unroll
+      for (int i = 0; i < NB; i += 2) {
+        const u32 v[4] = {round2(acc[4 * i] + first, acc[4 * i + 1] + first),
+                          round2(acc[4 * i + 2] + second, acc[4 * i + 3] + second),
+                          round2(acc[4 * i + 4] + first, acc[4 * i + 5] + first),
+                          round2(acc[4 * i + 6] + second, acc[4 * i + 7] + second)};
+        __syncwarp();
+        store_transposed(mine + (lane / 16 * 8 + lane % 8) * 32 + lane / 8 % 2 * 16, v);
+        __syncwarp();
+        const uint4 turned = *reinterpret_cast<const uint4*>(smem + (mine - shared(smem)) + lane * 16);
+        const int m = m0 + 8 * i + lane / 2;
+        const u32 pairs[4] = {turned.x, turned.y, turned.z, turned.w};
+        u16* to = p.y + u64(m) * p.N + n;
+        if (m >= p.M || n >= p.N) {
+        } else if (p.N % 8 == 0) *reinterpret_cast<uint4*>(to) = turned;
+        else {
+#pragma unroll 1
+          for (int j = 0; j < 8; j++)
+            if (n + j < p.N) to[j] = u16(pairs[j / 2] >> (16 * (j % 2)));
+        }
+      }
+    }
+  }
+  if (share > 1) cluster_sync();  // until then others copy into this block's memory and arrive at its barriers
+}
