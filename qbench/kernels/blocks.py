@@ -102,17 +102,18 @@ class PromptPlan:
     def threads(self) -> int:
         return 128 * (self.warpgroups + 1)
 
-    def stages(self, group_size: int, has_zero: bool) -> int:
-        """Chunks in flight: as many as fit, beside 512 bytes for each warp that multiplies and a kilobyte of barriers."""
-        return min(6, (LARGEST_SHARED - 2048 * self.warpgroups - 1024) // self._stage_bytes(group_size, has_zero))
+    def stages(self, group_size: int, has_zero: bool) -> tuple[int, int]:
+        """In flight: of 64 columns of x, as many as fit, and of 128 columns of the weight."""
+        left = LARGEST_SHARED - 2048 * self.warpgroups - 1024 - 3 * self._weight_bytes(group_size, has_zero)
+        return min(8, left // (8 * self.batch_blocks * COLUMNS)), 3
 
-    def _stage_bytes(self, group_size: int, has_zero: bool) -> int:
-        weights = 4 * self.warpgroups * chunk_bytes(4, group_size, has_zero) + 2 * COLUMNS
-        return 8 * self.batch_blocks * 2 * COLUMNS + -(-weights // 1024) * 1024
+    def _weight_bytes(self, group_size: int, has_zero: bool) -> int:
+        return -(-(4 * self.warpgroups * chunk_bytes(4, group_size, has_zero) + 2 * COLUMNS) // COLUMNS) * COLUMNS
 
     def shared_bytes(self, batch: int, chunks: int, nbits: int, group_size: int, has_zero: bool) -> int:
-        stages = self.stages(group_size, has_zero)
-        return stages * (self._stage_bytes(group_size, has_zero) + 16) + 2048 * self.warpgroups
+        of_x, of_w = self.stages(group_size, has_zero)
+        stages = of_x * 8 * self.batch_blocks * COLUMNS + of_w * self._weight_bytes(group_size, has_zero)
+        return stages + 2048 * self.warpgroups + 16 * (of_x + of_w)
 
 
 AnyPlan = Plan | WidePlan | PromptPlan

@@ -196,8 +196,8 @@ def _launch_prompt(x: Tensor, tiles: Tiles, bias: Tensor | None, y: Tensor, chos
     if x.stride(0) % 8 or x.data_ptr() % 16:  # of what box copies read, every row starts at a multiple of 16 bytes
         x = F.pad(x, (0, 8 - x.shape[1] % 8))[:, : x.shape[1]]
     shape = {"GROUPS": chosen.warpgroups, "NB": chosen.batch_blocks, "INPUT_SCALE": int(tiles.input_scale is not None)}
-    stages = chosen.stages(tiles.group_size, tiles.has_zero)
-    function = nvrtc.load("prompt_linear", device.index, _linear_defines(tiles, x.dtype, STAGES=stages, **shape))
+    shape["X_STAGES"], shape["W_STAGES"] = chosen.stages(tiles.group_size, tiles.has_zero)
+    function = nvrtc.load("prompt_linear", device.index, _linear_defines(tiles, x.dtype, **shape))
     shared_bytes = chosen.shared_bytes(M, chunks, tiles.nbits, tiles.group_size, tiles.has_zero)
     row_blocks, x_blocks = -(-strips // (4 * chosen.warpgroups * share)), -(-M // (8 * chosen.batch_blocks))
     at_work = nvrtc.clusters_at_work(function, chosen.threads, shared_bytes, share)
@@ -283,7 +283,7 @@ def _linear_defines(tiles: Tiles, dtype: torch.dtype, **others: int) -> Defines:
 _ROW = _defines(4, 64, True, False, BF16=1, MB=1, RT=1, ONE=1, DEPTH=2)
 _BATCH = _defines(4, 64, True, False, BF16=1, MB=1, RT=1, ONE=0, RING=1)
 _WIDE = _defines(4, 64, True, False, BF16=1, NB=2, GROUPS=1, WK=1)
-_PROMPT = _defines(4, 64, True, False, BF16=1, INPUT_SCALE=1, GROUPS=2, NB=32, STAGES=3)
+_PROMPT = _defines(4, 64, True, False, BF16=1, INPUT_SCALE=1, GROUPS=2, NB=32, X_STAGES=6, W_STAGES=3)
 KERNELS = {  # the compute capabilities, lowest and highest, and each of its kernels as launched for the default format
     "dequantize": (8, 99, [("dequantize", _defines(4, 64, True, False, OUT=0))]),
     "dual_linear": (8, 99, [("dual_linear", _ROW), ("scale_input", _BATCH), ("dual_linear", _BATCH)]),

@@ -2,7 +2,7 @@
 // run time.
 //
 // Compile-time switches: those of codes.cuh, INPUT_SCALE 0|1, GROUPS (warpgroups along the rows of the weight, 64 each), NB
-// (8-row blocks of x: 16, 24 or 32) and STAGES (chunks of 128 columns in flight).
+// (8-row blocks of x: 16, 24 or 32), X_STAGES (of 64 columns of x in flight) and W_STAGES (of 128 columns of the weight).
 //
 // wgmma takes the weights as A from registers and x as B from shared memory. A weight is finished in registers, t
 // included, while the products of the unit before are under way, so that x is read as it is: no kernel in front, and
@@ -15,10 +15,12 @@
 #include "finish.cuh"
 
 #define STRIPS (4 * GROUPS)                        // of 16 rows, per block; a warp each
-#define HALF_OF_X (8 * NB * 128)                   // 64 columns
-#define X_BYTES (2 * HALF_OF_X)
-#define REGISTERS (GROUPS == 1 ? 240 : GROUPS == 2 ? 240 : 152)  // of a thread that multiplies; the fetching warpgroup gives up its own
-#define STAGE (X_BYTES + ((STRIPS * CHUNK + 256 + 1023) & ~1023))  // x, strips of the weight, t
+#ifndef UNDER_WAY
+#define UNDER_WAY 3
+#endif
+#define REGISTERS (GROUPS == 3 ? 152 : 240)        // of a thread that multiplies; the fetching warpgroup gives up its own
+#define X_BYTES (8 * NB * 128)                     // 64 columns
+#define W_BYTES ((STRIPS * CHUNK + 256 + 127) & ~127)  // strips of the weight and t, 128 columns
 
 struct Problem {
   const u8* tiles;        // [strips][chunks][CHUNK]
@@ -52,6 +54,14 @@ struct Exchange {
 // Two fp16 factors as a pair of the activations' kind.
 __device__ __forceinline__ u32 factors(u32 t) { return BF16 ? two_bf16(from_half(u16(t)), from_half(u16(t >> 16))) : t; }
 
+// The first `count` of eight 16-bit floats.
+__device__ inline void store_some(u16* to, uint4 v, int count) {
+  const u32 pairs[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+  for (int j = 0; j < 8; j++)
+    if (j < count) to[j] = u16(pairs[j / 2] >> (16 * (j % 2)));
+}
+
 extern "C" __global__ void __launch_bounds__(128 * (GROUPS + 1), 1)
 prompt_linear(const __grid_constant__ Map x, const __grid_constant__ Problem p) {
   SHARED_MEMORY(smem);
@@ -59,21 +69,28 @@ prompt_linear(const __grid_constant__ Map x, const __grid_constant__ Problem p) 
   const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
   const int tiles = p.row_blocks * p.x_blocks, first_tile = int(cluster_index());
 
-  // Shared memory: the stages, 512 bytes per multiplying warp to turn y in, then barriers: full, empty.
-  const u32 turn = shared(smem) + STAGES * STAGE, full = turn + STRIPS * 512, empty = full + 8 * STAGES;
+  // Shared memory: stages of x and of the weight, 512 bytes per multiplying warp to turn y in, then barriers.
+  const u32 w_stages = shared(smem) + X_STAGES * X_BYTES, turn = w_stages + W_STAGES * W_BYTES;
+  const u32 x_full = turn + STRIPS * 512, x_empty = x_full + 8 * X_STAGES, w_full = x_empty + 8 * X_STAGES,
+            w_empty = w_full + 8 * W_STAGES;
   if (threadIdx.x == 0) {
 #pragma unroll 1
-    for (int s = 0; s < STAGES; s++) barrier_init(full + 8 * s), barrier_init(empty + 8 * s, STRIPS * share);
+    for (int s = 0; s < X_STAGES; s++) barrier_init(x_full + 8 * s), barrier_init(x_empty + 8 * s, STRIPS * share);
+#pragma unroll 1
+    for (int s = 0; s < W_STAGES; s++) barrier_init(w_full + 8 * s), barrier_init(w_empty + 8 * s, STRIPS);
     publish_barriers();
   }
   if (share > 1) cluster_sync();
   else __syncthreads();
   allow_next_kernel();
 
-  int stage = 0;
-  u32 parity = 0;
-  auto advance = [&] {
-    if (++stage == STAGES) stage = 0, parity ^= 1;
+  int x_stage = 0, w_stage = 0;
+  u32 x_parity = 0, w_parity = 0;
+  auto advance_x = [&] {
+    if (++x_stage == X_STAGES) x_stage = 0, x_parity ^= 1;
+  };
+  auto advance_w = [&] {
+    if (++w_stage == W_STAGES) w_stage = 0, w_parity ^= 1;
   };
 
   if (warp >= STRIPS) {  // the warpgroup that fetches: one warp, the others lend their registers
@@ -86,16 +103,24 @@ prompt_linear(const __grid_constant__ Map x, const __grid_constant__ Problem p) 
       const u8* from = p.tiles + u64(strip) * p.chunks * CHUNK;
 #pragma unroll 1
       for (int chunk = 0; chunk < p.chunks; chunk++) {
-        barrier_wait(empty + 8 * stage, parity ^ 1);
-        const u32 at = shared(smem) + stage * STAGE, bar = full + 8 * stage, w = at + X_BYTES;
-        if (lane == 0) barrier_expect(bar, X_BYTES + STRIPS * CHUNK + (INPUT_SCALE ? 256 : 0));
+        barrier_wait(w_empty + 8 * w_stage, w_parity ^ 1);
+        const u32 w = w_stages + w_stage * W_BYTES, bar = w_full + 8 * w_stage;
+        if (lane == 0) barrier_expect(bar, STRIPS * CHUNK + (INPUT_SCALE ? 256 : 0));
         __syncwarp();
         if (lane < STRIPS) bulk_copy(w + lane * CHUNK, from + u64(chunk) * CHUNK, CHUNK, bar);
         if (INPUT_SCALE && lane == STRIPS) bulk_copy(w + STRIPS * CHUNK, p.t + chunk * 128, 256, bar);
+        advance_w();
         if (!waited) await_previous_kernel(), waited = true;  // which may write x
-        if (lane < 2)
-          box_copy(at + lane * HALF_OF_X + rank * (HALF_OF_X / share), x, chunk * 128 + lane * 64, m0, bar, (1u << share) - 1);
-        advance();
+#pragma unroll 1
+        for (int half = 0; half < 2; half++) {
+          barrier_wait(x_empty + 8 * x_stage, x_parity ^ 1);
+          if (lane == 0) {
+            const u32 at = shared(smem) + x_stage * X_BYTES + rank * (X_BYTES / share), bar = x_full + 8 * x_stage;
+            barrier_expect(bar, X_BYTES);
+            box_copy(at, x, chunk * 128 + half * 64, m0, bar, (1u << share) - 1);
+          }
+          advance_x();
+        }
       }
     }
   } else {
@@ -108,33 +133,42 @@ prompt_linear(const __grid_constant__ Map x, const __grid_constant__ Problem p) 
     table = load_table(p.codebook);
 #endif
     float acc[4 * NB];
-    u32 a[2][2][4];
+    u32 a[4][2][4];  // of four units, of which up to three are being multiplied while one is made
     Codes codes;
+    const u8* t = nullptr;
     auto load = [&] {
-      barrier_wait(full + 8 * stage, parity);
-      const u8* chunk = smem + stage * STAGE + X_BYTES + warp * CHUNK;
-      codes = load_codes<false>(chunk + lane_codes(lane), chunk + lane_aux(lane));
+      barrier_wait(w_full + 8 * w_stage, w_parity);
+      const u8* chunk = smem + X_STAGES * X_BYTES + w_stage * W_BYTES;
+      t = chunk + STRIPS * CHUNK + 4 * tig;
+      codes = load_codes<false>(chunk + warp * CHUNK + lane_codes(lane), chunk + warp * CHUNK + lane_aux(lane));
 #pragma unroll
       for (int j = 0; j < WORDS; j++) codes.w[j] = exchange(codes.w[j]);
     };
-    bool loaded = false;
+    load();
     await_previous_kernel();
+    int held = 0;  // the stage of x whose products end next
+    auto release_x = [&](bool now) {
+      barrier_arrive(x_empty + 8 * held, lane, now && lane < share);
+      held = !now ? held : held + 1 == X_STAGES ? 0 : held + 1;
+    };
 #pragma unroll 1
     for (int tile = first_tile; tile < tiles; tile += p.clusters) {
 #pragma unroll
       for (int i = 0; i < 4 * NB; i++) acc[i] = 0.f;
-      if (!loaded) load(), loaded = true;
-      int before = 0;
-      auto release = [&] {  // the stage before has been multiplied
-        if (lane < share) barrier_arrive(empty + 8 * before, lane);
-      };
 #pragma unroll 1
       for (int chunk = 0; chunk < p.chunks; chunk++) {
-        const u8* t = smem + stage * STAGE + X_BYTES + STRIPS * CHUNK + 4 * tig;
-        const u64 b = descriptor(shared(smem) + stage * STAGE);
-        auto unit = [&](auto index) {  // 32 columns
+        u64 halves[2];
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+          barrier_wait(x_full + 8 * x_stage, x_parity);
+          halves[half] = descriptor(shared(smem) + x_stage * X_BYTES);
+          advance_x();
+        }
+        auto unit = [&](auto index) {  // 32 columns; no branch in four of them, so that the compiler lets products overlap
           constexpr int U = decltype(index)::value;
-          u32 (&made)[2][4] = a[U % 2];
+          wgmma_wait<UNDER_WAY>();
+          if (U % 2 == 1) release_x(U == 3 || chunk > 0);  // the half that ended four units ago
+          u32 (&made)[2][4] = a[U];
           weights<U>(codes, table, made);
           if (INPUT_SCALE) {
 #pragma unroll
@@ -144,33 +178,33 @@ prompt_linear(const __grid_constant__ Map x, const __grid_constant__ Problem p) 
               for (int r = 0; r < 2; r++) made[i / 2][i % 2 * 2 + r] = times2(made[i / 2][i % 2 * 2 + r], factor);
             }
           }
-          const u64 columns = b + (U / 2 * HALF_OF_X + U % 2 * 64 >> 4);
+          const u64 columns = halves[U / 2] + (U % 2 * 64 >> 4);
           wgmma_open();
           wgmma<NB>(acc, made[0], columns), wgmma<NB>(acc, made[1], columns + (32 >> 4));
           wgmma_commit();
         };
-        wgmma_wait<1>();
         unit(Index<0>{});
-        wgmma_wait<1>();
-        if (chunk > 0) release();
         unit(Index<1>{});
-        wgmma_wait<1>();
         unit(Index<2>{});
-        wgmma_wait<1>();
         unit(Index<3>{});
-        before = stage;
-        advance();
+        __syncwarp();
+        if (lane == 0) barrier_arrive(w_empty + 8 * w_stage);  // codes and t are in registers, weights by now
+        advance_w();
         if (chunk + 1 < p.chunks || tile + p.clusters < tiles) load();
       }
       wgmma_wait<0>();
-      release();
+      release_x(true), release_x(true);
 
       // Sums are [row of the weight][row of x] per warp: 16 x 16 at a time are turned through shared memory.
-      const int m0 = tile % p.x_blocks * 8 * NB;
+      const int m0 = tile % p.x_blocks * 8 * NB + lane / 2;
       const int strip = int(tile / p.x_blocks * share + rank) * STRIPS + warp, n0 = strip * 16;
       const int row = n0 + lane / 4, n = n0 + lane % 2 * 8;
       const float first = p.bias && row < p.N ? load16(p.bias[row]) : 0.f;
       const float second = p.bias && row + 8 < p.N ? load16(p.bias[row + 8]) : 0.f;
+      const u32 to_turn = mine + (lane / 16 * 8 + lane % 8) * 32 + lane / 8 % 2 * 16;
+      const u8* turned_at = smem + (mine - shared(smem)) + lane * 16;
+      u16* y = p.y + u64(m0) * p.N + n;
+      const bool wide = p.N % 8 == 0 && n < p.N;
 #pragma unroll
       for (int i = 0; i < NB; i += 2) {
         const u32 v[4] = {round2(acc[4 * i] + first, acc[4 * i + 1] + first),
@@ -178,19 +212,14 @@ prompt_linear(const __grid_constant__ Map x, const __grid_constant__ Problem p) 
                           round2(acc[4 * i + 4] + first, acc[4 * i + 5] + first),
                           round2(acc[4 * i + 6] + second, acc[4 * i + 7] + second)};
         __syncwarp();
-        store_transposed(mine + (lane / 16 * 8 + lane % 8) * 32 + lane / 8 % 2 * 16, v);
+        store_transposed(to_turn, v);
         __syncwarp();
-        const uint4 turned = *reinterpret_cast<const uint4*>(smem + (mine - shared(smem)) + lane * 16);
-        const int m = m0 + 8 * i + lane / 2;
-        const u32 pairs[4] = {turned.x, turned.y, turned.z, turned.w};
-        u16* to = p.y + u64(m) * p.N + n;
-        if (m >= p.M || n >= p.N) {
-        } else if (p.N % 8 == 0) *reinterpret_cast<uint4*>(to) = turned;
-        else {
-#pragma unroll 1
-          for (int j = 0; j < 8; j++)
-            if (n + j < p.N) to[j] = u16(pairs[j / 2] >> (16 * (j % 2)));
+        const uint4 turned = *reinterpret_cast<const uint4*>(turned_at);
+        if (m0 + 8 * i < p.M) {
+          if (wide) *reinterpret_cast<uint4*>(y) = turned;
+          else store_some(y, turned, p.N - n);
         }
+        y += 16 * u64(p.N);
       }
     }
   }

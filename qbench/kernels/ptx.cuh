@@ -155,14 +155,10 @@ __device__ __forceinline__ void box_copy(u32 to, const Map& map, int column, int
                  "[%0], [%1, {%2, %3}], [%4], %5;"
                  ::"r"(to), "l"(&map), "r"(column), "r"(row), "r"(bar), "h"(u16(blocks)) : "memory");
 }
-__device__ __forceinline__ void barrier_arrive(u32 bar, u32 rank) {  // at the barrier of another block of the cluster
-  asm volatile("{\n.reg .u32 there;\nmapa.shared::cluster.u32 there, %0, %1;\n"
-               "mbarrier.arrive.shared::cluster.b64 _, [there];\n}" ::"r"(bar), "r"(rank) : "memory");
-}
-// What a thread wrote to shared memory becomes visible to wgmma.
-__device__ __forceinline__ void publish_writes() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
-__device__ __forceinline__ void store4(u32 to, uint4 v) {
-  asm volatile("st.shared.v4.u32 [%0], {%1,%2,%3,%4};" ::"r"(to), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
+// At the barrier of block `rank` of the cluster, if `now`; without a branch, which would end what may overlap a wgmma.
+__device__ __forceinline__ void barrier_arrive(u32 bar, u32 rank, bool now) {
+  asm volatile("{\n.reg .u32 there;\n.reg .pred now;\nsetp.ne.b32 now, %2, 0;\nmapa.shared::cluster.u32 there, %0, %1;\n"
+               "@now mbarrier.arrive.shared::cluster.b64 _, [there];\n}" ::"r"(bar), "r"(rank), "r"(int(now)) : "memory");
 }
 // Four 8 x 8 matrices of 16-bit floats, transposed; lane 8 i + r gives the address of row r of matrix i.
 __device__ __forceinline__ void store_transposed(u32 to, const u32 (&v)[4]) {

@@ -133,7 +133,7 @@ inline void change(u32 bar, u32 rank, int arrived, int bytes) {
   } while (!barrier_at(bar, rank).compare_exchange_weak(before, after));
 }
 inline void barrier_arrive(u32 bar) { change(bar, here.rank, 1, 0); }
-inline void barrier_arrive(u32 bar, u32 rank) { change(bar, rank, 1, 0); }
+inline void barrier_arrive(u32 bar, u32 rank, bool now) { if (now) change(bar, rank, 1, 0); }
 inline void barrier_expect(u32 bar, u32 bytes) { change(bar, here.rank, 1, int(bytes)); }
 inline void bulk_copy(u32 to, const void* from, u32 bytes, u32 bar) {
   memcpy(here.block->memory.data() + to, from, bytes);
@@ -149,10 +149,8 @@ inline void bulk_copy(u32 to, const void* from, u32 bytes, u32 bar, u32 blocks) 
 inline void barrier_wait(u32 bar, u32 parity) {
   while ((Barrier(barrier_at(bar, here.rank)).phase & 1) == parity) std::this_thread::sleep_for(std::chrono::milliseconds(1));
 }
-inline void publish_writes() {}
 template <int> inline void fewer_registers() {}
 template <int> inline void more_registers() {}
-inline void store4(u32 to, uint4 v) { memcpy(here.block->memory.data() + to, &v, 16); }
 
 // Here a map holds what the driver's call is given: address, columns, rows, bytes from row to row, rows of a box.
 struct Map { u64 words[16]; };
