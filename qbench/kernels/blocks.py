@@ -93,6 +93,7 @@ class PromptPlan:
     batch_blocks: int  # NB: 8 rows of x each
     warpgroups: int  # GROUPS: along the output rows, 64 each
     share: int  # blocks of one cluster: the same rows of x, other rows of the weight
+    split: bool = False  # whether clusters share the tiles' chunks out evenly, where whole tiles would leave some idle
 
     def __post_init__(self) -> None:
         if self.batch_blocks not in (16, 24, 32) or self.share not in (1, 2, 4):
@@ -157,8 +158,8 @@ def _plan(
 
 def _of(tuned: list[int]) -> AnyPlan:
     """Kernels are told apart by how many numbers their plans have."""
-    if len(tuned) == 3:
-        return PromptPlan(*tuned)
+    if len(tuned) == 4:
+        return PromptPlan(*tuned[:3], bool(tuned[3]))
     return WidePlan(*tuned) if len(tuned) == 5 else Plan(*tuned[:6], bool(tuned[6]))
 
 

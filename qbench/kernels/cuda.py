@@ -52,6 +52,7 @@ class _PromptProblem(ctypes.Structure):  # of prompt_linear.cu
     _fields_ = [
         *_fields(ctypes.c_void_p, "tiles", "t", "codebook", "bias", "y"),
         *_fields(ctypes.c_int, "M", "N", "strips", "chunks", "row_blocks", "x_blocks", "clusters"),
+        *_fields(ctypes.c_void_p, "sums", "ready"),
     ]
 
 
@@ -197,14 +198,20 @@ def _launch_prompt(x: Tensor, tiles: Tiles, bias: Tensor | None, y: Tensor, chos
         x = F.pad(x, (0, 8 - x.shape[1] % 8))[:, : x.shape[1]]
     shape = {"GROUPS": chosen.warpgroups, "NB": chosen.batch_blocks, "INPUT_SCALE": int(tiles.input_scale is not None)}
     shape["X_STAGES"], shape["W_STAGES"] = chosen.stages(tiles.group_size, tiles.has_zero)
+    shape["SPLIT"] = int(chosen.split)
     function = nvrtc.load("prompt_linear", device.index, _linear_defines(tiles, x.dtype, **shape))
     shared_bytes = chosen.shared_bytes(M, chunks, tiles.nbits, tiles.group_size, tiles.has_zero)
     row_blocks, x_blocks = -(-strips // (4 * chosen.warpgroups * share)), -(-M // (8 * chosen.batch_blocks))
     at_work = nvrtc.clusters_at_work(function, chosen.threads, shared_bytes, share)
-    clusters = min(row_blocks * x_blocks, at_work)
+    clusters = min(row_blocks * x_blocks * (chunks if chosen.split else 1), at_work)
+    warps, sums, ready = clusters * share * 4 * chosen.warpgroups, None, None
+    if chosen.split:
+        sums = torch.empty(warps * chosen.batch_blocks * 128, device=device)
+        ready = torch.zeros(warps, dtype=torch.int32, device=device)
     problem = _PromptProblem(
         *map(_address, (tiles.data, tiles.input_scale, tiles.codebook, bias, y)),
         *(M, N, strips, chunks, row_blocks, x_blocks, clusters),
+        *map(_address, (sums, ready)),
     )
     nvrtc.launch(
         function,

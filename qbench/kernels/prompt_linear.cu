@@ -11,12 +11,19 @@
 // block of a cluster fetches a share of the rows of x and sends it to all of them; their rows of the weight differ.
 // Blocks stay and take one tile of y after the other: the next tile's operands arrive while the last one's sums are
 // written. Every sum is made by one thread in one order.
+//
+// SPLIT 1: where tiles fill their last wave badly, each cluster takes an equal share of all tiles' chunks instead, from its
+// end on. A share may begin and end within a tile: what comes first, the lower chunks of its last tile, it leaves as sums in
+// fp32; the cluster that holds a tile's last chunk adds those of the clusters before it, and never waits for one behind it.
 
 #include "finish.cuh"
 
 #define STRIPS (4 * GROUPS)                        // of 16 rows, per block; a warp each
 #ifndef UNDER_WAY
 #define UNDER_WAY 3
+#endif
+#ifndef SPLIT
+#define SPLIT 0
 #endif
 #define REGISTERS (GROUPS == 3 ? 152 : 240)        // of a thread that multiplies; the fetching warpgroup gives up its own
 #define X_BYTES (8 * NB * 128)                     // 64 columns
@@ -30,6 +37,30 @@ struct Problem {
   u16* y;                 // [M, N]
   int M, N, strips, chunks;
   int row_blocks, x_blocks, clusters;  // tiles of y: clusters of blocks along N, blocks along M; clusters at work
+#if SPLIT
+  float4* sums;           // [blocks][STRIPS][NB][32 lanes]: of the tile that a block does not finish
+  u32* ready;             // [blocks][STRIPS], zeros: whether they are there
+#endif
+};
+
+// What a cluster multiplies next: chunks `from` to `to` of a tile.
+struct Work {
+  int tile, from, to;
+  const int clusters, tiles, chunks, begin, cluster;
+  __device__ __forceinline__ Work(const Problem& p, int cluster)
+      : clusters(p.clusters), tiles(p.row_blocks * p.x_blocks), chunks(p.chunks), begin(share_of(cluster)), cluster(cluster) {
+    tile = SPLIT ? 0 : cluster - clusters, from = SPLIT ? share_of(cluster + 1) : 0, to = chunks;
+  }
+  __device__ __forceinline__ int share_of(int cluster) const { return int(u64(tiles) * chunks * cluster / clusters); }
+  __device__ __forceinline__ bool more() const { return SPLIT ? tile * chunks + from > begin : tile + clusters < tiles; }
+  __device__ __forceinline__ bool next() {
+    if (!more()) return false;
+    if (SPLIT) {
+      const int end = tile * chunks + from;
+      tile = (end - 1) / chunks, to = end - tile * chunks, from = max(begin - tile * chunks, 0);
+    } else tile += clusters;
+    return true;
+  }
 };
 
 // A lane's word holds pairs 8 tig + 2 i of a row's 32 columns; afterwards pairs 8 i + 2 tig, as wgmma takes them.
@@ -67,7 +98,7 @@ prompt_linear(const __grid_constant__ Map x, const __grid_constant__ Problem p) 
   SHARED_MEMORY(smem);
   const u32 share = cluster_size(), rank = cluster_rank();
   const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
-  const int tiles = p.row_blocks * p.x_blocks, first_tile = int(cluster_index());
+  Work work(p, int(cluster_index()));
 
   // Shared memory: stages of x and of the weight, 512 bytes per multiplying warp to turn y in, then barriers.
   const u32 w_stages = shared(smem) + X_STAGES * X_BYTES, turn = w_stages + W_STAGES * W_BYTES;
@@ -97,12 +128,12 @@ prompt_linear(const __grid_constant__ Map x, const __grid_constant__ Problem p) 
     fewer_registers<24>();
     bool waited = false;
 #pragma unroll 1
-    for (int tile = warp == STRIPS ? first_tile : tiles; tile < tiles; tile += p.clusters) {
-      const int m0 = tile % p.x_blocks * 8 * NB + int(rank * (8 * NB / share));
+    while (warp == STRIPS && work.next()) {
+      const int tile = work.tile, m0 = tile % p.x_blocks * 8 * NB + int(rank * (8 * NB / share));
       const int strip = min(int(tile / p.x_blocks * share + rank) * STRIPS + lane, p.strips - 1);
       const u8* from = p.tiles + u64(strip) * p.chunks * CHUNK;
 #pragma unroll 1
-      for (int chunk = 0; chunk < p.chunks; chunk++) {
+      for (int chunk = work.from; chunk < work.to; chunk++) {
         barrier_wait(w_empty + 8 * w_stage, w_parity ^ 1);
         const u32 w = w_stages + w_stage * W_BYTES, bar = w_full + 8 * w_stage;
         if (lane == 0) barrier_expect(bar, STRIPS * CHUNK + (INPUT_SCALE ? 256 : 0));
@@ -152,11 +183,11 @@ prompt_linear(const __grid_constant__ Map x, const __grid_constant__ Problem p) 
       held = !now ? held : held + 1 == X_STAGES ? 0 : held + 1;
     };
 #pragma unroll 1
-    for (int tile = first_tile; tile < tiles; tile += p.clusters) {
+    while (work.next()) {
 #pragma unroll
       for (int i = 0; i < 4 * NB; i++) acc[i] = 0.f;
 #pragma unroll 1
-      for (int chunk = 0; chunk < p.chunks; chunk++) {
+      for (int chunk = work.from; chunk < work.to; chunk++) {
         u64 halves[2];
 #pragma unroll
         for (int half = 0; half < 2; half++) {
@@ -167,7 +198,7 @@ prompt_linear(const __grid_constant__ Map x, const __grid_constant__ Problem p) 
         auto unit = [&](auto index) {  // 32 columns; no branch in four of them, so that the compiler lets products overlap
           constexpr int U = decltype(index)::value;
           wgmma_wait<UNDER_WAY>();
-          if (U % 2 == 1) release_x(U == 3 || chunk > 0);  // the half that ended four units ago
+          if (U % 2 == 1) release_x(chunk > work.from);  // the half that ended four units ago
           u32 (&made)[2][4] = a[U];
           weights<U>(codes, table, made);
           if (INPUT_SCALE) {
@@ -190,13 +221,34 @@ prompt_linear(const __grid_constant__ Map x, const __grid_constant__ Problem p) 
         __syncwarp();
         if (lane == 0) barrier_arrive(w_empty + 8 * w_stage);  // codes and t are in registers, weights by now
         advance_w();
-        if (chunk + 1 < p.chunks || tile + p.clusters < tiles) load();
+        if (chunk + 1 < work.to || work.more()) load();
       }
       wgmma_wait<0>();
       release_x(true), release_x(true);
+#if SPLIT
+      if (work.to < p.chunks) {  // the cluster behind finishes this tile
+        const int place = int(blockIdx.x) * STRIPS + warp;
+#pragma unroll
+        for (int i = 0; i < NB; i++)
+          p.sums[(place * NB + i) * 32 + lane] = {acc[4 * i], acc[4 * i + 1], acc[4 * i + 2], acc[4 * i + 3]};
+        __syncwarp();
+        if (lane == 0) raise_flag(p.ready + place);
+        continue;
+      }
+      for (int from = work.begin, other = work.cluster; from > work.tile * p.chunks; from = work.share_of(other)) {
+        const int place = (--other * int(share) + int(rank)) * STRIPS + warp;
+        if (lane == 0) await_flag(p.ready + place);
+        __syncwarp();
+#pragma unroll
+        for (int i = 0; i < NB; i++) {
+          const float4 sum = load_sums(p.sums + (place * NB + i) * 32 + lane);
+          acc[4 * i] += sum.x, acc[4 * i + 1] += sum.y, acc[4 * i + 2] += sum.z, acc[4 * i + 3] += sum.w;
+        }
+      }
+#endif
 
       // Sums are [row of the weight][row of x] per warp: 16 x 16 at a time are turned through shared memory.
-      const int m0 = tile % p.x_blocks * 8 * NB + lane / 2;
+      const int tile = work.tile, m0 = tile % p.x_blocks * 8 * NB + lane / 2;
       const int strip = int(tile / p.x_blocks * share + rank) * STRIPS + warp, n0 = strip * 16;
       const int row = n0 + lane / 4, n = n0 + lane % 2 * 8;
       const float first = p.bias && row < p.N ? load16(p.bias[row]) : 0.f;

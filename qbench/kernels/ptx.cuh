@@ -160,6 +160,17 @@ __device__ __forceinline__ void barrier_arrive(u32 bar, u32 rank, bool now) {
   asm volatile("{\n.reg .u32 there;\n.reg .pred now;\nsetp.ne.b32 now, %2, 0;\nmapa.shared::cluster.u32 there, %0, %1;\n"
                "@now mbarrier.arrive.shared::cluster.b64 _, [there];\n}" ::"r"(bar), "r"(rank), "r"(int(now)) : "memory");
 }
+// What a warp wrote to global memory before raising a flag, another block may read after waiting for it.
+__device__ __forceinline__ void raise_flag(u32* flag) { asm volatile("st.release.gpu.global.u32 [%0], 1;" ::"l"(flag) : "memory"); }
+__device__ __forceinline__ void await_flag(const u32* flag) {
+  u32 raised = 0;
+  while (!raised) asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(raised) : "l"(flag) : "memory");
+}
+__device__ __forceinline__ float4 load_sums(const float4* p) {
+  float4 v;
+  asm volatile("ld.global.cg.v4.f32 {%0,%1,%2,%3}, [%4];" : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "l"(p) : "memory");
+  return v;
+}
 // Four 8 x 8 matrices of 16-bit floats, transposed; lane 8 i + r gives the address of row r of matrix i.
 __device__ __forceinline__ void store_transposed(u32 to, const u32 (&v)[4]) {
   asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1,%2,%3,%4};"

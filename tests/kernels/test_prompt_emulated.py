@@ -1,0 +1,37 @@
+"""prompt_linear.cu and its launch code against fp64, on the CPU: tiles whole and split along K, clusters, tails."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from qbench.kernels import cuda, nvrtc
+from qbench.kernels.blocks import PromptPlan
+from qbench.kernels.tiles import to_tiles
+from tests.kernels.cases import random_weight, relative_error
+
+
+def check(generator, shape, rows, plan, dtype=torch.bfloat16, bias=False, **options):
+    weight = random_weight(shape, 4, options.pop("group_size", 64), generator, **options)
+    x = torch.randn(rows, shape[1], generator=generator).to(dtype)
+    bias = torch.randn(shape[0], generator=generator).to(dtype) if bias else None
+    y = cuda.linear(x, to_tiles(weight), bias, plan)
+    assert relative_error(y, x, weight, bias) <= (1e-3 if dtype == torch.float16 else 1e-2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("shape", "rows", "plan", "at_work"),
+    [
+        ((72, 330), 150, PromptPlan(16, 1, 1, True), 3),  # 4 tiles of 3 chunks for 3 blocks
+        ((72, 600), 20, PromptPlan(16, 1, 1, True), 7),  # a block may hold a part of one tile alone
+        ((40, 900), 20, PromptPlan(16, 1, 1, True), 5),  # and several blocks add to one
+        ((200, 330), 20, PromptPlan(16, 1, 2, True), 3),
+        ((200, 330), 20, PromptPlan(16, 1, 2), 1),
+    ],
+)
+def test_tiles_split_along_columns(emulated, generator, monkeypatch, shape, rows, plan, at_work):
+    monkeypatch.setattr(nvrtc, "clusters_at_work", lambda *_: at_work)
+    check(generator, shape, rows, plan, bias=True)
+    ((grid, threads, _, cluster),) = emulated
+    assert (grid, threads, cluster) == ((at_work * plan.share, 1, 1), plan.threads, plan.share)
