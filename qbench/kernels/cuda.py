@@ -48,12 +48,21 @@ class _WideProblem(ctypes.Structure):  # of wide_linear.cu
     ]
 
 
-class _PromptProblem(ctypes.Structure):  # of prompt_linear.cu
+class _PromptWeight(ctypes.Structure):  # of prompt_linear.cu
     _fields_ = [
-        *_fields(ctypes.c_void_p, "tiles", "t", "codebook", "bias", "y"),
-        *_fields(ctypes.c_int, "M", "N", "strips", "chunks", "row_blocks", "x_blocks", "clusters"),
+        *_fields(ctypes.c_void_p, "tiles", "t", "bias", "y"),
+        *_fields(ctypes.c_int, "N", "strips", "first", "unused"),
+    ]
+
+
+@cache
+def _prompt_problem(together: int) -> type[ctypes.Structure]:
+    fields = [
+        *(("each", _PromptWeight * together), ("codebook", ctypes.c_void_p)),
+        *_fields(ctypes.c_int, "M", "chunks", "row_blocks", "x_blocks", "clusters"),
         *_fields(ctypes.c_void_p, "sums", "ready"),
     ]
+    return type("_PromptProblem", (ctypes.Structure,), {"_fields_": fields})
 
 
 @cache
@@ -93,7 +102,7 @@ def linear(x: Tensor, tiles: Tiles, bias: Tensor | None, chosen: AnyPlan) -> Ten
     """y `[M, N]` for x `[M, K]`, fp16 or bf16, in one pass over the weight per 8 * batch_blocks rows of x."""
     y = x.new_empty(len(x), tiles.shape[-2])
     if isinstance(chosen, PromptPlan):
-        _launch_prompt(x, tiles, bias, y, chosen)
+        _launch_prompt(x, [tiles], bias, [y], chosen)
     elif isinstance(chosen, WidePlan):
         _launch_wide(x, tiles, bias, y, chosen)
     else:
@@ -189,30 +198,44 @@ def _launch_wide(x: Tensor, tiles: Tiles, bias: Tensor | None, y: Tensor, chosen
     )
 
 
-def _launch_prompt(x: Tensor, tiles: Tiles, bias: Tensor | None, y: Tensor, chosen: PromptPlan) -> None:
-    (M, N), device, share = y.shape, x.device, chosen.share
-    strips, chunks = tiles.data.shape[-3:-1]
-    if tiles.permutation is not None:
-        x = x.index_select(-1, tiles.permutation)
+def prompt_linears(x: Tensor, weights: Sequence[Tiles], chosen: PromptPlan) -> list[Tensor]:
+    """y `[M, N]` of each weight for x `[M, K]` in one launch; the weights are alike, without act-order or codebook."""
+    ys = [x.new_empty(len(x), each.shape[-2]) for each in weights]
+    _launch_prompt(x, weights, None, ys, chosen)
+    return ys
+
+
+def _launch_prompt(
+    x: Tensor, weights: Sequence[Tiles], bias: Tensor | None, ys: Sequence[Tensor], chosen: PromptPlan
+) -> None:
+    form, device, share, M = weights[0], x.device, chosen.share, len(x)
+    chunks = form.data.shape[-2]
+    if form.permutation is not None:
+        x = x.index_select(-1, form.permutation)
     if x.stride(0) % 8 or x.data_ptr() % 16:  # of what box copies read, every row starts at a multiple of 16 bytes
         x = F.pad(x, (0, 8 - x.shape[1] % 8))[:, : x.shape[1]]
-    shape = {"GROUPS": chosen.warpgroups, "NB": chosen.batch_blocks, "INPUT_SCALE": int(tiles.input_scale is not None)}
-    shape["X_STAGES"], shape["W_STAGES"] = chosen.stages(tiles.group_size, tiles.has_zero)
-    shape["SPLIT"] = int(chosen.split)
-    function = nvrtc.load("prompt_linear", device.index, _linear_defines(tiles, x.dtype, **shape))
-    shared_bytes = chosen.shared_bytes(M, chunks, tiles.nbits, tiles.group_size, tiles.has_zero)
-    row_blocks, x_blocks = -(-strips // (4 * chosen.warpgroups * share)), -(-M // (8 * chosen.batch_blocks))
+    shape = {"GROUPS": chosen.warpgroups, "NB": chosen.batch_blocks, "INPUT_SCALE": int(form.input_scale is not None)}
+    shape["X_STAGES"], shape["W_STAGES"] = chosen.stages(form.group_size, form.has_zero)
+    shape |= {"SPLIT": int(chosen.split), "TOGETHER": len(weights)}
+    function = nvrtc.load("prompt_linear", device.index, _linear_defines(form, x.dtype, **shape))
+    shared_bytes = chosen.shared_bytes(M, chunks, form.nbits, form.group_size, form.has_zero)
+    problem, row_blocks = _prompt_problem(len(weights))(), 0
+    for i, (tiles, y) in enumerate(zip(weights, ys, strict=True)):
+        strips = tiles.data.shape[-3]
+        addresses = map(_address, (tiles.data, tiles.input_scale, bias, y))
+        problem.each[i] = _PromptWeight(*addresses, y.shape[1], strips, row_blocks)
+        row_blocks += -(-strips // (4 * chosen.warpgroups * share))
+    x_blocks = -(-M // (8 * chosen.batch_blocks))
     at_work = nvrtc.clusters_at_work(function, chosen.threads, shared_bytes, share)
     clusters = min(row_blocks * x_blocks * (chunks if chosen.split else 1), at_work)
-    warps, sums, ready = clusters * share * 4 * chosen.warpgroups, None, None
-    if chosen.split:
+    if chosen.split:  # what a block leaves of a tile that another one finishes
+        warps = clusters * share * 4 * chosen.warpgroups
         sums = torch.empty(warps * chosen.batch_blocks * 128, device=device)
         ready = torch.zeros(warps, dtype=torch.int32, device=device)
-    problem = _PromptProblem(
-        *map(_address, (tiles.data, tiles.input_scale, tiles.codebook, bias, y)),
-        *(M, N, strips, chunks, row_blocks, x_blocks, clusters),
-        *map(_address, (sums, ready)),
-    )
+        problem.sums, problem.ready = sums.data_ptr(), ready.data_ptr()
+    problem.codebook = _address(form.codebook)
+    problem.M, problem.chunks, problem.clusters = M, chunks, clusters
+    problem.row_blocks, problem.x_blocks = row_blocks, x_blocks
     nvrtc.launch(
         function,
         (clusters * share, 1, 1),

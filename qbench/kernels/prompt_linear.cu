@@ -12,6 +12,8 @@
 // Blocks stay and take one tile of y after the other: the next tile's operands arrive while the last one's sums are
 // written. Every sum is made by one thread in one order.
 //
+// TOGETHER: that many weights of the same columns in one launch, of which each has its own rows of tiles.
+//
 // SPLIT 1: where tiles fill their last wave badly, each cluster takes an equal share of all tiles' chunks instead, from its
 // end on. A share may begin and end within a tile: what comes first, the lower chunks of its last tile, it leaves as sums in
 // fp32; the cluster that holds a tile's last chunk adds those of the clusters before it, and never waits for one behind it.
@@ -25,23 +27,38 @@
 #ifndef SPLIT
 #define SPLIT 0
 #endif
+#ifndef TOGETHER
+#define TOGETHER 1
+#endif
 #define REGISTERS (GROUPS == 3 ? 152 : 240)        // of a thread that multiplies; the fetching warpgroup gives up its own
 #define X_BYTES (8 * NB * 128)                     // 64 columns
 #define W_BYTES ((STRIPS * CHUNK + 256 + 127) & ~127)  // strips of the weight and t, 128 columns
 
-struct Problem {
+struct Weight {
   const u8* tiles;        // [strips][chunks][CHUNK]
   const u16* t;           // fp16 [128 * chunks]; read if INPUT_SCALE
-  const float* codebook;  // [16] or null
   const u16* bias;        // [N] or null
   u16* y;                 // [M, N]
-  int M, N, strips, chunks;
+  int N, strips, first, unused;  // first: of the tiles' rows, the one where it begins
+};
+struct Problem {
+  Weight each[TOGETHER];  // of the same columns, multiplied with the same x
+  const float* codebook;  // [16] or null
+  int M, chunks;
   int row_blocks, x_blocks, clusters;  // tiles of y: clusters of blocks along N, blocks along M; clusters at work
 #if SPLIT
   float4* sums;           // [blocks][STRIPS][NB][32 lanes]: of the tile that a block does not finish
   u32* ready;             // [blocks][STRIPS], zeros: whether they are there
 #endif
 };
+
+__device__ __forceinline__ const Weight& weight_at(const Problem& p, int row_block) {
+  int i = 0;
+#pragma unroll
+  for (int j = 1; j < TOGETHER; j++)
+    if (row_block >= p.each[j].first) i = j;
+  return p.each[i];
+}
 
 // What a cluster multiplies next: chunks `from` to `to` of a tile.
 struct Work {
@@ -130,8 +147,9 @@ prompt_linear(const __grid_constant__ Map x, const __grid_constant__ Problem p) 
 #pragma unroll 1
     while (warp == STRIPS && work.next()) {
       const int tile = work.tile, m0 = tile % p.x_blocks * 8 * NB + int(rank * (8 * NB / share));
-      const int strip = min(int(tile / p.x_blocks * share + rank) * STRIPS + lane, p.strips - 1);
-      const u8* from = p.tiles + u64(strip) * p.chunks * CHUNK;
+      const Weight& weight = weight_at(p, tile / p.x_blocks);
+      const int strip = min(int((tile / p.x_blocks - weight.first) * share + rank) * STRIPS + lane, weight.strips - 1);
+      const u8* from = weight.tiles + u64(strip) * p.chunks * CHUNK;
 #pragma unroll 1
       for (int chunk = work.from; chunk < work.to; chunk++) {
         barrier_wait(w_empty + 8 * w_stage, w_parity ^ 1);
@@ -139,7 +157,7 @@ prompt_linear(const __grid_constant__ Map x, const __grid_constant__ Problem p) 
         if (lane == 0) barrier_expect(bar, STRIPS * CHUNK + (INPUT_SCALE ? 256 : 0));
         __syncwarp();
         if (lane < STRIPS) bulk_copy(w + lane * CHUNK, from + u64(chunk) * CHUNK, CHUNK, bar);
-        if (INPUT_SCALE && lane == STRIPS) bulk_copy(w + STRIPS * CHUNK, p.t + chunk * 128, 256, bar);
+        if (INPUT_SCALE && lane == STRIPS) bulk_copy(w + STRIPS * CHUNK, weight.t + chunk * 128, 256, bar);
         advance_w();
         if (!waited) await_previous_kernel(), waited = true;  // which may write x
 #pragma unroll 1
@@ -249,14 +267,16 @@ prompt_linear(const __grid_constant__ Map x, const __grid_constant__ Problem p) 
 
       // Sums are [row of the weight][row of x] per warp: 16 x 16 at a time are turned through shared memory.
       const int tile = work.tile, m0 = tile % p.x_blocks * 8 * NB + lane / 2;
-      const int strip = int(tile / p.x_blocks * share + rank) * STRIPS + warp, n0 = strip * 16;
+      const Weight& weight = weight_at(p, tile / p.x_blocks);
+      const int strip = int((tile / p.x_blocks - weight.first) * share + rank) * STRIPS + warp, n0 = strip * 16;
+      const int N = weight.N;
       const int row = n0 + lane / 4, n = n0 + lane % 2 * 8;
-      const float first = p.bias && row < p.N ? load16(p.bias[row]) : 0.f;
-      const float second = p.bias && row + 8 < p.N ? load16(p.bias[row + 8]) : 0.f;
+      const float first = weight.bias && row < N ? load16(weight.bias[row]) : 0.f;
+      const float second = weight.bias && row + 8 < N ? load16(weight.bias[row + 8]) : 0.f;
       const u32 to_turn = mine + (lane / 16 * 8 + lane % 8) * 32 + lane / 8 % 2 * 16;
       const u8* turned_at = smem + (mine - shared(smem)) + lane * 16;
-      u16* y = p.y + u64(m0) * p.N + n;
-      const bool wide = p.N % 8 == 0 && n < p.N;
+      u16* y = weight.y + u64(m0) * N + n;
+      const bool wide = N % 8 == 0 && n < N;
 #pragma unroll
       for (int i = 0; i < NB; i += 2) {
         const u32 v[4] = {round2(acc[4 * i] + first, acc[4 * i + 1] + first),
@@ -269,9 +289,9 @@ prompt_linear(const __grid_constant__ Map x, const __grid_constant__ Problem p) 
         const uint4 turned = *reinterpret_cast<const uint4*>(turned_at);
         if (m0 + 8 * i < p.M) {
           if (wide) *reinterpret_cast<uint4*>(y) = turned;
-          else store_some(y, turned, p.N - n);
+          else store_some(y, turned, N - n);
         }
-        y += 16 * u64(p.N);
+        y += 16 * u64(N);
       }
     }
   }

@@ -35,3 +35,15 @@ def test_tiles_split_along_columns(emulated, generator, monkeypatch, shape, rows
     check(generator, shape, rows, plan, bias=True)
     ((grid, threads, _, cluster),) = emulated
     assert (grid, threads, cluster) == ((at_work * plan.share, 1, 1), plan.threads, plan.share)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("plan", [PromptPlan(16, 1, 1), PromptPlan(16, 1, 2, True)])
+def test_weights_together(emulated, generator, plan):
+    """q, k and v, each with its own t and a last tile that is not full."""
+    weights = [random_weight((rows, 330), 4, 64, generator) for rows in (200, 40, 72)]
+    x = torch.randn(20, 330, generator=generator).bfloat16()
+    ys = cuda.prompt_linears(x, [to_tiles(weight) for weight in weights], plan)
+    assert len(emulated) == 1
+    for weight, y in zip(weights, ys, strict=True):
+        assert relative_error(y, x, weight, None) <= 1e-2
