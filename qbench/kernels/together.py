@@ -1,4 +1,4 @@
-"""Several weights that multiply the same row of x in one launch: q, k and v; gate and up.
+"""Several weights that multiply the same x in one launch: q, k and v; gate and up; of one row, or of a prompt's.
 
     dual_linears(x [..., in], tiles of each) -> [..., out] of each         as `dual_linear` of each
 
@@ -43,15 +43,15 @@ def _(x, tensors, numbers):
     weights = _each(tensors, numbers)
     M, device = x.numel() // max(x.shape[-1], 1), x.device.index
     fits = x.dtype in ops.HALF and M > 0 and x.shape[-1] == weights[0].shape[-1] and _alike(weights)
-    if fits and (M == 1 or M > blocks.NARROW) and not cuda._plain(device):
+    if fits and not cuda._plain(device):
         rows = sum(each.shape[0] for each in weights)
         plan = blocks.plan(M, rows, x.shape[-1], weights[0], device)
-        if isinstance(plan, blocks.Plan) and M == 1 or isinstance(plan, blocks.PromptPlan) and _prompts(weights):
-            if cuda.refusal(device, plan.kernel) is None:
-                run = launch if M == 1 else cuda.prompt_linears
-                with torch.cuda.device(x.device):
-                    ys = run(ops._unit_stride(x.reshape(M, -1)), weights, plan)
-                return [y.view(*x.shape[:-1], -1) for y in ys]
+        one_row, prompt = M == 1 and isinstance(plan, blocks.Plan), isinstance(plan, blocks.PromptPlan)
+        if (one_row or (prompt and _prompts(weights))) and cuda.refusal(device, plan.kernel) is None:
+            run = launch if one_row else cuda.prompt_linears
+            with torch.cuda.device(x.device):
+                ys = run(ops._unit_stride(x.reshape(M, -1)), weights, plan)
+            return [y.view(*x.shape[:-1], -1) for y in ys]
     return [ops.dual_linear(x, *each.flat(), None) for each in weights]
 
 

@@ -47,3 +47,29 @@ def test_weights_together(emulated, generator, plan):
     assert len(emulated) == 1
     for weight, y in zip(weights, ys, strict=True):
         assert relative_error(y, x, weight, None) <= 1e-2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("dtype", "group_size", "options"),
+    [
+        (torch.float16, 32, {}),
+        (torch.bfloat16, 128, {"zero": False, "bias": True}),
+        (torch.float16, 64, {"permuted": True, "bias": True}),
+        (torch.bfloat16, 64, {"codebook": True, "zero": False}),
+        (torch.float16, 64, {"codebook": True, "zero": False, "t": False}),
+    ],
+)
+def test_every_kind(emulated, generator, dtype, group_size, options):
+    check(generator, (43, 331), 37, PromptPlan(16, 1, 1), dtype, group_size=group_size, **options)
+
+
+@pytest.mark.slow
+def test_a_product_with_t_beyond_fp16(emulated, generator):
+    """t goes into the weight, and not into x, whose products with t fp16 cannot hold."""
+    weight = random_weight((16, 130), 4, 64, generator)
+    weight.input_scale.mul_(8)
+    weight.scale.stored.mul_(1e-4)
+    x = torch.randn(3, 130, generator=generator).clamp(-3, 3).half() * 2e4
+    y = cuda.linear(x, to_tiles(weight), None, PromptPlan(16, 1, 1))
+    assert relative_error(y, x, weight, None) <= 1e-3
