@@ -20,6 +20,7 @@ NARROW = 16  # rows of x up to which the rule takes dual_linear.cu
 WIDE = 512  # and up to which wide_linear.cu; above, writing W and cuBLAS
 MULTIPROCESSORS = 132  # of an H100 or H200; for the rules alone
 LARGEST_SHARED = 227 << 10  # bytes of a block on Hopper
+PROMPT_NUMBERS = 4  # of a PromptPlan in a tuned table
 
 
 def x_record_bytes(batch_blocks: int, group_size: int) -> int:
@@ -148,17 +149,18 @@ def _plan(
 ) -> AnyPlan | None:
     table = _table(gpu)  # where a width has no entry of its own, 4 bits' is nearer than a rule
     tuned = table.get(table_key(M, N, K, form[0]), table.get(table_key(M, N, K, 4)))
+    if form[0] != 4 and tuned is not None and len(tuned) == PROMPT_NUMBERS:
+        tuned = None
     if tuned == [] or (tuned is None and M > WIDE):
         return None
     found = [] if tuned is None else [_of(tuned)]
-    found = [plan for plan in found if form[0] == 4 or not isinstance(plan, PromptPlan)]
     found += _by_rule(M, N, K, plain) if M <= NARROW else _wide_by_rule(M, N, K)
     return next((plan for plan in found if plan.shared_bytes(M, -(-K // COLUMNS), *form) <= limit), None)
 
 
 def _of(tuned: list[int]) -> AnyPlan:
     """Kernels are told apart by how many numbers their plans have."""
-    if len(tuned) == 4:
+    if len(tuned) == PROMPT_NUMBERS:
         return PromptPlan(*tuned[:3], bool(tuned[3]))
     return WidePlan(*tuned) if len(tuned) == 5 else Plan(*tuned[:6], bool(tuned[6]))
 
