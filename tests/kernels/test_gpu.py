@@ -63,6 +63,25 @@ def test_prompts(generator, plan, group_size, codebook):
                 assert torch.equal(y, cuda.linear(x, tiles, bias.to(dtype), plan)), "not deterministic"
 
 
+def test_split_prompts_in_a_graph(generator):
+    """Blocks that wait for each other's sums find their flags down in every replay, and between two launches."""
+    if torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("prompt_linear.cu needs Hopper")
+    weight = on_gpu(random_weight((1024, 1024), 4, 64, generator))
+    tiles, plan, x = to_tiles(weight), PromptPlan(32, 2, 1, True), torch.randn(600, 1024, device="cuda").bfloat16()
+    expected = cuda.linear(x, tiles, None, plan)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = [cuda.linear(x, tiles, None, plan) for _ in range(3)]
+    for _ in range(3):
+        for y in found:
+            y.zero_()
+        graph.replay()
+        assert torch.equal(cuda.linear(x, tiles, None, plan), expected)
+        assert all(torch.equal(y, expected) for y in found)
+
+
 def test_dequantize_is_the_formats_own(generator):
     for nbits, codebook in FORMATS:
         weight = on_gpu(random_weight((256, 1000), nbits, 64, generator, codebook=codebook))
