@@ -153,16 +153,25 @@ def _plan(
         tuned = None
     if tuned == [] or (tuned is None and M > WIDE):
         return None
-    found = [] if tuned is None else [_of(tuned)]
+    found = [] if tuned is None else [_of(tuned, M)]
     found += _by_rule(M, N, K, plain) if M <= NARROW else _wide_by_rule(M, N, K)
     return next((plan for plan in found if plan.shared_bytes(M, -(-K // COLUMNS), *form) <= limit), None)
 
 
-def _of(tuned: list[int]) -> AnyPlan:
+def _of(tuned: list[int], M: int) -> AnyPlan:
     """Kernels are told apart by how many numbers their plans have."""
     if len(tuned) == PROMPT_NUMBERS:
-        return PromptPlan(*tuned[:3], bool(tuned[3]))
+        blocks, *others, split = tuned
+        if tuned[0] == 32 and _padded(M, 24) < 0.8 * _padded(
+            M, 32
+        ):  # fewer rows of x in a tile where the last one would be half empty
+            blocks = 24
+        return PromptPlan(blocks, *others, bool(split))
     return WidePlan(*tuned) if len(tuned) == 5 else Plan(*tuned[:6], bool(tuned[6]))
+
+
+def _padded(M: int, blocks: int) -> int:
+    return -(-M // (8 * blocks)) * 8 * blocks
 
 
 def pair_plan(rows: int) -> Plan:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from qbench.kernels import cuda, nvrtc
+from qbench.kernels import blocks, cuda, nvrtc
 from qbench.kernels.blocks import PromptPlan
 from qbench.kernels.tiles import to_tiles
 from tests.kernels.cases import random_weight, relative_error
@@ -73,3 +73,23 @@ def test_a_product_with_t_beyond_fp16(emulated, generator):
     x = torch.randn(3, 130, generator=generator).clamp(-3, 3).half() * 2e4
     y = cuda.linear(x, to_tiles(weight), None, PromptPlan(16, 1, 1))
     assert relative_error(y, x, weight, None) <= 1e-3
+
+
+def test_plans(monkeypatch):
+    """Other widths keep what they have; tiles are narrower where the last one would be half empty."""
+    monkeypatch.setattr(blocks, "_table", lambda gpu: {"4 bit 12288x4096 batch 512": [32, 2, 1, 1]})
+    blocks._plan.cache_clear()
+
+    def plan(M, nbits=4):
+        return blocks._plan(M, 12288, 4096, (nbits, 64, True), "a GPU", blocks.LARGEST_SHARED)
+
+    assert plan(512) == PromptPlan(32, 2, 1, True)
+    assert plan(300) == PromptPlan(24, 2, 1, True)
+    assert isinstance(plan(512, nbits=3), blocks.WidePlan)
+    assert plan(1024) is None
+    for blocks_of_x in (16, 24, 32):
+        for group_size in (32, 64, 128):
+            found = PromptPlan(blocks_of_x, 2, 1)
+            assert found.stages(group_size, True)[0] >= 4
+            assert found.shared_bytes(512, 32, 4, group_size, True) <= blocks.LARGEST_SHARED
+    blocks._plan.cache_clear()
