@@ -131,6 +131,20 @@ def plan(M: int, N: int, K: int, tiles: Tiles, device: int) -> AnyPlan | None:
     return _plan(min(M, BUCKETS[-1]), N, K, form, properties.name, limit, plain)
 
 
+def prompt_plan(M: int, N: int, K: int, tiles: Tiles, device: int) -> PromptPlan | None:
+    """For several weights of `N` rows together in one launch; None where each has its own."""
+    properties = torch.cuda.get_device_properties(device)
+    if properties.major != 9 or BUCKETS[-1] < M or not _suits_prompt(M, tiles.nbits):
+        return None
+    tuned = _table(properties.name).get(f"together {table_key(M, N, K, 4)}")
+    return PromptPlan(*tuned[:3], bool(tuned[3])) if tuned else None
+
+
+def _suits_prompt(M: int, nbits: int) -> bool:
+    """Its tiles hold 256 rows of x, and are computed whole."""
+    return nbits == 4 and 4 * M >= 3 * (-(-M // 256) * 256)
+
+
 def table_key(M: int, N: int, K: int, nbits: int) -> str:
     """The name of a tuned entry: batches share one up to each of BUCKETS."""
     bucket = next(size for size in BUCKETS if size >= M)
@@ -149,29 +163,20 @@ def _plan(
 ) -> AnyPlan | None:
     table = _table(gpu)  # where a width has no entry of its own, 4 bits' is nearer than a rule
     tuned = table.get(table_key(M, N, K, form[0]), table.get(table_key(M, N, K, 4)))
-    if form[0] != 4 and tuned is not None and len(tuned) == PROMPT_NUMBERS:
+    if tuned is not None and len(tuned) == PROMPT_NUMBERS and not _suits_prompt(M, form[0]):
         tuned = None
     if tuned == [] or (tuned is None and M > WIDE):
         return None
-    found = [] if tuned is None else [_of(tuned, M)]
+    found = [] if tuned is None else [_of(tuned)]
     found += _by_rule(M, N, K, plain) if M <= NARROW else _wide_by_rule(M, N, K)
     return next((plan for plan in found if plan.shared_bytes(M, -(-K // COLUMNS), *form) <= limit), None)
 
 
-def _of(tuned: list[int], M: int) -> AnyPlan:
+def _of(tuned: list[int]) -> AnyPlan:
     """Kernels are told apart by how many numbers their plans have."""
     if len(tuned) == PROMPT_NUMBERS:
-        blocks, *others, split = tuned
-        if tuned[0] == 32 and _padded(M, 24) < 0.8 * _padded(
-            M, 32
-        ):  # fewer rows of x in a tile where the last one would be half empty
-            blocks = 24
-        return PromptPlan(blocks, *others, bool(split))
+        return PromptPlan(*tuned[:3], bool(tuned[3]))
     return WidePlan(*tuned) if len(tuned) == 5 else Plan(*tuned[:6], bool(tuned[6]))
-
-
-def _padded(M: int, blocks: int) -> int:
-    return -(-M // (8 * blocks)) * 8 * blocks
 
 
 def pair_plan(rows: int) -> Plan:

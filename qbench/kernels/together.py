@@ -45,8 +45,9 @@ def _(x, tensors, numbers):
     fits = x.dtype in ops.HALF and M > 0 and x.shape[-1] == weights[0].shape[-1] and _alike(weights)
     if fits and not cuda._plain(device):
         rows = sum(each.shape[0] for each in weights)
-        plan = blocks.plan(M, rows, x.shape[-1], weights[0], device)
-        one_row, prompt = M == 1 and isinstance(plan, blocks.Plan), isinstance(plan, blocks.PromptPlan)
+        choose = blocks.plan if M == 1 else blocks.prompt_plan
+        plan = choose(M, rows, x.shape[-1], weights[0], device)
+        one_row, prompt = isinstance(plan, blocks.Plan), isinstance(plan, blocks.PromptPlan)
         if (one_row or (prompt and _prompts(weights))) and cuda.refusal(device, plan.kernel) is None:
             run = launch if one_row else cuda.prompt_linears
             with torch.cuda.device(x.device):
