@@ -6,8 +6,9 @@
 Cuts the text in two halves at the end of a line. The first board is of the first half and the draws from 0 on, the
 second of the second half and as many draws that follow. The words are the command's own, such as a model, a task that
 reads `task.path`, runtime or calibration settings; `--sweep WORDS`, once or more, says which methods in place of eight
-methods at 4 and 3 bits with the noise floor. A pair is ranked apart as a board ranks (report/noise.py). Exit status 1
-if a pair that both boards rank apart is the other way round in the second.
+methods at 4 and 3 bits with the noise floor; all of a board are one pass, if its states fit. A pair is ranked apart as
+a board ranks (report/noise.py). Exit status 1 if a pair that both boards rank apart is the other way round in the
+second.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from typing import Any
 
 import numpy as np
 
+from qbench.errors import RequestError
 from qbench.report import board, columns, entries
 from qbench.report.board import FLOOR, Section
 from qbench.report.noise import Paired, Told
@@ -63,16 +65,27 @@ def halves(text: Path, folder: Path) -> list[Path]:
 
 
 def measure(outputs: Path, text: Path, words: Sequence[str], sweeps: Sequence[str], draws: range) -> None:
-    """One board: every sweep, in a process of its own; what is recorded already is not measured again."""
-    for sweep in sweeps:
-        drawn = [f"calibration.draws={len(draws)}", f"calibration.first_draw={draws.start}"]
-        command = [*words, *sweep.split(), *drawn, f"task.path={text.resolve()}", f"outputs={outputs}"]
-        subprocess.run([sys.executable, "-m", "qbench", "-m", *command], check=True, stdout=subprocess.DEVNULL)
+    """One board: the sweeps are one experiment, so they share a pass; what is recorded is not measured again."""
+    products = [dict(word.split("=", 1) for word in sweep.split()) for sweep in sweeps]
+    experiment = outputs / "conf" / "experiment" / "second_look.yaml"
+    experiment.parent.mkdir(parents=True, exist_ok=True)
+    sweeper = {"params": products[0], "also": products[1:]}
+    experiment.write_text("# @package _global_\n" + json.dumps({"hydra": {"sweeper": sweeper}}), encoding="utf-8")
+    drawn = [f"calibration.draws={len(draws)}", f"calibration.first_draw={draws.start}"]
+    command = ["--config-dir", str(outputs / "conf"), "-m", "experiment=second_look", *words, *drawn]
+    command += [f"task.path={text.resolve()}", f"outputs={outputs.resolve()}"]
+    done = subprocess.run([sys.executable, "-m", "qbench", *command], stdout=subprocess.DEVNULL, check=False)
+    if done.returncode:
+        raise SystemExit(done.returncode)  # qbench has said why
 
 
 def section_of(outputs: Path) -> Section:
     """The one board that lies there: of a perplexity, its only text."""
-    found = board.sections(entries.latest(entries.read(outputs).entries), *columns.order("quality"))
+    try:
+        recorded = entries.read(outputs).entries
+    except RequestError as error:
+        raise SystemExit(str(error)) from None
+    found = board.sections(entries.latest(recorded), *columns.order("quality"))
     found = [section for section in found if section.number.name == "ppl"]
     if len(found) != 1:
         raise SystemExit(f"{outputs} holds {len(found)} boards of a perplexity; there must be one")
@@ -124,7 +137,7 @@ def main() -> None:
         if asked.text is None or asked.outputs is None:
             parser.error("give --text FILE and an OUTPUTS folder, or --compare-only DIR DIR")
         folders = [asked.outputs / name for name in ("first", "second")]
-        for n, half in enumerate(halves(asked.text, asked.outputs)):
+        for n, half in enumerate(halves(asked.text, asked.outputs.resolve())):
             draws = range(n * asked.draws, (n + 1) * asked.draws)
             measure(folders[n], half, asked.words, asked.sweep or SWEEPS, draws)
     found = compared(*map(section_of, folders))

@@ -29,7 +29,7 @@ from qbench.report.noise import Paired, Told
 
 RUNS, LONG, ROWS = 400, 4000, 6
 SIZES = [(24, 4), (48, 6), (166, 6)]  # windows, draws; 166 windows of 2048 are all of WikiText-2's test
-RATIOS = (0, 1, 2, 4)  # of simulated draws: the variance that they add to a row over the variance that windows explain
+RATIOS = (0, 1, 2, 4)  # of simulated draws: the variance of a draw's number that is the draw's over the rest of it
 SKEWED = 1.0  # of simulated windows, sigma of the lognormal that their differences have
 DOCUMENTS = [(200, 0.1), (1000, 0.05)]  # and the share of them that turn right or wrong
 SWEEPS = [
@@ -93,7 +93,7 @@ def documents(rows: int, count: int, changed: float) -> Sample:
 
 
 def drawn(rows: int, windows: int, draws: int, ratio: float) -> Sample:
-    """Rows of one mean, whose numbers differ by draws `ratio` times as much as what varies with window and draw does."""
+    """Rows of one mean: a draw's number varies `ratio` times as much with the draw as with what its windows add."""
 
     def sample(random: np.random.Generator) -> tuple[np.ndarray, list[np.ndarray | None]]:
         own, effect = 3 + random.normal(0, 0.3, (windows, 1)), 0.02 * np.sqrt(ratio / windows)
