@@ -14,7 +14,7 @@ from functools import cached_property
 import numpy as np
 
 from qbench import significance
-from qbench.intervals import ANY, POOL, Drawn, Estimate, exp_adds, with_draws
+from qbench.intervals import Drawn, Estimate, exp_adds, with_draws
 from qbench.record.quality import Reading, read_mean
 
 
@@ -42,8 +42,8 @@ class Paired:
         n = scores.shape[1]
         self.level, self.windows = level, n
         tables = [None] * len(scores) if draws is None else draws
-        pool = POOL if len(scores) <= 2 else ANY  # of many comparisons none may be wrong (intervals.py)
-        self.drawn = [Drawn(1) if t is None else Drawn.of(_adds(t, reading, weights), pool) for t in tables]
+        many = len(scores) > 2  # comparisons, of which none may be wrong (intervals.py)
+        self.drawn = [Drawn(1) if t is None else Drawn.of(_adds(t, reading, weights), many) for t in tables]
         single = np.array([table is None for table in tables])
         self.binary = single & np.isin(scores, (0, 1)).all(1) & (reading == "mean") & (weights is None)
         self.scores = scores
