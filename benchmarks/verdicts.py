@@ -27,7 +27,7 @@ import numpy as np
 from qbench.report import entries
 from qbench.report.noise import Paired, Told
 
-RUNS, LONG, ROWS = 400, 4000, 6
+RUNS, LONG, ROWS = 400, 2000, 6
 SIZES = [(24, 4), (48, 6), (166, 6)]  # windows, draws; 166 windows of 2048 are all of WikiText-2's test
 RATIOS = (0, 1, 2, 4)  # of simulated draws: the variance of a draw's number that is the draw's over the rest of it
 SKEWED = 1.0  # of simulated windows, sigma of the lognormal that their differences have
