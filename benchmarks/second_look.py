@@ -19,6 +19,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -40,10 +41,16 @@ class Board:
     told: Told
 
     @staticmethod
-    def of(section: Section) -> Board:
+    def of(section: Section, draw: int | None = None) -> Board:
+        """`draw`: as the board would be if calibrated methods had been measured in this one of their draws alone."""
         rows = [row for row in section.rows if row.entry.quantizer != FLOOR and row.score.windows is not None]
-        scores, draws = np.stack([row.score.windows for row in rows]), [row.score.draws for row in rows]
-        told = Told.of(Paired(scores, section.number.reading, rows[0].score.weights, draws=draws), section.floor)
+        draws = [row.score.draws for row in rows]
+        scores = [row.score.windows for row in rows]
+        if draw is not None:
+            scores = [own if table is None else table[:, draw] for own, table in zip(scores, draws, strict=True)]
+            draws = [None] * len(rows)
+        paired = Paired(np.stack(scores), section.number.reading, rows[0].score.weights, draws=draws)
+        told = Told.of(paired, section.floor)
         return Board({json.dumps(row.entry.identity.quantizer, sort_keys=True): row.method for row in rows}, told)
 
     def order(self, settings: Sequence[str]) -> np.ndarray:
@@ -96,9 +103,16 @@ def compared(first: Section, second: Section) -> dict[str, Any]:
     one, other = Board.of(first), Board.of(second)
     shared = [settings for settings in one.names if settings in other.names]
     upper = np.triu_indices(len(shared), 1)
-    orders = [each.order(shared) for each in (one, other)]
-    before, after = (order[upper] for order in orders)
-    turned = [(shared[i], shared[j]) for i, j in zip(*upper, strict=True) if orders[0][i, j] * orders[1][i, j] < 0]
+    before, after = (each.order(shared)[upper] for each in (one, other))
+    turned = [(shared[i], shared[j]) for i, j, k in zip(*upper, before * after, strict=True) if k < 0]
+
+    def alone(section: Section) -> list[np.ndarray]:
+        counts = [row.score.draws.shape[1] for row in section.rows if row.score.draws is not None]
+        return [Board.of(section, draw).order(shared)[upper] for draw in range(min(counts, default=0))]
+
+    of_draws = [
+        bool((one_draw * other_draw < 0).any()) for one_draw, other_draw in product(alone(first), alone(second))
+    ]
     return {
         "boards": [
             {
@@ -120,6 +134,7 @@ def compared(first: Section, second: Section) -> dict[str, Any]:
         "apart_in_second": int((after != 0).sum()),
         "apart_again": int((before * after > 0).sum()),
         "reversed": [[one.names[i], one.names[j]] for i, j in turned],
+        "with_a_single_draw": {"board_pairs": len(of_draws), "with_any_reversed": sum(of_draws)},
     }
 
 
