@@ -66,6 +66,8 @@ $(VENV)/.oracle: $(READY)
 	BUILD_CUDA_EXT=0 $(PIP) --no-deps --no-build-isolation --target $(VENV)/oracle auto-gptq==0.7.1 autoawq==0.2.9 torchao==0.18.0
 	rm -rf $(VENV)/oracle-gptqmodel
 	$(PIP) --no-deps --no-build-isolation --target $(VENV)/oracle-gptqmodel gptqmodel==7.7.0 logbar==0.4.15
+	rm -rf $(VENV)/oracle-llama
+	$(PIP) --no-deps --target $(VENV)/oracle-llama llama-cpp-py-sync==0.11548 xllamacpp==2026.10.11549 cffi pycparser
 	touch $@
 
 clean:

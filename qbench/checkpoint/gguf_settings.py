@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 
+from qbench.checkpoint import gguf_architectures as architectures
 from qbench.model.gguf_names import ARCHITECTURES
 
 log = logging.getLogger(__name__)
 
-WRITTEN = ("llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe")  # whose settings are known here
+WRITTEN = ("llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe", *architectures.SETTINGS)  # known here
 ROTATIONS = ("default", "linear", "llama3")
 WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -26,10 +27,13 @@ def refusal(model: Any) -> str | None:
     config = model.config
     if config.model_type not in WRITTEN:
         return f"a {config.model_type} model is not written as GGUF here; known are {', '.join(WRITTEN)}"
-    if (kind := _rotation(config).get("rope_type", "default")) not in ROTATIONS:
-        return f"its rotary positions are of the kind {kind}; written are {', '.join(ROTATIONS)}"
-    layers = getattr(config, "layer_types", None)
-    if "sliding_attention" in layers if layers else getattr(config, "sliding_window", None):
+    rotations = architectures.ROTATIONS.get(config.model_type, ROTATIONS)
+    if (kind := architectures.rotation(config).get("rope_type", "default")) not in rotations:
+        return f"its rotary positions are of the kind {kind}; written are {', '.join(rotations)}"
+    if config.model_type in architectures.REFUSALS:
+        if reason := architectures.REFUSALS[config.model_type](config):
+            return reason
+    elif architectures.windowed(config):
         return "its attention sees a sliding window, which llama.cpp's models of that architecture do not"
     if config.model_type == "qwen3_moe" and not config.norm_topk_prob:
         return (
@@ -43,10 +47,10 @@ def refusal(model: Any) -> str | None:
 def add(writer: Any, model: Any, tokenizer: Any) -> None:
     """Adds all settings to a GGUFWriter, and the rotary factors where the model has any."""
     config = model.config
-    arch, rotation = ARCHITECTURES[config.model_type], _rotation(config)
+    arch, rotation = ARCHITECTURES[config.model_type], architectures.rotation(config)
     heads = config.num_attention_heads
     head_size = getattr(config, "head_dim", None) or config.hidden_size // heads
-    sizes = {
+    sizes: dict[str, architectures.Setting] = {
         "context_length": config.max_position_embeddings,
         "embedding_length": config.hidden_size,
         "block_count": config.num_hidden_layers,
@@ -63,26 +67,34 @@ def add(writer: Any, model: Any, tokenizer: Any) -> None:
         sizes |= {"expert_count": experts, "expert_used_count": config.num_experts_per_tok}
         if width := getattr(config, "moe_intermediate_size", None):
             sizes["expert_feed_forward_length"] = width
-    for key, value in sizes.items():
-        writer.add_uint32(f"{arch}.{key}", int(value))
-    writer.add_float32(f"{arch}.attention.layer_norm_rms_epsilon", config.rms_norm_eps)
-    writer.add_float32(f"{arch}.rope.freq_base", float(rotation.get("rope_theta", 10000.0)))
+    sizes["attention.layer_norm_rms_epsilon"] = float(config.rms_norm_eps)
+    sizes["rope.freq_base"] = float(rotation.get("rope_theta", 10000.0))
     if rotation.get("rope_type") == "linear":
-        writer.add_string(f"{arch}.rope.scaling.type", "linear")
-        writer.add_float32(f"{arch}.rope.scaling.factor", float(rotation["factor"]))
+        sizes |= {"rope.scaling.type": "linear", "rope.scaling.factor": float(rotation["factor"])}
+    if config.model_type in architectures.SETTINGS:
+        sizes |= architectures.SETTINGS[config.model_type](config)
+    ways = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
+    for key, value in sizes.items():
+        ways[type(value)](f"{arch}.{key}", value)
     writer.add_quantization_version(2)
     writer.add_quantized_by("qbench")
     add_tokenizer(writer, tokenizer, config)
 
 
-def rotary_factors(model: Any) -> torch.Tensor | None:
-    """By how much Llama 3 slows each frequency down, fp32 `[head size / 2]`; None of a model that does not."""
-    rotation = _rotation(model.config)
+def rotary_factors(model: Any) -> dict[str, torch.Tensor]:
+    """By how much a model slows each frequency down, fp32 `[head size / 2]`, by the names of such tensors.
+
+    Llama 3 does it alike for all texts, Phi-3 in one way for short texts and in another for long ones.
+    """
+    rotation = architectures.rotation(model.config)
+    if rotation.get("rope_type") == "longrope":
+        kinds = ("long", "short")
+        return {f"rope_factors_{kind}.weight": torch.tensor(rotation[f"{kind}_factor"]) for kind in kinds}
     if rotation.get("rope_type") != "llama3":
-        return None
+        return {}
     scaled = model.get_decoder().rotary_emb.inv_freq.float().cpu()
     exponent = torch.arange(0, 2 * len(scaled), 2, dtype=torch.float32) / (2 * len(scaled))
-    return 1 / (rotation["rope_theta"] ** exponent) / scaled
+    return {"rope_freqs.weight": 1 / (rotation["rope_theta"] ** exponent) / scaled}
 
 
 def add_tokenizer(writer: Any, tokenizer: Any, config: Any) -> None:
@@ -131,7 +143,3 @@ def words_of(described: Any) -> str | None:
     if kinds == ["Split", "ByteLevel"] and not steps[1].get("use_regex", True):
         return SPLITS.get(steps[0].get("pattern", {}).get("Regex"))
     return None
-
-
-def _rotation(config: Any) -> dict[str, Any]:
-    return dict(getattr(config, "rope_parameters", None) or {})
