@@ -144,9 +144,11 @@ def main() -> None:
     text = arguments.text.read_text(encoding="utf-8")[: 16 * count]
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"][:count]
     rows = measure(files, reference, torch.tensor(ids).view(arguments.windows, arguments.window))
-    if arguments.output:
-        about = {"text": arguments.text.name, "windows": arguments.windows, "window": arguments.window}
-        arguments.output.write_text(json.dumps(about | {"rows": rows}, indent=1) + "\n", encoding="utf-8")
+    if arguments.output:  # other files' rows stay
+        about: dict[str, Any] = {"text": arguments.text.name, "windows": arguments.windows, "window": arguments.window}
+        known = json.loads(arguments.output.read_text())["rows"] if arguments.output.is_file() else []
+        about["rows"] = [row for row in known if row["file"] not in {row["file"] for row in rows}] + rows
+        arguments.output.write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
