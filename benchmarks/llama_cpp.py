@@ -32,16 +32,21 @@ from qbench.sources.file import File
 CPU = torch.device("cpu")
 
 
-def served(path: Path, windows: Tensor) -> Iterator[Tensor]:
-    """llama.cpp's logits of each window, fp32 `[tokens, vocabulary]`."""
+def opened(path: Path, length: int) -> Any:
+    """The file in llama.cpp, for windows of `length` tokens."""
     from llama_cpp_py_sync import Llama, _cffi_bindings
 
     if found := importlib.util.find_spec("xllamacpp"):
         library = next(Path(found.submodule_search_locations[0]).glob("*.so"))
         _cffi_bindings._find_library = lambda: str(library)
-    length = windows.shape[1]
     exact = dict(type_k="f32", type_v="f32", flash_attn_type=0)
-    llama = Llama(str(path), n_ctx=length, n_batch=length, n_ubatch=length, n_threads=1, **exact)
+    return Llama(str(path), n_ctx=length, n_batch=length, n_ubatch=length, n_threads=1, **exact)
+
+
+def served(path: Path, windows: Tensor) -> Iterator[Tensor]:
+    """llama.cpp's logits of each window, fp32 `[tokens, vocabulary]`."""
+    length = windows.shape[1]
+    llama = opened(path, length)
     ffi, library = llama._ffi, llama._lib
     for window in windows.tolist():
         library.llama_memory_clear(library.llama_get_memory(llama._ctx), True)

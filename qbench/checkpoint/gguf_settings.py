@@ -2,24 +2,16 @@
 
 from __future__ import annotations
 
-import json
-import logging
 from typing import Any
 
 import torch
 
 from qbench.checkpoint import gguf_architectures as architectures
+from qbench.checkpoint import gguf_tokenizer
 from qbench.model.gguf_names import ARCHITECTURES
-
-log = logging.getLogger(__name__)
 
 WRITTEN = ("llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe", *architectures.SETTINGS)  # known here
 ROTATIONS = ("default", "linear", "llama3")
-WORDS = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-SPLITS = {WORDS % "{1,3}": "llama-bpe", WORDS % "": "qwen2"}  # a regular expression of words -> llama.cpp's name for it
-NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5
 
 
 def refusal(model: Any) -> str | None:
@@ -78,7 +70,7 @@ def add(writer: Any, model: Any, tokenizer: Any) -> None:
         ways[type(value)](f"{arch}.{key}", value)
     writer.add_quantization_version(2)
     writer.add_quantized_by("qbench")
-    add_tokenizer(writer, tokenizer, config)
+    gguf_tokenizer.add(writer, tokenizer, config.vocab_size)
 
 
 def rotary_factors(model: Any) -> dict[str, torch.Tensor]:
@@ -95,51 +87,3 @@ def rotary_factors(model: Any) -> dict[str, torch.Tensor]:
     scaled = model.get_decoder().rotary_emb.inv_freq.float().cpu()
     exponent = torch.arange(0, 2 * len(scaled), 2, dtype=torch.float32) / (2 * len(scaled))
     return {"rope_freqs.weight": 1 / (rotation["rope_theta"] ** exponent) / scaled}
-
-
-def add_tokenizer(writer: Any, tokenizer: Any, config: Any) -> None:
-    """Adds a tokenizer of byte pairs; of another one only a warning: the file is then read by us and serves no text."""
-    described = json.loads(tokenizer.backend_tokenizer.to_str()) if hasattr(tokenizer, "backend_tokenizer") else {}
-    words = words_of(described)
-    if words is None:
-        log.warning("the GGUF file has no tokenizer: llama.cpp has no name for how this one splits a text into words")
-        writer.add_tokenizer_model("no_vocab")
-        return
-    added = {int(entry["id"]): entry for entry in described.get("added_tokens", [])}
-    by_id = {int(index): token for token, index in described["model"]["vocab"].items()}
-    by_id |= {index: entry["content"] for index, entry in added.items()}
-    tokens, kinds = [], []
-    for index in range(config.vocab_size):
-        tokens.append(by_id.get(index, f"[PAD{index}]"))
-        special = CONTROL if added.get(index, {}).get("special") else USER_DEFINED
-        kinds.append(special if index in added else NORMAL if index in by_id else UNUSED)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(words)
-    writer.add_token_list(tokens)
-    writer.add_token_types(kinds)
-    pairs = [pair if isinstance(pair, str) else " ".join(pair) for pair in described["model"]["merges"]]
-    writer.add_token_merges(pairs)
-    for name in ("bos", "eos", "unk", "pad"):
-        if (number := getattr(tokenizer, f"{name}_token_id", None)) is not None:
-            getattr(writer, f"add_{name}_token_id")(int(number))
-    writer.add_add_bos_token(tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id])
-    if isinstance(template := getattr(tokenizer, "chat_template", None), str):
-        writer.add_chat_template(template)
-
-
-def words_of(described: Any) -> str | None:
-    """llama.cpp's name for how a tokenizer of byte pairs, as `tokenizers` describes it, cuts words; None for others."""
-    if described.get("model", {}).get("type") != "BPE" or described["model"].get("byte_fallback"):
-        return None
-    steps = described.get("pre_tokenizer") or {}
-    steps = steps.get("pretokenizers", [steps])
-    kinds = [step.get("type") for step in steps]
-    if kinds[-1] != "ByteLevel" or steps[-1].get("add_prefix_space"):
-        return None
-    if kinds == ["ByteLevel"] and steps[0].get("use_regex", True):
-        return "gpt-2"
-    if kinds == ["Digits", "ByteLevel"] and steps[0].get("individual_digits") and steps[1].get("use_regex", True):
-        return "smollm"
-    if kinds == ["Split", "ByteLevel"] and not steps[1].get("use_regex", True):
-        return SPLITS.get(steps[0].get("pattern", {}).get("Regex"))
-    return None

@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import logging
-
 import pytest
 import torch
 from gguf import GGUFReader
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
-from qbench.checkpoint import gguf, gguf_settings
+from qbench.checkpoint import gguf
 from qbench.errors import RequestError
 from qbench.format.gguf import of_blocks
 from qbench.passes.quantize import quantize_model
@@ -155,40 +150,6 @@ def test_the_settings_are_those_that_llama_cpp_asks_for(tmp_path):
     assert factors.shape == (8,)
     assert factors[0] == 1
     assert factors[-1] == pytest.approx(8)
-
-
-def described(pre) -> dict:
-    made = Tokenizer(models.BPE(vocab={"a": 0}, merges=[]))
-    made.pre_tokenizer, made.decoder = pre, decoders.ByteLevel()
-    return json.loads(made.to_str())
-
-
-def test_how_words_are_split_has_a_name_or_none():
-    split, bytes_ = pre_tokenizers.Split, pre_tokenizers.ByteLevel
-    llama3, qwen2 = gguf_settings.SPLITS
-    whole = bytes_(add_prefix_space=False, use_regex=False)
-
-    def sequence(*steps):
-        return described(pre_tokenizers.Sequence(list(steps)))
-
-    words = gguf_settings.words_of
-    assert words(described(bytes_(add_prefix_space=False))) == "gpt-2"
-    assert words(sequence(pre_tokenizers.Digits(True), bytes_(add_prefix_space=False))) == "smollm"
-    assert words(sequence(split(Regex(llama3), "isolated"), whole)) == "llama-bpe"
-    assert words(sequence(split(Regex(qwen2), "isolated"), whole)) == "qwen2"
-    assert words(sequence(split(Regex(r"\d"), "isolated"), whole)) is None
-    assert words(described(pre_tokenizers.Whitespace())) is None
-    assert words(described(bytes_(add_prefix_space=True))) is None
-    assert words({}) is None
-
-
-def test_a_tokenizer_without_a_name_costs_a_warning_and_no_file(tmp_path, caplog):
-    made = Tokenizer(models.WordLevel(vocab={"a": 0}, unk_token="a"))
-    made.pre_tokenizer = pre_tokenizers.Whitespace()
-    with caplog.at_level(logging.WARNING):
-        gguf.write(build("Llama"), PreTrainedTokenizerFast(tokenizer_object=made), tmp_path / "model.gguf")
-    assert "the GGUF file has no tokenizer" in caplog.text
-    assert GGUFReader(tmp_path / "model.gguf").fields["tokenizer.ggml.model"].contents() == "no_vocab"
 
 
 @pytest.mark.parametrize(
