@@ -41,7 +41,7 @@ def test_how_words_are_split_has_a_name_or_none():
 
 
 def pieces(kind: str, complete: bool = True) -> PreTrainedTokenizerFast:
-    """A tokenizer of sentence pieces, with bytes for what it lacks; `complete`: all pairs that make a piece are merged."""
+    """A tokenizer of sentence pieces, with bytes for what it lacks; `complete`: every pair that makes one is merged."""
     space = gguf_tokenizer.SPACE
     special = ["<unk>", "<s>", "</s>"] + [f"<0x{byte:02X}>" for byte in range(256)]
     trained = Tokenizer(models.BPE(unk_token="<unk>"))
