@@ -70,10 +70,15 @@ def main() -> int:
         rows.append(row)
         said = f"{row['tensors']} tensors ({', '.join(row['kinds'])}), {row['numbers_that_differ']} numbers differ"
         print(f"{path.name}: {said} from {row['decoder']}'s", flush=True)
-        if asked.output:
-            about = {"model": "SmolLM2-135M-Instruct, as embedded", "torch": torch.__version__, "rows": rows}
-            asked.output.write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+        keep(asked.output, rows + [other for other in known if other["file"] not in {row["file"] for row in rows}])
+    keep(asked.output, rows)
     return int(any(row["numbers_that_differ"] or not row["tensors"] for row in rows))
+
+
+def keep(output: Path | None, rows: list[dict[str, Any]]) -> None:
+    if output:
+        about = {"model": "SmolLM2-135M-Instruct, as embedded", "torch": torch.__version__, "rows": rows}
+        output.write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
 
 
 def version_of(name: str) -> str:
