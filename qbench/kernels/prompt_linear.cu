@@ -21,9 +21,7 @@
 #include "finish.cuh"
 
 #define STRIPS (4 * GROUPS)                        // of 16 rows, per block; a warp each
-#ifndef UNDER_WAY
-#define UNDER_WAY 3
-#endif
+#define UNDER_WAY 3                                // units of 32 columns that are being multiplied while one is made
 #ifndef SPLIT
 #define SPLIT 0
 #endif

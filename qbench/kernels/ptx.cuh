@@ -137,12 +137,6 @@ __device__ __forceinline__ void bulk_copy(u32 to, const void* from, u32 bytes, u
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
                "l"(from), "r"(bytes), "r"(bar) : "memory");
 }
-__device__ __forceinline__ void bulk_copy(u32 to, const void* from, u32 bytes, u32 bar, u32 blocks) {  // to each of them
-  if (blocks == 1) bulk_copy(to, from, bytes, bar);
-  else
-    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1], %2, [%3], %4;"
-                 ::"r"(to), "l"(from), "r"(bytes), "r"(bar), "h"(u16(blocks)) : "memory");
-}
 // A map of x `[M, K]` that the driver encodes: boxes of 64 columns, 128 bytes, swizzled by row as wgmma reads them.
 struct alignas(64) Map { u64 words[16]; };
 // The box at (column, row) to `to` in every block of `blocks` (one bit each), and its bytes to their barriers at `bar`.

@@ -139,13 +139,6 @@ inline void bulk_copy(u32 to, const void* from, u32 bytes, u32 bar) {
   memcpy(here.block->memory.data() + to, from, bytes);
   change(bar, here.rank, 0, -int(bytes));
 }
-inline void bulk_copy(u32 to, const void* from, u32 bytes, u32 bar, u32 blocks) {
-  if (blocks == 1) return bulk_copy(to, from, bytes, bar);
-  for (u32 rank = 0; blocks >> rank; rank++) {
-    memcpy(here.cluster->blocks[rank]->memory.data() + to, from, bytes);
-    change(bar, rank, 0, -int(bytes));
-  }
-}
 inline void barrier_wait(u32 bar, u32 parity) {
   while ((Barrier(barrier_at(bar, here.rank)).phase & 1) == parity) std::this_thread::sleep_for(std::chrono::milliseconds(1));
 }
