@@ -241,8 +241,14 @@ class Together:
         if one.point.config.runtime.offload:
             log.warning("the speed of the original is not measured: it would be that of copying its weights")
             return None
-        with self.clock.phase("load"):
-            model = self.walk.original()
+        try:
+            with self.clock.phase("load"):
+                model = self.walk.original()
+        except torch.OutOfMemoryError:
+            no_room = (
+                f"{one.point.model.name} does not fit on the GPU as it is; runtime.offload=true times it quantized"
+            )
+            raise PointError(no_room) from None
         try:
             with self.clock.phase("baseline_speed"):
                 return speed.measure(model, one.point.config.speed)

@@ -220,3 +220,12 @@ def test_a_timed_original_is_gone_before_the_walk(prepared, tmp_path, tiny, monk
     assert [result.speed.baseline is None, len(timed)] == ([True, 1] if quantizer == "none" else [False, 2])
     if len(timed) == 2:
         assert 0 < (timed[1] - timed[0]).norm() < 0.5 * timed[0].norm()
+
+
+def test_an_original_that_does_not_fit_is_one_sentence(prepared, monkeypatch):
+    def original(self):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(Walk, "original", original)
+    [(_, result)] = run_pass([prepared("model=tiny-dense", "quantizer=rtn", *SHORT, *SPEED)])
+    assert result.error == "tiny-dense does not fit on the GPU as it is; runtime.offload=true times it quantized"
