@@ -1,4 +1,4 @@
-"""Several weights that multiply the same row of x in one launch: q, k and v; gate and up.
+"""Several weights that multiply the same x in one launch: q, k and v; gate and up; of one row, or of a prompt's.
 
     dual_linears(x [..., in], tiles of each) -> [..., out] of each         as `dual_linear` of each
 
@@ -41,14 +41,18 @@ def _(x, tensors, numbers):
 @dual_linears.register_kernel("cuda")
 def _(x, tensors, numbers):
     weights = _each(tensors, numbers)
-    one_row = x.dtype in ops.HALF and x.numel() == x.shape[-1] == weights[0].shape[-1]
-    device = x.device.index
-    if one_row and _alike(weights) and cuda.refusal(device) is None and not cuda._plain(device):
+    M, device = x.numel() // max(x.shape[-1], 1), x.device.index
+    fits = x.dtype in ops.HALF and M > 0 and x.shape[-1] == weights[0].shape[-1] and _alike(weights)
+    if fits and not cuda._plain(device):
         rows = sum(each.shape[0] for each in weights)
-        plan = blocks.plan(1, rows, x.shape[-1], weights[0], x.device.index)
-        if isinstance(plan, blocks.Plan):
+        choose = blocks.plan if M == 1 else blocks.prompt_plan
+        plan = choose(M, rows, x.shape[-1], weights[0], device)
+        one_row, prompt = isinstance(plan, blocks.Plan), isinstance(plan, blocks.PromptPlan)
+        if (one_row or (prompt and _prompts(weights))) and cuda.refusal(device, plan.kernel) is None:
+            run = launch if one_row else cuda.prompt_linears
             with torch.cuda.device(x.device):
-                return [y.view(*x.shape[:-1], -1) for y in launch(x.reshape(1, -1), weights, plan)]
+                ys = run(ops._unit_stride(x.reshape(M, -1)), weights, plan)
+            return [y.view(*x.shape[:-1], -1) for y in ys]
     return [ops.dual_linear(x, *each.flat(), None) for each in weights]
 
 
@@ -145,6 +149,12 @@ def _alike(weights: Sequence[Tiles]) -> bool:
         for each in weights
     }
     return len(forms) == 1 and weights[0].rotation is None
+
+
+def _prompts(weights: Sequence[Tiles]) -> bool:
+    """Whether one launch of prompt_linear.cu takes them: x as it is, t of all or none."""
+    stored = {(each.input_scale is None, each.permutation is None, each.codebook is None) for each in weights}
+    return stored in ({(True, True, True)}, {(False, True, True)})
 
 
 @cache
