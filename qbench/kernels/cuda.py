@@ -231,7 +231,8 @@ def _launch_prompt(
     if chosen.split:  # what a block leaves of a tile that another one finishes
         warps = clusters * share * 4 * chosen.warpgroups
         sums = torch.empty(warps * chosen.batch_blocks * 128, device=device)
-        problem.sums, problem.ready = sums.data_ptr(), _flags(device, warps).data_ptr()
+        ready = torch.zeros(warps, dtype=torch.int32, device=device)
+        problem.sums, problem.ready = sums.data_ptr(), ready.data_ptr()
     problem.codebook = _address(form.codebook)
     problem.M, problem.chunks, problem.clusters = M, chunks, clusters
     problem.row_blocks, problem.x_blocks = row_blocks, x_blocks
@@ -245,23 +246,6 @@ def _launch_prompt(
         share,
         early=_early(device),
     )
-
-
-_FLAGS: dict[tuple[int | None, int], tuple[int | None, Tensor]] = {}
-
-
-def _flags(device: torch.device, count: int) -> Tensor:
-    """At least `count` zeros, int32, that kernels leave as zeros: no launch in front has to write them.
-
-    Kernels of one stream share them, since they run one after the other; a CUDA graph has its own, zeroed in it.
-    """
-    stream = _stream(device)
-    capture = nvrtc.capture_of(stream)
-    held = _FLAGS.get((device.index, stream))
-    if held is None or capture is None or held[0] != capture or len(held[1]) < count:
-        held = capture, torch.zeros(max(count, 4096), dtype=torch.int32, device=device)
-        _FLAGS[device.index, stream] = held
-    return held[1]
 
 
 def _launch_input(entry: str, x: Tensor, tiles: Tiles, to: Tensor, defines: Defines) -> None:

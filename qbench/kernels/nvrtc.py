@@ -206,16 +206,6 @@ def _clusters_at_work(function: int, threads: int, shared_bytes: int, cluster: i
     return found.value
 
 
-def capture_of(stream: int) -> int | None:
-    """The number of the CUDA graph that is captured on `stream`, 0 if none is; None if the driver does not say."""
-    status, number = ctypes.c_int(), ctypes.c_uint64()
-    query = _driver().cuStreamGetCaptureInfo
-    nothing = [None] * 4  # what later versions of the call would give besides
-    if query(ctypes.c_void_p(stream), ctypes.byref(status), ctypes.byref(number), *nothing):
-        return None
-    return number.value if status.value else 0
-
-
 TENSOR_UINT16, SWIZZLE_128_BYTES, PROMOTE_256_BYTES = 1, 3, 3  # CU_TENSOR_MAP_...
 
 

@@ -46,7 +46,7 @@ struct Problem {
   int row_blocks, x_blocks, clusters;  // tiles of y: clusters of blocks along N, blocks along M; clusters at work
 #if SPLIT
   float4* sums;           // [blocks][STRIPS][NB][32 lanes]: of the tile that a block does not finish
-  u32* ready;             // [blocks][STRIPS], zeros before and after: whether they are there
+  u32* ready;             // [blocks][STRIPS], zeros: whether they are there
 #endif
 };
 
@@ -253,7 +253,7 @@ prompt_linear(const __grid_constant__ Map x, const __grid_constant__ Problem p) 
       }
       for (int from = work.begin, other = work.cluster; from > work.tile * p.chunks; from = work.share_of(other)) {
         const int place = (--other * int(share) + int(rank)) * STRIPS + warp;
-        if (lane == 0) take_flag(p.ready + place);
+        if (lane == 0) await_flag(p.ready + place);
         __syncwarp();
 #pragma unroll
         for (int i = 0; i < NB; i++) {

@@ -154,12 +154,11 @@ __device__ __forceinline__ void barrier_arrive(u32 bar, u32 rank, bool now) {
   asm volatile("{\n.reg .u32 there;\n.reg .pred now;\nsetp.ne.b32 now, %2, 0;\nmapa.shared::cluster.u32 there, %0, %1;\n"
                "@now mbarrier.arrive.shared::cluster.b64 _, [there];\n}" ::"r"(bar), "r"(rank), "r"(int(now)) : "memory");
 }
-// What a warp wrote to global memory before raising a flag, the one that takes it may read; then it is down again.
+// What a warp wrote to global memory before raising a flag, another block may read after waiting for it.
 __device__ __forceinline__ void raise_flag(u32* flag) { asm volatile("st.release.gpu.global.u32 [%0], 1;" ::"l"(flag) : "memory"); }
-__device__ __forceinline__ void take_flag(u32* flag) {
+__device__ __forceinline__ void await_flag(const u32* flag) {
   u32 raised = 0;
   while (!raised) asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(raised) : "l"(flag) : "memory");
-  *flag = 0;
 }
 __device__ __forceinline__ float4 load_sums(const float4* p) {
   float4 v;

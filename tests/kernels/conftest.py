@@ -61,7 +61,6 @@ def emulated(monkeypatch, compiled):
 
     monkeypatch.setattr(nvrtc, "tensor_map", tensor_map)
     monkeypatch.setattr(nvrtc, "clusters_at_work", lambda function, *_: 2)  # so that a block takes several tiles of y
-    monkeypatch.setattr(nvrtc, "capture_of", lambda stream: 0)
     monkeypatch.setattr(nvrtc, "load", lambda entry, device, defines: compiled(entry, defines))
     monkeypatch.setattr(nvrtc, "launch", launch)
     monkeypatch.setattr(cuda, "_stream", lambda device: 0)

@@ -143,8 +143,8 @@ inline void barrier_wait(u32 bar, u32 parity) {
   while ((Barrier(barrier_at(bar, here.rank)).phase & 1) == parity) std::this_thread::sleep_for(std::chrono::milliseconds(1));
 }
 inline void raise_flag(u32* flag) { std::atomic_ref<u32>{*flag}.store(1); }
-inline void take_flag(u32* flag) {  // clusters run one after the other: nobody may wait for one that comes later
-  if (std::atomic_ref<u32>{*flag}.exchange(0) != 1) abort();
+inline void await_flag(const u32* flag) {  // clusters run one after the other: nobody may wait for one that comes later
+  if (std::atomic_ref<u32>{*const_cast<u32*>(flag)}.load() != 1) abort();
 }
 inline float4 load_sums(const float4* p) { return *p; }
 template <int> inline void fewer_registers() {}
