@@ -191,7 +191,7 @@ def _compiled_blocks(model: Any, cache: Any, options: dict[str, Any]) -> Iterato
             block.forward = _Block(run, block, cache, Cache(layers=[layer]))
         for module in numbered:
             module.layer_idx = 0
-        with patched, _merging():
+        with patched, _merging(model.device):
             yield
     finally:
         for module, number in zip(numbered, numbers, strict=True):
@@ -218,13 +218,13 @@ def _options(work: Prefill | Decoder) -> dict[str, Any]:
     return {key: value for key, value in wanted.items() if key in config.get_config_copy()}
 
 
-def _merging() -> Any:
-    """While it lasts, inductor lets the linears of one x share a launch."""
+def _merging(device: torch.device) -> Any:
+    """While it lasts, inductor lets what is small share a launch: the linears of one x, what a router computes."""
     if BACKEND != "inductor" or not TOGETHER:
         return nullcontext()
     from torch._inductor import config
 
-    return config.patch(post_grad_custom_pre_pass=together.graph_pass())
+    return config.patch(post_grad_custom_pre_pass=together.graph_pass(choices=device.type == "cuda"))
 
 
 class _Block:

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from qbench.kernels import blocks, cuda, nvrtc, ops
+from qbench.kernels import blocks, choose, cuda, nvrtc, ops
 from qbench.kernels.tiles import Tiles
 
 MOST = 4  # weights in a launch
@@ -95,16 +95,21 @@ def launch(x: Tensor, weights: Sequence[Tiles], chosen: blocks.Plan) -> list[Ten
     return outputs
 
 
-def graph_pass() -> Any:
-    """For inductor's `post_grad_custom_pre_pass`: replaces linears of one x by `dual_linears`."""
+def graph_pass(choices: bool) -> Any:
+    """For inductor's `post_grad_custom_pre_pass`: fewer launches of the same work.
+
+    Linears of one x become `dual_linears`, and with `choices` a mixture's router is rewritten to choose.py's.
+    """
     from torch._inductor.custom_graph_pass import CustomGraphPass
 
     class Together(CustomGraphPass):
         def __call__(self, graph: fx.Graph) -> None:
             merge(graph)
+            if choices:
+                choose.rewrite(graph)
 
         def uuid(self) -> bytes:  # what inductor's cache tells passes apart by
-            return Path(__file__).read_bytes()
+            return b"".join(Path(file).read_bytes() for file in (__file__, choose.__file__)) + bytes([choices])
 
     return Together()
 
