@@ -118,6 +118,12 @@ def main() -> None:
                 timed = [(timing.us, plan) for timing, plan in zip(timings.values(), plans, strict=True)]
                 if not timed:
                     continue
+                prompts = [pair for pair in timed if isinstance(pair[1], PromptPlan)]
+                timed = [pair for pair in timed if pair not in prompts]  # these take any number of rows, and any width
+                us, best = min(prompts, key=lambda pair: pair[0], default=(float("inf"), None))
+                table.pop(name_of_prompt := f"prompt {table_key(M, N, K, first.nbits)}", None)
+                if best is not None and us < 0.99 * min(us for us, _ in timed):
+                    table[name_of_prompt] = [int(value) for value in astuple(best)]
                 within = 1.02 * min(us for us, _ in timed)  # the noise; splits cost more among other kernels
                 us, best = min(
                     (pair for pair in timed if pair[0] <= within), key=lambda pair: (splits(pair[1]), pair[0])

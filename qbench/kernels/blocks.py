@@ -20,7 +20,6 @@ NARROW = 16  # rows of x up to which the rule takes dual_linear.cu
 WIDE = 512  # and up to which wide_linear.cu; above, writing W and cuBLAS
 MULTIPROCESSORS = 132  # of an H100 or H200; for the rules alone
 LARGEST_SHARED = 227 << 10  # bytes of a block on Hopper
-PROMPT_NUMBERS = 4  # of a PromptPlan in a tuned table
 
 
 def x_record_bytes(batch_blocks: int, group_size: int) -> int:
@@ -137,7 +136,7 @@ def prompt_plan(M: int, N: int, K: int, tiles: Tiles, device: int) -> PromptPlan
     if properties.major != 9 or BUCKETS[-1] < M or not _suits_prompt(M, tiles.nbits):
         return None
     tuned = _table(properties.name).get(f"together {table_key(M, N, K, 4)}")
-    return PromptPlan(*tuned[:3], bool(tuned[3])) if tuned else None
+    return _prompt(tuned) if tuned else None
 
 
 def _suits_prompt(M: int, nbits: int) -> bool:
@@ -161,22 +160,20 @@ def _table(gpu: str) -> dict[str, list[int]]:
 def _plan(
     M: int, N: int, K: int, form: tuple[int, int, bool], gpu: str, limit: int, plain: bool = False
 ) -> AnyPlan | None:
-    table = _table(gpu)  # where a width has no entry of its own, 4 bits' is nearer than a rule
-    tuned = table.get(table_key(M, N, K, form[0]), table.get(table_key(M, N, K, 4)))
-    if tuned is not None and len(tuned) == PROMPT_NUMBERS and not _suits_prompt(M, form[0]):
-        tuned = None
-    if tuned == [] or (tuned is None and M > WIDE):
+    table, key = _table(gpu), table_key(M, N, K, 4)
+    prompt = table.get(f"prompt {key}") if _suits_prompt(M, form[0]) else None
+    tuned = table.get(table_key(M, N, K, form[0]), table.get(key))  # without its own, 4 bits' are nearer than a rule
+    if prompt is None and (tuned == [] or (tuned is None and M > WIDE)):
         return None
-    found = [] if tuned is None else [_of(tuned)]
+    found: list[AnyPlan] = [_prompt(prompt)] if prompt else []
+    if tuned:
+        found.append(WidePlan(*tuned) if len(tuned) == 5 else Plan(*tuned[:6], bool(tuned[6])))
     found += _by_rule(M, N, K, plain) if M <= NARROW else _wide_by_rule(M, N, K)
     return next((plan for plan in found if plan.shared_bytes(M, -(-K // COLUMNS), *form) <= limit), None)
 
 
-def _of(tuned: list[int]) -> AnyPlan:
-    """Kernels are told apart by how many numbers their plans have."""
-    if len(tuned) == PROMPT_NUMBERS:
-        return PromptPlan(*tuned[:3], bool(tuned[3]))
-    return WidePlan(*tuned) if len(tuned) == 5 else Plan(*tuned[:6], bool(tuned[6]))
+def _prompt(tuned: list[int]) -> PromptPlan:
+    return PromptPlan(*tuned[:3], bool(tuned[3]))
 
 
 def pair_plan(rows: int) -> Plan:

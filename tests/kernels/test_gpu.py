@@ -49,7 +49,7 @@ def test_every_batch(generator, nbits, codebook, group_size):
 @pytest.mark.parametrize("plan", [PromptPlan(32, 2, 1), PromptPlan(32, 2, 2, True), PromptPlan(24, 2, 1, True)])
 @pytest.mark.parametrize(("group_size", "codebook"), [(32, False), (64, False), (64, True), (128, False)])
 def test_prompts(generator, plan, group_size, codebook):
-    """Whole tiles and split ones; rows of x that fill a part of a tile, and several; a weight narrower than one."""
+    """Whole tiles and split ones, of few rows of x and many; a weight smaller than a tile."""
     if torch.cuda.get_device_capability()[0] != 9:
         pytest.skip("prompt_linear.cu needs Hopper")
     for shape, batches in (((1000, 4104), (130, 513, 1100)), ((40, 577), (1, 300)), ((6144, 1024), (512,))):
@@ -64,7 +64,7 @@ def test_prompts(generator, plan, group_size, codebook):
 
 
 def test_split_prompts_in_a_graph(generator):
-    """Blocks that wait for each other's sums find their flags down in every replay, and between two launches."""
+    """Blocks that wait for each other find no flag of an earlier launch or replay."""
     if torch.cuda.get_device_capability()[0] != 9:
         pytest.skip("prompt_linear.cu needs Hopper")
     weight = on_gpu(random_weight((1024, 1024), 4, 64, generator))

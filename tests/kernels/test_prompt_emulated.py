@@ -74,17 +74,19 @@ def test_a_product_with_t_beyond_fp16(emulated, generator):
     assert relative_error(y, x, weight, None) <= 1e-3
 
 
+TUNED = {"prompt 4 bit 12288x4096 batch 512": [32, 2, 1, 1], "4 bit 12288x4096 batch 512": [16, 3, 1, 1, 4]}
+
+
 def test_plans(monkeypatch):
     """Other widths keep what they have; a tile that would be half empty is not computed whole."""
-    monkeypatch.setattr(blocks, "_table", lambda gpu: {"4 bit 12288x4096 batch 512": [32, 2, 1, 1]})
+    monkeypatch.setattr(blocks, "_table", lambda gpu: TUNED)
     blocks._plan.cache_clear()
 
     def plan(M, nbits=4):
         return blocks._plan(M, 12288, 4096, (nbits, 64, True), "a GPU", blocks.LARGEST_SHARED)
 
     assert plan(512) == PromptPlan(32, 2, 1, True)
-    assert isinstance(plan(300), blocks.WidePlan)
-    assert isinstance(plan(512, nbits=3), blocks.WidePlan)
+    assert plan(300) == plan(512, nbits=3) == blocks.WidePlan(16, 3, 1, 1, 4)
     assert plan(1024) is None
     for blocks_of_x in (16, 24, 32):
         for group_size in (32, 64, 128):
