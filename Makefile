@@ -56,7 +56,7 @@ $(READY): pyproject.toml constraints.txt
 # The metadata of these would replace torch or pull in more than a test needs, hence --no-deps. The official sinq
 # wheel ships a sitecustomize.py that patches transformers at every interpreter start. auto-gptq and autoawq are frozen,
 # and transformers imports a torchao that it finds: these stay in a folder of their own, off sys.path, from which the
-# tests import the one module that they need.
+# tests import the one module that they need. gptqmodel has a folder without them: what finds torchao there imports it.
 $(VENV)/.oracle: $(READY)
 	$(PIP) -c constraints.txt -e '.[dev,wandb,oracle]'
 	$(PIP) --no-deps sinq==0.2.0 hqq==0.2.8.post1 bitsandbytes==0.50.2
@@ -64,6 +64,10 @@ $(VENV)/.oracle: $(READY)
 	$(PIP) 'setuptools>=77' wheel
 	rm -rf $(VENV)/oracle
 	BUILD_CUDA_EXT=0 $(PIP) --no-deps --no-build-isolation --target $(VENV)/oracle auto-gptq==0.7.1 autoawq==0.2.9 torchao==0.18.0
+	rm -rf $(VENV)/oracle-gptqmodel
+	$(PIP) --no-deps --no-build-isolation --target $(VENV)/oracle-gptqmodel gptqmodel==7.7.0 logbar==0.4.15
+	rm -rf $(VENV)/oracle-llama
+	$(PIP) --no-deps --target $(VENV)/oracle-llama llama-cpp-py-sync==0.11548 xllamacpp==2026.10.11549 cffi pycparser
 	touch $@
 
 clean:

@@ -6,8 +6,9 @@
     python -m qbench -m experiment=files 'files=DIR/*' task=wikitext2 task.path=TEXT task.window=1024 task.max_windows=8
     python benchmarks/files.py table OUTPUTS            all rows by KL, with the front of KL over the model's bytes
 
-GGUF types are encoded by libgguf, GPTQ is packed as AutoGPTQ does, the integers, FP8 and NVFP4 of compressed-tensors as
-that package lays them out. A file that a library cannot write here is named and left out.
+GGUF types are encoded by libgguf, GPTQ is packed as AutoGPTQ does and by AutoGPTQ, AWQ by AutoAWQ (packers.py), the
+integers, FP8 and NVFP4 of compressed-tensors as that package lays them out. A file that a library cannot write here is
+named and left out.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import packers
 import torch
 
 from qbench.checkpoint.export import make_exporter
@@ -40,6 +42,11 @@ EXPORTED: dict[str, tuple[str, dict[str, Any]]] = {  # by the folder's name: for
         f"compressed-int4-g{size}": ("compressed-tensors", {"name": "rtn", "group_size": size, "symmetric": True})
         for size in (32, 64)
     },
+    "compressed-int4-g64-asymmetric": ("compressed-tensors", {"name": "rtn", "group_size": 64}),
+    "compressed-int4-g64-order": (
+        "compressed-tensors",
+        {"name": "gptq", "group_size": 64, "symmetric": True, "act_order": True},
+    ),
     "compressed-int4-channel": ("compressed-tensors", {"name": "rtn", "group_size": -1, "symmetric": True}),
     "compressed-int8": ("compressed-tensors", {"name": "rtn", "nbits": 8, "group_size": -1, "symmetric": True}),
     "compressed-fp8": ("compressed-tensors", {"name": "fp8", "scale": "channel"}),
@@ -76,6 +83,9 @@ def write(folder: Path, names: Sequence[str] = ()) -> None:
         ways[name] = lambda path, f=format, s=settings: export(path, f, s)
     for name, settings in BITSANDBYTES.items():
         ways[name] = lambda path, s=settings: with_bitsandbytes(original, path, s)
+    for nbits in (4, 3):
+        ways[f"autogptq-int{nbits}-g64"] = lambda path, n=nbits: packers.with_autogptq(*shown(), path, n)
+    ways["autoawq-int4-g64"] = lambda path: packers.with_autoawq(*shown(), path)
     ways["hqq-int4-g64"] = lambda path: with_hqq(original, path)
     ways["sinq-int4-g64"] = lambda path: with_sinq(original, path)
     for name in names or ways:
@@ -105,6 +115,12 @@ def export(path: Path, format: str, settings: dict[str, Any]) -> None:
 def calibration(tokenizer: Any) -> Calibration:
     asked = CalibrationConfig(name="mini", window=512, sequences=16)
     return cut_sequences(read_calibration(asked), tokenizer, asked)
+
+
+def shown() -> tuple[Any, Calibration]:
+    """The reference model in fp16, and what calibrated methods are shown."""
+    loaded = smollm2.SmolLM2(name="smollm2-135m").load(torch.float16, torch.device("cpu"), Path("outputs/models"))
+    return loaded.model, calibration(loaded.tokenizer)
 
 
 def with_bitsandbytes(original: Path, path: Path, settings: dict[str, Any]) -> None:

@@ -6,17 +6,20 @@
 It needs llama-cpp-py-sync==0.11548 and cffi; where the library in there asks for a newer libc than is here, that of the
 same llama.cpp in xllamacpp==2026.10.11549 is taken. Both sides are handed the same ids in windows without a BOS, and
 score every token but a window's first. qbench computes in fp32 with the decoded weights. llama.cpp keeps keys and
-values in fp32 here, but rounds activations to 8 bits where it multiplies with quantized weights: that is what they
-differ by. KL is to the reference, on each side its own.
+values in fp32 here, but rounds activations to 8 bits where it multiplies with quantized weights. So it is asked twice:
+with the file, and with the same file's decoded weights as F32, of which it rounds nothing. The latter is qbench's
+computation, and has to give its numbers. KL is to the reference, on each side its own.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
+import json
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,16 +32,21 @@ from qbench.sources.file import File
 CPU = torch.device("cpu")
 
 
-def served(path: Path, windows: Tensor) -> Iterator[Tensor]:
-    """llama.cpp's logits of each window, fp32 `[tokens, vocabulary]`."""
+def opened(path: Path, length: int) -> Any:
+    """The file in llama.cpp, for windows of `length` tokens."""
     from llama_cpp_py_sync import Llama, _cffi_bindings
 
     if found := importlib.util.find_spec("xllamacpp"):
         library = next(Path(found.submodule_search_locations[0]).glob("*.so"))
         _cffi_bindings._find_library = lambda: str(library)
-    length = windows.shape[1]
     exact = dict(type_k="f32", type_v="f32", flash_attn_type=0)
-    llama = Llama(str(path), n_ctx=length, n_batch=length, n_ubatch=length, n_threads=1, **exact)
+    return Llama(str(path), n_ctx=length, n_batch=length, n_ubatch=length, n_threads=1, **exact)
+
+
+def served(path: Path, windows: Tensor) -> Iterator[Tensor]:
+    """llama.cpp's logits of each window, fp32 `[tokens, vocabulary]`."""
+    length = windows.shape[1]
+    llama = opened(path, length)
     ffi, library = llama._ffi, llama._lib
     for window in windows.tolist():
         library.llama_memory_clear(library.llama_get_memory(llama._ctx), True)
@@ -73,23 +81,36 @@ def divergence(reference: Tensor, logits: Tensor) -> Tensor:
     return (p.exp() * (p - q)).sum(-1)
 
 
-def measure(files: list[Path], reference: Path, windows: Tensor) -> None:
-    sides = {"llama.cpp": served, "qbench": ours}
-    original = {side: [logits.half() for logits in read(reference, windows)] for side, read in sides.items()}
+def decoded(path: Path) -> Path:
+    """The same weights as F32, in a file beside."""
+    if not (written := path.with_name(f"{path.stem}-decoded.gguf")).is_file():
+        source = File(path=str(path))
+        loaded = source.load(torch.float32, CPU, Path(tempfile.gettempdir()))
+        checkpoint.write(loaded.model, loaded.tokenizer, written)
+    return written
+
+
+def measure(files: list[Path], reference: Path, windows: Tensor) -> list[dict[str, Any]]:
+    sides = {"llama.cpp": served, "llama.cpp, decoded": served, "qbench": ours}
+    original = {read: list(read(reference, windows)) for read in (served, ours)}
     print(f"{len(windows)} windows of {windows.shape[1]} tokens; reference {reference.name}")
-    print("file                      ppl llama.cpp   ppl qbench     ratio  KL llama.cpp  KL qbench    ratio")
+    rows = []
     for file in files:
-        found = {}
         for side, read in sides.items():
             losses, kls = [], []
-            for ids, logits, before in zip(windows, read(file, windows), original[side], strict=True):
+            path = decoded(file) if side.endswith("decoded") else file
+            for ids, logits, before in zip(windows, read(path, windows), original[read], strict=True):
                 losses.append(nll(logits, ids))
-                kls.append(divergence(before.float(), logits))
-            found[side] = float(torch.cat(losses).mean().exp()), float(torch.cat(kls).mean())
-        (p, k), (q, m) = found["llama.cpp"], found["qbench"]
-        print(
-            f"{file.name:24}  {p:13.4f} {q:12.4f} {q / p:9.5f} {k:13.6f} {m:10.6f} {m / k if k else 1:8.4f}", flush=True
-        )
+                kls.append(divergence(before, logits))
+            found = {"perplexity": float(torch.cat(losses).mean().exp()), "kl": float(torch.cat(kls).mean())}
+            rows.append({"file": file.name, "side": side} | found)
+        ours_, *others = reversed(rows[-len(sides) :])
+        print(f"{file.name:20} {'qbench':20} {ours_['perplexity']:12.5f}           {ours_['kl']:11.7f}")
+        for row in reversed(others):
+            ratios = {key: row[key] / ours_[key] if ours_[key] else 1.0 for key in ("perplexity", "kl")}
+            said = f"{row['perplexity']:12.5f} ({ratios['perplexity']:7.5f}) {row['kl']:11.7f} ({ratios['kl']:7.5f})"
+            print(f"{'':20} {row['side']:20} {said}", flush=True)
+    return rows
 
 
 def write(folder: Path, types: list[str]) -> list[Path]:
@@ -117,6 +138,7 @@ def main() -> None:
     parser.add_argument("--text", type=Path, required=True)
     parser.add_argument("--windows", type=int, default=4)
     parser.add_argument("--window", type=int, default=512)
+    parser.add_argument("-o", "--output", type=Path, help="JSON")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     files, reference = arguments.files, arguments.reference
@@ -126,7 +148,12 @@ def main() -> None:
     count = arguments.windows * arguments.window
     text = arguments.text.read_text(encoding="utf-8")[: 16 * count]
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"][:count]
-    measure(files, reference, torch.tensor(ids).view(arguments.windows, arguments.window))
+    rows = measure(files, reference, torch.tensor(ids).view(arguments.windows, arguments.window))
+    if arguments.output:  # other files' rows stay
+        about: dict[str, Any] = {"text": arguments.text.name, "windows": arguments.windows, "window": arguments.window}
+        known = json.loads(arguments.output.read_text())["rows"] if arguments.output.is_file() else []
+        about["rows"] = [row for row in known if row["file"] not in {row["file"] for row in rows}] + rows
+        arguments.output.write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

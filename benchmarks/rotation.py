@@ -22,14 +22,14 @@ from timing import DEVICE, copies, random_weight, relative_error, times_together
 from torch import Tensor
 
 from qbench.format.rotation import Rotation
-from qbench.kernels import cuda, hadamard, ops
+from qbench.kernels import cuda_rotate, hadamard, ops
 from qbench.kernels.tiles import Tiles, to_tiles
 
 SHAPES = ((12288, 4096), (4096, 12288), (4096, 4096))  # out x in
 CHECKED = ((256, 4096), (200, 3072))
 BATCHES = (1, 16, 64, 2048)
 BLOCKS = (64, 128, 1024)
-APART = {"1024 by rotate.cu": cuda.rotate, "1024 by hadamard.py": hadamard.rotate}
+APART = {"1024 by rotate.cu": cuda_rotate.rotate, "1024 by hadamard.py": hadamard.rotate}
 LIMIT = 1e-2  # of the relative error in bf16
 
 

@@ -6,8 +6,9 @@
 Cuts the text in two halves at the end of a line. The first board is of the first half and the draws from 0 on, the
 second of the second half and as many draws that follow. The words are the command's own, such as a model, a task that
 reads `task.path`, runtime or calibration settings; `--sweep WORDS`, once or more, says which methods in place of eight
-methods at 4 and 3 bits with the noise floor. A pair is ranked apart as a board ranks (report/noise.py). Exit status 1
-if a pair that both boards rank apart is the other way round in the second.
+methods at 4 and 3 bits with the noise floor; all of a board are one pass, if its states fit. A pair is ranked apart as
+a board ranks (report/noise.py). Exit status 1 if a pair that both boards rank apart is the other way round in the
+second.
 """
 
 from __future__ import annotations
@@ -18,11 +19,13 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from qbench.errors import RequestError
 from qbench.report import board, columns, entries
 from qbench.report.board import FLOOR, Section
 from qbench.report.noise import Paired, Told
@@ -38,10 +41,16 @@ class Board:
     told: Told
 
     @staticmethod
-    def of(section: Section) -> Board:
+    def of(section: Section, draw: int | None = None) -> Board:
+        """`draw`: as the board would be if calibrated methods had been measured in this one of their draws alone."""
         rows = [row for row in section.rows if row.entry.quantizer != FLOOR and row.score.windows is not None]
-        scores, draws = np.stack([row.score.windows for row in rows]), [row.score.draws for row in rows]
-        told = Told.of(Paired(scores, section.number.reading, rows[0].score.weights, draws=draws), section.floor)
+        draws = [row.score.draws for row in rows]
+        scores = [row.score.windows for row in rows]
+        if draw is not None:
+            scores = [own if table is None else table[:, draw] for own, table in zip(scores, draws, strict=True)]
+            draws = [None] * len(rows)
+        paired = Paired(np.stack(scores), section.number.reading, rows[0].score.weights, draws=draws)
+        told = Told.of(paired, section.floor)
         return Board({json.dumps(row.entry.identity.quantizer, sort_keys=True): row.method for row in rows}, told)
 
     def order(self, settings: Sequence[str]) -> np.ndarray:
@@ -63,16 +72,27 @@ def halves(text: Path, folder: Path) -> list[Path]:
 
 
 def measure(outputs: Path, text: Path, words: Sequence[str], sweeps: Sequence[str], draws: range) -> None:
-    """One board: every sweep, in a process of its own; what is recorded already is not measured again."""
-    for sweep in sweeps:
-        drawn = [f"calibration.draws={len(draws)}", f"calibration.first_draw={draws.start}"]
-        command = [*words, *sweep.split(), *drawn, f"task.path={text.resolve()}", f"outputs={outputs}"]
-        subprocess.run([sys.executable, "-m", "qbench", "-m", *command], check=True, stdout=subprocess.DEVNULL)
+    """One board: the sweeps are one experiment, so they share a pass; what is recorded is not measured again."""
+    products = [dict(word.split("=", 1) for word in sweep.split()) for sweep in sweeps]
+    experiment = outputs / "conf" / "experiment" / "second_look.yaml"
+    experiment.parent.mkdir(parents=True, exist_ok=True)
+    sweeper = {"params": products[0], "also": products[1:]}
+    experiment.write_text("# @package _global_\n" + json.dumps({"hydra": {"sweeper": sweeper}}), encoding="utf-8")
+    drawn = [f"calibration.draws={len(draws)}", f"calibration.first_draw={draws.start}"]
+    command = ["--config-dir", str(outputs / "conf"), "-m", "experiment=second_look", *words, *drawn]
+    command += [f"task.path={text.resolve()}", f"outputs={outputs.resolve()}"]
+    done = subprocess.run([sys.executable, "-m", "qbench", *command], stdout=subprocess.DEVNULL, check=False)
+    if done.returncode:
+        raise SystemExit(done.returncode)  # qbench has said why
 
 
 def section_of(outputs: Path) -> Section:
     """The one board that lies there: of a perplexity, its only text."""
-    found = board.sections(entries.latest(entries.read(outputs).entries), *columns.order("quality"))
+    try:
+        recorded = entries.read(outputs).entries
+    except RequestError as error:
+        raise SystemExit(str(error)) from None
+    found = board.sections(entries.latest(recorded), *columns.order("quality"))
     found = [section for section in found if section.number.name == "ppl"]
     if len(found) != 1:
         raise SystemExit(f"{outputs} holds {len(found)} boards of a perplexity; there must be one")
@@ -83,9 +103,16 @@ def compared(first: Section, second: Section) -> dict[str, Any]:
     one, other = Board.of(first), Board.of(second)
     shared = [settings for settings in one.names if settings in other.names]
     upper = np.triu_indices(len(shared), 1)
-    orders = [each.order(shared) for each in (one, other)]
-    before, after = (order[upper] for order in orders)
-    turned = [(shared[i], shared[j]) for i, j in zip(*upper, strict=True) if orders[0][i, j] * orders[1][i, j] < 0]
+    before, after = (each.order(shared)[upper] for each in (one, other))
+    turned = [(shared[i], shared[j]) for i, j, k in zip(*upper, before * after, strict=True) if k < 0]
+
+    def alone(section: Section) -> list[np.ndarray]:
+        counts = [row.score.draws.shape[1] for row in section.rows if row.score.draws is not None]
+        return [Board.of(section, draw).order(shared)[upper] for draw in range(min(counts, default=0))]
+
+    of_draws = [
+        bool((one_draw * other_draw < 0).any()) for one_draw, other_draw in product(alone(first), alone(second))
+    ]
     return {
         "boards": [
             {
@@ -107,6 +134,7 @@ def compared(first: Section, second: Section) -> dict[str, Any]:
         "apart_in_second": int((after != 0).sum()),
         "apart_again": int((before * after > 0).sum()),
         "reversed": [[one.names[i], one.names[j]] for i, j in turned],
+        "with_a_single_draw": {"board_pairs": len(of_draws), "with_any_reversed": sum(of_draws)},
     }
 
 
@@ -124,7 +152,7 @@ def main() -> None:
         if asked.text is None or asked.outputs is None:
             parser.error("give --text FILE and an OUTPUTS folder, or --compare-only DIR DIR")
         folders = [asked.outputs / name for name in ("first", "second")]
-        for n, half in enumerate(halves(asked.text, asked.outputs)):
+        for n, half in enumerate(halves(asked.text, asked.outputs.resolve())):
             draws = range(n * asked.draws, (n + 1) * asked.draws)
             measure(folders[n], half, asked.words, asked.sweep or SWEEPS, draws)
     found = compared(*map(section_of, folders))

@@ -27,8 +27,9 @@ import numpy as np
 from qbench.report import entries
 from qbench.report.noise import Paired, Told
 
-RUNS, ROWS = 400, 6
+RUNS, LONG, ROWS = 400, 2000, 6
 SIZES = [(24, 4), (48, 6), (166, 6)]  # windows, draws; 166 windows of 2048 are all of WikiText-2's test
+RATIOS = (0, 1, 2, 4)  # of simulated draws: the variance of a draw's number that is the draw's over the rest of it
 SKEWED = 1.0  # of simulated windows, sigma of the lognormal that their differences have
 DOCUMENTS = [(200, 0.1), (1000, 0.05)]  # and the share of them that turn right or wrong
 SWEEPS = [
@@ -91,6 +92,18 @@ def documents(rows: int, count: int, changed: float) -> Sample:
     return sample
 
 
+def drawn(rows: int, windows: int, draws: int, ratio: float) -> Sample:
+    """Rows of one mean: a draw's number varies `ratio` times as much with the draw as with what its windows add."""
+
+    def sample(random: np.random.Generator) -> tuple[np.ndarray, list[np.ndarray | None]]:
+        own, effect = 3 + random.normal(0, 0.3, (windows, 1)), 0.02 * np.sqrt(ratio / windows)
+        size = (windows, draws)
+        tables = [own + random.normal(0, effect, draws) + random.normal(0, 0.02, size) for _ in range(rows)]
+        return np.stack([table.mean(1) for table in tables]), [*tables]
+
+    return sample
+
+
 def told(scores: np.ndarray, draws: list[np.ndarray | None], reading: Any) -> Told:
     return Told.of(Paired(scores, reading, draws=draws))
 
@@ -99,9 +112,11 @@ def any_apart(found: Told) -> bool:
     return bool((found.adjusted < 0.05).any())
 
 
-def alike(sample: Sample, board: Sample, reading: Any, random: np.random.Generator) -> dict[str, float]:
-    pairs = [any_apart(told(*sample(random), reading)) for _ in range(RUNS)]
-    boards = [any_apart(told(*board(random), reading)) for _ in range(RUNS)]
+def alike(
+    sample: Sample, board: Sample, reading: Any, random: np.random.Generator, runs: int = RUNS
+) -> dict[str, float]:
+    pairs = [any_apart(told(*sample(random), reading)) for _ in range(runs)]
+    boards = [any_apart(told(*board(random), reading)) for _ in range(runs)]
     return {"different": float(np.mean(pairs)), "boards_with_any": float(np.mean(boards))}
 
 
@@ -214,6 +229,16 @@ def seeds_that_do_nothing() -> Iterator[dict[str, Any]]:
             yield kind | {"different": float(np.mean(apart))}
 
 
+def draws_that_matter_little() -> Iterator[dict[str, Any]]:
+    """Long runs, since a board of equal rows errs most where a test overlooks some of what draws add."""
+    random = np.random.default_rng(20)
+    for windows, draws in SIZES:
+        for ratio in RATIOS:
+            two, six = (drawn(rows, windows, draws, ratio) for rows in (2, ROWS))
+            kind = {"kind": "calibration draws (simulated)", "runs": LONG, "ratio": ratio, "windows": windows}
+            yield kind | {"draws": draws} | alike(two, six, "exp mean", random, LONG)
+
+
 def recorded(outputs: Path, sweeps: list[str]) -> dict[str, dict[str, Pool]]:
     """What the sweeps measured, by model and method; runs them where they have not been."""
     for sweep in sweeps:
@@ -232,7 +257,7 @@ def main() -> None:
     sweeps = [sweep for sweep in SWEEPS if not models or sweep.split()[0].removeprefix("model=") in models]
     pools = recorded(Path(outputs), sweeps)
     made = []
-    for comparison in chain(comparisons(pools), seeds_that_do_nothing()):
+    for comparison in chain(comparisons(pools), seeds_that_do_nothing(), draws_that_matter_little()):
         print(json.dumps(comparison), file=sys.stderr)
         made.append({k: round(v, 4) if isinstance(v, float) else v for k, v in comparison.items()})
     spread = {

@@ -21,8 +21,10 @@ windows, which both see, and not over draws: their draws count as independent. S
 jackknife of the means over draws, which holds rest / (windows x draws) already), and for each model what draws add:
 the variance of its draws' numbers over N, less the part of it that is `rest`. Draws that add nothing still give a part
 above zero half of the time; so it is counted where an F test at 25 % finds it, and else taken as none (Bancroft 1964),
-which keeps tests near their level with draws that matter and without. The degrees of freedom are Satterthwaite's
-(1946). With a single draw nothing is known of draws, and the interval is of the windows alone.
+which keeps a single test near its level with draws that matter and without. The degrees of freedom are Satterthwaite's
+(1946). A board makes many tests, far out in the tails, where one part that was overlooked is enough to be wrong: there
+the part always counts, as none where it is below zero, with the degrees of freedom that so few draws leave. With a
+single draw nothing is known of draws, and the interval is of the windows alone.
 """
 
 from __future__ import annotations
@@ -59,9 +61,10 @@ class Drawn:
     between: float = 0.0  # variance of the draws' numbers over their count
     rest: float = 0.0  # of it, what is no property of a draw: window by window another
     rest_dof: int = 1
+    always: bool = False  # they count without a test
 
     @staticmethod
-    def of(adds: np.ndarray) -> Drawn:
+    def of(adds: np.ndarray, always: bool = False) -> Drawn:
         """From what each window adds to the number in each draw, `[windows, draws]`; its mean is the number."""
         windows, draws = adds.shape
         if draws < 2:
@@ -69,15 +72,18 @@ class Drawn:
         numbers = adds.mean(0)
         between = float(numbers.var(ddof=1)) / draws
         if windows < 2:
-            return Drawn(draws, between)
+            return Drawn(draws, between, always=always)
         rest = adds - adds.mean(1, keepdims=True) - numbers + numbers.mean()
         dof = (windows - 1) * (draws - 1)
-        return Drawn(draws, between, float(np.square(rest).sum()) / dof / (windows * draws), dof)
+        explained = float(np.square(rest).sum()) / dof / (windows * draws)
+        return Drawn(draws, max(between, explained) if always else between, explained, dof, always)
 
     @property
     def adds(self) -> bool:
-        """Whether the draws' numbers differ by more than what varies from window to window explains: an F test."""
-        if self.draws < 2 or self.between <= self.rest:
+        """Whether they count: the draws' numbers differ by more than what varies from window to window explains."""
+        if self.draws < 2 or self.always:
+            return self.draws > 1
+        if self.between <= self.rest:
             return False
         return not self.rest or bool(_special().fdtrc(self.draws - 1, self.rest_dof, self.between / self.rest) < POOL)
 

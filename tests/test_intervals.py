@@ -14,7 +14,7 @@ from qbench.intervals import (
     share,
     verdict,
 )
-from qbench.report.noise import Paired
+from qbench.report.noise import Paired, Told
 
 
 def test_perplexity_is_exp_of_the_mean():
@@ -156,3 +156,15 @@ def test_a_method_beside_itself_in_other_draws_is_seldom_different(apart, effect
         paired = Paired(np.stack([row.mean(1) for row in rows]), "mean", draws=rows)
         wrong += paired.p_values()[0, 1] < 0.05
     assert 0.02 <= wrong / len(RUNS) <= 0.06
+
+
+@pytest.mark.parametrize(("rows", "draws"), [(6, 4), (12, 3)])
+def test_a_board_of_equal_rows_is_seldom_wrong_about_any_pair(rows, draws):
+    """Draws that matter so little that an F test at 25 % overlooks some rows': it would give 8 and 20 % of boards."""
+    random, wrong, runs = np.random.default_rng(6), 0, 1200 // rows
+    for _ in range(runs):
+        own = random.normal(size=(24, 1))
+        tables = [own + 0.35 * random.normal(size=draws) + random.normal(size=(24, draws)) for _ in range(rows)]
+        told = Told.of(Paired(np.stack([table.mean(1) for table in tables]), "mean", draws=tables))
+        wrong += bool((told.adjusted < 0.05).any())
+    assert wrong / runs <= 0.05

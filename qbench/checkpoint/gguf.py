@@ -27,7 +27,7 @@ from qbench.format.format import Format
 from qbench.format.gguf import GGUFBlocks, of_blocks
 from qbench.format.weight import QuantizedWeight
 from qbench.layers.linear import PackedWeight, QuantLinear, in_packed_format
-from qbench.model.gguf_names import ARCHITECTURES, INTERLEAVED, in_the_model, tensor_names
+from qbench.model.gguf_names import ARCHITECTURES, INTERLEAVED, NORMS_PLUS_ONE, in_the_model, tensor_names
 from qbench.model.linears import find_linears, matrix
 from qbench.quant.quantizer import Quantizer
 
@@ -154,8 +154,8 @@ def _entries(model: Any) -> Iterator[tuple[str, str, Format | Tensor]]:
         order = in_the_model(weight.shape[0], own).to(weight.device)
         return weight[order] if isinstance(weight, Tensor) else as_blocks(weight).rows(order)
 
-    if (factors := gguf_settings.rotary_factors(model)) is not None:
-        yield "rope_freqs.weight", "F32", factors
+    for name, factors in gguf_settings.rotary_factors(model).items():
+        yield name, "F32", factors
     for path, module in model.named_modules():
         if isinstance(module, QuantLinear):
             weight = as_blocks(module.quantized)
@@ -172,6 +172,8 @@ def _entries(model: Any) -> Iterator[tuple[str, str, Format | Tensor]]:
                     seen.add(id(parameter))
                     value = parameter.detach()
                     value = value.float() if value.dim() == 1 else value  # as llama.cpp asks for
+                    if arch in NORMS_PLUS_ONE and path.endswith("norm"):
+                        value = value + 1
                     yield named(f"{path}.{key}"), FLOATS[value.dtype], ordered(path, value)
 
 

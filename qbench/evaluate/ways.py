@@ -9,6 +9,7 @@ like the plain one, as serving engines do.
 from __future__ import annotations
 
 import gc
+import logging
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -27,7 +28,10 @@ from qbench.layers.experts import stacked_parameters
 from qbench.layers.linear import packed_weights
 from qbench.model.linears import block_list
 
+log = logging.getLogger(__name__)
+
 BACKEND = "inductor"
+TUNING = "coordinate_descent_tuning"  # inductor's
 TOGETHER = True  # packed weights that multiply the same x, as q, k and v do, share a launch
 KINDS = 64  # compilations: kinds of blocks, times what differs in whole numbers between blocks of one kind
 MOST_DIFFERENCE = 0.5  # of the logits: 16-bit rounding gives some 0.03, a model that computes something else above 1
@@ -70,8 +74,10 @@ def compiled(work: Prefill | Decoder) -> Iterator[Way]:
     if work.uncapturable:
         raise RefusedError(work.uncapturable)
     work.rewind()
-    expected = work.step().float()
-    with attention.static(work.model), _compiled_blocks(work.model, work.cache, _options(work)):
+    expected, options = work.step().float(), _options(work)
+    tuned = ", trying several kernels for each product, which may take a minute" * bool(options.get(TUNING))
+    log.info("%s: compiling the model's blocks%s", work.name, tuned)
+    with attention.static(work.model), _compiled_blocks(work.model, work.cache, options):
         started = time.perf_counter()
         try:
             work.rewind()
@@ -185,7 +191,7 @@ def _compiled_blocks(model: Any, cache: Any, options: dict[str, Any]) -> Iterato
             block.forward = _Block(run, block, cache, Cache(layers=[layer]))
         for module in numbered:
             module.layer_idx = 0
-        with patched, _merging():
+        with patched, _merging(model.device):
             yield
     finally:
         for module, number in zip(numbered, numbers, strict=True):
@@ -206,19 +212,19 @@ def _options(work: Prefill | Decoder) -> dict[str, Any]:
     wanted = {
         "triton.cudagraphs": False,  # the whole step is captured here
         # products with 16-bit weights become kernels of its own, which also pick a mixture's experts; tuning takes 15 s
-        "coordinate_descent_tuning": decoding and not packed_weights(work.model),
+        TUNING: decoding and not packed_weights(work.model),
         "triton.enable_pdl": decoding and hopper,  # its kernels start while the one in front ends, as ours do
     }
     return {key: value for key, value in wanted.items() if key in config.get_config_copy()}
 
 
-def _merging() -> Any:
-    """While it lasts, inductor lets the linears of one x share a launch."""
+def _merging(device: torch.device) -> Any:
+    """While it lasts, inductor lets what is small share a launch: the linears of one x, what a router computes."""
     if BACKEND != "inductor" or not TOGETHER:
         return nullcontext()
     from torch._inductor import config
 
-    return config.patch(post_grad_custom_pre_pass=together.graph_pass())
+    return config.patch(post_grad_custom_pre_pass=together.graph_pass(choices=device.type == "cuda"))
 
 
 class _Block:

@@ -19,6 +19,7 @@ BUCKETS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)  # batches t
 NARROW = 16  # rows of x up to which the rule takes dual_linear.cu
 WIDE = 512  # and up to which wide_linear.cu; above, writing W and cuBLAS
 MULTIPROCESSORS = 132  # of an H100 or H200; for the rules alone
+LARGEST_SHARED = 227 << 10  # bytes of a block on Hopper
 
 
 def x_record_bytes(batch_blocks: int, group_size: int) -> int:
@@ -84,7 +85,39 @@ class WidePlan:
         return max(stages, partial)
 
 
-AnyPlan = Plan | WidePlan
+@dataclass(frozen=True)
+class PromptPlan:
+    """Of prompt_linear.cu, 4-bit codes alone: `warpgroups` warpgroups a block, and one more that fetches."""
+
+    kernel: ClassVar[str] = "prompt_linear"
+    batch_blocks: int  # NB: 8 rows of x each
+    warpgroups: int  # GROUPS: along the output rows, 64 each
+    share: int  # blocks of one cluster: the same rows of x, other rows of the weight
+    split: bool = False  # whether clusters share the tiles' chunks out evenly, where whole tiles would leave some idle
+
+    def __post_init__(self) -> None:
+        if self.batch_blocks not in (16, 24, 32) or self.share not in (1, 2, 4):
+            raise ValueError("batch_blocks must be 16, 24 or 32 and share 1, 2 or 4")
+
+    @property
+    def threads(self) -> int:
+        return 128 * (self.warpgroups + 1)
+
+    def stages(self, group_size: int, has_zero: bool) -> tuple[int, int]:
+        """In flight: of 64 columns of x, as many as fit, and of 128 columns of the weight."""
+        left = LARGEST_SHARED - 2048 * self.warpgroups - 1024 - 3 * self._weight_bytes(group_size, has_zero)
+        return min(8, left // (8 * self.batch_blocks * COLUMNS)), 3
+
+    def _weight_bytes(self, group_size: int, has_zero: bool) -> int:
+        return -(-(4 * self.warpgroups * chunk_bytes(4, group_size, has_zero) + 2 * COLUMNS) // COLUMNS) * COLUMNS
+
+    def shared_bytes(self, batch: int, chunks: int, nbits: int, group_size: int, has_zero: bool) -> int:
+        of_x, of_w = self.stages(group_size, has_zero)
+        stages = of_x * 8 * self.batch_blocks * COLUMNS + of_w * self._weight_bytes(group_size, has_zero)
+        return stages + 2048 * self.warpgroups + 16 * (of_x + of_w)
+
+
+AnyPlan = Plan | WidePlan | PromptPlan
 
 
 def plan(M: int, N: int, K: int, tiles: Tiles, device: int) -> AnyPlan | None:
@@ -95,6 +128,20 @@ def plan(M: int, N: int, K: int, tiles: Tiles, device: int) -> AnyPlan | None:
     form = (tiles.nbits, tiles.group_size, tiles.has_zero)
     limit, plain = properties.shared_memory_per_block_optin, properties.major < 9
     return _plan(min(M, BUCKETS[-1]), N, K, form, properties.name, limit, plain)
+
+
+def prompt_plan(M: int, N: int, K: int, tiles: Tiles, device: int) -> PromptPlan | None:
+    """For several weights of `N` rows together in one launch; None where each has its own."""
+    properties = torch.cuda.get_device_properties(device)
+    if properties.major != 9 or BUCKETS[-1] < M or not _suits_prompt(M, tiles.nbits):
+        return None
+    tuned = _table(properties.name).get(f"together {table_key(M, N, K, 4)}")
+    return _prompt(tuned) if tuned else None
+
+
+def _suits_prompt(M: int, nbits: int) -> bool:
+    """Its tiles hold 256 rows of x, and are computed whole."""
+    return nbits == 4 and 4 * M >= 3 * (-(-M // 256) * 256)
 
 
 def table_key(M: int, N: int, K: int, nbits: int) -> str:
@@ -113,13 +160,20 @@ def _table(gpu: str) -> dict[str, list[int]]:
 def _plan(
     M: int, N: int, K: int, form: tuple[int, int, bool], gpu: str, limit: int, plain: bool = False
 ) -> AnyPlan | None:
-    table = _table(gpu)  # where a width has no entry of its own, 4 bits' is nearer than a rule
-    tuned = table.get(table_key(M, N, K, form[0]), table.get(table_key(M, N, K, 4)))
-    if tuned == [] or (tuned is None and M > WIDE):
+    table, key = _table(gpu), table_key(M, N, K, 4)
+    prompt = table.get(f"prompt {key}") if _suits_prompt(M, form[0]) else None
+    tuned = table.get(table_key(M, N, K, form[0]), table.get(key))  # without its own, 4 bits' are nearer than a rule
+    if prompt is None and (tuned == [] or (tuned is None and M > WIDE)):
         return None
-    found = [] if tuned is None else [WidePlan(*tuned) if len(tuned) == 5 else Plan(*tuned[:6], bool(tuned[6]))]
+    found: list[AnyPlan] = [_prompt(prompt)] if prompt else []
+    if tuned:
+        found.append(WidePlan(*tuned) if len(tuned) == 5 else Plan(*tuned[:6], bool(tuned[6])))
     found += _by_rule(M, N, K, plain) if M <= NARROW else _wide_by_rule(M, N, K)
     return next((plan for plan in found if plan.shared_bytes(M, -(-K // COLUMNS), *form) <= limit), None)
+
+
+def _prompt(tuned: list[int]) -> PromptPlan:
+    return PromptPlan(*tuned[:3], bool(tuned[3]))
 
 
 def pair_plan(rows: int) -> Plan:

@@ -1,4 +1,4 @@
-"""Launching the CUDA C++ kernels: dual_linear.cu, wide_linear.cu, dequantize.cu, rotate.cu, and with which arguments.
+"""Launching the CUDA C++ kernels that multiply, and dequantize.cu, and with which arguments.
 
 KERNELS says which run on which compute capability, `refusal` why one of them cannot run on a device or a machine;
 ops.py then takes another.
@@ -12,17 +12,16 @@ from collections.abc import Sequence
 from functools import cache
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from qbench.format.rotation import Rotation
 from qbench.kernels import nvrtc
-from qbench.kernels.blocks import Plan, WidePlan, x_record_bytes
+from qbench.kernels.blocks import AnyPlan, Plan, PromptPlan, WidePlan, x_record_bytes
 from qbench.kernels.tiles import COLUMNS, Tiles
 
 log = logging.getLogger(__name__)
 Defines = tuple[tuple[str, int], ...]
 
-MOST_ROTATED = 1024  # columns of a rotation's block that a warp can take; see rotate.cuh
 EARLY_START = True  # let a kernel fetch its first weights while the kernel in front of it ends
 
 
@@ -47,6 +46,23 @@ class _WideProblem(ctypes.Structure):  # of wide_linear.cu
         ("t_up", ctypes.c_float),
         *_fields(ctypes.c_int, "M", "N", "strips", "chunks", "per", "stages"),
     ]
+
+
+class _PromptWeight(ctypes.Structure):  # of prompt_linear.cu
+    _fields_ = [
+        *_fields(ctypes.c_void_p, "tiles", "t", "bias", "y"),
+        *_fields(ctypes.c_int, "N", "strips", "first", "unused"),
+    ]
+
+
+@cache
+def _prompt_problem(together: int) -> type[ctypes.Structure]:
+    fields = [
+        *(("each", _PromptWeight * together), ("codebook", ctypes.c_void_p)),
+        *_fields(ctypes.c_int, "M", "chunks", "row_blocks", "x_blocks", "clusters"),
+        *_fields(ctypes.c_void_p, "sums", "ready"),
+    ]
+    return type("_PromptProblem", (ctypes.Structure,), {"_fields_": fields})
 
 
 @cache
@@ -82,46 +98,15 @@ def _for(device: int | None, defines: Defines) -> Defines:
     return tuple(sorted((dict(defines) | {"PLAIN": 1, "RING": 0}).items()))
 
 
-def takes(tiles: Tiles, chosen: Plan | WidePlan, M: int) -> bool:
-    """Whether `linear` can rotate M rows of x itself, on their way to x * t; else they are handed in rotated.
+def linear(x: Tensor, tiles: Tiles, bias: Tensor | None, chosen: AnyPlan) -> Tensor:
+    """y `[M, N]` for x `[M, K]`, fp16 or bf16; of rotated tiles, those that cuda_rotate.takes.
 
-    Of one row every block rotates the columns that it multiplies, which then have to be whole blocks of the rotation.
-    """
-    if tiles.rotation is None:
-        return True
-    columns = -(-tiles.data.shape[-2] // chosen.splits) * COLUMNS
-    within = M > 1 or chosen.splits == 1 or columns % tiles.rotation.block == 0
-    return can_rotate(tiles.rotation) and tiles.permutation is None and within
-
-
-def can_rotate(rotation: Rotation) -> bool:
-    return 8 <= rotation.block <= MOST_ROTATED
-
-
-def rotate(x: Tensor, rotation: Rotation) -> Tensor:
-    """x R `[M, K]` for x `[M, K]`, fp16 or bf16, by itself; of a rotation that it `can_rotate`."""
-    y, (M, K), turns = x.new_empty(x.shape), x.shape, _turns(rotation)
-    chunks = -(-K // COLUMNS)
-    defines = _defines(4, 64, True, False, BF16=int(x.dtype == torch.bfloat16), ROTATE=rotation.block)
-    arguments = [ctypes.c_void_p(_address(part)) for part in (x, rotation.signs, y)]
-    arguments += [ctypes.c_uint64(x.stride(0)), ctypes.c_int(K), ctypes.c_int(chunks)]
-    function, grid = nvrtc.load("rotate_input", x.device.index, defines), (M, -(-chunks // (8 * turns)), 1)
-    nvrtc.launch(function, grid, 128, 2048 * turns, _stream(x.device), arguments, early=_early(x.device))
-    return y
-
-
-def _turns(rotation: Rotation) -> int:
-    """Times 256 columns that a warp takes at once."""
-    return max(1, rotation.block // 256)
-
-
-def linear(x: Tensor, tiles: Tiles, bias: Tensor | None, chosen: Plan | WidePlan) -> Tensor:
-    """y `[M, N]` for x `[M, K]`, fp16 or bf16, in one pass over the weight per 8 * batch_blocks rows of x.
-
-    A rotation of the tiles is one that it `takes`.
+    One pass over the weight per 8 * batch_blocks rows of x.
     """
     y = x.new_empty(len(x), tiles.shape[-2])
-    if isinstance(chosen, WidePlan):
+    if isinstance(chosen, PromptPlan):
+        _launch_prompt(x, [tiles], bias, [y], chosen)
+    elif isinstance(chosen, WidePlan):
         _launch_wide(x, tiles, bias, y, chosen)
     else:
         _launch(x, tiles, bias, y, chosen, blocks_m=-(-len(x) // (8 * chosen.batch_blocks)))
@@ -217,6 +202,56 @@ def _launch_wide(x: Tensor, tiles: Tiles, bias: Tensor | None, y: Tensor, chosen
     )
 
 
+def prompt_linears(x: Tensor, weights: Sequence[Tiles], chosen: PromptPlan) -> list[Tensor]:
+    """y `[M, N]` of each weight for x `[M, K]` in one launch; the weights are alike, without act-order or codebook."""
+    ys = [x.new_empty(len(x), each.shape[-2]) for each in weights]
+    _launch_prompt(x, weights, None, ys, chosen)
+    return ys
+
+
+def _launch_prompt(
+    x: Tensor, weights: Sequence[Tiles], bias: Tensor | None, ys: Sequence[Tensor], chosen: PromptPlan
+) -> None:
+    form, device, share, M = weights[0], x.device, chosen.share, len(x)
+    chunks = form.data.shape[-2]
+    if form.permutation is not None:
+        x = x.index_select(-1, form.permutation)
+    if x.stride(0) % 8 or x.data_ptr() % 16:  # of what box copies read, every row starts at a multiple of 16 bytes
+        x = F.pad(x, (0, 8 - x.shape[1] % 8))[:, : x.shape[1]]
+    shape = {"GROUPS": chosen.warpgroups, "NB": chosen.batch_blocks, "INPUT_SCALE": int(form.input_scale is not None)}
+    shape["X_STAGES"], shape["W_STAGES"] = chosen.stages(form.group_size, form.has_zero)
+    shape |= {"SPLIT": int(chosen.split), "TOGETHER": len(weights)}
+    function = nvrtc.load("prompt_linear", device.index, _linear_defines(form, x.dtype, **shape))
+    shared_bytes = chosen.shared_bytes(M, chunks, form.nbits, form.group_size, form.has_zero)
+    problem, row_blocks = _prompt_problem(len(weights))(), 0
+    for i, (tiles, y) in enumerate(zip(weights, ys, strict=True)):
+        strips = tiles.data.shape[-3]
+        addresses = map(_address, (tiles.data, tiles.input_scale, bias, y))
+        problem.each[i] = _PromptWeight(*addresses, y.shape[1], strips, row_blocks)
+        row_blocks += -(-strips // (4 * chosen.warpgroups * share))
+    x_blocks = -(-M // (8 * chosen.batch_blocks))
+    at_work = nvrtc.clusters_at_work(function, chosen.threads, shared_bytes, share)
+    clusters = min(row_blocks * x_blocks * (chunks if chosen.split else 1), at_work)
+    if chosen.split:  # what a block leaves of a tile that another one finishes
+        warps = clusters * share * 4 * chosen.warpgroups
+        sums = torch.empty(warps * chosen.batch_blocks * 128, device=device)
+        ready = torch.zeros(warps, dtype=torch.int32, device=device)
+        problem.sums, problem.ready = sums.data_ptr(), ready.data_ptr()
+    problem.codebook = _address(form.codebook)
+    problem.M, problem.chunks, problem.clusters = M, chunks, clusters
+    problem.row_blocks, problem.x_blocks = row_blocks, x_blocks
+    nvrtc.launch(
+        function,
+        (clusters * share, 1, 1),
+        chosen.threads,
+        shared_bytes,
+        _stream(device),
+        [nvrtc.tensor_map(x, 8 * chosen.batch_blocks // share, COLUMNS // 2), problem],
+        share,
+        early=_early(device),
+    )
+
+
 def _launch_input(entry: str, x: Tensor, tiles: Tiles, to: Tensor, defines: Defines) -> None:
     """x * t for all blocks at once, a thread per 8 columns, or per 8 of each 256 columns of a rotation's block."""
     chunks, turns, shared_bytes = tiles.data.shape[-2], 1, 0
@@ -224,7 +259,7 @@ def _launch_input(entry: str, x: Tensor, tiles: Tiles, to: Tensor, defines: Defi
     arguments += [ctypes.c_uint64(x.stride(0)), ctypes.c_int(x.shape[1]), ctypes.c_int(chunks)]
     arguments.append(ctypes.c_float(_down(x.dtype, tiles)))
     if tiles.rotation is not None:
-        turns = _turns(tiles.rotation)
+        turns = max(1, tiles.rotation.block // 256)
         shared_bytes = 2048 * turns
         arguments.append(ctypes.c_void_p(_address(_signs(tiles))))
     nvrtc.launch(
@@ -261,10 +296,7 @@ def _apart(first: Tensor | None, second: Tensor | None) -> int:
 
 
 def dequantize(tiles: Tiles, dtype: torch.dtype) -> Tensor:
-    """W `[..., N, K]` in fp16, bf16 or fp32, in stored column order, t included: read once, written once.
-
-    A rotation that it `undoes` is undone; of another W is in the rotated basis.
-    """
+    """W `[..., N, K]` in fp16, bf16 or fp32, in stored column order, t included, a rotation undone (cuda_rotate.py)."""
     N, K = tiles.shape[-2:]
     strips, chunks = tiles.data.shape[-3:-1]
     w = torch.empty(tiles.shape, dtype=dtype, device=tiles.data.device)
@@ -272,7 +304,7 @@ def dequantize(tiles: Tiles, dtype: torch.dtype) -> Tensor:
     warps, shared_bytes, rotation = min(8, chunks), 0, {}
     arguments = [ctypes.c_void_p(_address(part)) for part in (tiles.data, tiles.input_scale, tiles.codebook, w)]
     arguments += [ctypes.c_int(value) for value in (N, K, strips, chunks)]
-    if tiles.rotation is not None and undoes(tiles, dtype):
+    if tiles.rotation is not None:
         rotation, shared_bytes = {"ROTATE": tiles.rotation.block}, 64 * (64 * warps + 4)
         arguments.append(ctypes.c_void_p(_address(_signs(tiles))))
     defines = _defines(tiles.nbits, tiles.group_size, tiles.has_zero, tiles.codebook is not None, OUT=out, **rotation)
@@ -280,13 +312,6 @@ def dequantize(tiles: Tiles, dtype: torch.dtype) -> Tensor:
     grid = (tiles.data.shape[:-2].numel(), -(-chunks // warps), 1)
     nvrtc.launch(function, grid, 32 * warps, shared_bytes, _stream(w.device), arguments)
     return w
-
-
-def undoes(tiles: Tiles, dtype: torch.dtype) -> bool:
-    """Whether `dequantize` can give W in its own basis: in bf16, whose rounding hides that of the fp16 on the way."""
-    if tiles.rotation is None:
-        return True
-    return dtype == torch.bfloat16 and can_rotate(tiles.rotation) and tiles.permutation is None
 
 
 def _defines(nbits: int, group_size: int, has_zero: bool, codebook: bool, **others: int) -> Defines:
@@ -303,9 +328,11 @@ def _linear_defines(tiles: Tiles, dtype: torch.dtype, **others: int) -> Defines:
 _ROW = _defines(4, 64, True, False, BF16=1, MB=1, RT=1, ONE=1, DEPTH=2)
 _BATCH = _defines(4, 64, True, False, BF16=1, MB=1, RT=1, ONE=0, RING=1)
 _WIDE = _defines(4, 64, True, False, BF16=1, NB=2, GROUPS=1, WK=1)
+_PROMPT = _defines(4, 64, True, False, BF16=1, INPUT_SCALE=1, GROUPS=2, NB=32, X_STAGES=6, W_STAGES=3)
 KERNELS = {  # the compute capabilities, lowest and highest, and each of its kernels as launched for the default format
     "dequantize": (8, 99, [("dequantize", _defines(4, 64, True, False, OUT=0))]),
     "rotate_input": (8, 99, [("rotate_input", _defines(4, 64, True, False, BF16=1, ROTATE=1024))]),
     "dual_linear": (8, 99, [("dual_linear", _ROW), ("scale_input", _BATCH), ("dual_linear", _BATCH)]),
     "wide_linear": (9, 9, [("tile_input", _WIDE), ("wide_linear", _WIDE)]),  # wgmma is Hopper's alone
+    "prompt_linear": (9, 9, [("prompt_linear", _PROMPT)]),
 }

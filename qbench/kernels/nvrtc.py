@@ -15,12 +15,15 @@ import tempfile
 from functools import cache
 from pathlib import Path
 
+from torch import Tensor
+
 FOLDER = Path(__file__).parent
 SOURCES = {  # of each kernel
     "dual_linear": "dual_linear.cu",
     "scale_input": "dual_linear.cu",
     "wide_linear": "wide_linear.cu",
     "tile_input": "wide_linear.cu",
+    "prompt_linear": "prompt_linear.cu",
     "dequantize": "dequantize.cu",
     "rotate_input": "rotate.cu",
 }
@@ -189,13 +192,48 @@ def load(entry: str, device: int, defines: tuple[tuple[str, int], ...]) -> ctype
     return function
 
 
+def clusters_at_work(function: ctypes.c_void_p, threads: int, shared_bytes: int, cluster: int) -> int:
+    """How many clusters of `cluster` blocks the device runs at a time: their blocks share a part of the device."""
+    return _clusters_at_work(function.value, threads, shared_bytes, cluster)
+
+
+@cache
+def _clusters_at_work(function: int, threads: int, shared_bytes: int, cluster: int) -> int:
+    attributes = (_Attribute * 1)()
+    attributes[0].id, attributes[0].value[:3] = CLUSTER_DIMENSION, (cluster, 1, 1)
+    config, found = _Config(cluster, 1, 1, threads, 1, 1, shared_bytes, None, attributes, 1), ctypes.c_int()
+    asked = _driver().cuOccupancyMaxActiveClusters(ctypes.byref(found), ctypes.c_void_p(function), ctypes.byref(config))
+    _check(asked, "asking how many clusters run at a time")
+    return found.value
+
+
+TENSOR_UINT16, SWIZZLE_128_BYTES, PROMOTE_256_BYTES = 1, 3, 3  # CU_TENSOR_MAP_...
+
+
+def tensor_map(x: Tensor, rows: int, columns: int) -> ctypes.Array:
+    """How box copies read x `[M, K]` of 16-bit floats: boxes `[rows, columns]`, swizzled; zeros beyond its edges.
+
+    x starts at a multiple of 16 bytes, and so do its rows.
+    """
+    buffer = ctypes.create_string_buffer(128 + 64)
+    at = -ctypes.addressof(buffer) % 64  # the driver wants the map at a multiple of 64 bytes
+    found = (ctypes.c_uint64 * 16).from_buffer(buffer, at)
+    sizes, strides = (ctypes.c_uint64 * 2)(x.shape[1], x.shape[0]), (ctypes.c_uint64 * 1)(2 * x.stride(0))
+    box, steps = (ctypes.c_uint32 * 2)(columns, rows), (ctypes.c_uint32 * 2)(1, 1)
+    address = ctypes.c_void_p(x.data_ptr())
+    how = (0, SWIZZLE_128_BYTES, PROMOTE_256_BYTES, 0)
+    encode = _driver().cuTensorMapEncodeTiled
+    _check(encode(found, TENSOR_UINT16, 2, address, sizes, strides, box, steps, *how), "describing x")
+    return found
+
+
 def launch(
     function: ctypes.c_void_p,
     grid: tuple[int, int, int],
     threads: int,
     shared_bytes: int,
     stream: int,
-    arguments: list[ctypes._SimpleCData | ctypes.Structure],
+    arguments: list[ctypes._SimpleCData | ctypes.Structure | ctypes.Array],
     cluster: int = 1,
     early: bool = False,
 ) -> None:

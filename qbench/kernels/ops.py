@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qbench.kernels import blocks, cuda
+from qbench.kernels import blocks, cuda, cuda_rotate
 from qbench.kernels import tiles as layout
 from qbench.kernels.tiles import Tiles
 
@@ -177,9 +177,9 @@ def _rotated(x: Tensor, tiles: Tiles) -> tuple[Tensor, Tiles]:
     if tiles.rotation is None:
         return x, tiles
     half = x.is_cuda and x.dtype in HALF and x.numel() > 0
-    if half and cuda.can_rotate(tiles.rotation) and cuda.refusal(x.device.index, "rotate_input") is None:
+    if half and cuda_rotate.can_rotate(tiles.rotation) and cuda.refusal(x.device.index, "rotate_input") is None:
         with torch.cuda.device(x.device):
-            y = cuda.rotate(_unit_stride(x.reshape(-1, x.shape[-1])), tiles.rotation)
+            y = cuda_rotate.rotate(_unit_stride(x.reshape(-1, x.shape[-1])), tiles.rotation)
         return y.view(x.shape), replace(tiles, rotation=None)
     if x.is_cuda and _has_triton():
         from qbench.kernels import hadamard
@@ -202,7 +202,7 @@ def _linear_on_gpu(x: Tensor, tiles: Tiles, bias: Tensor | None) -> Tensor:
             bias = None if bias is None else bias.to(x.dtype).contiguous()
             plan = blocks.plan(len(x), *tiles.shape, tiles, device)
             if plan is not None and cuda.refusal(device, plan.kernel) is None:
-                if not cuda.takes(tiles, plan, len(x)):
+                if not cuda_rotate.takes(tiles, plan, len(x)):
                     x, tiles = _rotated(x, tiles)
                 return cuda.linear(_unit_stride(x), tiles, bias, plan)
             if len(x) <= TRITON_BATCH and cuda.refusal(device) is not None and _has_triton():
@@ -213,7 +213,7 @@ def _linear_on_gpu(x: Tensor, tiles: Tiles, bias: Tensor | None) -> Tensor:
                 return y if bias is None else y + bias
         if (
             len(x) < UNDO_SHARE * tiles.shape[0]
-            or not cuda.undoes(tiles, x.dtype)
+            or not cuda_rotate.undoes(tiles, x.dtype)
             or cuda.refusal(device, "dequantize") is not None
         ):
             x, tiles = _rotated(x, tiles)

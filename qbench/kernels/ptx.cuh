@@ -137,6 +137,45 @@ __device__ __forceinline__ void bulk_copy(u32 to, const void* from, u32 bytes, u
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
                "l"(from), "r"(bytes), "r"(bar) : "memory");
 }
+// A map of x `[M, K]` that the driver encodes: boxes of 64 columns, 128 bytes, swizzled by row as wgmma reads them.
+struct alignas(64) Map { u64 words[16]; };
+// The box at (column, row) to `to` in every block of `blocks` (one bit each), and its bytes to their barriers at `bar`.
+__device__ __forceinline__ void box_copy(u32 to, const Map& map, int column, int row, u32 bar, u32 blocks) {
+  if (blocks == 1)
+    asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];"
+                 ::"r"(to), "l"(&map), "r"(column), "r"(row), "r"(bar) : "memory");
+  else
+    asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster "
+                 "[%0], [%1, {%2, %3}], [%4], %5;"
+                 ::"r"(to), "l"(&map), "r"(column), "r"(row), "r"(bar), "h"(u16(blocks)) : "memory");
+}
+// At the barrier of block `rank` of the cluster, if `now`; without a branch, which would end what may overlap a wgmma.
+__device__ __forceinline__ void barrier_arrive(u32 bar, u32 rank, bool now) {
+  asm volatile("{\n.reg .u32 there;\n.reg .pred now;\nsetp.ne.b32 now, %2, 0;\nmapa.shared::cluster.u32 there, %0, %1;\n"
+               "@now mbarrier.arrive.shared::cluster.b64 _, [there];\n}" ::"r"(bar), "r"(rank), "r"(int(now)) : "memory");
+}
+// What a warp wrote to global memory before raising a flag, another block may read after waiting for it.
+__device__ __forceinline__ void raise_flag(u32* flag) { asm volatile("st.release.gpu.global.u32 [%0], 1;" ::"l"(flag) : "memory"); }
+__device__ __forceinline__ void await_flag(const u32* flag) {
+  u32 raised = 0;
+  while (!raised) asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(raised) : "l"(flag) : "memory");
+}
+__device__ __forceinline__ float4 load_sums(const float4* p) {
+  float4 v;
+  asm volatile("ld.global.cg.v4.f32 {%0,%1,%2,%3}, [%4];" : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "l"(p) : "memory");
+  return v;
+}
+// Four 8 x 8 matrices of 16-bit floats, transposed; lane 8 i + r gives the address of row r of matrix i.
+__device__ __forceinline__ void store_transposed(u32 to, const u32 (&v)[4]) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1,%2,%3,%4};"
+               ::"r"(to), "r"(v[0]), "r"(v[1]), "r"(v[2]), "r"(v[3]) : "memory");
+}
+template <int COUNT> __device__ __forceinline__ void fewer_registers() {  // of every thread of a warpgroup, for others
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(COUNT));
+}
+template <int COUNT> __device__ __forceinline__ void more_registers() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(COUNT));
+}
 __device__ __forceinline__ void copy16(u32 to, const void* from) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
 }
@@ -169,6 +208,12 @@ __device__ __forceinline__ u32 fma2(u32 a, u32 b, u32 c) {
   return d;
 }
 
+__device__ __forceinline__ u32 times2(u32 a, u32 b) {
+  u32 d;
+  asm("mul.rn." PAIR " %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
+  return d;
+}
+
 // wgmma: between `open` and `wait` the accumulators and A belong to the tensor core. d[16 rows of each warp][8 NB] +=
 // A * B^T, where B `[8 NB rows][16 columns]` lies in shared memory at `b` (see descriptor in wide_linear.cu).
 #ifdef NB
@@ -181,6 +226,9 @@ __device__ __forceinline__ u32 fma2(u32 a, u32 b, u32 c) {
 #define R72 R64 ",%64,%65,%66,%67,%68,%69,%70,%71"
 #define R96                                                                                                      \
   R72 ",%72,%73,%74,%75,%76,%77,%78,%79,%80,%81,%82,%83,%84,%85,%86,%87,%88,%89,%90,%91,%92,%93,%94,%95"
+#define R128                                                                                                     \
+  R96 ",%96,%97,%98,%99,%100,%101,%102,%103,%104,%105,%106,%107,%108,%109,%110,%111,%112,%113,%114,%115,%116," \
+      "%117,%118,%119,%120,%121,%122,%123,%124,%125,%126,%127"
 #define D8(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])
 #define D32(i) D8(i), D8(i + 8), D8(i + 16), D8(i + 24)
 #if BF16
@@ -188,6 +236,7 @@ __device__ __forceinline__ u32 fma2(u32 a, u32 b, u32 c) {
 #else
 #define WGMMA(n) "wgmma.mma_async.sync.aligned.m64n" #n "k16.f32.f16.f16 "
 #endif
+// With A in registers; of the first 8 B rows of B alone, if a block has no more of them.
 template <int B = NB> __device__ __forceinline__ void wgmma(float (&d)[4 * NB], const u32 (&a)[4], u64 b) {
 #define A_IN_REGISTERS(n, registers, a0, a1, a2, a3, b) \
   WGMMA(n) "{" registers "}, {%" #a0 ",%" #a1 ",%" #a2 ",%" #a3 "}, %" #b ", 1, 1, 1, 0;"
@@ -203,6 +252,8 @@ template <int B = NB> __device__ __forceinline__ void wgmma(float (&d)[4 * NB], 
     asm volatile(A_IN_REGISTERS(144, R72, 72, 73, 74, 75, 76) : D32(0), D32(32), D8(64) : OPERANDS);
   else if constexpr (B == 24)
     asm volatile(A_IN_REGISTERS(192, R96, 96, 97, 98, 99, 100) : D32(0), D32(32), D32(64) : OPERANDS);
+  else if constexpr (B == 32)
+    asm volatile(A_IN_REGISTERS(256, R128, 128, 129, 130, 131, 132) : D32(0), D32(32), D32(64), D32(96) : OPERANDS);
 }
 __device__ __forceinline__ void wgmma_open() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }

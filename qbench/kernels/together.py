@@ -1,4 +1,4 @@
-"""Several weights that multiply the same row of x in one launch: q, k and v; gate and up.
+"""Several weights that multiply the same x in one launch: q, k and v; gate and up; of one row, or of a prompt's.
 
     dual_linears(x [..., in], tiles of each) -> [..., out] of each         as `dual_linear` of each
 
@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from qbench.kernels import blocks, cuda, nvrtc, ops
+from qbench.kernels import blocks, choose, cuda, cuda_rotate, nvrtc, ops
 from qbench.kernels.tiles import Tiles
 
 MOST = 4  # weights in a launch
@@ -41,14 +41,19 @@ def _(x, tensors, numbers):
 @dual_linears.register_kernel("cuda")
 def _(x, tensors, numbers):
     weights = _each(tensors, numbers)
-    one_row = x.dtype in ops.HALF and x.numel() == x.shape[-1] == weights[0].shape[-1]
-    device = x.device.index
-    if one_row and _alike(weights) and cuda.refusal(device) is None and not cuda._plain(device):
+    M, device = x.numel() // max(x.shape[-1], 1), x.device.index
+    fits = x.dtype in ops.HALF and M > 0 and x.shape[-1] == weights[0].shape[-1] and _alike(weights)
+    if fits and not cuda._plain(device):
         rows = sum(each.shape[0] for each in weights)
-        plan = blocks.plan(1, rows, x.shape[-1], weights[0], x.device.index)
-        if isinstance(plan, blocks.Plan) and all(cuda.takes(each, plan, 1) for each in weights):
+        choose = blocks.plan if M == 1 else blocks.prompt_plan
+        plan = choose(M, rows, x.shape[-1], weights[0], device)
+        one_row, prompt = isinstance(plan, blocks.Plan), isinstance(plan, blocks.PromptPlan)
+        fused = (one_row or (prompt and _prompts(weights))) and all(cuda_rotate.takes(w, plan, M) for w in weights)
+        if fused and cuda.refusal(device, plan.kernel) is None:
+            run = launch if one_row else cuda.prompt_linears
             with torch.cuda.device(x.device):
-                return [y.view(*x.shape[:-1], -1) for y in launch(x.reshape(1, -1), weights, plan)]
+                ys = run(ops._unit_stride(x.reshape(M, -1)), weights, plan)
+            return [y.view(*x.shape[:-1], -1) for y in ys]
     return [ops.dual_linear(x, *each.flat(), None) for each in weights]
 
 
@@ -91,16 +96,21 @@ def launch(x: Tensor, weights: Sequence[Tiles], chosen: blocks.Plan) -> list[Ten
     return outputs
 
 
-def graph_pass() -> Any:
-    """For inductor's `post_grad_custom_pre_pass`: replaces linears of one x by `dual_linears`."""
+def graph_pass(choices: bool) -> Any:
+    """For inductor's `post_grad_custom_pre_pass`: fewer launches of the same work.
+
+    Linears of one x become `dual_linears`, and with `choices` a mixture's router is rewritten to choose.py's.
+    """
     from torch._inductor.custom_graph_pass import CustomGraphPass
 
     class Together(CustomGraphPass):
         def __call__(self, graph: fx.Graph) -> None:
             merge(graph)
+            if choices:
+                choose.rewrite(graph)
 
         def uuid(self) -> bytes:  # what inductor's cache tells passes apart by
-            return Path(__file__).read_bytes()
+            return b"".join(Path(file).read_bytes() for file in (__file__, choose.__file__)) + bytes([choices])
 
     return Together()
 
@@ -143,6 +153,12 @@ def _alike(weights: Sequence[Tiles]) -> bool:
     blocks_rotated = {None if each.rotation is None else each.rotation.block for each in weights}
     forms = {(each.nbits, each.group_size, each.has_zero, each.codebook is None, each.shape[1]) for each in weights}
     return len(forms) == len(blocks_rotated) == 1
+
+
+def _prompts(weights: Sequence[Tiles]) -> bool:
+    """Whether one launch of prompt_linear.cu takes them: x as it is, t of all or none."""
+    stored = {(each.input_scale is None, each.permutation is None, each.codebook is None) for each in weights}
+    return stored in ({(True, True, True)}, {(False, True, True)})
 
 
 @cache

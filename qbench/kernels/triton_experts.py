@@ -9,7 +9,17 @@ from torch import Tensor
 
 from qbench.kernels.routes import Routes
 
+try:
+    from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+except ImportError:  # an older Triton: no kernel of its starts while the one in front ends
+    gdc_launch_dependents = gdc_wait = None
+
 BLOCK = 1024
+
+
+def _early(x: Tensor) -> bool:
+    """Whether a kernel may start while the one in front ends and wait for it itself: from Hopper on."""
+    return gdc_wait is not None and x.is_cuda and torch.cuda.get_device_capability(x.device) >= (9, 0)
 
 
 @triton.jit
@@ -109,8 +119,12 @@ def multiply(x: Tensor, stack: Tensor, routes: Routes, y: Tensor, first_expert: 
 
 @triton.jit
 def _combine(
-    y, index, scores, place, out, N, experts, SORTED: tl.constexpr, PER_TOKEN: tl.constexpr, BLOCK: tl.constexpr
-):
+    y, index, scores, place, out, N, experts, SORTED: tl.constexpr, PER_TOKEN: tl.constexpr, BLOCK: tl.constexpr,
+    EARLY: tl.constexpr,
+):  # fmt: skip
+    if EARLY:
+        gdc_wait()
+        gdc_launch_dependents()
     token, n = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), tl.float32)
     for j in tl.static_range(PER_TOKEN):
@@ -124,16 +138,21 @@ def _combine(
 
 def combine(y: Tensor, index: Tensor, scores: Tensor, experts: int, place: Tensor | None, out: Tensor) -> None:
     """Into out `[tokens, hidden]`, as grouped.combine says."""
-    tokens, per_token = scores.shape
+    (tokens, per_token), early = scores.shape, _early(y)
+    block = BLOCK if tokens > 8 else 256  # few tokens: more programs, each waits for memory but once
     with torch.cuda.device_of(y):
-        _combine[(tokens, -(-y.shape[1] // BLOCK))](
+        _combine[(tokens, -(-y.shape[1] // block))](
             y.contiguous(), index.contiguous(), scores.contiguous(), index if place is None else place, out,
-            y.shape[1], experts, SORTED=place is not None, PER_TOKEN=per_token, BLOCK=BLOCK, num_warps=4,
+            y.shape[1], experts, SORTED=place is not None, PER_TOKEN=per_token, BLOCK=block, num_warps=4,
+            EARLY=early, **({"launch_pdl": True} if early else {}),
         )  # fmt: skip
 
 
 @triton.jit
-def _silu_times(gate, up, y, count, BLOCK: tl.constexpr):
+def _silu_times(gate, up, y, count, BLOCK: tl.constexpr, EARLY: tl.constexpr):
+    if EARLY:
+        gdc_wait()
+        gdc_launch_dependents()
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < count
     g = tl.load(gate + at, mask=inside, other=0.0).to(tl.float32)
@@ -146,7 +165,61 @@ def _silu_times(gate, up, y, count, BLOCK: tl.constexpr):
 def silu_times(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up, which are of one shape and dtype."""
     gate, up = gate.contiguous(), up.contiguous()
-    y, count = torch.empty_like(gate), gate.numel()
+    y, count, early = torch.empty_like(gate), gate.numel(), _early(gate)
     with torch.cuda.device_of(gate):
-        _silu_times[(-(-count // BLOCK),)](gate, up, y, count, BLOCK=BLOCK, num_warps=4)
+        _silu_times[(-(-count // BLOCK),)](
+            gate, up, y, count, BLOCK=BLOCK, num_warps=4, EARLY=early, **({"launch_pdl": True} if early else {})
+        )
     return y
+
+
+@triton.jit
+def _choose(
+    logits, weights, index, experts, stride,
+    K: tl.constexpr, SOFTMAX: tl.constexpr, NORMALIZE: tl.constexpr, BLOCK: tl.constexpr, KS: tl.constexpr,
+    EARLY: tl.constexpr,
+):  # fmt: skip
+    """A token. A number and its place are one key, whose order is that of numbers, and of equal ones the first."""
+    token, at = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
+    if EARLY:
+        gdc_wait()
+        gdc_launch_dependents()
+    x = tl.load(logits + token * stride + at, mask=at < experts, other=float("-inf")).to(tl.float32)
+    if SOFTMAX:
+        e = tl.exp(x - tl.max(x, 0))
+        x = e / tl.sum(e, 0)
+    bits = x.to(tl.int32, bitcast=True)
+    ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    key = (ordered.to(tl.int64) << 32) | (BLOCK - 1 - at).to(tl.int64)
+    least = -0x7FFFFFFFFFFFFFFF - 1
+    key = tl.where(at < experts, key, least)
+    slot = tl.arange(0, KS)
+    found = tl.full((KS,), least, tl.int64)
+    for j in tl.static_range(K):
+        best = tl.max(key, 0)
+        found = tl.where(slot == j, best, found)
+        key = tl.where(key == best, least, key)
+    high = (found >> 32).to(tl.int32)
+    value = (high ^ ((high >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+    value = tl.where(slot < K, value, 0.0)
+    if NORMALIZE:
+        value = value / tl.sum(value, 0)
+    to = token * K + slot
+    tl.store(weights + to, value.to(weights.dtype.element_ty), mask=slot < K)
+    tl.store(index + to, BLOCK - 1 - (found & 0xFFFFFFFF), mask=slot < K)
+
+
+def choose(logits: Tensor, k: int, softmax: bool, normalize: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """As choose.choose."""
+    logits = logits if logits.stride(-1) == 1 else logits.contiguous()
+    tokens, experts = logits.shape
+    weights, index = logits.new_empty(tokens, k, dtype=dtype), logits.new_empty(tokens, k, dtype=torch.int64)
+    early = _early(logits)
+    block = triton.next_power_of_2(max(experts, 32))
+    with torch.cuda.device_of(logits):
+        _choose[(tokens,)](
+            logits, weights, index, experts, logits.stride(0), K=k, SOFTMAX=softmax, NORMALIZE=normalize,
+            BLOCK=block, KS=triton.next_power_of_2(k), EARLY=early, num_warps=1 if block <= 256 else 4,
+            **({"launch_pdl": True} if early else {}),
+        )  # fmt: skip
+    return weights, index

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -229,12 +229,23 @@ class Walk:
     def _logits(self, states: Tensor, ids: Tensor, row: int, chain: Chain | None = None) -> Tensor:
         return (chain or self.chain).finish(states[row : row + 1], ids[row : row + 1])[0]
 
+    def original(self) -> Any:
+        """The original as a whole: the model, or where that is here without its blocks, a copy with all of them."""
+        if self.stream.resident:
+            return self.model
+        read = tqdm(range(len(self.stream)), desc="loading", unit="block")
+        return self._with(self.model, map(self.stream.block, read))
+
     def assembled(self, variant: Variant) -> Any:
         """The whole model with the variant's packed blocks, which it must have kept."""
-        model = sharing(variant.model or self.model)
-        blocks = model.get_submodule(self.stream.prefix)
-        for i, block in enumerate(variant.kept):
-            blocks[i] = block
+        return self._with(variant.model or self.model, variant.kept)
+
+    def _with(self, model: Any, blocks: Iterable[nn.Module]) -> Any:
+        """A copy of the model over the same tensors, but for its blocks."""
+        model = sharing(model)
+        places = model.get_submodule(self.stream.prefix)
+        for i, block in enumerate(blocks):
+            places[i] = block
         return model.eval().requires_grad_(False)
 
     def _names(self, prefix: str) -> Names:

@@ -42,7 +42,8 @@ class Paired:
         n = scores.shape[1]
         self.level, self.windows = level, n
         tables = [None] * len(scores) if draws is None else draws
-        self.drawn = [Drawn(1) if t is None else Drawn.of(_adds(t, reading, weights)) for t in tables]
+        many = len(scores) > 2  # comparisons, of which none may be wrong (intervals.py)
+        self.drawn = [Drawn(1) if t is None else Drawn.of(_adds(t, reading, weights), many) for t in tables]
         single = np.array([table is None for table in tables])
         self.binary = single & np.isin(scores, (0, 1)).all(1) & (reading == "mean") & (weights is None)
         self.scores = scores

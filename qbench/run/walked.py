@@ -1,17 +1,20 @@
 """Points whose model is a chain of blocks: one pass measures all of them, read top to bottom.
 
 Prepare (texts, the stream of weights, what each point asks), walk the blocks, read the logits, record. What needs the
-whole variant (an export, a measurement of speed, a task that generates) has it assembled of its packed blocks.
+whole variant (an export, a measurement of speed, a task that generates) has it assembled of its packed blocks. Where
+the original is timed it is there whole as well, but gone before the walk: a GPU holds one of the two at a time.
 """
 
 from __future__ import annotations
 
+import gc
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import torch
 
 from qbench.checkpoint import export as checkpoint
 from qbench.errors import PointError
@@ -70,9 +73,8 @@ class Together:
         )
         self.asks = getattr(self.evaluation, "asks", lambda: None)()
         self.asked = [one for point in points for one in drawn(point, self.tokenizer)]
-        whole = self.asks is None or any(one.timed and not one.point.config.runtime.offload for one in self.asked)
         with self.clock.phase("load"):
-            stream, note = _stream(self.first, whole)
+            stream, note = _stream(self.first, whole=self.asks is None)
             self.walk = Walk(stream, self.first.device)
         self.fingerprint, skeleton = self.first.identity.weights, self.walk.skeleton
         self.about = account.model_record(
@@ -123,7 +125,7 @@ class Together:
                 )
         for one in self.asked:
             if one.timed:
-                one.original_speed = _speed_of_original(one, self.walk.model, self.clock)
+                one.original_speed = self._speed_of_original(one)
 
     def walk_blocks(self) -> Iterator[Measured]:
         """Quantizes every block for every variant, and sends the states of all through it."""
@@ -213,7 +215,9 @@ class Together:
             least = 0.0 if isinstance(one.quantizer, Original) else point.config.runtime.min_coverage
             if reason := coverage.shortfall(quantization.coverage, least, quantization.skipped, "were"):
                 raise PointError(reason)  # settled before but for linears that no calibration token reached
-        model = walk.model if one.variant is None else walk.assembled(one.variant) if one.variant.keep else None
+        model = walk.assembled(one.variant) if one.variant is not None and one.variant.keep else None
+        if one.variant is None and (one.timed or one.reading is None):
+            model = walk.original()
         if one.variant is not None:
             one.variant.kept = []  # the model has them now, and goes when it is written
         if model is not None and one.variant is not None and (one.timed or one.reading is None):
@@ -230,6 +234,27 @@ class Together:
         result = replace(result, status="ok", error=None, evaluation=records, tasks=tasks, seconds=seconds)
         exported = model if point.export is not None and one.variant is not None else None
         return Measured(point, result, files, exported, self.tokenizer)
+
+    def _speed_of_original(self, one: Asked) -> Any:
+        if isinstance(one.point.quantizer, Original):
+            return None
+        if one.point.config.runtime.offload:
+            log.warning("the speed of the original is not measured: it would be that of copying its weights")
+            return None
+        try:
+            with self.clock.phase("load"):
+                model = self.walk.original()
+        except torch.OutOfMemoryError:
+            no_room = (
+                f"{one.point.model.name} does not fit on the GPU as it is; runtime.offload=true times it quantized"
+            )
+            raise PointError(no_room) from None
+        try:
+            with self.clock.phase("baseline_speed"):
+                return speed.measure(model, one.point.config.speed)
+        finally:
+            del model
+            _let_go()
 
     def _scored(self, one: Asked, model: Any, clock: Clock) -> Records:
         """What the protocol records of one draw; `model` is the whole of it, where that has been assembled."""
@@ -264,6 +289,13 @@ def _stream(point: Prepared, whole: bool) -> tuple[Stream, str]:
             return found, found.note
     loaded = source.load(point.dtype, point.device, cache, False, point.identity.weights)
     return Whole(loaded.model, loaded.note), loaded.note
+
+
+def _let_go() -> None:
+    """Frees what nothing holds any more: a model, with what a compiler and a graph made of it, is full of cycles."""
+    gc.collect()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
 
 
 def _check(one: Asked, walk: Walk, scored: np.ndarray | None, generates: bool) -> None:
@@ -306,13 +338,3 @@ def _share_calibrations(walk: Walk) -> Callable[[Asked], None]:
         variant.shares = shared[key]
 
     return shown
-
-
-def _speed_of_original(one: Asked, model: Any, clock: Clock) -> Any:
-    if isinstance(one.point.quantizer, Original):
-        return None
-    if one.point.config.runtime.offload:
-        log.warning("the speed of the original is not measured: it would be that of copying its weights")
-        return None
-    with clock.phase("baseline_speed"):
-        return speed.measure(model, one.point.config.speed)

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import json
-import logging
-
 import pytest
 import torch
 from gguf import GGUFReader
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
-from qbench.checkpoint import gguf, gguf_settings
+from qbench.checkpoint import gguf
 from qbench.errors import RequestError
 from qbench.format.gguf import of_blocks
 from qbench.passes.quantize import quantize_model
 from qbench.quant.quantizer import Quantizer
 from qbench.readers.gguf import GGUF
 from qbench.registry import make_quantizer
+from qbench.sources.file import File
 from qbench.sources.tiny import byte_tokenizer
 from qbench.testing import gaussian
 from tests.passes.architectures import build
@@ -61,11 +57,41 @@ def test_what_is_no_type_is_said(settings, sentence):
         gguf.as_blocks(weight)
 
 
-@torch.no_grad()
-@pytest.mark.parametrize("name", ["Llama", "Qwen2", "Qwen3", "Mixtral", "Qwen3Moe"])
-def test_what_is_written_is_read_back_to_the_bit(name, tmp_path):
-    settings = {"Qwen2": {"use_sliding_window": False}, "Qwen3Moe": {"norm_topk_prob": True}}.get(name, {})
+TURNS = ["sliding_attention"] * 5 + ["full_attention", "sliding_attention"]
+YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 16}
+YARN |= {"mscale": 0.707, "mscale_all_dim": 0.707, "beta_fast": 32, "beta_slow": 1}
+LONG = {"rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 256}
+LONG |= {"short_factor": [1.0 + i / 8 for i in range(8)], "long_factor": [1.0 + i for i in range(8)]}
+SCALED = {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6}
+KINDS = {"sliding_attention": {"rope_type": "default", "rope_theta": 10000.0}, "full_attention": SCALED}
+WRITTEN = {
+    "Llama": {},
+    "Qwen2": {"use_sliding_window": False},
+    "Qwen3": {},
+    "Mixtral": {},
+    "Qwen3Moe": {"norm_topk_prob": True},
+    "Gemma": {"head_dim": 16},
+    "Gemma2": {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
+    "Gemma3Text": {"num_hidden_layers": 7, "layer_types": TURNS, "rope_parameters": KINDS},
+    "Phi3": {"rope_parameters": LONG},
+    "DeepseekV2": {"q_lora_rank": 32, "kv_lora_rank": 32, "topk_method": "greedy", "rope_parameters": YARN},
+}
+
+
+def made(name, **settings):
+    """A small model whose norms are no ones, and are numbers of 16 bits as in published models."""
     model = build(name, **settings)
+    for key, value in model.named_parameters():
+        if "norm" in key:
+            value += gaussian(1, value.numel())[0].bfloat16() / 4
+    return model
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", WRITTEN)
+def test_what_is_written_is_read_back_to_the_bit(name, tmp_path):
+    model = made(name, **WRITTEN[name])
+    assert gguf.GGUF().refuse_model(model, rtn()) is None
     quantize_model(model, rtn())
     gguf.GGUF().save(model, byte_tokenizer(), tmp_path / "out", ORIGIN)
     held = GGUF().open(tmp_path / "out", meta(model))
@@ -79,6 +105,17 @@ def test_what_is_written_is_read_back_to_the_bit(name, tmp_path):
                     assert torch.equal(held.read(key).dequantize(), expected), key
     for key, value in model.named_parameters():
         assert torch.equal(held.read(key), value), key
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", WRITTEN)
+def test_the_file_computes_what_the_packed_model_does(name, tmp_path):
+    model = made(name, **WRITTEN[name])
+    quantize_model(model, rtn())
+    gguf.GGUF().save(model, byte_tokenizer(), tmp_path / "out", ORIGIN)
+    loaded = File(path=str(tmp_path / "out")).load(torch.float32, torch.device("cpu"), tmp_path).model
+    ids = torch.arange(40)[None] * 7 % 256
+    assert torch.equal(loaded(ids).logits, model(ids).logits)
 
 
 def test_the_settings_are_those_that_llama_cpp_asks_for(tmp_path):
@@ -111,44 +148,29 @@ def test_the_settings_are_those_that_llama_cpp_asks_for(tmp_path):
     assert factors[-1] == pytest.approx(8)
 
 
-def described(pre) -> dict:
-    made = Tokenizer(models.BPE(vocab={"a": 0}, merges=[]))
-    made.pre_tokenizer, made.decoder = pre, decoders.ByteLevel()
-    return json.loads(made.to_str())
-
-
-def test_how_words_are_split_has_a_name_or_none():
-    split, bytes_ = pre_tokenizers.Split, pre_tokenizers.ByteLevel
-    llama3, qwen2 = gguf_settings.SPLITS
-    whole = bytes_(add_prefix_space=False, use_regex=False)
-
-    def sequence(*steps):
-        return described(pre_tokenizers.Sequence(list(steps)))
-
-    words = gguf_settings.words_of
-    assert words(described(bytes_(add_prefix_space=False))) == "gpt-2"
-    assert words(sequence(pre_tokenizers.Digits(True), bytes_(add_prefix_space=False))) == "smollm"
-    assert words(sequence(split(Regex(llama3), "isolated"), whole)) == "llama-bpe"
-    assert words(sequence(split(Regex(qwen2), "isolated"), whole)) == "qwen2"
-    assert words(sequence(split(Regex(r"\d"), "isolated"), whole)) is None
-    assert words(described(pre_tokenizers.Whitespace())) is None
-    assert words(described(bytes_(add_prefix_space=True))) is None
-    assert words({}) is None
-
-
-def test_a_tokenizer_without_a_name_costs_a_warning_and_no_file(tmp_path, caplog):
-    made = Tokenizer(models.WordLevel(vocab={"a": 0}, unk_token="a"))
-    made.pre_tokenizer = pre_tokenizers.Whitespace()
-    with caplog.at_level(logging.WARNING):
-        gguf.write(build("Llama"), PreTrainedTokenizerFast(tokenizer_object=made), tmp_path / "model.gguf")
-    assert "the GGUF file has no tokenizer" in caplog.text
-    assert GGUFReader(tmp_path / "model.gguf").fields["tokenizer.ggml.model"].contents() == "no_vocab"
-
-
 @pytest.mark.parametrize(
     ("name", "settings", "sentence"),
     [
-        ("Gemma2", {}, "a gemma2 model is not written as GGUF here; known are llama"),
+        ("Olmo2", {}, "a olmo2 model is not written as GGUF here; known are llama"),
+        ("Gemma2", {"layer_types": ["sliding_attention"] * 3}, "its layers do not take turns as llama.cpp's do"),
+        ("Gemma2", WRITTEN["Gemma2"] | {"query_pre_attn_scalar": 32}, "llama.cpp divides by the root of 16"),
+        ("Gemma2", WRITTEN["Gemma2"] | {"final_logit_softcapping": None}, "it caps no scores or no logits"),
+        ("Gemma3Text", WRITTEN["Gemma3Text"] | {"final_logit_softcapping": 3.0}, "it caps scores or logits"),
+        ("Gemma3Text", WRITTEN["Gemma3Text"] | {"use_bidirectional_attention": True}, "sees what follows"),
+        (
+            "Gemma3Text",
+            WRITTEN["Gemma3Text"] | {"rope_parameters": KINDS | {"sliding_attention": SCALED}},
+            "its layers with a window have other rotary positions",
+        ),
+        ("Gemma", {"hidden_act": "silu"}, "its MLP has the activation silu"),
+        ("Phi3", {"sliding_window": 8}, "its attention sees a sliding window"),
+        ("DeepseekV2", {"topk_method": "greedy"}, "its queries have no low rank"),
+        ("DeepseekV2", {"topk_method": "group_limited_greedy", "n_group": 2}, "its router chooses experts within"),
+        (
+            "DeepseekV2",
+            WRITTEN["DeepseekV2"] | {"rope_parameters": YARN | {"mscale": 1.0}},
+            "an mscale that is not mscale_all_dim",
+        ),
         ("Qwen2", {}, "its attention sees a sliding window"),
         ("Qwen3Moe", {}, "its router does not scale the chosen experts' weights"),
         ("Llama", {"mlp_bias": True}, "its MLP has biases"),

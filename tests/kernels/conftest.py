@@ -52,6 +52,15 @@ def emulated(monkeypatch, compiled):
         pointers = (ctypes.c_void_p * len(arguments))(*(ctypes.addressof(argument) for argument in arguments))
         kernel((ctypes.c_uint * 3)(*grid), threads, shared_bytes, cluster, pointers)
 
+    def tensor_map(x, rows, columns):
+        assert columns == 64
+        assert x.stride(1) == 1
+        assert x.stride(0) % 8 == 0
+        assert x.data_ptr() % 16 == 0
+        return (ctypes.c_uint64 * 16)(x.data_ptr(), x.shape[1], x.shape[0], 2 * x.stride(0), rows)
+
+    monkeypatch.setattr(nvrtc, "tensor_map", tensor_map)
+    monkeypatch.setattr(nvrtc, "clusters_at_work", lambda function, *_: 2)  # so that a block takes several tiles of y
     monkeypatch.setattr(nvrtc, "load", lambda entry, device, defines: compiled(entry, defines))
     monkeypatch.setattr(nvrtc, "launch", launch)
     monkeypatch.setattr(cuda, "_stream", lambda device: 0)

@@ -26,6 +26,7 @@ struct dim3 { unsigned x, y, z; };
 struct Warp {
   std::barrier<> sync{32};
   float values[32];
+  u32 words[32];
   unsigned a[32][4], b[32][2];
 };
 struct Block {
@@ -73,6 +74,14 @@ inline float from_lane(float value, int lane) {
   return found;
 }
 inline float __shfl_xor_sync(unsigned, float value, int step) { return from_lane(value, lane_id() ^ step); }
+inline u32 __shfl_xor_sync(unsigned, u32 value, int step) {
+  here.warp->words[lane_id()] = value;
+  __syncwarp();
+  const u32 found = here.warp->words[lane_id() ^ step];
+  __syncwarp();
+  return found;
+}
+inline u32 __funnelshift_l(u32 low, u32 high, u32 shift) { return u32(((u64(high) << 32 | low) << (shift & 31)) >> 32); }
 inline float __shfl_sync(unsigned, float value, int lane) { return from_lane(value, lane); }
 inline int __shfl_sync(unsigned, unsigned value, int lane) { return int(from_lane(float(value), lane)); }
 
@@ -124,7 +133,7 @@ inline void change(u32 bar, u32 rank, int arrived, int bytes) {
   } while (!barrier_at(bar, rank).compare_exchange_weak(before, after));
 }
 inline void barrier_arrive(u32 bar) { change(bar, here.rank, 1, 0); }
-inline void barrier_arrive(u32 bar, u32 rank) { change(bar, rank, 1, 0); }
+inline void barrier_arrive(u32 bar, u32 rank, bool now) { if (now) change(bar, rank, 1, 0); }
 inline void barrier_expect(u32 bar, u32 bytes) { change(bar, here.rank, 1, int(bytes)); }
 inline void bulk_copy(u32 to, const void* from, u32 bytes, u32 bar) {
   memcpy(here.block->memory.data() + to, from, bytes);
@@ -133,6 +142,44 @@ inline void bulk_copy(u32 to, const void* from, u32 bytes, u32 bar) {
 inline void barrier_wait(u32 bar, u32 parity) {
   while ((Barrier(barrier_at(bar, here.rank)).phase & 1) == parity) std::this_thread::sleep_for(std::chrono::milliseconds(1));
 }
+inline void raise_flag(u32* flag) { std::atomic_ref<u32>{*flag}.store(1); }
+inline void await_flag(const u32* flag) {  // clusters run one after the other: nobody may wait for one that comes later
+  if (std::atomic_ref<u32>{*const_cast<u32*>(flag)}.load() != 1) abort();
+}
+inline float4 load_sums(const float4* p) { return *p; }
+template <int> inline void fewer_registers() {}
+template <int> inline void more_registers() {}
+
+// Here a map holds what the driver's call is given: address, columns, rows, bytes from row to row, rows of a box.
+struct Map { u64 words[16]; };
+inline void box_copy(u32 to, const Map& map, int column, int row, u32 bar, u32 blocks) {
+  const int columns = int(map.words[1]), rows = int(map.words[2]), box = int(map.words[4]);
+  for (u32 rank = 0; blocks >> rank; rank++) {
+    unsigned char* memory = here.cluster->blocks[rank]->memory.data();
+    for (int r = 0; r < box; r++)
+      for (int c = 0; c < 64; c++) {
+        u16 v = 0;
+        if (row + r < rows && column + c < columns)
+          v = *reinterpret_cast<const u16*>(map.words[0] + (row + r) * map.words[3] + 2 * (column + c));
+        const u32 at = to + r * 128 + 2 * c;
+        memcpy(memory + (at ^ (at >> 7 & 7) << 4), &v, 2);
+      }
+    change(bar, rank, 0, -box * 128);
+  }
+}
+inline void store_transposed(u32 to, const u32 (&v)[4]) {
+  Warp& warp = *here.warp;
+  const unsigned lane = lane_id();
+  memcpy(warp.a[lane], v, 16), warp.b[lane][0] = to;
+  __syncwarp();
+  for (int i = 0; i < 4; i++)
+    for (int low = 0; low < 2; low++) {  // element (lane / 4, 2 (lane % 4) + low) of matrix i goes to the mirrored place
+      const u16 value = u16(v[i] >> (16 * low));
+      memcpy(here.block->memory.data() + warp.b[8 * i + 2 * (lane % 4) + low][0] + lane / 4 * 2, &value, 2);
+    }
+  __syncwarp();
+}
+
 inline float element(u32 pair, int which);
 inline void mma(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
   Warp& warp = *here.warp;
@@ -164,6 +211,7 @@ inline u32 minus2(u32 a, u32 b) { return store2(element(a, 0) - element(b, 0), e
 inline u32 fma2(u32 a, u32 b, u32 c) {
   return store2(element(a, 0) * element(b, 0) + element(c, 0), element(a, 1) * element(b, 1) + element(c, 1));
 }
+inline u32 times2(u32 a, u32 b) { return store2(element(a, 0) * element(b, 0), element(a, 1) * element(b, 1)); }
 
 #ifdef NB
 // B in shared memory: rows of 128 bytes, bits 4 to 6 of the address swizzled by bits 7 to 9.

@@ -9,6 +9,7 @@ import torch
 
 from qbench.format.rotation import Rotation
 from qbench.kernels import blocks, cuda, ops
+from qbench.kernels.blocks import PromptPlan
 from qbench.kernels.tiles import to_tiles
 from qbench.layers.linear import QuantLinear, use_kernels
 from tests.kernels.cases import FORMATS, random_weight, relative_error
@@ -43,6 +44,42 @@ def test_every_batch(generator, nbits, codebook, group_size):
                 y = ops.linear(x, tiles, bias.to(dtype))
                 assert relative_error(y, x, weight, bias.to(dtype)) <= limit, (shape, batch, dtype)
                 assert torch.equal(y, ops.linear(x, tiles, bias.to(dtype))), "not deterministic"
+
+
+@pytest.mark.parametrize("plan", [PromptPlan(32, 2, 1), PromptPlan(32, 2, 2, True), PromptPlan(24, 2, 1, True)])
+@pytest.mark.parametrize(("group_size", "codebook"), [(32, False), (64, False), (64, True), (128, False)])
+def test_prompts(generator, plan, group_size, codebook):
+    """Whole tiles and split ones, of few rows of x and many; a weight smaller than a tile."""
+    if torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("prompt_linear.cu needs Hopper")
+    for shape, batches in (((1000, 4104), (130, 513, 1100)), ((40, 577), (1, 300)), ((6144, 1024), (512,))):
+        weight = on_gpu(random_weight(shape, 4, group_size, generator, codebook=codebook, permuted=shape[0] == 40))
+        tiles, bias = to_tiles(weight), torch.randn(shape[0], device="cuda")
+        for dtype, limit in LIMITS.items():
+            for batch in batches:
+                x = 0.1 * torch.randn(batch, shape[1], device="cuda", dtype=dtype)
+                y = cuda.linear(x, tiles, bias.to(dtype), plan)
+                assert relative_error(y, x, weight, bias.to(dtype)) <= limit, (shape, batch, dtype)
+                assert torch.equal(y, cuda.linear(x, tiles, bias.to(dtype), plan)), "not deterministic"
+
+
+def test_split_prompts_in_a_graph(generator):
+    """Blocks that wait for each other find no flag of an earlier launch or replay."""
+    if torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("prompt_linear.cu needs Hopper")
+    weight = on_gpu(random_weight((1024, 1024), 4, 64, generator))
+    tiles, plan, x = to_tiles(weight), PromptPlan(32, 2, 1, True), torch.randn(600, 1024, device="cuda").bfloat16()
+    expected = cuda.linear(x, tiles, None, plan)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = [cuda.linear(x, tiles, None, plan) for _ in range(3)]
+    for _ in range(3):
+        for y in found:
+            y.zero_()
+        graph.replay()
+        assert torch.equal(cuda.linear(x, tiles, None, plan), expected)
+        assert all(torch.equal(y, expected) for y in found)
 
 
 def test_dequantize_is_the_formats_own(generator):

@@ -11,6 +11,7 @@ from qbench.kernels import routes as routing
 from qbench.kernels.routes import route
 from qbench.kernels.tiles import to_tiles
 from tests.kernels.cases import random_weight
+from tests.kernels.test_choose import check
 from tests.kernels.test_grouped import CASES, EXPERTS, some_index
 
 
@@ -64,3 +65,13 @@ def test_stacks_are_dequantized_as_their_matrices_by_triton(generator):
     assert torch.equal(triton_linear.dequantize(to_tiles(weight), torch.float32), weight.dequantize())
     part = to_tiles(weight).span(1, 3)
     assert torch.equal(triton_linear.dequantize(part, torch.float32), weight.dequantize()[1:])
+
+
+@pytest.mark.parametrize(("tokens", "experts", "k"), [(1, 128, 8), (3, 160, 6), (2, 8, 3)])
+def test_choices_by_triton(generator, tokens, experts, k):
+    x = 3 * torch.randn(tokens, experts, generator=generator)
+    for softmax, normalize, dtype in ((True, True, torch.float16), (False, False, torch.float32)):
+        check(triton_experts.choose, x, k, softmax, normalize, dtype)
+    x = torch.tensor([[-1.0, 2.0, 2.0, -3.0, 0.0, 2.0]])
+    weights, index = triton_experts.choose(x, 5, False, False, torch.float32)
+    assert (weights.tolist(), index.tolist()) == ([[2, 2, 2, 0, -1]], [[1, 2, 5, 4, 0]])  # of equal ones the first

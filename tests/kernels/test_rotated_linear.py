@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from qbench.format.rotation import Rotation
-from qbench.kernels import cuda, ops, together
+from qbench.kernels import cuda, cuda_rotate, ops, together
 from qbench.kernels.blocks import Plan, WidePlan
 from qbench.kernels.tiles import to_tiles
 from tests.kernels.cases import random_weight, relative_error
@@ -25,7 +25,7 @@ def rotated_weight(generator, columns, block, signed=True, **others):
 
 def check(generator, weight, batch, dtype, plan):
     tiles = to_tiles(weight)
-    assert cuda.takes(tiles, plan, batch)
+    assert cuda_rotate.takes(tiles, plan, batch)
     x = torch.randn(batch, weight.shape[1], generator=generator).to(dtype)
     assert relative_error(cuda.linear(x, tiles, None, plan), x, weight) <= LIMITS[dtype]
 
@@ -58,7 +58,7 @@ def test_a_row_whose_splits_are_whole_blocks(emulated, generator):
 def test_by_itself(emulated, generator, columns, block, dtype):
     rotation = Rotation.seeded(columns, block, 1)
     x = torch.randn(3, 2 * columns, generator=generator).to(dtype)[:, :columns]
-    y, expected = cuda.rotate(x, rotation), rotation(x)
+    y, expected = cuda_rotate.rotate(x, rotation), rotation(x)
     assert y.dtype == dtype
     assert float((y - expected).norm() / expected.norm()) <= LIMITS[dtype] / 2
 
@@ -104,9 +104,9 @@ def test_on_a_gpu(columns, block, dtype):
 
 def test_what_is_rotated_by_itself(generator):
     tiles = to_tiles(rotated_weight(generator, 1024, 1024))
-    assert not cuda.takes(tiles, Plan(1, 1, 1, 1, 2, 2), 1)  # half a block each
-    assert cuda.takes(tiles, Plan(1, 1, 1, 1, 2, 2), 2)
+    assert not cuda_rotate.takes(tiles, Plan(1, 1, 1, 1, 2, 2), 1)  # half a block each
+    assert cuda_rotate.takes(tiles, Plan(1, 1, 1, 1, 2, 2), 2)
     permuted = to_tiles(rotated_weight(generator, 1024, 64, permuted=True))
-    assert not cuda.takes(permuted, ROW, 1)
-    assert not cuda.takes(to_tiles(rotated_weight(generator, 2048, 2048)), WIDE, 20)
-    assert not cuda.takes(to_tiles(rotated_weight(generator, 68, 4)), WIDE, 20)
+    assert not cuda_rotate.takes(permuted, ROW, 1)
+    assert not cuda_rotate.takes(to_tiles(rotated_weight(generator, 2048, 2048)), WIDE, 20)
+    assert not cuda_rotate.takes(to_tiles(rotated_weight(generator, 68, 4)), WIDE, 20)

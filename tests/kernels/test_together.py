@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from qbench.kernels import ops, together
-from qbench.kernels.blocks import Plan
+from qbench.kernels import blocks, ops, together
+from qbench.kernels.blocks import Plan, PromptPlan
 from qbench.kernels.tiles import to_tiles
 from tests.kernels.cases import random_weight, relative_error
 
@@ -62,14 +62,17 @@ def test_the_op_and_the_pass(generator):
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("rows", [(4096, 1024, 1024), (12288, 12288), (72, 24, 40, 16)])
-def test_on_a_gpu(rows, dtype):
+@pytest.mark.parametrize("tokens", [1, 300])
+def test_on_a_gpu(monkeypatch, rows, dtype, tokens):
+    if tokens > 1 and torch.cuda.get_device_capability()[0] == 9:
+        monkeypatch.setattr(blocks, "prompt_plan", lambda *_: PromptPlan(32, 2, 1, True))
     draw = torch.Generator().manual_seed(0)
     weights = [random_weight((count, 1088), 4, 64, draw) for count in rows]
     on_gpu = [w.with_tensors({name: tensor.cuda() for name, tensor in w.tensors().items()}) for w in weights]
     tiles = [to_tiles(weight) for weight in on_gpu]
-    x = torch.randn(1, 1, 1088, generator=draw).to("cuda", dtype)
+    x = torch.randn(1, tokens, 1088, generator=draw).to("cuda", dtype)
     found = torch.ops.qbench.dual_linears(x, *flattened(tiles))
-    assert [tuple(y.shape) for y in found] == [(1, 1, count) for count in rows]
+    assert [tuple(y.shape) for y in found] == [(1, tokens, count) for count in rows]
     for y, weight in zip(found, weights, strict=True):
         assert relative_error(y[0].cpu(), x[0].cpu(), weight, None) <= (1e-3 if dtype == torch.float16 else 1e-2)
     again = torch.ops.qbench.dual_linears(x, *flattened(tiles))

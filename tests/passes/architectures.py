@@ -109,7 +109,7 @@ RESIDENT = {
 
 
 def config(name, **settings):
-    given = COMMON | (CHAINS | RESIDENT)[name] | settings
+    given = COMMON | (CHAINS | RESIDENT).get(name, {}) | settings
     return getattr(transformers, f"{name}Config")(**given)
 
 

@@ -63,6 +63,15 @@ def nf4(folder):
     return write(folder, lambda _, weight: four_bits(weight, nested=True)[0], {"quant_method": "bitsandbytes"})
 
 
+def int8(folder):
+    def pack(module, weight):
+        largest = weight.float().abs().amax(1)
+        codes = (weight.float() * 127 / largest[:, None]).round().to(torch.int8)
+        return {"weight": codes, "SCB": largest, "weight_format": torch.zeros((), dtype=torch.uint8)}
+
+    return write(folder, pack, {"quant_method": "bitsandbytes"})
+
+
 def hqq(folder):
     return write(folder, lambda _, weight: hqq_parts(weight, 4, 1, torch.float16, 0)[1], {"quant_method": "hqq"})
 
@@ -76,6 +85,7 @@ KINDS = {
     "awq": (AWQ, awq),
     "compressed": (CompressedTensors, compressed),
     "nf4": (BitsAndBytes, nf4),
+    "int8": (BitsAndBytes, int8),
     "hqq": (HQQ, hqq),
     "sinq": (SINQ, lambda folder: sinq(folder)[0]),
     "fp8": (FP8, fp8),

@@ -7,6 +7,7 @@ import sys
 from benchmarks.second_look import compared, halves, section_of
 from tests.conftest import ROOT
 from tests.report.examples import nll, point, save
+from tests.report.test_verdicts import drawn
 
 
 def boards(tmp_path, second):
@@ -36,6 +37,16 @@ def test_an_order_that_turns_is_told(tmp_path):
         ["hqq at 4 bits, group 64", "sinq at 4 bits, group 64"],
         ["rtn at 4 bits, group 64", "sinq at 4 bits, group 64"],
     ]
+
+
+def test_a_single_draw_may_turn_what_all_of_them_leave_open(tmp_path):
+    rows = [("rtn", drawn("rtn", 0.30, 0.0)), ("gptq", drawn("gptq", 0.30, 0.01))]
+    for folder in ("first", "second"):
+        save(tmp_path / folder, *(made for _, made in rows))
+    found = compared(section_of(tmp_path / "first"), section_of(tmp_path / "second"))
+    assert (found["apart_in_first"], found["reversed"]) == (0, [])
+    assert found["with_a_single_draw"]["board_pairs"] == 25
+    assert found["with_a_single_draw"]["with_any_reversed"] > 0
 
 
 def test_a_text_is_cut_at_the_end_of_a_line(tmp_path):

@@ -1,12 +1,15 @@
 """A point in a pass is the point alone, to the bit; and what the whole model computes, to rounding."""
 
+import weakref
 from dataclasses import replace
 
 import pytest
 import torch
 
 from qbench.errors import RequestError
+from qbench.evaluate import speed
 from qbench.passes.variant import Variant
+from qbench.passes.walk import Walk
 from qbench.run import run_pass
 from qbench.run.whole import whole
 
@@ -185,3 +188,44 @@ def test_states_that_fit_nowhere_are_refused_with_what_helps(prepared, monkeypat
     monkeypatch.setattr(psutil, "virtual_memory", lambda: free._replace(available=1000))
     with pytest.raises(RequestError, match=r"task\.max_windows"):
         list(run_pass([prepared("model=tiny-dense", *SHORT)]))
+
+
+SPEED = ("speed=default", "speed.prefill_tokens=16", "speed.context_tokens=8", "speed.decode_tokens=2")
+
+
+@pytest.mark.parametrize("quantizer", ["rtn", "none"])
+def test_a_timed_original_is_gone_before_the_walk(prepared, tmp_path, tiny, monkeypatch, quantizer):
+    """What is timed is the original whole, then the variant; while blocks are walked, nothing holds the original's."""
+    model, tokenizer = tiny
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    token, walk, timed, blocks = torch.tensor([[1, 2, 3]]), Walk.run, [], []
+
+    def measure(model, config):
+        timed.append(model(token).logits)
+        blocks.extend(map(weakref.ref, model.model.layers))
+        return measured_speed(model, config)
+
+    def run(self, *args):
+        assert not any(block() for block in blocks)
+        return walk(self, *args)
+
+    measured_speed = speed.measure
+    monkeypatch.setattr(speed, "measure", measure)
+    monkeypatch.setattr(Walk, "run", run)
+    point = prepared("model=local", f"model.path={tmp_path / 'model'}", f"quantizer={quantizer}", *SHORT, *SPEED)
+    [(_, result)] = run_pass([point])
+    assert result.status == "ok", result.error
+    assert torch.equal(timed[0], model(token).logits)
+    assert [result.speed.baseline is None, len(timed)] == ([True, 1] if quantizer == "none" else [False, 2])
+    if len(timed) == 2:
+        assert 0 < (timed[1] - timed[0]).norm() < 0.5 * timed[0].norm()
+
+
+def test_an_original_that_does_not_fit_is_one_sentence(prepared, monkeypatch):
+    def original(self):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(Walk, "original", original)
+    [(_, result)] = run_pass([prepared("model=tiny-dense", "quantizer=rtn", *SHORT, *SPEED)])
+    assert result.error == "tiny-dense does not fit on the GPU as it is; runtime.offload=true times it quantized"
