@@ -31,9 +31,9 @@ def check(generator, weight, batch, dtype, plan):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("block", [8, 16, 32, 64, 128, 256, 512, 1024])
+@pytest.mark.parametrize("block", [8, 32, 64, 512, 1024])
 def test_every_block(emulated, generator, block):
-    weight = rotated_weight(generator, {8: 328, 64: 2112, 256: 768}.get(block, max(block, 384)), block)
+    weight = rotated_weight(generator, {8: 328, 64: 576}.get(block, max(block, 384)), block)
     check(generator, weight, 1, torch.bfloat16, ROW)
     check(generator, weight, 3, torch.bfloat16, BATCH)
     check(generator, weight, 3, torch.bfloat16, WIDE)
