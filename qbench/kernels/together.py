@@ -45,8 +45,8 @@ def _(x, tensors, numbers):
     fits = x.dtype in ops.HALF and M > 0 and x.shape[-1] == weights[0].shape[-1] and _alike(weights)
     if fits and not cuda._plain(device):
         rows = sum(each.shape[0] for each in weights)
-        choose = blocks.plan if M == 1 else blocks.prompt_plan
-        plan = choose(M, rows, x.shape[-1], weights[0], device)
+        found = blocks.plan if M == 1 else blocks.prompt_plan
+        plan = found(M, rows, x.shape[-1], weights[0], device)
         one_row, prompt = isinstance(plan, blocks.Plan), isinstance(plan, blocks.PromptPlan)
         fused = (one_row or (prompt and _prompts(weights))) and all(cuda_rotate.takes(w, plan, M) for w in weights)
         if fused and cuda.refusal(device, plan.kernel) is None:
