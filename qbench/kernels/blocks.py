@@ -103,6 +103,11 @@ class PromptPlan:
     def threads(self) -> int:
         return 128 * (self.warpgroups + 1)
 
+    def switches(self, group_size: int, has_zero: bool) -> dict[str, int]:
+        """What it is compiled with, beyond its shape."""
+        of_x, of_w = self.stages(group_size, has_zero)
+        return {"X_STAGES": of_x, "W_STAGES": of_w, "SPLIT": int(self.split)}
+
     def stages(self, group_size: int, has_zero: bool) -> tuple[int, int]:
         """In flight: of 64 columns of x, as many as fit, and of 128 columns of the weight."""
         left = LARGEST_SHARED - 2048 * self.warpgroups - 1024 - 3 * self._weight_bytes(group_size, has_zero)
@@ -117,7 +122,41 @@ class PromptPlan:
         return stages + 2048 * self.warpgroups + 16 * (of_x + of_w)
 
 
-AnyPlan = Plan | WidePlan | PromptPlan
+@dataclass(frozen=True)
+class AheadPlan:
+    """Of ahead_linear.cu: `warpgroups` warpgroups a block, and one more: a warp that fetches, three that write W."""
+
+    kernel: ClassVar[str] = "ahead_linear"
+    batch_blocks: int  # NB: 8 rows of x each
+    warpgroups: int  # GROUPS: along the output rows, 64 each
+    share: int  # blocks of one cluster: the same rows of x, other rows of the weight
+
+    def __post_init__(self) -> None:
+        if self.batch_blocks not in (16, 24, 32) or self.share not in (1, 2, 4):
+            raise ValueError("batch_blocks must be 16, 24 or 32 and share 1, 2 or 4")
+
+    @property
+    def threads(self) -> int:
+        return 128 * (self.warpgroups + 1)
+
+    @property
+    def _stage_bytes(self) -> int:
+        return (8 * self.batch_blocks + 64 * self.warpgroups) * COLUMNS
+
+    @property
+    def stages(self) -> int:
+        """In flight, of 64 columns of x and of the weight: as many as fit."""
+        return min(6, (LARGEST_SHARED - 2048 * self.warpgroups - 1024) // self._stage_bytes)
+
+    def switches(self, group_size: int, has_zero: bool) -> dict[str, int]:
+        """What it is compiled with, beyond its shape."""
+        return {"STAGES": self.stages}
+
+    def shared_bytes(self, batch: int, chunks: int, nbits: int, group_size: int, has_zero: bool) -> int:
+        return self.stages * (self._stage_bytes + 16) + 2048 * self.warpgroups
+
+
+AnyPlan = Plan | WidePlan | PromptPlan | AheadPlan
 
 
 def plan(M: int, N: int, K: int, tiles: Tiles, device: int) -> AnyPlan | None:

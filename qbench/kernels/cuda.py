@@ -12,11 +12,10 @@ from collections.abc import Sequence
 from functools import cache
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from qbench.kernels import nvrtc
-from qbench.kernels.blocks import AnyPlan, Plan, PromptPlan, WidePlan, x_record_bytes
+from qbench.kernels.blocks import AheadPlan, AnyPlan, Plan, PromptPlan, WidePlan, x_record_bytes
 from qbench.kernels.tiles import COLUMNS, Tiles
 
 log = logging.getLogger(__name__)
@@ -46,23 +45,6 @@ class _WideProblem(ctypes.Structure):  # of wide_linear.cu
         ("t_up", ctypes.c_float),
         *_fields(ctypes.c_int, "M", "N", "strips", "chunks", "per", "stages"),
     ]
-
-
-class _PromptWeight(ctypes.Structure):  # of prompt_linear.cu
-    _fields_ = [
-        *_fields(ctypes.c_void_p, "tiles", "t", "bias", "y"),
-        *_fields(ctypes.c_int, "N", "strips", "first", "unused"),
-    ]
-
-
-@cache
-def _prompt_problem(together: int) -> type[ctypes.Structure]:
-    fields = [
-        *(("each", _PromptWeight * together), ("codebook", ctypes.c_void_p)),
-        *_fields(ctypes.c_int, "M", "chunks", "row_blocks", "x_blocks", "clusters"),
-        *_fields(ctypes.c_void_p, "sums", "ready"),
-    ]
-    return type("_PromptProblem", (ctypes.Structure,), {"_fields_": fields})
 
 
 @cache
@@ -103,10 +85,12 @@ def linear(x: Tensor, tiles: Tiles, bias: Tensor | None, chosen: AnyPlan) -> Ten
 
     One pass over the weight per 8 * batch_blocks rows of x.
     """
+    if isinstance(chosen, (PromptPlan, AheadPlan)):
+        from qbench.kernels import cuda_prompt
+
+        return cuda_prompt.linears(x, [tiles], chosen, bias)[0]
     y = x.new_empty(len(x), tiles.shape[-2])
-    if isinstance(chosen, PromptPlan):
-        _launch_prompt(x, [tiles], bias, [y], chosen)
-    elif isinstance(chosen, WidePlan):
+    if isinstance(chosen, WidePlan):
         _launch_wide(x, tiles, bias, y, chosen)
     else:
         _launch(x, tiles, bias, y, chosen, blocks_m=-(-len(x) // (8 * chosen.batch_blocks)))
@@ -202,56 +186,6 @@ def _launch_wide(x: Tensor, tiles: Tiles, bias: Tensor | None, y: Tensor, chosen
     )
 
 
-def prompt_linears(x: Tensor, weights: Sequence[Tiles], chosen: PromptPlan) -> list[Tensor]:
-    """y `[M, N]` of each weight for x `[M, K]` in one launch; the weights are alike, without act-order or codebook."""
-    ys = [x.new_empty(len(x), each.shape[-2]) for each in weights]
-    _launch_prompt(x, weights, None, ys, chosen)
-    return ys
-
-
-def _launch_prompt(
-    x: Tensor, weights: Sequence[Tiles], bias: Tensor | None, ys: Sequence[Tensor], chosen: PromptPlan
-) -> None:
-    form, device, share, M = weights[0], x.device, chosen.share, len(x)
-    chunks = form.data.shape[-2]
-    if form.permutation is not None:
-        x = x.index_select(-1, form.permutation)
-    if x.stride(0) % 8 or x.data_ptr() % 16:  # of what box copies read, every row starts at a multiple of 16 bytes
-        x = F.pad(x, (0, 8 - x.shape[1] % 8))[:, : x.shape[1]]
-    shape = {"GROUPS": chosen.warpgroups, "NB": chosen.batch_blocks, "INPUT_SCALE": int(form.input_scale is not None)}
-    shape["X_STAGES"], shape["W_STAGES"] = chosen.stages(form.group_size, form.has_zero)
-    shape |= {"SPLIT": int(chosen.split), "TOGETHER": len(weights)}
-    function = nvrtc.load("prompt_linear", device.index, _linear_defines(form, x.dtype, **shape))
-    shared_bytes = chosen.shared_bytes(M, chunks, form.nbits, form.group_size, form.has_zero)
-    problem, row_blocks = _prompt_problem(len(weights))(), 0
-    for i, (tiles, y) in enumerate(zip(weights, ys, strict=True)):
-        strips = tiles.data.shape[-3]
-        addresses = map(_address, (tiles.data, tiles.input_scale, bias, y))
-        problem.each[i] = _PromptWeight(*addresses, y.shape[1], strips, row_blocks)
-        row_blocks += -(-strips // (4 * chosen.warpgroups * share))
-    x_blocks = -(-M // (8 * chosen.batch_blocks))
-    at_work = nvrtc.clusters_at_work(function, chosen.threads, shared_bytes, share)
-    clusters = min(row_blocks * x_blocks * (chunks if chosen.split else 1), at_work)
-    if chosen.split:  # what a block leaves of a tile that another one finishes
-        warps = clusters * share * 4 * chosen.warpgroups
-        sums = torch.empty(warps * chosen.batch_blocks * 128, device=device)
-        ready = torch.zeros(warps, dtype=torch.int32, device=device)
-        problem.sums, problem.ready = sums.data_ptr(), ready.data_ptr()
-    problem.codebook = _address(form.codebook)
-    problem.M, problem.chunks, problem.clusters = M, chunks, clusters
-    problem.row_blocks, problem.x_blocks = row_blocks, x_blocks
-    nvrtc.launch(
-        function,
-        (clusters * share, 1, 1),
-        chosen.threads,
-        shared_bytes,
-        _stream(device),
-        [nvrtc.tensor_map(x, 8 * chosen.batch_blocks // share, COLUMNS // 2), problem],
-        share,
-        early=_early(device),
-    )
-
-
 def _launch_input(entry: str, x: Tensor, tiles: Tiles, to: Tensor, defines: Defines) -> None:
     """x * t for all blocks at once, a thread per 8 columns, or per 8 of each 256 columns of a rotation's block."""
     chunks, turns, shared_bytes = tiles.data.shape[-2], 1, 0
@@ -329,10 +263,12 @@ _ROW = _defines(4, 64, True, False, BF16=1, MB=1, RT=1, ONE=1, DEPTH=2)
 _BATCH = _defines(4, 64, True, False, BF16=1, MB=1, RT=1, ONE=0, RING=1)
 _WIDE = _defines(4, 64, True, False, BF16=1, NB=2, GROUPS=1, WK=1)
 _PROMPT = _defines(4, 64, True, False, BF16=1, INPUT_SCALE=1, GROUPS=2, NB=32, X_STAGES=6, W_STAGES=3)
+_AHEAD = _defines(4, 64, True, False, BF16=1, INPUT_SCALE=1, GROUPS=2, NB=32, STAGES=4, TOGETHER=1)
 KERNELS = {  # the compute capabilities, lowest and highest, and each of its kernels as launched for the default format
     "dequantize": (8, 99, [("dequantize", _defines(4, 64, True, False, OUT=0))]),
     "rotate_input": (8, 99, [("rotate_input", _defines(4, 64, True, False, BF16=1, ROTATE=1024))]),
     "dual_linear": (8, 99, [("dual_linear", _ROW), ("scale_input", _BATCH), ("dual_linear", _BATCH)]),
     "wide_linear": (9, 9, [("tile_input", _WIDE), ("wide_linear", _WIDE)]),  # wgmma is Hopper's alone
     "prompt_linear": (9, 9, [("prompt_linear", _PROMPT)]),
+    "ahead_linear": (9, 9, [("clear_flags", _AHEAD), ("ahead_linear", _AHEAD)]),
 }

@@ -18,27 +18,16 @@
 // end on. A share may begin and end within a tile: what comes first, the lower chunks of its last tile, it leaves as sums in
 // fp32; the cluster that holds a tile's last chunk adds those of the clusters before it, and never waits for one behind it.
 
-#include "finish.cuh"
+#include "prompt.cuh"
 
-#define STRIPS (4 * GROUPS)                        // of 16 rows, per block; a warp each
 #define UNDER_WAY 3                                // units of 32 columns that are being multiplied while one is made
 #ifndef SPLIT
 #define SPLIT 0
-#endif
-#ifndef TOGETHER
-#define TOGETHER 1
 #endif
 #define REGISTERS (GROUPS == 3 ? 152 : 240)        // of a thread that multiplies; the fetching warpgroup gives up its own
 #define X_BYTES (8 * NB * 128)                     // 64 columns
 #define W_BYTES ((STRIPS * CHUNK + 256 + 127) & ~127)  // strips of the weight and t, 128 columns
 
-struct Weight {
-  const u8* tiles;        // [strips][chunks][CHUNK]
-  const u16* t;           // fp16 [128 * chunks]; read if INPUT_SCALE
-  const u16* bias;        // [N] or null
-  u16* y;                 // [M, N]
-  int N, strips, first, unused;  // first: of the tiles' rows, the one where it begins
-};
 struct Problem {
   Weight each[TOGETHER];  // of the same columns, multiplied with the same x
   const float* codebook;  // [16] or null
@@ -49,14 +38,6 @@ struct Problem {
   u32* ready;             // [blocks][STRIPS], zeros: whether they are there
 #endif
 };
-
-__device__ __forceinline__ const Weight& weight_at(const Problem& p, int row_block) {
-  int i = 0;
-#pragma unroll
-  for (int j = 1; j < TOGETHER; j++)
-    if (row_block >= p.each[j].first) i = j;
-  return p.each[i];
-}
 
 // What a cluster multiplies next: chunks `from` to `to` of a tile.
 struct Work {
@@ -97,17 +78,6 @@ struct Exchange {
   }
 };
 
-// Two fp16 factors as a pair of the activations' kind.
-__device__ __forceinline__ u32 factors(u32 t) { return BF16 ? two_bf16(from_half(u16(t)), from_half(u16(t >> 16))) : t; }
-
-// The first `count` of eight 16-bit floats.
-__device__ inline void store_some(u16* to, uint4 v, int count) {
-  const u32 pairs[4] = {v.x, v.y, v.z, v.w};
-#pragma unroll
-  for (int j = 0; j < 8; j++)
-    if (j < count) to[j] = u16(pairs[j / 2] >> (16 * (j % 2)));
-}
-
 extern "C" __global__ void __launch_bounds__(128 * (GROUPS + 1), 1)
 prompt_linear(const __grid_constant__ Map x, const __grid_constant__ Problem p) {
   SHARED_MEMORY(smem);
@@ -145,7 +115,7 @@ prompt_linear(const __grid_constant__ Map x, const __grid_constant__ Problem p) 
 #pragma unroll 1
     while (warp == STRIPS && work.next()) {
       const int tile = work.tile, m0 = tile % p.x_blocks * 8 * NB + int(rank * (8 * NB / share));
-      const Weight& weight = weight_at(p, tile / p.x_blocks);
+      const Weight& weight = weight_at(p.each, tile / p.x_blocks);
       const int strip = min(int((tile / p.x_blocks - weight.first) * share + rank) * STRIPS + lane, weight.strips - 1);
       const u8* from = weight.tiles + u64(strip) * p.chunks * CHUNK;
 #pragma unroll 1
@@ -263,34 +233,10 @@ prompt_linear(const __grid_constant__ Map x, const __grid_constant__ Problem p) 
       }
 #endif
 
-      // Sums are [row of the weight][row of x] per warp: 16 x 16 at a time are turned through shared memory.
-      const int tile = work.tile, m0 = tile % p.x_blocks * 8 * NB + lane / 2;
-      const Weight& weight = weight_at(p, tile / p.x_blocks);
-      const int strip = int((tile / p.x_blocks - weight.first) * share + rank) * STRIPS + warp, n0 = strip * 16;
-      const int N = weight.N;
-      const int row = n0 + lane / 4, n = n0 + lane % 2 * 8;
-      const float first = weight.bias && row < N ? load16(weight.bias[row]) : 0.f;
-      const float second = weight.bias && row + 8 < N ? load16(weight.bias[row + 8]) : 0.f;
-      const u32 to_turn = mine + (lane / 16 * 8 + lane % 8) * 32 + lane / 8 % 2 * 16;
-      const u8* turned_at = smem + (mine - shared(smem)) + lane * 16;
-      u16* y = weight.y + u64(m0) * N + n;
-      const bool wide = N % 8 == 0 && n < N;
-#pragma unroll
-      for (int i = 0; i < NB; i += 2) {
-        const u32 v[4] = {round2(acc[4 * i] + first, acc[4 * i + 1] + first),
-                          round2(acc[4 * i + 2] + second, acc[4 * i + 3] + second),
-                          round2(acc[4 * i + 4] + first, acc[4 * i + 5] + first),
-                          round2(acc[4 * i + 6] + second, acc[4 * i + 7] + second)};
-        __syncwarp();
-        store_transposed(to_turn, v);
-        __syncwarp();
-        const uint4 turned = *reinterpret_cast<const uint4*>(turned_at);
-        if (m0 + 8 * i < p.M) {
-          if (wide) *reinterpret_cast<uint4*>(y) = turned;
-          else store_some(y, turned, N - n);
-        }
-        y += 16 * u64(N);
-      }
+      const int tile = work.tile;
+      const Weight& weight = weight_at(p.each, tile / p.x_blocks);
+      const int strip = int((tile / p.x_blocks - weight.first) * share + rank) * STRIPS + warp;
+      store_tile(acc, weight, strip * 16, tile % p.x_blocks * 8 * NB, p.M, mine, smem + (mine - shared(smem)));
     }
   }
   if (share > 1) cluster_sync();  // until then others copy into this block's memory and arrive at its barriers

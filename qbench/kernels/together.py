@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from qbench.kernels import blocks, choose, cuda, cuda_rotate, nvrtc, ops
+from qbench.kernels import blocks, choose, cuda, cuda_prompt, cuda_rotate, nvrtc, ops
 from qbench.kernels.tiles import Tiles
 
 MOST = 4  # weights in a launch
@@ -47,10 +47,10 @@ def _(x, tensors, numbers):
         rows = sum(each.shape[0] for each in weights)
         found = blocks.plan if M == 1 else blocks.prompt_plan
         plan = found(M, rows, x.shape[-1], weights[0], device)
-        one_row, prompt = isinstance(plan, blocks.Plan), isinstance(plan, blocks.PromptPlan)
+        one_row, prompt = isinstance(plan, blocks.Plan), isinstance(plan, (blocks.PromptPlan, blocks.AheadPlan))
         fused = (one_row or (prompt and _prompts(weights))) and all(cuda_rotate.takes(w, plan, M) for w in weights)
         if fused and cuda.refusal(device, plan.kernel) is None:
-            run = launch if one_row else cuda.prompt_linears
+            run = launch if one_row else cuda_prompt.linears
             with torch.cuda.device(x.device):
                 ys = run(ops._unit_stride(x.reshape(M, -1)), weights, plan)
             return [y.view(*x.shape[:-1], -1) for y in ys]

@@ -94,7 +94,10 @@ def test_a_kernel_that_cannot_be_compiled_is_said_and_replaced(gpu, broken):
         ((7, 5), "dual_linear (triton), dequantize (triton) + matmul above batch 64"),
         ((8, 0), "dual_linear (cuda), dequantize (cuda) + matmul above batch 16"),
         ((8, 9), "dual_linear (cuda), dequantize (cuda) + matmul above batch 16"),
-        ((9, 0), "dual_linear, wide_linear, prompt_linear (cuda) or dequantize (cuda) + matmul, by batch"),
+        (
+            (9, 0),
+            "dual_linear, wide_linear, prompt_linear, ahead_linear (cuda) or dequantize (cuda) + matmul, by batch",
+        ),
         ((10, 0), "dual_linear (cuda), dequantize (cuda) + matmul above batch 16"),
     ],
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from qbench.kernels import blocks, cuda, nvrtc
+from qbench.kernels import blocks, cuda, cuda_prompt, nvrtc
 from qbench.kernels.blocks import PromptPlan
 from qbench.kernels.tiles import to_tiles
 from tests.kernels.cases import random_weight, relative_error
@@ -42,7 +42,7 @@ def test_weights_together(emulated, generator):
     """q, k and v, each with its own t and a last tile that is not full."""
     weights = [random_weight((rows, 330), 4, 64, generator) for rows in (200, 40, 72)]
     x = torch.randn(20, 330, generator=generator).bfloat16()
-    ys = cuda.prompt_linears(x, [to_tiles(weight) for weight in weights], PromptPlan(16, 1, 2, True))
+    ys = cuda_prompt.linears(x, [to_tiles(weight) for weight in weights], PromptPlan(16, 1, 2, True))
     assert len(emulated) == 1
     for weight, y in zip(weights, ys, strict=True):
         assert relative_error(y, x, weight, None) <= 1e-2

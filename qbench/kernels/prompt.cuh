@@ -1,0 +1,65 @@
+// What the kernels for prompts share: weights that are multiplied in one launch, and a tile's way from sums to y.
+#pragma once
+#include "finish.cuh"
+
+#ifndef TOGETHER
+#define TOGETHER 1
+#endif
+#define STRIPS (4 * GROUPS)                        // of 16 rows, per block; a warp each
+
+struct Weight {
+  const u8* tiles;        // [strips][chunks][CHUNK]
+  const u16* t;           // fp16 [128 * chunks]; read if INPUT_SCALE
+  const u16* bias;        // [N] or null
+  u16* y;                 // [M, N]
+  int N, strips, first, unused;  // first: of the tiles' rows, the one where it begins
+};
+
+__device__ __forceinline__ const Weight& weight_at(const Weight (&each)[TOGETHER], int row_block) {
+  int i = 0;
+#pragma unroll
+  for (int j = 1; j < TOGETHER; j++)
+    if (row_block >= each[j].first) i = j;
+  return each[i];
+}
+
+// Two fp16 factors as a pair of the activations' kind.
+__device__ __forceinline__ u32 factors(u32 t) { return BF16 ? two_bf16(from_half(u16(t)), from_half(u16(t >> 16))) : t; }
+
+// The first `count` of eight 16-bit floats.
+__device__ inline void store_some(u16* to, uint4 v, int count) {
+  const u32 pairs[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+  for (int j = 0; j < 8; j++)
+    if (j < count) to[j] = u16(pairs[j / 2] >> (16 * (j % 2)));
+}
+
+// A warp's sums, [16 rows of the weight from n0 on][8 NB rows of x from m0 on]: 16 x 16 at a time are turned through the
+// 512 bytes of shared memory at `turn`, which are at `turned` for C++.
+__device__ __forceinline__ void store_tile(const float (&acc)[4 * NB], const Weight& weight, int n0, int m0, int M, u32 turn,
+                                           const u8* turned) {
+  const int lane = threadIdx.x % 32, N = weight.N;
+  const int row = n0 + lane / 4, n = n0 + lane % 2 * 8;
+  m0 += lane / 2;
+  const float first = weight.bias && row < N ? load16(weight.bias[row]) : 0.f;
+  const float second = weight.bias && row + 8 < N ? load16(weight.bias[row + 8]) : 0.f;
+  const u32 to = turn + (lane / 16 * 8 + lane % 8) * 32 + lane / 8 % 2 * 16;
+  u16* y = weight.y + u64(m0) * N + n;
+  const bool wide = N % 8 == 0 && n < N;
+#pragma unroll
+  for (int i = 0; i < NB; i += 2) {
+    const u32 v[4] = {round2(acc[4 * i] + first, acc[4 * i + 1] + first),
+                      round2(acc[4 * i + 2] + second, acc[4 * i + 3] + second),
+                      round2(acc[4 * i + 4] + first, acc[4 * i + 5] + first),
+                      round2(acc[4 * i + 6] + second, acc[4 * i + 7] + second)};
+    __syncwarp();
+    store_transposed(to, v);
+    __syncwarp();
+    const uint4 found = *reinterpret_cast<const uint4*>(turned + lane * 16);
+    if (m0 + 8 * i < M) {
+      if (wide) *reinterpret_cast<uint4*>(y) = found;
+      else store_some(y, found, N - n);
+    }
+    y += 16 * u64(N);
+  }
+}
