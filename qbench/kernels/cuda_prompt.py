@@ -33,7 +33,7 @@ def _problem(together: int) -> type[ctypes.Structure]:
 def linears(
     x: Tensor, weights: Sequence[Tiles], chosen: PromptPlan | AheadPlan, bias: Tensor | None = None
 ) -> list[Tensor]:
-    """y `[M, N]` of each weight for x `[M, K]` in one launch; several are alike, without act-order, codebook or bias."""
+    """y `[M, N]` of each weight for x `[M, K]` in one launch; several are alike, with neither act-order nor bias."""
     ys = [x.new_empty(len(x), each.shape[-2]) for each in weights]
     form, device, share, M = weights[0], x.device, chosen.share, len(x)
     chunks = form.data.shape[-2]
