@@ -169,18 +169,21 @@ def plan(M: int, N: int, K: int, tiles: Tiles, device: int) -> AnyPlan | None:
     return _plan(min(M, BUCKETS[-1]), N, K, form, properties.name, limit, plain)
 
 
-def prompt_plan(M: int, N: int, K: int, tiles: Tiles, device: int) -> PromptPlan | None:
+def prompt_plan(M: int, N: int, K: int, tiles: Tiles, device: int) -> PromptPlan | AheadPlan | None:
     """For several weights of `N` rows together in one launch; None where each has its own."""
     properties = torch.cuda.get_device_properties(device)
-    if properties.major != 9 or BUCKETS[-1] < M or not _suits_prompt(M, tiles.nbits):
+    if properties.major != 9 or BUCKETS[-1] < M:
         return None
-    tuned = _table(properties.name).get(f"together {table_key(M, N, K, 4)}")
-    return _prompt(tuned) if tuned else None
+    return _prompt(_table(properties.name).get(f"together {table_key(M, N, K, 4)}"), M, tiles.nbits)
 
 
-def _suits_prompt(M: int, nbits: int) -> bool:
-    """Its tiles hold 256 rows of x, and are computed whole."""
-    return nbits == 4 and 4 * M >= 3 * (-(-M // 256) * 256)
+def _prompt(tuned: list[int] | None, M: int, nbits: int) -> PromptPlan | AheadPlan | None:
+    """What a tuned entry says; None where it is not for M rows of x, 256 of which are a tile and computed whole."""
+    if not tuned or 4 * M < 3 * (-(-M // 256) * 256):
+        return None
+    if len(tuned) == 3:
+        return AheadPlan(*tuned)
+    return PromptPlan(*tuned[:3], bool(tuned[3])) if nbits == 4 else None
 
 
 def table_key(M: int, N: int, K: int, nbits: int) -> str:
@@ -199,20 +202,16 @@ def _table(gpu: str) -> dict[str, list[int]]:
 def _plan(
     M: int, N: int, K: int, form: tuple[int, int, bool], gpu: str, limit: int, plain: bool = False
 ) -> AnyPlan | None:
-    table, key = _table(gpu), table_key(M, N, K, 4)
-    prompt = table.get(f"prompt {key}") if _suits_prompt(M, form[0]) else None
-    tuned = table.get(table_key(M, N, K, form[0]), table.get(key))  # without its own, 4 bits' are nearer than a rule
+    table, own, key = _table(gpu), table_key(M, N, K, form[0]), table_key(M, N, K, 4)
+    prompt = _prompt(table.get(f"prompt {own if own in table else key}"), M, form[0])
+    tuned = table.get(own, table.get(key))  # without its own, 4 bits' are nearer than a rule
     if prompt is None and (tuned == [] or (tuned is None and M > WIDE)):
         return None
-    found: list[AnyPlan] = [_prompt(prompt)] if prompt else []
+    found: list[AnyPlan] = [prompt] if prompt else []
     if tuned:
         found.append(WidePlan(*tuned) if len(tuned) == 5 else Plan(*tuned[:6], bool(tuned[6])))
     found += _by_rule(M, N, K, plain) if M <= NARROW else _wide_by_rule(M, N, K)
     return next((plan for plan in found if plan.shared_bytes(M, -(-K // COLUMNS), *form) <= limit), None)
-
-
-def _prompt(tuned: list[int]) -> PromptPlan:
-    return PromptPlan(*tuned[:3], bool(tuned[3]))
 
 
 def pair_plan(rows: int) -> Plan:

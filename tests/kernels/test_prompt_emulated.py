@@ -74,7 +74,11 @@ def test_a_product_with_t_beyond_fp16(emulated, generator):
     assert relative_error(y, x, weight, None) <= 1e-3
 
 
-TUNED = {"prompt 4 bit 12288x4096 batch 512": [32, 2, 1, 1], "4 bit 12288x4096 batch 512": [16, 3, 1, 1, 4]}
+TUNED = {
+    "prompt 4 bit 12288x4096 batch 512": [32, 2, 1, 1],
+    "4 bit 12288x4096 batch 512": [16, 3, 1, 1, 4],
+    "prompt 4 bit 12288x4096 batch 2048": [32, 2, 2],
+}
 
 
 def test_plans(monkeypatch):
@@ -87,7 +91,8 @@ def test_plans(monkeypatch):
 
     assert plan(512) == PromptPlan(32, 2, 1, True)
     assert plan(300) == plan(512, nbits=3) == blocks.WidePlan(16, 3, 1, 1, 4)
-    assert plan(1024) is None
+    assert plan(1024) is plan(1100) is None
+    assert plan(2048) == plan(2048, nbits=3) == blocks.AheadPlan(32, 2, 2)
     for blocks_of_x in (16, 24, 32):
         for group_size in (32, 64, 128):
             found = PromptPlan(blocks_of_x, 2, 1)
