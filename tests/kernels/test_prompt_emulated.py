@@ -91,8 +91,8 @@ def test_plans(monkeypatch):
 
     assert plan(512) == PromptPlan(32, 2, 1, True)
     assert plan(300) == plan(512, nbits=3) == blocks.WidePlan(16, 3, 1, 1, 4)
-    assert plan(1024) is plan(1100) is None
-    assert plan(2048) == plan(2048, nbits=3) == blocks.AheadPlan(32, 2, 2)
+    assert plan(1024) is None
+    assert plan(1100) == plan(2048, nbits=3) == blocks.AheadPlan(32, 2, 2)
     for blocks_of_x in (16, 24, 32):
         for group_size in (32, 64, 128):
             found = PromptPlan(blocks_of_x, 2, 1)
