@@ -16,6 +16,7 @@
 #define SPARE 4                                    // warps that do not multiply: one fetches, the others write
 #define X_BYTES (8 * NB * 128)                     // 64 columns
 #define W_BYTES (STRIPS * 2048)                    // 64 columns
+#define PIECE (BITS == 8 ? 2 : 4)                  // strips that a warp writes at a time
 #define X_TOGETHER 8                               // tiles along x that are multiplied side by side, for the cache
 
 struct Problem {
@@ -44,17 +45,17 @@ struct Tile {
   }
 };
 
-// What a ticket stands for: a chunk of a strip. Rows of tiles that are multiplied at a time make a band, within which all
+// What a ticket stands for: a chunk of PIECE adjacent strips, so that one wait for what was written serves several. Rows of tiles that are multiplied at a time make a band, within which all
 // first chunks come first.
 struct Piece {
-  int row_block, strip, chunk;  // strip of the cluster's
+  int row_block, strip, chunk;  // strip of the cluster's, the first
   __device__ __forceinline__ Piece(const Problem& p, int ticket, int strips, int rows_at_a_time) {
-    const int band = ticket / (rows_at_a_time * strips * p.chunks);
-    const int rows = min(rows_at_a_time, p.row_blocks - band * rows_at_a_time), lines = rows * strips;
-    ticket -= band * rows_at_a_time * strips * p.chunks;
+    const int pieces = strips / PIECE, band = ticket / (rows_at_a_time * pieces * p.chunks);
+    const int rows = min(rows_at_a_time, p.row_blocks - band * rows_at_a_time), lines = rows * pieces;
+    ticket -= band * rows_at_a_time * pieces * p.chunks;
     chunk = ticket / lines;
     const int line = ticket - chunk * lines;
-    row_block = band * rows_at_a_time + line / strips, strip = line % strips;
+    row_block = band * rows_at_a_time + line / pieces, strip = line % pieces * PIECE;
   }
 };
 
@@ -108,58 +109,69 @@ ahead_linear(const __grid_constant__ Map x, const __grid_constant__ Problem p) {
     } else {  // writes
       const int g = lane / 4, tig = lane % 4, strips = STRIPS * int(share);
       const int rows_at_a_time = (p.clusters + min(X_TOGETHER, p.x_blocks) - 1) / min(X_TOGETHER, p.x_blocks);
-      const int pieces = p.row_blocks * strips * p.chunks;
+      const int pieces = p.row_blocks * (strips / PIECE) * p.chunks;
       Table table = {};
 #if CODEBOOK
       table = load_table(p.codebook);
 #endif
-      auto draw = [&] { return take_ticket(tickets, lane); };
-      auto load = [&](const Piece& piece) {
+      auto load = [&](const Piece& piece, Codes (&codes)[PIECE]) {
         const Weight& weight = weight_at(p.each, piece.row_block);
-        const int strip = min((piece.row_block - weight.first) * strips + piece.strip, weight.strips - 1);
-        const u8* from = weight.tiles + (u64(strip) * p.chunks + piece.chunk) * CHUNK;
-        return load_codes<true>(from + lane_codes(lane), from + lane_aux(lane));
+        const int first = (piece.row_block - weight.first) * strips + piece.strip;
+#pragma unroll
+        for (int i = 0; i < PIECE; i++) {
+          const u8* from = weight.tiles + (u64(min(first + i, weight.strips - 1)) * p.chunks + piece.chunk) * CHUNK;
+          codes[i] = load_codes<true>(from + lane_codes(lane), from + lane_aux(lane));
+        }
       };
-      auto write = [&](const Piece& piece, const Codes& codes) {
+      auto write = [&](const Piece& piece, const Codes (&codes)[PIECE]) {
         const int block = piece.row_block * int(share) + piece.strip / STRIPS;
         u8* to = p.image + (u64(block) * p.chunks + piece.chunk) * (2 * W_BYTES) + piece.strip % STRIPS * 2048 + g * 128;
         const u16* t = weight_at(p.each, piece.row_block).t + piece.chunk * 128 + 8 * tig;
         auto unit = [&](auto index) {
           constexpr int U = decltype(index)::value;
-          u32 a[2][4];
-          weights<U>(codes, table, a);
+          u32 f[4];
           if (INPUT_SCALE) {
             const uint4 raw = *reinterpret_cast<const uint4*>(t + 32 * U);
-            const u32 f[4] = {factors(raw.x), factors(raw.y), factors(raw.z), factors(raw.w)};
-#pragma unroll
-            for (int i = 0; i < 4; i++)
-#pragma unroll
-              for (int r = 0; r < 2; r++) a[i / 2][i % 2 * 2 + r] = times2(a[i / 2][i % 2 * 2 + r], f[i]);
+            f[0] = factors(raw.x), f[1] = factors(raw.y), f[2] = factors(raw.z), f[3] = factors(raw.w);
           }
 #pragma unroll
-          for (int r = 0; r < 2; r++)
-            *reinterpret_cast<uint4*>(to + U / 2 * W_BYTES + r * 1024 + (((U % 2 * 4 + tig) ^ g) << 4)) = {
-                a[0][r], a[0][2 + r], a[1][r], a[1][2 + r]};
+          for (int strip = 0; strip < PIECE; strip++) {
+            u32 a[2][4];
+            weights<U>(codes[strip], table, a);
+#pragma unroll
+            for (int r = 0; r < 2; r++) {
+              u32 v[4] = {a[0][r], a[0][2 + r], a[1][r], a[1][2 + r]};
+#pragma unroll
+              for (int i = 0; i < 4; i++)
+                if (INPUT_SCALE) v[i] = times2(v[i], f[i]);
+              u8* at = to + U / 2 * W_BYTES + strip * 2048 + r * 1024 + (((U % 2 * 4 + tig) ^ g) << 4);
+              *reinterpret_cast<uint4*>(at) = {v[0], v[1], v[2], v[3]};
+            }
+          }
         };
         unit(Index<0>{}), unit(Index<1>{}), unit(Index<2>{}), unit(Index<3>{});
         show_written();
         __syncwarp();
-        if (lane == 0) add_to_flag(p.ready + block * p.chunks + piece.chunk);
+        if (lane == 0) add_to_flag(p.ready + block * p.chunks + piece.chunk, PIECE);
       };
       await_previous_kernel();  // which may read the image
-      int ticket = draw(), next = draw();
+      int ticket = from_first(draw_ticket(tickets, lane)), next = draw_ticket(tickets, lane);
       if (ticket < pieces) {
         Piece piece(p, ticket, strips, rows_at_a_time);
-        Codes codes = load(piece);
+        Codes codes[PIECE], coming[PIECE];
+        load(piece, codes);
 #pragma unroll 1
         while (true) {
-          const bool more = next < pieces;
-          const Piece coming(p, more ? next : ticket, strips, rows_at_a_time);
-          const Codes fetched = load(coming);
-          next = draw();
+          ticket = from_first(next);  // drawn a piece ago
+          const bool more = ticket < pieces;
+          if (more) next = draw_ticket(tickets, lane);
+          const Piece behind = more ? Piece(p, ticket, strips, rows_at_a_time) : piece;
+          load(behind, coming);
           write(piece, codes);
           if (!more) break;
-          piece = coming, codes = fetched;
+          piece = behind;
+#pragma unroll
+          for (int i = 0; i < PIECE; i++) codes[i] = coming[i];
         }
       }
     }

@@ -165,19 +165,20 @@ __device__ __forceinline__ u32 load_flag(const u32* flag) {
   asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(v) : "l"(flag) : "memory");
   return v;
 }
-__device__ __forceinline__ void add_to_flag(u32* flag) {
-  asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(flag) : "memory");
+__device__ __forceinline__ void add_to_flag(u32* flag, u32 count) {
+  asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(flag), "r"(count) : "memory");
 }
 __device__ __forceinline__ int leading(bool there) {  // how many lanes in a row, from the first on
   const u32 missing = ~__ballot_sync(0xffffffffu, there);
   return missing ? __ffs(missing) - 1 : 32;
 }
-// The next number of a counter, for the warp.
-__device__ __forceinline__ int take_ticket(u32* counter, int lane) {
-  u32 v = 0;
+// The next number of a counter, for the first lane; it takes its time to come.
+__device__ __forceinline__ int draw_ticket(u32* counter, int lane) {
+  int v = 0;
   if (lane == 0) asm volatile("atom.relaxed.gpu.global.add.u32 %0, [%1], 1;" : "=r"(v) : "l"(counter) : "memory");
-  return int(__shfl_sync(0xffffffffu, v, 0));
+  return v;
 }
+__device__ __forceinline__ int from_first(int v) { return __shfl_sync(0xffffffffu, v, 0); }
 // Between what threads write to global memory and the bulk copies of others, which read it: before and after the flag.
 __device__ __forceinline__ void show_written() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
 __device__ __forceinline__ void see_written() { asm volatile("fence.proxy.async.global;" ::: "memory"); }

@@ -147,16 +147,15 @@ inline void await_flag(const u32* flag) {  // clusters run one after the other: 
   if (std::atomic_ref<u32>{*const_cast<u32*>(flag)}.load() != 1) abort();
 }
 inline u32 load_flag(const u32* flag) { return std::atomic_ref<u32>{*const_cast<u32*>(flag)}.load(); }
-inline void add_to_flag(u32* flag) { std::atomic_ref<u32>{*flag}.fetch_add(1); }
+inline void add_to_flag(u32* flag, u32 count) { std::atomic_ref<u32>{*flag}.fetch_add(count); }
 inline int leading(bool there) {
   int count = 0;
   for (int lane = 31; lane >= 0; lane--) count = from_lane(there, lane) > 0 ? count + 1 : 0;
   if (count < 32) std::this_thread::sleep_for(std::chrono::milliseconds(1));
   return count;
 }
-inline int take_ticket(u32* counter, int lane) {
-  return __shfl_sync(0, lane == 0 ? std::atomic_ref<u32>{*counter}.fetch_add(1) : 0u, 0);
-}
+inline int draw_ticket(u32* counter, int lane) { return lane == 0 ? int(std::atomic_ref<u32>{*counter}.fetch_add(1)) : 0; }
+inline int from_first(int v) { return int(from_lane(float(v), 0)); }
 inline void show_written() {}
 inline void see_written() {}
 inline float4 load_sums(const float4* p) { return *p; }
