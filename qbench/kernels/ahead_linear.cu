@@ -5,7 +5,8 @@
 //
 // A weight is finished once, whatever the rows of x: spare warps of all blocks write it to global memory, which is to say
 // to the L2 cache, in the image that wgmma reads, t included. They take the pieces by tickets in the order in which the
-// tiles of y want them and never wait, so that any number of blocks at work gets through. Warpgroups that do nothing but
+// tiles of y want them, no further ahead than the cache holds: a writer waits for its own block alone, which has all that was
+// drawn before. So any number of blocks at work gets through. Warpgroups that do nothing but
 // multiply take both operands from shared memory, as a 16-bit product would: W by bulk copies, x by box copies that every
 // block of a cluster shares with the others. Blocks stay and take one tile of y after the other.
 //
@@ -17,6 +18,7 @@
 #define X_BYTES (8 * NB * 128)                     // 64 columns
 #define W_BYTES (STRIPS * 2048)                    // 64 columns
 #define PIECE (BITS == 8 ? 2 : 4)                  // strips that a warp writes at a time
+#define LEAD 6                                     // chunks of a tile that the writers of a block may be ahead of it
 #define X_TOGETHER 8                               // tiles along x that are multiplied side by side, for the cache
 
 struct Problem {
@@ -48,13 +50,14 @@ struct Tile {
 // What a ticket stands for: a chunk of PIECE adjacent strips, so that one wait for what was written serves several. Rows of tiles that are multiplied at a time make a band, within which all
 // first chunks come first.
 struct Piece {
-  int row_block, strip, chunk;  // strip of the cluster's, the first
+  int row_block, strip, chunk, place;  // strip of the cluster's, the first; place: in chunks of the tiles of a block
   __device__ __forceinline__ Piece(const Problem& p, int ticket, int strips, int rows_at_a_time) {
     const int pieces = strips / PIECE, band = ticket / (rows_at_a_time * pieces * p.chunks);
     const int rows = min(rows_at_a_time, p.row_blocks - band * rows_at_a_time), lines = rows * pieces;
     ticket -= band * rows_at_a_time * pieces * p.chunks;
     chunk = ticket / lines;
     const int line = ticket - chunk * lines;
+    place = band * p.chunks + chunk;
     row_block = band * rows_at_a_time + line / pieces, strip = line % pieces * PIECE;
   }
 };
@@ -67,7 +70,9 @@ ahead_linear(const __grid_constant__ Map x, const __grid_constant__ Problem p) {
   const int tiles = p.row_blocks * p.x_blocks, first_tile = int(cluster_index());
   const u32 w_stages = shared(smem) + STAGES * X_BYTES, turn = w_stages + STAGES * W_BYTES;
   const u32 full = turn + STRIPS * 512, empty = full + 8 * STAGES;
+  volatile int* fetched = reinterpret_cast<volatile int*>(smem + (empty + 8 * STAGES - shared(smem)));  // chunks of tiles
   if (threadIdx.x == 0) {
+    *fetched = 0;
 #pragma unroll 1
     for (int s = 0; s < STAGES; s++) barrier_init(full + 8 * s), barrier_init(empty + 8 * s, STRIPS * share);
     publish_barriers();
@@ -82,8 +87,9 @@ ahead_linear(const __grid_constant__ Map x, const __grid_constant__ Problem p) {
       await_previous_kernel();  // which may write x
       int stage = 0;
       u32 parity = 1;
+      int before = 0;  // chunks of the block's earlier tiles
 #pragma unroll 1
-      for (int tile = first_tile; tile < tiles; tile += p.clusters) {
+      for (int tile = first_tile; tile < tiles; tile += p.clusters, before += p.chunks) {
         const Tile at(p, tile);
         const int block = at.row_block * int(share) + int(rank), m0 = at.x_block * 8 * NB + int(rank * (8 * NB / share));
         const u8* from = p.image + u64(block) * p.chunks * (2 * W_BYTES);
@@ -95,6 +101,7 @@ ahead_linear(const __grid_constant__ Map x, const __grid_constant__ Problem p) {
             const bool there = chunk >= p.chunks || load_flag(p.ready + block * p.chunks + chunk) == STRIPS;
             known += leading(there);
           }
+          if (lane == 0) *fetched = before + half / 2;
           barrier_wait(empty + 8 * stage, parity);
           if (lane == 0) {
             const u32 bar = full + 8 * stage;
@@ -106,6 +113,7 @@ ahead_linear(const __grid_constant__ Map x, const __grid_constant__ Problem p) {
           if (++stage == STAGES) stage = 0, parity ^= 1;
         }
       }
+      if (lane == 0) *fetched = 1 << 30;  // what is left is for others
     } else {  // writes
       const int g = lane / 4, tig = lane % 4, strips = STRIPS * int(share);
       const int rows_at_a_time = (p.clusters + min(X_TOGETHER, p.x_blocks) - 1) / min(X_TOGETHER, p.x_blocks);
@@ -167,6 +175,7 @@ ahead_linear(const __grid_constant__ Map x, const __grid_constant__ Problem p) {
           if (more) next = draw_ticket(tickets, lane);
           const Piece behind = more ? Piece(p, ticket, strips, rows_at_a_time) : piece;
           load(behind, coming);
+          while (*fetched + LEAD < piece.place) rest();
           write(piece, codes);
           if (!more) break;
           piece = behind;

@@ -153,7 +153,7 @@ class AheadPlan:
         return {"STAGES": self.stages}
 
     def shared_bytes(self, batch: int, chunks: int, nbits: int, group_size: int, has_zero: bool) -> int:
-        return self.stages * (self._stage_bytes + 16) + 2048 * self.warpgroups
+        return self.stages * (self._stage_bytes + 16) + 2048 * self.warpgroups + 16
 
 
 AnyPlan = Plan | WidePlan | PromptPlan | AheadPlan

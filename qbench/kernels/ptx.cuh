@@ -168,6 +168,7 @@ __device__ __forceinline__ u32 load_flag(const u32* flag) {
 __device__ __forceinline__ void add_to_flag(u32* flag, u32 count) {
   asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(flag), "r"(count) : "memory");
 }
+__device__ __forceinline__ void rest() { asm volatile("nanosleep.u32 100;" ::: "memory"); }
 __device__ __forceinline__ int leading(bool there) {  // how many lanes in a row, from the first on
   const u32 missing = ~__ballot_sync(0xffffffffu, there);
   return missing ? __ffs(missing) - 1 : 32;

@@ -148,6 +148,7 @@ inline void await_flag(const u32* flag) {  // clusters run one after the other: 
 }
 inline u32 load_flag(const u32* flag) { return std::atomic_ref<u32>{*const_cast<u32*>(flag)}.load(); }
 inline void add_to_flag(u32* flag, u32 count) { std::atomic_ref<u32>{*flag}.fetch_add(count); }
+inline void rest() { std::this_thread::sleep_for(std::chrono::milliseconds(1)); }
 inline int leading(bool there) {
   int count = 0;
   for (int lane = 31; lane >= 0; lane--) count = from_lane(there, lane) > 0 ? count + 1 : 0;
