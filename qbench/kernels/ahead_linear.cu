@@ -210,9 +210,9 @@ ahead_linear(const __grid_constant__ Map x, const __grid_constant__ Problem p) {
       barrier_arrive(empty + 8 * held, lane, lane < share);
       const Tile at(p, tile);
       const Weight& weight = weight_at(p.each, at.row_block);
-      const int strip = int((at.row_block - weight.first) * share + rank) * STRIPS + warp;
-      const u32 mine = turn + warp * 512;
-      store_tile(acc, weight, strip * 16, at.x_block * 8 * NB, p.M, mine, smem + (mine - shared(smem)));
+      const int strip = int((at.row_block - weight.first) * share + rank) * STRIPS + warp / 4 * 4;
+      const u32 mine = turn + warp / 4 * 2048;
+      store_tile(acc, weight, strip * 16, at.x_block * 8 * NB, p.M, mine, smem + (mine - shared(smem)), warp / 4);
     }
   }
   if (share > 1) cluster_sync();  // until then others copy into this block's memory and arrive at its barriers

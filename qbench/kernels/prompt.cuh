@@ -34,17 +34,19 @@ __device__ inline void store_some(u16* to, uint4 v, int count) {
     if (j < count) to[j] = u16(pairs[j / 2] >> (16 * (j % 2)));
 }
 
-// A warp's sums, [16 rows of the weight from n0 on][8 NB rows of x from m0 on]: 16 x 16 at a time are turned through the
-// 512 bytes of shared memory at `turn`, which are at `turned` for C++.
+// A warpgroup's sums, [64 rows of the weight from n0 on][8 NB rows of x from m0 on]: 64 x 16 at a time are turned through the
+// 2 KB of shared memory at `turn`, `turned` for C++, so that y is written in lines of 128 bytes. `group`: which warpgroup.
 __device__ __forceinline__ void store_tile(const float (&acc)[4 * NB], const Weight& weight, int n0, int m0, int M, u32 turn,
-                                           const u8* turned) {
-  const int lane = threadIdx.x % 32, N = weight.N;
-  const int row = n0 + lane / 4, n = n0 + lane % 2 * 8;
-  m0 += lane / 2;
+                                           const u8* turned, int group) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4, N = weight.N;
+  const int row = n0 + 16 * warp + lane / 4;
   const float first = weight.bias && row < N ? load16(weight.bias[row]) : 0.f;
   const float second = weight.bias && row + 8 < N ? load16(weight.bias[row + 8]) : 0.f;
-  const u32 to = turn + (lane / 16 * 8 + lane % 8) * 32 + lane / 8 % 2 * 16;
-  u16* y = weight.y + u64(m0) * N + n;
+  const int into = lane / 16 * 8 + lane % 8, piece = 2 * warp + lane / 8 % 2;  // its row of x, and its 8 rows of the weight
+  const u32 to = turn + into * 128 + ((piece ^ into % 8) << 4);
+  const int from = 4 * warp + lane / 8, n = n0 + lane % 8 * 8;
+  const u8* found = turned + from * 128 + ((lane % 8 ^ from % 8) << 4);
+  u16* y = weight.y + u64(m0 + from) * N + n;
   const bool wide = N % 8 == 0 && n < N;
 #pragma unroll
   for (int i = 0; i < NB; i += 2) {
@@ -52,13 +54,13 @@ __device__ __forceinline__ void store_tile(const float (&acc)[4 * NB], const Wei
                       round2(acc[4 * i + 2] + second, acc[4 * i + 3] + second),
                       round2(acc[4 * i + 4] + first, acc[4 * i + 5] + first),
                       round2(acc[4 * i + 6] + second, acc[4 * i + 7] + second)};
-    __syncwarp();
+    warpgroup_sync(group);
     store_transposed(to, v);
-    __syncwarp();
-    const uint4 found = *reinterpret_cast<const uint4*>(turned + lane * 16);
-    if (m0 + 8 * i < M) {
-      if (wide) *reinterpret_cast<uint4*>(y) = found;
-      else store_some(y, found, N - n);
+    warpgroup_sync(group);
+    const uint4 pairs = *reinterpret_cast<const uint4*>(found);
+    if (m0 + from + 8 * i < M) {
+      if (wide) *reinterpret_cast<uint4*>(y) = pairs;
+      else store_some(y, pairs, N - n);
     }
     y += 16 * u64(N);
   }

@@ -85,7 +85,7 @@ prompt_linear(const __grid_constant__ Map x, const __grid_constant__ Problem p) 
   const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
   Work work(p, int(cluster_index()));
 
-  // Shared memory: stages of x and of the weight, 512 bytes per multiplying warp to turn y in, then barriers.
+  // Shared memory: stages of x and of the weight, 2 KB per multiplying warpgroup to turn y in, then barriers.
   const u32 w_stages = shared(smem) + X_STAGES * X_BYTES, turn = w_stages + W_STAGES * W_BYTES;
   const u32 x_full = turn + STRIPS * 512, x_empty = x_full + 8 * X_STAGES, w_full = x_empty + 8 * X_STAGES,
             w_empty = w_full + 8 * W_STAGES;
@@ -143,7 +143,7 @@ prompt_linear(const __grid_constant__ Map x, const __grid_constant__ Problem p) 
   } else {
     more_registers<REGISTERS>();
     const int tig = lane % 4;
-    const u32 mine = turn + warp * 512;
+    const u32 mine = turn + warp / 4 * 2048;
     const Exchange exchange(tig);
     Table table = {};
 #if CODEBOOK
@@ -235,8 +235,8 @@ prompt_linear(const __grid_constant__ Map x, const __grid_constant__ Problem p) 
 
       const int tile = work.tile;
       const Weight& weight = weight_at(p.each, tile / p.x_blocks);
-      const int strip = int((tile / p.x_blocks - weight.first) * share + rank) * STRIPS + warp;
-      store_tile(acc, weight, strip * 16, tile % p.x_blocks * 8 * NB, p.M, mine, smem + (mine - shared(smem)));
+      const int strip = int((tile / p.x_blocks - weight.first) * share + rank) * STRIPS + warp / 4 * 4;
+      store_tile(acc, weight, strip * 16, tile % p.x_blocks * 8 * NB, p.M, mine, smem + (mine - shared(smem)), warp / 4);
     }
   }
   if (share > 1) cluster_sync();  // until then others copy into this block's memory and arrive at its barriers

@@ -188,6 +188,9 @@ __device__ __forceinline__ float4 load_sums(const float4* p) {
   asm volatile("ld.global.cg.v4.f32 {%0,%1,%2,%3}, [%4];" : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "l"(p) : "memory");
   return v;
 }
+__device__ __forceinline__ void warpgroup_sync(int group) {
+  asm volatile("bar.sync %0, 128;" ::"r"(group + 1) : "memory");
+}
 // Four 8 x 8 matrices of 16-bit floats, transposed; lane 8 i + r gives the address of row r of matrix i.
 __device__ __forceinline__ void store_transposed(u32 to, const u32 (&v)[4]) {
   asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1,%2,%3,%4};"

@@ -33,6 +33,7 @@ struct Block {
   std::vector<unsigned char> memory;
   std::barrier<> sync;
   std::vector<std::unique_ptr<Warp>> warps;
+  std::barrier<> warpgroups[4]{std::barrier<>{128}, std::barrier<>{128}, std::barrier<>{128}, std::barrier<>{128}};
   Block(int threads, int bytes) : memory(bytes, 0xff), sync(threads) {  // 0xff..: what nobody wrote reads as NaN
     for (int i = 0; i < threads / 32; i++) warps.push_back(std::make_unique<Warp>());
   }
@@ -180,6 +181,7 @@ inline void box_copy(u32 to, const Map& map, int column, int row, u32 bar, u32 b
     change(bar, rank, 0, -box * 128);
   }
 }
+inline void warpgroup_sync(int group) { here.block->warpgroups[group].arrive_and_wait(); }
 inline void store_transposed(u32 to, const u32 (&v)[4]) {
   Warp& warp = *here.warp;
   const unsigned lane = lane_id();
