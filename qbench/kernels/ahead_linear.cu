@@ -4,11 +4,12 @@
 // NB (8-row blocks of x) and STAGES (of 64 columns of x and of the weight in flight).
 //
 // A weight is finished once, whatever the rows of x: spare warps of all blocks write it to global memory, which is to say
-// to the L2 cache, in the image that wgmma reads, t included. They take the pieces by tickets in the order in which the
-// tiles of y want them, no further ahead than the cache holds: a writer waits for its own block alone, which has all that was
-// drawn before. So any number of blocks at work gets through. Warpgroups that do nothing but
-// multiply take both operands from shared memory, as a 16-bit product would: W by bulk copies, x by box copies that every
-// block of a cluster shares with the others. Blocks stay and take one tile of y after the other.
+// to the L2 cache, in the image that wgmma reads, t included. They draw pieces as tickets, in the order in which the tiles
+// of y want them, and stay a few chunks ahead of their own block, so that what they write is still in the cache when it is
+// read. A writer waits for its own block alone, whose tiles need nothing but what was drawn before: any number of blocks at
+// work gets through. Warpgroups that do nothing but multiply take both operands from shared memory, as a 16-bit product
+// would: W by bulk copies, x by box copies that every block of a cluster shares with the others. Blocks stay and take one
+// tile of y after the other.
 //
 // TOGETHER: that many weights of the same columns in one launch, of which each has its own rows of tiles.
 
@@ -47,8 +48,8 @@ struct Tile {
   }
 };
 
-// What a ticket stands for: a chunk of PIECE adjacent strips, so that one wait for what was written serves several. Rows of tiles that are multiplied at a time make a band, within which all
-// first chunks come first.
+// What a ticket stands for: a chunk of PIECE adjacent strips, so that one wait for what was written serves several. Rows of
+// tiles that are multiplied at a time make a band, within which all first chunks come first.
 struct Piece {
   int row_block, strip, chunk, place;  // strip of the cluster's, the first; place: in chunks of the tiles of a block
   __device__ __forceinline__ Piece(const Problem& p, int ticket, int strips, int rows_at_a_time) {
