@@ -110,16 +110,18 @@ class PromptPlan:
 
     def stages(self, group_size: int, has_zero: bool) -> tuple[int, int]:
         """In flight: of 64 columns of x, as many as fit, and of 128 columns of the weight."""
-        left = LARGEST_SHARED - 2048 * self.warpgroups - 1024 - 3 * self._weight_bytes(group_size, has_zero)
-        return min(8, left // (8 * self.batch_blocks * COLUMNS)), 3
+        left = LARGEST_SHARED - 2048 * self.warpgroups - 1024 - 4 * self._weight_bytes(group_size, has_zero)
+        return min(8, left // (8 * self.batch_blocks * COLUMNS)), 4
 
     def _weight_bytes(self, group_size: int, has_zero: bool) -> int:
-        return -(-(4 * self.warpgroups * chunk_bytes(4, group_size, has_zero) + 2 * COLUMNS) // COLUMNS) * COLUMNS
+        """Of a stage: strips, t, and what is made of a strip's scales and zeros, 8 bytes a row and group, and of t."""
+        strips = 4 * self.warpgroups
+        return strips * (chunk_bytes(4, group_size, has_zero) + max(1, COLUMNS // group_size) * 128) + 4 * COLUMNS
 
     def shared_bytes(self, batch: int, chunks: int, nbits: int, group_size: int, has_zero: bool) -> int:
         of_x, of_w = self.stages(group_size, has_zero)
         stages = of_x * 8 * self.batch_blocks * COLUMNS + of_w * self._weight_bytes(group_size, has_zero)
-        return stages + 2048 * self.warpgroups + 16 * (of_x + of_w)
+        return stages + 2048 * self.warpgroups + 16 * of_x + 24 * of_w
 
 
 @dataclass(frozen=True)
