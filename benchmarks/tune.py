@@ -21,7 +21,7 @@ from timing import copies, random_weight, time_together
 from torch import Tensor
 
 from qbench.kernels import cuda
-from qbench.kernels.blocks import BUCKETS, NARROW, AheadPlan, AnyPlan, Plan, PromptPlan, WidePlan, table_key
+from qbench.kernels.blocks import BUCKETS, NARROW, AnyPlan, Plan, PromptPlan, WidePlan, table_key
 from qbench.kernels.tiles import COLUMNS, ROWS, Tiles, to_tiles
 
 PLANS = Path(cuda.__file__).with_name("plans")
@@ -70,14 +70,10 @@ def wide(M: int, N: int, chunks: int) -> Iterator[WidePlan]:
                         yield WidePlan(blocks, warpgroups, splits_in_block, splits, stages)
 
 
-def prompt(M: int, tiles: Tiles) -> Iterator[PromptPlan | AheadPlan]:
-    """Of ahead_linear.cu and prompt_linear.cu."""
-    if M > 256:
-        yield from (AheadPlan(rows, 2, share) for rows, share in ((32, 1), (32, 2), (16, 2)))
+def prompt(M: int, tiles: Tiles) -> Iterator[PromptPlan]:
+    """Of prompt_linear.cu."""
     if M > 128 and tiles.nbits == 4:
-        for split in (False, True):
-            yield from (PromptPlan(32, 2, share, split) for share in (1, 2))
-            yield PromptPlan(24, 2, 1, split)
+        yield from (PromptPlan(*shape) for shape in ((32, 2, 1), (32, 2, 2), (24, 2, 1), (16, 3, 1)))
 
 
 def calls_of(plan: AnyPlan | None, x: Tensor, rotated: list[Tiles]) -> list[Callable[[], Tensor]]:
@@ -120,7 +116,7 @@ def main() -> None:
                 timed = [(timing.us, plan) for timing, plan in zip(timings.values(), plans, strict=True)]
                 if not timed:
                     continue
-                prompts = [pair for pair in timed if isinstance(pair[1], (PromptPlan, AheadPlan))]
+                prompts = [pair for pair in timed if isinstance(pair[1], PromptPlan)]
                 timed = [pair for pair in timed if pair not in prompts]  # these take any number of rows, and any width
                 us, best = min(prompts, key=lambda pair: pair[0], default=(float("inf"), None))
                 table.pop(name_of_prompt := f"prompt {table_key(M, N, K, first.nbits)}", None)

@@ -93,7 +93,6 @@ class PromptPlan:
     batch_blocks: int  # NB: 8 rows of x each
     warpgroups: int  # GROUPS: along the output rows, 64 each
     share: int  # blocks of one cluster: the same rows of x, other rows of the weight
-    split: bool = False  # whether clusters share the tiles' chunks out evenly, where whole tiles would leave some idle
 
     def __post_init__(self) -> None:
         if self.batch_blocks not in (16, 24, 32) or self.share not in (1, 2, 4):
@@ -106,7 +105,7 @@ class PromptPlan:
     def switches(self, group_size: int, has_zero: bool) -> dict[str, int]:
         """What it is compiled with, beyond its shape."""
         of_x, of_w = self.stages(group_size, has_zero)
-        return {"X_STAGES": of_x, "W_STAGES": of_w, "SPLIT": int(self.split)}
+        return {"X_STAGES": of_x, "W_STAGES": of_w}
 
     def stages(self, group_size: int, has_zero: bool) -> tuple[int, int]:
         """In flight: of 64 columns of x, as many as fit, and of 128 columns of the weight."""
@@ -124,41 +123,7 @@ class PromptPlan:
         return stages + 2048 * self.warpgroups + 16 * of_x + 24 * of_w
 
 
-@dataclass(frozen=True)
-class AheadPlan:
-    """Of ahead_linear.cu: `warpgroups` warpgroups a block, and one more: a warp that fetches, three that write W."""
-
-    kernel: ClassVar[str] = "ahead_linear"
-    batch_blocks: int  # NB: 8 rows of x each
-    warpgroups: int  # GROUPS: along the output rows, 64 each
-    share: int  # blocks of one cluster: the same rows of x, other rows of the weight
-
-    def __post_init__(self) -> None:
-        if self.batch_blocks not in (16, 24, 32) or self.share not in (1, 2, 4):
-            raise ValueError("batch_blocks must be 16, 24 or 32 and share 1, 2 or 4")
-
-    @property
-    def threads(self) -> int:
-        return 128 * (self.warpgroups + 1)
-
-    @property
-    def _stage_bytes(self) -> int:
-        return (8 * self.batch_blocks + 64 * self.warpgroups) * COLUMNS
-
-    @property
-    def stages(self) -> int:
-        """In flight, of 64 columns of x and of the weight: as many as fit."""
-        return min(6, (LARGEST_SHARED - 2048 * self.warpgroups - 1024) // self._stage_bytes)
-
-    def switches(self, group_size: int, has_zero: bool) -> dict[str, int]:
-        """What it is compiled with, beyond its shape."""
-        return {"STAGES": self.stages}
-
-    def shared_bytes(self, batch: int, chunks: int, nbits: int, group_size: int, has_zero: bool) -> int:
-        return self.stages * (self._stage_bytes + 16) + 2048 * self.warpgroups + 16
-
-
-AnyPlan = Plan | WidePlan | PromptPlan | AheadPlan
+AnyPlan = Plan | WidePlan | PromptPlan
 
 
 def plan(M: int, N: int, K: int, tiles: Tiles, device: int) -> AnyPlan | None:
@@ -171,7 +136,7 @@ def plan(M: int, N: int, K: int, tiles: Tiles, device: int) -> AnyPlan | None:
     return _plan(min(M, BUCKETS[-1]), N, K, form, properties.name, limit, plain)
 
 
-def prompt_plan(M: int, N: int, K: int, tiles: Tiles, device: int) -> PromptPlan | AheadPlan | None:
+def prompt_plan(M: int, N: int, K: int, tiles: Tiles, device: int) -> PromptPlan | None:
     """For several weights of `N` rows together in one launch; None where each has its own."""
     properties = torch.cuda.get_device_properties(device)
     if properties.major != 9 or BUCKETS[-1] < M:
@@ -179,13 +144,11 @@ def prompt_plan(M: int, N: int, K: int, tiles: Tiles, device: int) -> PromptPlan
     return _prompt(_table(properties.name).get(f"together {table_key(M, N, K, 4)}"), M, tiles.nbits)
 
 
-def _prompt(tuned: list[int] | None, M: int, nbits: int) -> PromptPlan | AheadPlan | None:
+def _prompt(tuned: list[int] | None, M: int, nbits: int) -> PromptPlan | None:
     """What a tuned entry says; None where it is not for M rows of x, 256 of which are a tile and computed whole."""
-    if not tuned or 4 * M < 3 * (-(-M // 256) * 256):
+    if not tuned or nbits != 4 or 4 * M < 3 * (-(-M // 256) * 256):
         return None
-    if len(tuned) == 3:
-        return AheadPlan(*tuned)
-    return PromptPlan(*tuned[:3], bool(tuned[3])) if nbits == 4 else None
+    return PromptPlan(*tuned)
 
 
 def table_key(M: int, N: int, K: int, nbits: int) -> str:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from qbench.kernels import nvrtc
-from qbench.kernels.blocks import AheadPlan, AnyPlan, Plan, PromptPlan, WidePlan, x_record_bytes
+from qbench.kernels.blocks import AnyPlan, Plan, PromptPlan, WidePlan, x_record_bytes
 from qbench.kernels.tiles import COLUMNS, Tiles
 
 log = logging.getLogger(__name__)
@@ -85,7 +85,7 @@ def linear(x: Tensor, tiles: Tiles, bias: Tensor | None, chosen: AnyPlan) -> Ten
 
     One pass over the weight per 8 * batch_blocks rows of x.
     """
-    if isinstance(chosen, (PromptPlan, AheadPlan)):
+    if isinstance(chosen, PromptPlan):
         from qbench.kernels import cuda_prompt
 
         return cuda_prompt.linears(x, [tiles], chosen, bias)[0]
@@ -262,13 +262,11 @@ def _linear_defines(tiles: Tiles, dtype: torch.dtype, **others: int) -> Defines:
 _ROW = _defines(4, 64, True, False, BF16=1, MB=1, RT=1, ONE=1, DEPTH=2)
 _BATCH = _defines(4, 64, True, False, BF16=1, MB=1, RT=1, ONE=0, RING=1)
 _WIDE = _defines(4, 64, True, False, BF16=1, NB=2, GROUPS=1, WK=1)
-_PROMPT = _defines(4, 64, True, False, BF16=1, INPUT_SCALE=1, GROUPS=2, NB=32, X_STAGES=6, W_STAGES=3)
-_AHEAD = _defines(4, 64, True, False, BF16=1, INPUT_SCALE=1, GROUPS=2, NB=32, STAGES=4, TOGETHER=1)
+_PROMPT = _defines(4, 64, True, False, BF16=1, INPUT_SCALE=1, GROUPS=2, NB=32, X_STAGES=5, W_STAGES=4)
 KERNELS = {  # the compute capabilities, lowest and highest, and each of its kernels as launched for the default format
     "dequantize": (8, 99, [("dequantize", _defines(4, 64, True, False, OUT=0))]),
     "rotate_input": (8, 99, [("rotate_input", _defines(4, 64, True, False, BF16=1, ROTATE=1024))]),
     "dual_linear": (8, 99, [("dual_linear", _ROW), ("scale_input", _BATCH), ("dual_linear", _BATCH)]),
     "wide_linear": (9, 9, [("tile_input", _WIDE), ("wide_linear", _WIDE)]),  # wgmma is Hopper's alone
     "prompt_linear": (9, 9, [("prompt_linear", _PROMPT)]),
-    "ahead_linear": (9, 9, [("clear_flags", _AHEAD), ("ahead_linear", _AHEAD)]),
 }

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from qbench.format.rotation import Rotation
 from qbench.kernels import cuda, nvrtc
-from qbench.kernels.blocks import AheadPlan, AnyPlan, PromptPlan
+from qbench.kernels.blocks import AnyPlan, PromptPlan
 from qbench.kernels.tiles import COLUMNS, Tiles
 
 MOST_ROTATED = 1024  # columns of a rotation's block that a warp can take; see rotate.cuh
@@ -22,7 +22,7 @@ def takes(tiles: Tiles, chosen: AnyPlan, M: int) -> bool:
     """
     if tiles.rotation is None:
         return True
-    if isinstance(chosen, (PromptPlan, AheadPlan)):  # which reads x as it is
+    if isinstance(chosen, PromptPlan):  # which reads x as it is
         return False
     columns = -(-tiles.data.shape[-2] // chosen.splits) * COLUMNS
     within = M > 1 or chosen.splits == 1 or columns % tiles.rotation.block == 0

@@ -24,8 +24,6 @@ SOURCES = {  # of each kernel
     "wide_linear": "wide_linear.cu",
     "tile_input": "wide_linear.cu",
     "prompt_linear": "prompt_linear.cu",
-    "ahead_linear": "ahead_linear.cu",
-    "clear_flags": "ahead_linear.cu",
     "dequantize": "dequantize.cu",
     "rotate_input": "rotate.cu",
 }

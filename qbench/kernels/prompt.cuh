@@ -34,8 +34,9 @@ __device__ inline void store_some(u16* to, uint4 v, int count) {
     if (j < count) to[j] = u16(pairs[j / 2] >> (16 * (j % 2)));
 }
 
-// A warpgroup's sums, [64 rows of the weight from n0 on][8 NB rows of x from m0 on]: 64 x 16 at a time are turned through the
+// A warpgroup's sums, [64 rows of the weight from n0 on][8 BLOCKS rows of x from m0 on]: 64 x 16 at a time are turned through the
 // 2 KB of shared memory at `turn`, `turned` for C++, so that y is written in lines of 128 bytes. `group`: which warpgroup.
+template <int BLOCKS = NB>
 __device__ __forceinline__ void store_tile(const float (&acc)[4 * NB], const Weight& weight, int n0, int m0, int M, u32 turn,
                                            const u8* turned, int group) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4, N = weight.N;
@@ -49,7 +50,7 @@ __device__ __forceinline__ void store_tile(const float (&acc)[4 * NB], const Wei
   u16* y = weight.y + u64(m0 + from) * N + n;
   const bool wide = N % 8 == 0 && n < N;
 #pragma unroll
-  for (int i = 0; i < NB; i += 2) {
+  for (int i = 0; i < BLOCKS; i += 2) {
     const u32 v[4] = {round2(acc[4 * i] + first, acc[4 * i + 1] + first),
                       round2(acc[4 * i + 2] + second, acc[4 * i + 3] + second),
                       round2(acc[4 * i + 4] + first, acc[4 * i + 5] + first),

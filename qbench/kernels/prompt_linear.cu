@@ -12,20 +12,14 @@
 // the four lanes that share rows reads all four words, and takes its field of each. Each
 // block of a cluster fetches a share of the rows of x and sends it to all of them; their rows of the weight differ.
 // Blocks stay and take one tile of y after the other: the next tile's operands arrive while the last one's sums are
-// written. Every sum is made by one thread in one order.
+// written. Where the last wave would leave half of them idle, its tiles are halved, along the rows of x: `whole` says which
+// are not. Every sum is made by one thread in one order.
 //
 // TOGETHER: that many weights of the same columns in one launch, of which each has its own rows of tiles.
-//
-// SPLIT 1: where tiles fill their last wave badly, each cluster takes an equal share of all tiles' chunks instead, from its
-// end on. A share may begin and end within a tile: what comes first, the lower chunks of its last tile, it leaves as sums in
-// fp32; the cluster that holds a tile's last chunk adds those of the clusters before it, and never waits for one behind it.
 
 #include "prompt.cuh"
 
 #define UNDER_WAY 3                                // units of 32 columns that are being multiplied while one is made
-#ifndef SPLIT
-#define SPLIT 0
-#endif
 #define REGISTERS (GROUPS == 3 ? 152 : 232)        // of a thread that multiplies; the other warpgroup gives up its own
 #define X_BYTES (8 * NB * 128)                     // 64 columns
 #define ROWS_AT (STRIPS * CHUNK + 256)             // of a stage of the weight: behind its strips and t, 128 columns,
@@ -36,30 +30,27 @@ struct Problem {
   Weight each[TOGETHER];  // of the same columns, multiplied with the same x
   const float* codebook;  // [16] or null
   int M, chunks;
-  int row_blocks, x_blocks, clusters;  // tiles of y: clusters of blocks along N, blocks along M; clusters at work
-#if SPLIT
-  float4* sums;           // [blocks][STRIPS][NB][32 lanes]: of the tile that a block does not finish
-  u32* ready;             // [blocks][STRIPS], zeros: whether they are there
-#endif
+  int row_blocks, x_blocks;  // tiles of y: clusters of blocks along N, blocks along M
+  int whole, clusters;       // tiles that are not halved; clusters at work
 };
 
-// What a cluster multiplies next: chunks `from` to `to` of a tile.
+// What a cluster multiplies next: a tile, or half of one.
 struct Work {
-  int tile, from, to;
-  const int clusters, tiles, chunks, begin, cluster;
+  int tile, half;  // half: -1 for all rows of x, else 0 or 1
+  int place;
+  const int whole, places, clusters;
   __device__ __forceinline__ Work(const Problem& p, int cluster)
-      : clusters(p.clusters), tiles(p.row_blocks * p.x_blocks), chunks(p.chunks), begin(share_of(cluster)), cluster(cluster) {
-    tile = SPLIT ? 0 : cluster - clusters, from = SPLIT ? share_of(cluster + 1) : 0, to = chunks;
-  }
-  __device__ __forceinline__ int share_of(int cluster) const { return int(u64(tiles) * chunks * cluster / clusters); }
-  __device__ __forceinline__ bool more() const { return SPLIT ? tile * chunks + from > begin : tile + clusters < tiles; }
+      : place(cluster - p.clusters), whole(p.whole), places(2 * p.row_blocks * p.x_blocks - p.whole), clusters(p.clusters) {}
+  __device__ __forceinline__ bool more() const { return place + clusters < places; }
   __device__ __forceinline__ bool next() {
     if (!more()) return false;
-    if (SPLIT) {
-      const int end = tile * chunks + from;
-      tile = (end - 1) / chunks, to = end - tile * chunks, from = max(begin - tile * chunks, 0);
-    } else tile += clusters;
+    place += clusters;
+    const int behind = place - whole;
+    tile = behind < 0 ? place : whole + behind / 2, half = behind < 0 ? -1 : behind % 2;
     return true;
+  }
+  __device__ __forceinline__ int row(const Problem& p) const {  // of x
+    return tile % p.x_blocks * (8 * NB) + (half > 0 ? 4 * NB : 0);
   }
 };
 
@@ -158,7 +149,7 @@ prompt_linear(const __grid_constant__ Map x, const __grid_constant__ Problem p) 
 #pragma unroll 1
     while (work.next()) {
 #pragma unroll 1
-      for (int chunk = work.from; chunk < work.to; chunk++) {
+      for (int chunk = 0; chunk < p.chunks; chunk++) {
         barrier_wait(w_full + 8 * w_stage, w_parity);
         prepare(smem + X_STAGES * X_BYTES + w_stage * W_BYTES, third, lane);
         __syncwarp();
@@ -171,12 +162,12 @@ prompt_linear(const __grid_constant__ Map x, const __grid_constant__ Problem p) 
     bool waited = false;
 #pragma unroll 1
     while (work.next()) {
-      const int tile = work.tile, m0 = tile % p.x_blocks * 8 * NB + int(rank * (8 * NB / share));
+      const int tile = work.tile, boxes = work.half < 0 ? 2 : 1, rows = 4 * NB / int(share), m0 = work.row(p) + int(rank) * boxes * rows;
       const Weight& weight = weight_at(p.each, tile / p.x_blocks);
       const int strip = min(int((tile / p.x_blocks - weight.first) * share + rank) * STRIPS + lane, weight.strips - 1);
       const u8* from = weight.tiles + u64(strip) * p.chunks * CHUNK;
 #pragma unroll 1
-      for (int chunk = work.from; chunk < work.to; chunk++) {
+      for (int chunk = 0; chunk < p.chunks; chunk++) {
         barrier_wait(w_empty + 8 * w_stage, w_parity ^ 1);
         const u32 w = w_stages + w_stage * W_BYTES, bar = w_full + 8 * w_stage;
         if (lane == 0) barrier_expect(bar, STRIPS * CHUNK + (INPUT_SCALE ? 256 : 0));
@@ -189,9 +180,10 @@ prompt_linear(const __grid_constant__ Map x, const __grid_constant__ Problem p) 
         for (int half = 0; half < 2; half++) {
           barrier_wait(x_empty + 8 * x_stage, x_parity ^ 1);
           if (lane == 0) {
-            const u32 at = shared(smem) + x_stage * X_BYTES + rank * (X_BYTES / share), bar = x_full + 8 * x_stage;
-            barrier_expect(bar, X_BYTES);
+            const u32 at = shared(smem) + x_stage * X_BYTES + rank * boxes * rows * 128, bar = x_full + 8 * x_stage;
+            barrier_expect(bar, boxes * (X_BYTES / 2));
             box_copy(at, x, chunk * 128 + half * 64, m0, bar, (1u << share) - 1);
+            if (boxes == 2) box_copy(at + rows * 128, x, chunk * 128 + half * 64, m0 + rows, bar, (1u << share) - 1);
           }
           advance_x();
         }
@@ -240,12 +232,12 @@ prompt_linear(const __grid_constant__ Map x, const __grid_constant__ Problem p) 
       barrier_arrive(x_empty + 8 * held, lane, now && lane < share);
       held = !now ? held : held + 1 == X_STAGES ? 0 : held + 1;
     };
-#pragma unroll 1
-    while (work.next()) {
+    auto multiply = [&](auto blocks) {  // 8 rows of x each
+      constexpr int BLOCKS = decltype(blocks)::value;
 #pragma unroll
-      for (int i = 0; i < 4 * NB; i++) acc[i] = 0.f;
+      for (int i = 0; i < 4 * BLOCKS; i++) acc[i] = 0.f;
 #pragma unroll 1
-      for (int chunk = work.from; chunk < work.to; chunk++) {
+      for (int chunk = 0; chunk < p.chunks; chunk++) {
         u64 halves[2];
 #pragma unroll
         for (int half = 0; half < 2; half++) {
@@ -256,7 +248,7 @@ prompt_linear(const __grid_constant__ Map x, const __grid_constant__ Problem p) 
         auto unit = [&](auto index) {  // 32 columns; no branch in four of them, so that the compiler lets products overlap
           constexpr int U = decltype(index)::value;
           wgmma_wait<UNDER_WAY>();
-          if (U % 2 == 1) release_x(chunk > work.from);  // the half that ended four units ago
+          if (U % 2 == 1) release_x(chunk > 0);  // the half that ended four units ago
           u32 (&made)[2][4] = a[U];
           weights_of<U>(words, rows, t, table, tig, made);
           if (U == 1) load_words(1);
@@ -264,7 +256,7 @@ prompt_linear(const __grid_constant__ Map x, const __grid_constant__ Problem p) 
           if (U < 3 && (U + 1) * 32 % GROUP == 0) load_rows(U + 1);
           const u64 columns = halves[U / 2] + (U % 2 * 64 >> 4);
           wgmma_open();
-          wgmma<NB>(acc, made[0], columns), wgmma<NB>(acc, made[1], columns + (32 >> 4));
+          wgmma<BLOCKS>(acc, made[0], columns), wgmma<BLOCKS>(acc, made[1], columns + (32 >> 4));
           wgmma_commit();
         };
         unit(Index<0>{});
@@ -274,37 +266,19 @@ prompt_linear(const __grid_constant__ Map x, const __grid_constant__ Problem p) 
         __syncwarp();
         if (lane == 0) barrier_arrive(w_empty + 8 * w_stage);  // what it held is in registers, weights by now
         advance_w();
-        if (chunk + 1 < work.to || work.more()) load();
+        if (chunk + 1 < p.chunks || work.more()) load();
       }
       wgmma_wait<0>();
       release_x(true), release_x(true);
-#if SPLIT
-      if (work.to < p.chunks) {  // the cluster behind finishes this tile
-        const int place = int(blockIdx.x) * STRIPS + warp;
-#pragma unroll
-        for (int i = 0; i < NB; i++)
-          p.sums[(place * NB + i) * 32 + lane] = {acc[4 * i], acc[4 * i + 1], acc[4 * i + 2], acc[4 * i + 3]};
-        __syncwarp();
-        if (lane == 0) raise_flag(p.ready + place);
-        continue;
-      }
-      for (int from = work.begin, other = work.cluster; from > work.tile * p.chunks; from = work.share_of(other)) {
-        const int place = (--other * int(share) + int(rank)) * STRIPS + warp;
-        if (lane == 0) await_flag(p.ready + place);
-        __syncwarp();
-#pragma unroll
-        for (int i = 0; i < NB; i++) {
-          const float4 sum = load_sums(p.sums + (place * NB + i) * 32 + lane);
-          acc[4 * i] += sum.x, acc[4 * i + 1] += sum.y, acc[4 * i + 2] += sum.z, acc[4 * i + 3] += sum.w;
-        }
-      }
-#endif
-
-      const int tile = work.tile;
-      const Weight& weight = weight_at(p.each, tile / p.x_blocks);
-      const int strip = int((tile / p.x_blocks - weight.first) * share + rank) * STRIPS + warp / 4 * 4;
-      store_tile(acc, weight, strip * 16, tile % p.x_blocks * 8 * NB, p.M, mine, smem + (mine - shared(smem)), warp / 4);
-    }
+      const int row_block = work.tile / p.x_blocks;
+      const Weight& weight = weight_at(p.each, row_block);
+      const int strip = int((row_block - weight.first) * share + rank) * STRIPS + warp / 4 * 4;
+      store_tile<BLOCKS>(acc, weight, strip * 16, work.row(p), p.M, mine, smem + (mine - shared(smem)), warp / 4);
+    };
+#pragma unroll 1
+    while (work.next())
+      if (work.half < 0) multiply(Index<NB>{});
+      else multiply(Index<NB / 2>{});
   }
   if (share > 1) cluster_sync();  // until then others copy into this block's memory and arrive at its barriers
 }

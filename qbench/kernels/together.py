@@ -47,7 +47,7 @@ def _(x, tensors, numbers):
         rows = sum(each.shape[0] for each in weights)
         found = blocks.plan if M == 1 else blocks.prompt_plan
         plan = found(M, rows, x.shape[-1], weights[0], device)
-        one_row, prompt = isinstance(plan, blocks.Plan), isinstance(plan, (blocks.PromptPlan, blocks.AheadPlan))
+        one_row, prompt = isinstance(plan, blocks.Plan), isinstance(plan, blocks.PromptPlan)
         fused = (one_row or (prompt and _prompts(weights))) and all(cuda_rotate.takes(w, plan, M) for w in weights)
         if fused and cuda.refusal(device, plan.kernel) is None:
             run = launch if one_row else cuda_prompt.linears

@@ -96,7 +96,7 @@ def test_a_kernel_that_cannot_be_compiled_is_said_and_replaced(gpu, broken):
         ((8, 9), "dual_linear (cuda), dequantize (cuda) + matmul above batch 16"),
         (
             (9, 0),
-            "dual_linear, wide_linear, prompt_linear, ahead_linear (cuda) or dequantize (cuda) + matmul, by batch",
+            "dual_linear, wide_linear, prompt_linear (cuda) or dequantize (cuda) + matmul, by batch",
         ),
         ((10, 0), "dual_linear (cuda), dequantize (cuda) + matmul above batch 16"),
     ],

@@ -1,4 +1,4 @@
-"""prompt_linear.cu and its launch code against fp64, on the CPU: tiles whole and split along K, clusters, tails."""
+"""prompt_linear.cu and its launch code against fp64, on the CPU: tiles whole and halved, clusters, tails."""
 
 from __future__ import annotations
 
@@ -21,20 +21,21 @@ def check(generator, shape, rows, plan, dtype=torch.bfloat16, bias=False, **opti
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("shape", "rows", "plan", "at_work"),
+    ("shape", "rows", "plan", "at_work", "clusters"),
     [
-        ((72, 330), 150, PromptPlan(16, 1, 1, True), 3),  # 4 tiles of 3 chunks for 3 blocks
-        ((72, 600), 20, PromptPlan(16, 1, 1, True), 7),  # a block may hold a part of one tile alone
-        ((40, 900), 20, PromptPlan(16, 1, 1, True), 5),  # and several blocks add to one
-        ((200, 330), 20, PromptPlan(16, 1, 2, True), 3),
-        ((200, 330), 20, PromptPlan(16, 1, 2), 1),
+        ((72, 330), 150, PromptPlan(16, 1, 1), 3, 3),  # of 4 tiles the last is halved
+        ((72, 600), 20, PromptPlan(16, 1, 1), 7, 4),  # both tiles are
+        ((200, 330), 150, PromptPlan(24, 1, 2), 4, 4),
+        ((200, 330), 20, PromptPlan(16, 1, 2), 3, 2),  # none is: each has a cluster
+        ((200, 330), 20, PromptPlan(16, 1, 4), 1, 1),
+        ((200, 330), 20, PromptPlan(16, 3, 1), 1, 1),  # as many tiles as clusters, twice
     ],
 )
-def test_tiles_split_along_columns(emulated, generator, monkeypatch, shape, rows, plan, at_work):
+def test_tiles_of_the_last_wave(emulated, generator, monkeypatch, shape, rows, plan, at_work, clusters):
     monkeypatch.setattr(nvrtc, "clusters_at_work", lambda *_: at_work)
     check(generator, shape, rows, plan, bias=True)
     ((grid, threads, _, cluster),) = emulated
-    assert (grid, threads, cluster) == ((at_work * plan.share, 1, 1), plan.threads, plan.share)
+    assert (grid, threads, cluster) == ((clusters * plan.share, 1, 1), plan.threads, plan.share)
 
 
 @pytest.mark.slow
@@ -42,7 +43,7 @@ def test_weights_together(emulated, generator):
     """q, k and v, each with its own t and a last tile that is not full."""
     weights = [random_weight((rows, 330), 4, 64, generator) for rows in (200, 40, 72)]
     x = torch.randn(20, 330, generator=generator).bfloat16()
-    ys = cuda_prompt.linears(x, [to_tiles(weight) for weight in weights], PromptPlan(16, 1, 2, True))
+    ys = cuda_prompt.linears(x, [to_tiles(weight) for weight in weights], PromptPlan(16, 1, 2))
     assert len(emulated) == 1
     for weight, y in zip(weights, ys, strict=True):
         assert relative_error(y, x, weight, None) <= 1e-2
@@ -75,9 +76,8 @@ def test_a_product_with_t_beyond_fp16(emulated, generator):
 
 
 TUNED = {
-    "prompt 4 bit 12288x4096 batch 512": [32, 2, 1, 1],
+    "prompt 4 bit 12288x4096 batch 512": [32, 2, 1],
     "4 bit 12288x4096 batch 512": [16, 3, 1, 1, 4],
-    "prompt 4 bit 12288x4096 batch 2048": [32, 2, 2],
 }
 
 
@@ -89,10 +89,9 @@ def test_plans(monkeypatch):
     def plan(M, nbits=4):
         return blocks._plan(M, 12288, 4096, (nbits, 64, True), "a GPU", blocks.LARGEST_SHARED)
 
-    assert plan(512) == PromptPlan(32, 2, 1, True)
+    assert plan(512) == PromptPlan(32, 2, 1)
     assert plan(300) == plan(512, nbits=3) == blocks.WidePlan(16, 3, 1, 1, 4)
     assert plan(1024) is None
-    assert plan(1100) == plan(2048, nbits=3) == blocks.AheadPlan(32, 2, 2)
     for blocks_of_x in (16, 24, 32):
         for group_size in (32, 64, 128):
             found = PromptPlan(blocks_of_x, 2, 1)
