@@ -87,7 +87,7 @@ class WidePlan:
 
 @dataclass(frozen=True)
 class PromptPlan:
-    """Of prompt_linear.cu, 4-bit codes alone: `warpgroups` warpgroups a block, and one more that fetches."""
+    """Of prompt_linear.cu: `warpgroups` warpgroups a block, and one more: a warp that fetches, three that make ready."""
 
     kernel: ClassVar[str] = "prompt_linear"
     batch_blocks: int  # NB: 8 rows of x each
@@ -102,24 +102,25 @@ class PromptPlan:
     def threads(self) -> int:
         return 128 * (self.warpgroups + 1)
 
-    def switches(self, group_size: int, has_zero: bool) -> dict[str, int]:
+    def switches(self, nbits: int, group_size: int, has_zero: bool) -> dict[str, int]:
         """What it is compiled with, beyond its shape."""
-        of_x, of_w = self.stages(group_size, has_zero)
+        of_x, of_w = self.stages(nbits, group_size, has_zero)
         return {"X_STAGES": of_x, "W_STAGES": of_w}
 
-    def stages(self, group_size: int, has_zero: bool) -> tuple[int, int]:
+    def stages(self, nbits: int, group_size: int, has_zero: bool) -> tuple[int, int]:
         """In flight: of 64 columns of x, as many as fit, and of 128 columns of the weight."""
-        left = LARGEST_SHARED - 2048 * self.warpgroups - 1024 - 4 * self._weight_bytes(group_size, has_zero)
-        return min(8, left // (8 * self.batch_blocks * COLUMNS)), 4
+        of_w = 3 if nbits == 8 else 4
+        left = LARGEST_SHARED - 2048 * self.warpgroups - 1024 - of_w * self._weight_bytes(nbits, group_size, has_zero)
+        return min(8, left // (8 * self.batch_blocks * COLUMNS)), of_w
 
-    def _weight_bytes(self, group_size: int, has_zero: bool) -> int:
+    def _weight_bytes(self, nbits: int, group_size: int, has_zero: bool) -> int:
         """Of a stage: strips, t, and what is made of a strip's scales and zeros, 8 bytes a row and group, and of t."""
-        strips = 4 * self.warpgroups
-        return strips * (chunk_bytes(4, group_size, has_zero) + max(1, COLUMNS // group_size) * 128) + 4 * COLUMNS
+        made = max(1, COLUMNS // group_size) * ROWS * 8
+        return 4 * self.warpgroups * (chunk_bytes(nbits, group_size, has_zero) + made) + 4 * COLUMNS
 
     def shared_bytes(self, batch: int, chunks: int, nbits: int, group_size: int, has_zero: bool) -> int:
-        of_x, of_w = self.stages(group_size, has_zero)
-        stages = of_x * 8 * self.batch_blocks * COLUMNS + of_w * self._weight_bytes(group_size, has_zero)
+        of_x, of_w = self.stages(nbits, group_size, has_zero)
+        stages = of_x * 8 * self.batch_blocks * COLUMNS + of_w * self._weight_bytes(nbits, group_size, has_zero)
         return stages + 2048 * self.warpgroups + 16 * of_x + 24 * of_w
 
 
@@ -141,12 +142,12 @@ def prompt_plan(M: int, N: int, K: int, tiles: Tiles, device: int) -> PromptPlan
     properties = torch.cuda.get_device_properties(device)
     if properties.major != 9 or BUCKETS[-1] < M:
         return None
-    return _prompt(_table(properties.name).get(f"together {table_key(M, N, K, 4)}"), M, tiles.nbits)
+    return _prompt(_table(properties.name).get(f"together {table_key(M, N, K, 4)}"), M)
 
 
-def _prompt(tuned: list[int] | None, M: int, nbits: int) -> PromptPlan | None:
+def _prompt(tuned: list[int] | None, M: int) -> PromptPlan | None:
     """What a tuned entry says; None where it is not for M rows of x, 256 of which are a tile and computed whole."""
-    if not tuned or nbits != 4 or 4 * M < 3 * (-(-M // 256) * 256):
+    if not tuned or 4 * M < 3 * (-(-M // 256) * 256):
         return None
     return PromptPlan(*tuned)
 
@@ -168,7 +169,7 @@ def _plan(
     M: int, N: int, K: int, form: tuple[int, int, bool], gpu: str, limit: int, plain: bool = False
 ) -> AnyPlan | None:
     table, own, key = _table(gpu), table_key(M, N, K, form[0]), table_key(M, N, K, 4)
-    prompt = _prompt(table.get(f"prompt {own if own in table else key}"), M, form[0])
+    prompt = _prompt(table.get(f"prompt {own if own in table else key}"), M)
     tuned = table.get(own, table.get(key))  # without its own, 4 bits' are nearer than a rule
     if prompt is None and (tuned == [] or (tuned is None and M > WIDE)):
         return None

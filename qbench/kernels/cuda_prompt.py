@@ -41,7 +41,7 @@ def linears(
     if x.stride(0) % 8 or x.data_ptr() % 16:  # of what box copies read, every row starts at a multiple of 16 bytes
         x = F.pad(x, (0, 8 - x.shape[1] % 8))[:, : x.shape[1]]
     shape = {"GROUPS": chosen.warpgroups, "NB": chosen.batch_blocks, "INPUT_SCALE": int(form.input_scale is not None)}
-    shape |= chosen.switches(form.group_size, form.has_zero) | {"TOGETHER": len(weights)}
+    shape |= chosen.switches(form.nbits, form.group_size, form.has_zero) | {"TOGETHER": len(weights)}
     function = nvrtc.load(chosen.kernel, device.index, cuda._linear_defines(form, x.dtype, **shape))
     shared_bytes = chosen.shared_bytes(M, chunks, form.nbits, form.group_size, form.has_zero)
     problem, row_blocks = _problem(len(weights))(), 0
@@ -52,8 +52,9 @@ def linears(
         row_blocks += -(-strips // (4 * chosen.warpgroups * share))
     x_blocks = -(-M // (8 * chosen.batch_blocks))
     at_work = nvrtc.clusters_at_work(function, chosen.threads, shared_bytes, share)
-    tiles_of_y = row_blocks * x_blocks
-    whole = tiles_of_y - tiles_of_y % at_work if tiles_of_y % at_work <= at_work // 2 else tiles_of_y
+    whole = tiles_of_y = row_blocks * x_blocks
+    if share == 2 and chunks > 1 and tiles_of_y % at_work <= at_work // 2:
+        whole -= tiles_of_y % at_work  # the rest is parted among twice as many clusters
     clusters = min(2 * tiles_of_y - whole, at_work)
     problem.codebook = cuda._address(form.codebook)
     problem.M, problem.chunks, problem.whole, problem.clusters = M, chunks, whole, clusters
@@ -64,7 +65,7 @@ def linears(
         chosen.threads,
         shared_bytes,
         cuda._stream(device),
-        [nvrtc.tensor_map(x, 4 * chosen.batch_blocks // share, COLUMNS // 2), problem],
+        [nvrtc.tensor_map(x, 8 * chosen.batch_blocks // share, COLUMNS // 2), problem],
         share,
         early=cuda._early(device),
     )

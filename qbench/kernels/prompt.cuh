@@ -1,6 +1,6 @@
-// What the kernels for prompts share: weights that are multiplied in one launch, and a tile's way from sums to y.
+// A prompt's weights, of which several are multiplied in one launch, and a tile's way from sums to y.
 #pragma once
-#include "finish.cuh"
+#include "linear.cuh"
 
 #ifndef TOGETHER
 #define TOGETHER 1
@@ -23,9 +23,6 @@ __device__ __forceinline__ const Weight& weight_at(const Weight (&each)[TOGETHER
   return each[i];
 }
 
-// Two fp16 factors as a pair of the activations' kind.
-__device__ __forceinline__ u32 factors(u32 t) { return BF16 ? two_bf16(from_half(u16(t)), from_half(u16(t >> 16))) : t; }
-
 // The first `count` of eight 16-bit floats.
 __device__ inline void store_some(u16* to, uint4 v, int count) {
   const u32 pairs[4] = {v.x, v.y, v.z, v.w};
@@ -34,9 +31,10 @@ __device__ inline void store_some(u16* to, uint4 v, int count) {
     if (j < count) to[j] = u16(pairs[j / 2] >> (16 * (j % 2)));
 }
 
-// A warpgroup's sums, [64 rows of the weight from n0 on][8 BLOCKS rows of x from m0 on]: 64 x 16 at a time are turned through the
+// A warpgroup's sums, [64 rows of the weight from n0 on][8 NB rows of x from m0 on], of which 8-row blocks FIRST to
+// LAST of x are written: 64 x 16 at a time are turned through the
 // 2 KB of shared memory at `turn`, `turned` for C++, so that y is written in lines of 128 bytes. `group`: which warpgroup.
-template <int BLOCKS = NB>
+template <int FIRST, int LAST>
 __device__ __forceinline__ void store_tile(const float (&acc)[4 * NB], const Weight& weight, int n0, int m0, int M, u32 turn,
                                            const u8* turned, int group) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4, N = weight.N;
@@ -47,10 +45,10 @@ __device__ __forceinline__ void store_tile(const float (&acc)[4 * NB], const Wei
   const u32 to = turn + into * 128 + ((piece ^ into % 8) << 4);
   const int from = 4 * warp + lane / 8, n = n0 + lane % 8 * 8;
   const u8* found = turned + from * 128 + ((lane % 8 ^ from % 8) << 4);
-  u16* y = weight.y + u64(m0 + from) * N + n;
+  u16* y = weight.y + u64(m0 + 8 * FIRST + from) * N + n;
   const bool wide = N % 8 == 0 && n < N;
 #pragma unroll
-  for (int i = 0; i < BLOCKS; i += 2) {
+  for (int i = FIRST; i < LAST; i += 2) {
     const u32 v[4] = {round2(acc[4 * i] + first, acc[4 * i + 1] + first),
                       round2(acc[4 * i + 2] + second, acc[4 * i + 3] + second),
                       round2(acc[4 * i + 4] + first, acc[4 * i + 5] + first),

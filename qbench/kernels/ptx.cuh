@@ -139,9 +139,10 @@ __device__ __forceinline__ void bulk_copy(u32 to, const void* from, u32 bytes, u
 }
 // A map of x `[M, K]` that the driver encodes: boxes of 64 columns, 128 bytes, swizzled by row as wgmma reads them.
 struct alignas(64) Map { u64 words[16]; };
-// The box at (column, row) to `to` in every block of `blocks` (one bit each), and its bytes to their barriers at `bar`.
+// The box at (column, row) to `to` in every block of `blocks` (one bit each; 0: this block alone), and its bytes to their
+// barriers at `bar`.
 __device__ __forceinline__ void box_copy(u32 to, const Map& map, int column, int row, u32 bar, u32 blocks) {
-  if (blocks == 1)
+  if (blocks == 0)
     asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];"
                  ::"r"(to), "l"(&map), "r"(column), "r"(row), "r"(bar) : "memory");
   else

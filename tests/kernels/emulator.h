@@ -168,7 +168,9 @@ template <int> inline void more_registers() {}
 struct Map { u64 words[16]; };
 inline void box_copy(u32 to, const Map& map, int column, int row, u32 bar, u32 blocks) {
   const int columns = int(map.words[1]), rows = int(map.words[2]), box = int(map.words[4]);
+  if (blocks == 0) blocks = 1u << here.rank;
   for (u32 rank = 0; blocks >> rank; rank++) {
+    if (!(blocks >> rank & 1)) continue;
     unsigned char* memory = here.cluster->blocks[rank]->memory.data();
     for (int r = 0; r < box; r++)
       for (int c = 0; c < 64; c++) {

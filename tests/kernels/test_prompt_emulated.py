@@ -1,4 +1,4 @@
-"""prompt_linear.cu and its launch code against fp64, on the CPU: tiles whole and halved, clusters, tails."""
+"""prompt_linear.cu and its launch code against fp64, on the CPU: tiles whole and parted, clusters, tails."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.kernels.cases import random_weight, relative_error
 
 
 def check(generator, shape, rows, plan, dtype=torch.bfloat16, bias=False, **options):
-    weight = random_weight(shape, 4, options.pop("group_size", 64), generator, **options)
+    weight = random_weight(shape, options.pop("nbits", 4), options.pop("group_size", 64), generator, **options)
     x = torch.randn(rows, shape[1], generator=generator).to(dtype)
     bias = torch.randn(shape[0], generator=generator).to(dtype) if bias else None
     y = cuda.linear(x, to_tiles(weight), bias, plan)
@@ -23,12 +23,13 @@ def check(generator, shape, rows, plan, dtype=torch.bfloat16, bias=False, **opti
 @pytest.mark.parametrize(
     ("shape", "rows", "plan", "at_work", "clusters"),
     [
-        ((72, 330), 150, PromptPlan(16, 1, 1), 3, 3),  # of 4 tiles the last is halved
-        ((72, 600), 20, PromptPlan(16, 1, 1), 7, 4),  # both tiles are
-        ((200, 330), 150, PromptPlan(24, 1, 2), 4, 4),
+        ((200, 330), 150, PromptPlan(16, 1, 2), 3, 3),  # of 4 tiles of two blocks the last is parted
+        ((200, 130), 20, PromptPlan(16, 1, 2), 7, 4),  # both tiles are
+        ((300, 450), 20, PromptPlan(24, 2, 2), 5, 4),
         ((200, 330), 20, PromptPlan(16, 1, 2), 3, 2),  # none is: each has a cluster
+        ((200, 100), 20, PromptPlan(16, 1, 2), 7, 2),  # columns of one chunk
         ((200, 330), 20, PromptPlan(16, 1, 4), 1, 1),
-        ((200, 330), 20, PromptPlan(16, 3, 1), 1, 1),  # as many tiles as clusters, twice
+        ((200, 330), 20, PromptPlan(16, 3, 1), 3, 2),
     ],
 )
 def test_tiles_of_the_last_wave(emulated, generator, monkeypatch, shape, rows, plan, at_work, clusters):
@@ -53,6 +54,12 @@ def test_weights_together(emulated, generator):
 @pytest.mark.parametrize(
     ("dtype", "group_size", "options"),
     [
+        (torch.bfloat16, 64, {"nbits": 2}),
+        (torch.float16, 32, {"nbits": 2, "zero": False}),
+        (torch.bfloat16, 64, {"nbits": 3, "bias": True}),
+        (torch.float16, 128, {"nbits": 3, "t": False}),
+        (torch.bfloat16, 128, {"nbits": 8}),
+        (torch.float16, 64, {"nbits": 8, "zero": False}),
         (torch.float16, 32, {}),
         (torch.bfloat16, 128, {"zero": False, "bias": True}),
         (torch.float16, 64, {"permuted": True, "bias": True}),
@@ -89,12 +96,13 @@ def test_plans(monkeypatch):
     def plan(M, nbits=4):
         return blocks._plan(M, 12288, 4096, (nbits, 64, True), "a GPU", blocks.LARGEST_SHARED)
 
-    assert plan(512) == PromptPlan(32, 2, 1)
-    assert plan(300) == plan(512, nbits=3) == blocks.WidePlan(16, 3, 1, 1, 4)
+    assert plan(512) == plan(512, nbits=3) == PromptPlan(32, 2, 1)
+    assert plan(300) == blocks.WidePlan(16, 3, 1, 1, 4)
     assert plan(1024) is None
     for blocks_of_x in (16, 24, 32):
         for group_size in (32, 64, 128):
             found = PromptPlan(blocks_of_x, 2, 1)
-            assert found.stages(group_size, True)[0] >= 4
-            assert found.shared_bytes(512, 32, 4, group_size, True) <= blocks.LARGEST_SHARED
+            for nbits in (2, 3, 4, 8):
+                assert found.stages(nbits, group_size, True)[0] >= 4
+                assert found.shared_bytes(512, 32, nbits, group_size, True) <= blocks.LARGEST_SHARED
     blocks._plan.cache_clear()
