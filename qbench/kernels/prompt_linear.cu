@@ -187,14 +187,22 @@ prompt_linear(const __grid_constant__ Map x, const __grid_constant__ Problem p) 
     load();
     await_previous_kernel();
     int held = 0;  // the stage of x whose products end next
-    auto release_x = [&](bool now) {  // to every block that fills it; a tile's own block counts as all
-      barrier_arrive(x_empty + 8 * held, work.parted ? rank : lane, now && lane < share);
+    u32 filler;    // the block that a lane tells
+    auto release_x = [&](bool now) {
+      barrier_arrive(x_empty + 8 * held, filler, now && lane < share);
       held = !now ? held : held + 1 == X_STAGES ? 0 : held + 1;
+    };
+    auto store = [&](auto first, auto last) {  // 8-row blocks of x
+      const Weight& weight = weight_at(p.each, work.tile / p.x_blocks);
+      const int strip = int((work.tile / p.x_blocks - weight.first) * share + work.block) * STRIPS + warp / 4 * 4;
+      store_tile<decltype(first)::value, decltype(last)::value>(acc, weight, strip * 16, work.tile % p.x_blocks * 8 * NB, p.M,
+                                                                mine, smem + (mine - shared(smem)), warp / 4);
     };
 #pragma unroll 1
     while (work.next()) {
 #pragma unroll
       for (int i = 0; i < 4 * NB; i++) acc[i] = 0.f;
+      filler = work.parted ? rank : lane;  // that fills stages for itself, once for each of the cluster
 #pragma unroll 1
       for (int chunk = work.from; chunk < work.to; chunk++) {
         u64 halves[2];
@@ -228,24 +236,17 @@ prompt_linear(const __grid_constant__ Map x, const __grid_constant__ Problem p) 
       }
       wgmma_wait<0>();
       release_x(true);
-      const Weight& weight = weight_at(p.each, work.tile / p.x_blocks);
-      const int strip = int((work.tile / p.x_blocks - weight.first) * share + work.block) * STRIPS + warp / 4 * 4;
-      const int m0 = work.tile % p.x_blocks * 8 * NB;
-      const u8* turned = smem + (mine - shared(smem));
-      if (!work.parted) {
-        store_tile<0, NB>(acc, weight, strip * 16, m0, p.M, mine, turned, warp / 4);
-        continue;
-      }
-      cluster_sync();  // nobody reads a stage any more
+      if (work.parted) break;
+      store(Index<0>{}, Index<NB>{});
+    }
+    if (work.parted) {
       float4* left = reinterpret_cast<float4*>(smem) + threadIdx.x;
+      cluster_sync();  // nobody reads a stage any more
       if (rank == 0) leave<NB / 2>(acc, left);
       else leave<0>(acc, left);
       cluster_sync();
-      if (rank == 0) take<0>(acc, shared(left), 1), store_tile<0, NB / 2>(acc, weight, strip * 16, m0, p.M, mine, turned, warp / 4);
-      else {
-        take<NB / 2>(acc, shared(left), 0);
-        store_tile<NB / 2, NB>(acc, weight, strip * 16, m0, p.M, mine, turned, warp / 4);
-      }
+      if (rank == 0) take<0>(acc, shared(left), 1), store(Index<0>{}, Index<NB / 2>{});
+      else take<NB / 2>(acc, shared(left), 0), store(Index<NB / 2>{}, Index<NB>{});
     }
   }
   if (share > 1) cluster_sync();  // until then others copy into this block's memory, arrive at its barriers and read its sums
