@@ -72,7 +72,7 @@ def wide(M: int, N: int, chunks: int) -> Iterator[WidePlan]:
 
 def prompt(M: int, tiles: Tiles) -> Iterator[PromptPlan]:
     """Of prompt_linear.cu."""
-    if M > 128 and tiles.nbits == 4:
+    if M > 128:
         yield from (PromptPlan(*shape) for shape in ((32, 2, 1), (32, 2, 2), (24, 2, 1), (16, 3, 1)))
 
 
@@ -119,9 +119,9 @@ def main() -> None:
                 prompts = [pair for pair in timed if isinstance(pair[1], PromptPlan)]
                 timed = [pair for pair in timed if pair not in prompts]  # these take any number of rows, and any width
                 us, best = min(prompts, key=lambda pair: pair[0], default=(float("inf"), None))
-                table.pop(name_of_prompt := f"prompt {table_key(M, N, K, first.nbits)}", None)
-                if best is not None and us < 0.99 * min(us for us, _ in timed):
-                    table[name_of_prompt] = [int(value) for value in astuple(best)]
+                if prompts:  # an empty entry: none is used, which the rule might
+                    wins = us < 0.99 * min(us for us, _ in timed)
+                    table[f"prompt {table_key(M, N, K, first.nbits)}"] = list(astuple(best)) if wins else []
                 within = 1.02 * min(us for us, _ in timed)  # the noise; splits cost more among other kernels
                 us, best = min(
                     (pair for pair in timed if pair[0] <= within), key=lambda pair: (splits(pair[1]), pair[0])

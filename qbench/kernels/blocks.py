@@ -17,7 +17,8 @@ from qbench.kernels.tiles import COLUMNS, ROWS, Tiles, chunk_bytes
 
 BUCKETS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)  # batches that share a tuned entry: up to 1, 8, ...
 NARROW = 16  # rows of x up to which the rule takes dual_linear.cu
-WIDE = 512  # and up to which wide_linear.cu; above, writing W and cuBLAS
+WIDE = 512  # and up to which wide_linear.cu
+PROMPT = 4096  # and, where 256 of them fill tiles, prompt_linear.cu; else writing W and cuBLAS
 MULTIPROCESSORS = 132  # of an H100 or H200; for the rules alone
 LARGEST_SHARED = 227 << 10  # bytes of a block on Hopper
 
@@ -140,16 +141,19 @@ def plan(M: int, N: int, K: int, tiles: Tiles, device: int) -> AnyPlan | None:
 def prompt_plan(M: int, N: int, K: int, tiles: Tiles, device: int) -> PromptPlan | None:
     """For several weights of `N` rows together in one launch; None where each has its own."""
     properties = torch.cuda.get_device_properties(device)
-    if properties.major != 9 or BUCKETS[-1] < M:
-        return None
-    return _prompt(_table(properties.name).get(f"together {table_key(M, N, K, 4)}"), M)
+    key = f"together {table_key(min(M, BUCKETS[-1]), N, K, 4)}"
+    return _prompt(_table(properties.name).get(key), M, NARROW) if properties.major == 9 else None
 
 
-def _prompt(tuned: list[int] | None, M: int) -> PromptPlan | None:
-    """What a tuned entry says; None where it is not for M rows of x, 256 of which are a tile and computed whole."""
-    if not tuned or 4 * M < 3 * (-(-M // 256) * 256):
+def _prompt(tuned: list[int] | None, M: int, least: int) -> PromptPlan | None:
+    """What a tuned entry says, or the rule for more than `least` rows of x; None where it is not for M rows: 256 are a tile
+    and computed whole, and far above them writing W costs little.
+    """
+    if tuned == [] or 4 * M < 3 * (-(-M // 256) * 256):
         return None
-    return PromptPlan(*tuned)
+    if tuned:
+        return PromptPlan(*tuned)
+    return PromptPlan(32, 2, 2) if least < M <= PROMPT else None
 
 
 def table_key(M: int, N: int, K: int, nbits: int) -> str:
@@ -169,7 +173,7 @@ def _plan(
     M: int, N: int, K: int, form: tuple[int, int, bool], gpu: str, limit: int, plain: bool = False
 ) -> AnyPlan | None:
     table, own, key = _table(gpu), table_key(M, N, K, form[0]), table_key(M, N, K, 4)
-    prompt = _prompt(table.get(f"prompt {own if own in table else key}"), M)
+    prompt = None if plain else _prompt(table.get(f"prompt {own if own in table else key}"), M, 256)
     tuned = table.get(own, table.get(key))  # without its own, 4 bits' are nearer than a rule
     if prompt is None and (tuned == [] or (tuned is None and M > WIDE)):
         return None

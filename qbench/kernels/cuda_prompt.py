@@ -29,9 +29,7 @@ def _problem(together: int) -> type[ctypes.Structure]:
     return type("_Problem", (ctypes.Structure,), {"_fields_": fields})
 
 
-def linears(
-    x: Tensor, weights: Sequence[Tiles], chosen: PromptPlan, bias: Tensor | None = None
-) -> list[Tensor]:
+def linears(x: Tensor, weights: Sequence[Tiles], chosen: PromptPlan, bias: Tensor | None = None) -> list[Tensor]:
     """y `[M, N]` of each weight for x `[M, K]` in one launch; several are alike, with neither act-order nor bias."""
     ys = [x.new_empty(len(x), each.shape[-2]) for each in weights]
     form, device, share, M = weights[0], x.device, chosen.share, len(x)
@@ -70,4 +68,3 @@ def linears(
         early=cuda._early(device),
     )
     return ys
-

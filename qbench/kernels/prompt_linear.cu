@@ -53,18 +53,18 @@ struct Work {
   }
 };
 
-// Half of a thread's sums, from 8-row block FIRST of x on: left in shared memory, and the other block's added.
-template <int FIRST> __device__ __forceinline__ void leave(const float (&acc)[4 * NB], float4* to) {
+// Half of a thread's sums, from 8-row block FIRST of x on: to the other block's shared memory, and what came from there added.
+template <int FIRST> __device__ __forceinline__ void give(const float (&acc)[4 * NB], u32 to, u32 rank) {
 #pragma unroll
   for (int i = 0; i < NB / 2; i++) {
     const float* sums = acc + 4 * (FIRST + i);
-    to[i * 128 * GROUPS] = {sums[0], sums[1], sums[2], sums[3]};
+    store_remote(to + i * 128 * GROUPS * 16, rank, {sums[0], sums[1], sums[2], sums[3]});
   }
 }
-template <int FIRST> __device__ __forceinline__ void take(float (&acc)[4 * NB], u32 from, u32 rank) {
+template <int FIRST> __device__ __forceinline__ void take(float (&acc)[4 * NB], const float4* from) {
 #pragma unroll
   for (int i = 0; i < NB / 2; i++) {
-    const float4 sums = remote(from + i * 128 * GROUPS * 16, rank);
+    const float4 sums = from[i * 128 * GROUPS];
     float* own = acc + 4 * (FIRST + i);
     own[0] += sums.x, own[1] += sums.y, own[2] += sums.z, own[3] += sums.w;
   }
@@ -240,14 +240,14 @@ prompt_linear(const __grid_constant__ Map x, const __grid_constant__ Problem p) 
       store(Index<0>{}, Index<NB>{});
     }
     if (work.parted) {
-      float4* left = reinterpret_cast<float4*>(smem) + threadIdx.x;
+      const float4* from = reinterpret_cast<const float4*>(smem) + threadIdx.x;
       cluster_sync();  // nobody reads a stage any more
-      if (rank == 0) leave<NB / 2>(acc, left);
-      else leave<0>(acc, left);
+      if (rank == 0) give<NB / 2>(acc, shared(from), 1);
+      else give<0>(acc, shared(from), 0);
       cluster_sync();
-      if (rank == 0) take<0>(acc, shared(left), 1), store(Index<0>{}, Index<NB / 2>{});
-      else take<NB / 2>(acc, shared(left), 0), store(Index<NB / 2>{}, Index<NB>{});
+      if (rank == 0) take<0>(acc, from), store(Index<0>{}, Index<NB / 2>{});
+      else take<NB / 2>(acc, from), store(Index<NB / 2>{}, Index<NB>{});
     }
   }
-  if (share > 1) cluster_sync();  // until then others copy into this block's memory, arrive at its barriers and read its sums
+  if (share > 1) cluster_sync();  // until then others copy into this block's memory, and arrive at its barriers
 }

@@ -54,6 +54,7 @@ __device__ __forceinline__ u32 cluster_index() { return blockIdx.x; }
 __device__ __forceinline__ u32 cluster_rank() { return 0; }
 __device__ __forceinline__ void cluster_sync() { __syncthreads(); }
 __device__ __forceinline__ float4 remote(u32, u32) { return {}; }
+__device__ __forceinline__ void store_remote(u32, u32, float4) {}
 __device__ __forceinline__ void await_previous_kernel() {}
 __device__ __forceinline__ void allow_next_kernel() {}
 #else
@@ -84,6 +85,11 @@ __device__ __forceinline__ float4 remote(u32 address, u32 rank) {
       "ld.shared::cluster.v4.f32 {%0,%1,%2,%3}, [there];\n}"
       : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "r"(address), "r"(rank) : "memory");
   return v;
+}
+__device__ __forceinline__ void store_remote(u32 address, u32 rank, float4 v) {
+  asm volatile(
+      "{\n.reg .u32 there;\nmapa.shared::cluster.u32 there, %0, %1;\nst.shared::cluster.v4.f32 [there], {%2,%3,%4,%5};\n}"
+      ::"r"(address), "r"(rank), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w) : "memory");
 }
 #endif
 __device__ __forceinline__ void publish_barriers() {

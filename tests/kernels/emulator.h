@@ -116,6 +116,9 @@ inline float4 remote(u32 address, u32 rank) {
   memcpy(&v, here.cluster->blocks[rank]->memory.data() + address, 16);
   return v;
 }
+inline void store_remote(u32 address, u32 rank, float4 v) {
+  memcpy(here.cluster->blocks[rank]->memory.data() + address, &v, 16);
+}
 
 // An mbarrier in 64 bits: completed phases, arrivals that end one, arrivals left, bytes still expected.
 struct Barrier {

@@ -84,21 +84,26 @@ def test_a_product_with_t_beyond_fp16(emulated, generator):
 
 TUNED = {
     "prompt 4 bit 12288x4096 batch 512": [32, 2, 1],
+    "prompt 4 bit 12288x4096 batch 1024": [],
     "4 bit 12288x4096 batch 512": [16, 3, 1, 1, 4],
+    "4 bit 12288x4096 batch 1024": [],
 }
 
 
 def test_plans(monkeypatch):
-    """Other widths keep what they have; a tile that would be half empty is not computed whole."""
+    """A tuned entry decides, else a rule; a tile that would be half empty is not computed whole."""
     monkeypatch.setattr(blocks, "_table", lambda gpu: TUNED)
     blocks._plan.cache_clear()
 
-    def plan(M, nbits=4):
-        return blocks._plan(M, 12288, 4096, (nbits, 64, True), "a GPU", blocks.LARGEST_SHARED)
+    def plan(M, nbits=4, N=12288):
+        return blocks._plan(M, N, 4096, (nbits, 64, True), "a GPU", blocks.LARGEST_SHARED)
 
     assert plan(512) == plan(512, nbits=3) == PromptPlan(32, 2, 1)
     assert plan(300) == blocks.WidePlan(16, 3, 1, 1, 4)
     assert plan(1024) is None
+    assert plan(512, N=2048) == plan(4096) == plan(2048, nbits=8) == PromptPlan(32, 2, 2)
+    assert isinstance(plan(256, N=2048), blocks.WidePlan)
+    assert plan(8192) is plan(540, N=2048) is None
     for blocks_of_x in (16, 24, 32):
         for group_size in (32, 64, 128):
             found = PromptPlan(blocks_of_x, 2, 1)
