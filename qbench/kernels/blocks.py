@@ -88,7 +88,7 @@ class WidePlan:
 
 @dataclass(frozen=True)
 class PromptPlan:
-    """Of prompt_linear.cu: `warpgroups` warpgroups a block, and one more: a warp that fetches, three that make ready."""
+    """Of prompt_linear.cu: `warpgroups` warpgroups a block, and another that fetches and makes ready."""
 
     kernel: ClassVar[str] = "prompt_linear"
     batch_blocks: int  # NB: 8 rows of x each
@@ -146,8 +146,8 @@ def prompt_plan(M: int, N: int, K: int, tiles: Tiles, device: int) -> PromptPlan
 
 
 def _prompt(tuned: list[int] | None, M: int, least: int) -> PromptPlan | None:
-    """What a tuned entry says, or the rule for more than `least` rows of x; None where it is not for M rows: 256 are a tile
-    and computed whole, and far above them writing W costs little.
+    """What a tuned entry says, or the rule for more than `least` rows of x. None where it is not for M rows: 256 are a
+    tile, which is computed whole, and far above them writing W costs little.
     """
     if tuned == [] or 4 * M < 3 * (-(-M // 256) * 256):
         return None

@@ -6,7 +6,6 @@ import ctypes
 from collections.abc import Sequence
 from functools import cache
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
