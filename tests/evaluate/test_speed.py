@@ -222,5 +222,9 @@ def test_what_a_gpu_records():
         assert phase.method in ("cuda graph", "compiled")
         assert phase.peak_alloc_bytes > 0
         assert phase.peak_rss_bytes is None
-    found = speed.measure(model("moe").to("cuda", torch.bfloat16), SMALL)  # both ways to multiply its experts
+
+
+@pytest.mark.gpu
+def test_a_mixture_is_multiplied_in_both_ways():
+    found = speed.measure(model("moe").to("cuda", torch.bfloat16), SMALL)
     assert [way.experts for way in found.decode.ways][:2] == list(ways.EXPERTS)
