@@ -103,28 +103,6 @@ def test_prompts_in_a_graph(generator, plan):
         assert all(torch.equal(y, expected) for y in found)
 
 
-@pytest.mark.parametrize("batch", [1, 3, 9, 16, 33, 129])
-@pytest.mark.parametrize(("nbits", "group_size"), [(2, 128), (4, 64)])
-def test_kernels_that_start_early(generator, monkeypatch, nbits, group_size, batch):
-    """One right behind the other, as in a graph, they give what they give when each waits for the one in front."""
-    weight = on_gpu(random_weight((1000, 4104), nbits, group_size, generator))
-    tiles = to_tiles(weight)
-    xs = [0.1 * torch.randn(batch, 4104, device="cuda", dtype=torch.bfloat16) for _ in range(10)]
-    monkeypatch.setattr(cuda, "EARLY_START", False)
-    expected = [ops.linear(x, tiles) for x in xs]
-    assert all(relative_error(y, x, weight) <= 1e-2 for x, y in zip(xs, expected, strict=True))
-    monkeypatch.setattr(cuda, "EARLY_START", True)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        found = [ops.linear(x, tiles) for x in xs]
-    for _ in range(20):
-        for y in found:
-            y.fill_(float("nan"))
-        graph.replay()
-        for place, (y, right) in enumerate(zip(found, expected, strict=True)):
-            assert not different(y, right), place
-
-
 def test_dequantize_is_the_formats_own(generator):
     for nbits, codebook in FORMATS:
         weight = on_gpu(random_weight((256, 1000), nbits, 64, generator, codebook=codebook))
