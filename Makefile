@@ -8,7 +8,7 @@ GATE_FILE = .github/quality-gate.json
 PYTEST  = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist worksteal
 PIP     = $(BIN)/python -m pip install -q --disable-pip-version-check
 
-.PHONY: run demo gate gate-update measure-gate test test-wheel test-slow test-oracle oracle lint clean
+.PHONY: run demo gate gate-update measure-gate test test-wheel test-slow test-gpu test-oracle oracle lint clean
 
 run: $(READY)                 ## quantize the reference model with SINQ at 4 bits and evaluate it
 	$(BIN)/python -m qbench
@@ -37,6 +37,9 @@ test-wheel: $(READY)          ## the wheel, installed with all it needs into an 
 
 test-slow: $(READY)           ## the tests that run the reference model, real installs and kills
 	$(PYTEST) -m slow
+
+test-gpu: $(READY)            ## the tests that need a GPU, on all of the machine's cores; those that take longest start first
+	$(PYTEST) -m gpu --dist load --maxschedchunk 1 --maxprocesses 14
 
 test-oracle: oracle           ## the tests against the official implementations
 	$(PYTEST) -m oracle

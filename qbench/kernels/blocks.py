@@ -53,10 +53,10 @@ class Plan:
         per = -(-chunks // self.splits)
         rings = -(-warps * self.stages * (self.strips_per_warp * chunk + 8) // 128) * 128 if self.ring else 0
         one_row = 2 * COLUMNS + COLUMNS // min(group_size, 64) * 64
-        x = per * (one_row if batch == 1 else x_record_bytes(self.batch_blocks, group_size) + 8)
+        x = per * (one_row if batch == 1 else x_record_bytes(self.batch_blocks, group_size))
         rows = ROWS * self.strips_per_warp * self.strips
         partial = self.splits_in_block * 8 * self.batch_blocks * (rows + 4) * 4
-        return max(rings + x, partial)
+        return rings + max(x, partial) + (0 if batch == 1 else 8 * per)
 
 
 @dataclass(frozen=True)
@@ -81,9 +81,9 @@ class WidePlan:
 
     def shared_bytes(self, batch: int, chunks: int, nbits: int, group_size: int, has_zero: bool) -> int:
         weights = 4 * self.warpgroups * chunk_bytes(nbits, group_size, has_zero)
-        stages = self.stages * (8 * self.batch_blocks * 2 * COLUMNS + -(-weights // 1024) * 1024 + 16)
+        stages = self.stages * (8 * self.batch_blocks * 2 * COLUMNS + -(-weights // 1024) * 1024)
         partial = self.splits_in_block * 8 * self.batch_blocks * (64 * self.warpgroups + 4) * 4
-        return max(stages, partial)
+        return max(stages, partial) + 16 * self.stages
 
 
 @dataclass(frozen=True)

@@ -54,6 +54,7 @@ def refusal(device: int, kernel: str = "dual_linear") -> str | None:
     lowest, highest, launches = KERNELS[kernel]
     if not lowest <= capability[0] <= highest:
         return f"{kernel} does not run on compute capability {capability[0]}.{capability[1]}"
+    _compile_tried(device)
     try:
         for entry, defines in launches:
             nvrtc.load(entry, device, _for(device, defines))
@@ -61,6 +62,14 @@ def refusal(device: int, kernel: str = "dual_linear") -> str | None:
         log.warning("another kernel takes the place of %s: %s", kernel, error)  # once: the answer is kept
         return str(error)
     return None
+
+
+@cache
+def _compile_tried(device: int) -> None:
+    """All that `refusal` tries, at once: one answer is hardly ever asked for without the others."""
+    major = torch.cuda.get_device_capability(device)[0]
+    launches = [each for lowest, highest, some in KERNELS.values() if lowest <= major <= highest for each in some]
+    nvrtc.compile_side_by_side(device, [(entry, _for(device, defines)) for entry, defines in launches])
 
 
 @cache
@@ -262,9 +271,9 @@ def _linear_defines(tiles: Tiles, dtype: torch.dtype, **others: int) -> Defines:
 _ROW = _defines(4, 64, True, False, BF16=1, MB=1, RT=1, ONE=1, DEPTH=2)
 _BATCH = _defines(4, 64, True, False, BF16=1, MB=1, RT=1, ONE=0, RING=1)
 _WIDE = _defines(4, 64, True, False, BF16=1, NB=2, GROUPS=1, WK=1)
-_PROMPT = _defines(4, 64, True, False, BF16=1, INPUT_SCALE=1, GROUPS=2, NB=32, X_STAGES=5, W_STAGES=4)
-KERNELS = {  # the compute capabilities, lowest and highest, and each of its kernels as launched for the default format
-    "dequantize": (8, 99, [("dequantize", _defines(4, 64, True, False, OUT=0))]),
+_PROMPT = _defines(4, 64, True, False, BF16=1, INPUT_SCALE=1, GROUPS=2, NB=16, X_STAGES=8, W_STAGES=4)
+KERNELS = {  # the compute capabilities, lowest and highest, and each of its kernels, small, for the default format
+    "dequantize": (8, 99, [("dequantize", _defines(4, 64, True, False, OUT=1))]),
     "rotate_input": (8, 99, [("rotate_input", _defines(4, 64, True, False, BF16=1, ROTATE=1024))]),
     "dual_linear": (8, 99, [("dual_linear", _ROW), ("scale_input", _BATCH), ("dual_linear", _BATCH)]),
     "wide_linear": (9, 9, [("tile_input", _WIDE), ("wide_linear", _WIDE)]),  # wgmma is Hopper's alone

@@ -151,11 +151,12 @@ extern "C" __global__ void __launch_bounds__(512) dual_linear(const __grid_const
   const u64 expert_bytes = u64(p.strips) * p.chunks * CHUNK;
 
   // Shared memory: the warps' rings and their barriers (RING), then x * t and its sums: ONE row of each, else records
-  // and a barrier for each of them.
+  // and a barrier for each of them. What is summed at the end overlays x, but no barrier: its memory is not to be used.
+  const int partial_bytes = 8 * MB * WK * (rows + 4) * 4;
   const int ring_bytes = RING ? (warps * p.stages * (RT * CHUNK + 8) + 127) & ~127 : 0;
   u8* xs = smem + ring_bytes;
   u8* sums = xs + (ONE ? p.per * X_STEP : 8 * MB * X_ROW);
-  const u32 x_bar = shared(xs + p.per * RECORD);
+  const u32 x_bar = shared(xs + max(p.per * RECORD, partial_bytes));
 
   const u8* source[RT];
 #pragma unroll
@@ -296,9 +297,9 @@ extern "C" __global__ void __launch_bounds__(512) dual_linear(const __grid_const
   }
 #endif
 
-  // Sum the splits of K in a fixed order. partial[wk][m][row] overlays the rings and x.
+  // Sum the splits of K in a fixed order. partial[wk][m][row] overlays x.
   __syncthreads();
-  float* partial = reinterpret_cast<float*>(smem);
+  float* partial = reinterpret_cast<float*>(xs);
   const int stride = rows + 4;
 #pragma unroll
   for (int r = 0; r < RT; r++)

@@ -12,6 +12,9 @@ import ctypes
 import hashlib
 import os
 import tempfile
+from collections.abc import Collection
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
@@ -43,6 +46,31 @@ def compile_cubin(file: str, arch: str, defines: dict[str, int]) -> bytes:
     code = _compile(file, [*options, f"-I{FOLDER}"])
     _keep(code, cached)
     return code
+
+
+def compile_side_by_side(device: int, wanted: Collection[tuple[str, tuple[tuple[str, int], ...]]]) -> None:
+    """The kernels and defines that `load` will be asked for, a thread each; what does not compile is said by `load`."""
+    arch = _arch(device)
+
+    def one(asked: tuple[str, tuple[tuple[str, int], ...]]) -> None:
+        entry, defines = asked
+        with suppress(KernelError):
+            _code(SOURCES[entry], arch, defines)
+
+    with ThreadPoolExecutor(max(1, len(wanted))) as threads:
+        list(threads.map(one, wanted))
+
+
+@cache
+def _code(file: str, arch: str, defines: tuple[tuple[str, int], ...]) -> bytes:
+    return compile_cubin(file, arch, dict(defines))
+
+
+def _arch(device: int) -> str:
+    import torch
+
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm_{major}{minor}" + ("a" if major == 9 else "")  # a: with wgmma, which Hopper alone has
 
 
 def _keep(code: bytes, cached: Path) -> None:
@@ -168,9 +196,7 @@ def _check(status: int, what: str) -> None:
 def _module(file: str, device: int, defines: tuple[tuple[str, int], ...]) -> ctypes.c_void_p:
     import torch
 
-    major, minor = torch.cuda.get_device_capability(device)
-    arch = f"sm_{major}{minor}" + ("a" if major == 9 else "")  # a: with wgmma, which Hopper alone has
-    code, module = compile_cubin(file, arch, dict(defines)), ctypes.c_void_p()
+    code, module = _code(file, _arch(device), defines), ctypes.c_void_p()
     with torch.cuda.device(device):
         torch.cuda.current_stream()  # the driver's calls need torch's context to be current
         _check(_driver().cuModuleLoadData(ctypes.byref(module), code), "loading a kernel")

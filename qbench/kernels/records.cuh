@@ -97,7 +97,7 @@ scale_input(const u16* x, const u16* t, const int* permutation, u8* records, u64
   await_previous_kernel();
   uint4 values = load_x(x + m * x_stride, permutation, k, K, aligned_rows(x, x_stride, permutation, K));
   if (t) values = scaled(values, factors, t_down);
-  put(v, values, over_lanes(sums_of(values, k), __activemask()));
+  put(v, values, over_lanes(sums_of(values, k), (v | 31) / 16 < chunks ? 0xffffffffu : 0xffffu));
 #endif
 }
 

@@ -25,6 +25,7 @@
 #define X_BYTES (8 * NB * 256)                     // x * t of one chunk
 #define HALF_OF_X (8 * NB * 128)
 #define STAGE (X_BYTES + (STRIPS * CHUNK + 1023 & ~1023))  // the image needs 1024-byte alignment
+#define PARTIAL (WK * 8 * NB * (16 * STRIPS + 4) * 4)  // bytes of what is summed at the end
 
 struct Problem {
   const u8* tiles;        // [strips][chunks][CHUNK]
@@ -109,8 +110,8 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS + 32) wide_linear(const 
   const u8* tiles = p.tiles;
 #endif
 
-  // Shared memory: stages of x and weights, then their barriers: full, empty.
-  const u32 full = shared(smem + p.stages * STAGE), empty = full + 8 * p.stages;
+  // Shared memory: stages of x and weights, which the sums overlay, then their barriers, which nothing may: full, empty.
+  const u32 full = shared(smem + max(p.stages * STAGE, PARTIAL)), empty = full + 8 * p.stages;
   if (threadIdx.x == 0) {
 #pragma unroll 1
     for (int s = 0; s < p.stages; s++) barrier_init(full + 8 * s), barrier_init(empty + 8 * s, STRIPS);

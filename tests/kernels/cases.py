@@ -37,3 +37,12 @@ def relative_error(y, x, weight, bias=None) -> float:
         expected = expected + bias.double()
     error = float((y.double() - expected).norm() / expected.norm())
     return error if error == error else float("inf")
+
+
+def different(y, again) -> str:
+    """Where two results that are to be the same to the bit are not; empty if they are."""
+    if torch.equal(y, again):
+        return ""
+    at = (y != again).nonzero().tolist()
+    values = [float(of[tuple(at[0])]) for of in (y, again)]
+    return f"{len(at)} of {y.numel()} elements, from {at[0]} to {at[-1]}; first {values[0]}, then {values[1]}"

@@ -50,7 +50,8 @@ def emulated(monkeypatch, compiled):
     def launch(kernel, grid, threads, shared_bytes, stream, arguments, cluster=1, early=False):
         launches.append((grid, threads, shared_bytes, cluster))
         pointers = (ctypes.c_void_p * len(arguments))(*(ctypes.addressof(argument) for argument in arguments))
-        kernel((ctypes.c_uint * 3)(*grid), threads, shared_bytes, cluster, pointers)
+        written = kernel((ctypes.c_uint * 3)(*grid), threads, shared_bytes, cluster, pointers)
+        assert written == 0, f"{written} barriers' memory was used for something else"
 
     def tensor_map(x, rows, columns):
         assert columns == 64

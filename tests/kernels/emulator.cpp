@@ -2,8 +2,9 @@
 #define EMULATE
 #include SOURCE
 
-extern "C" void launch(const char* entry, const unsigned* grid, int threads, int bytes, int cluster, void** arguments) {
+extern "C" int launch(const char* entry, const unsigned* grid, int threads, int bytes, int cluster, void** arguments) {
 #define ENTRY(name) \
-  if (!strcmp(entry, #name)) run({grid[0], grid[1], grid[2]}, threads, bytes, cluster, name, arguments);
+  if (!strcmp(entry, #name)) return run({grid[0], grid[1], grid[2]}, threads, bytes, cluster, name, arguments);
   ENTRIES
+  return -1;
 }

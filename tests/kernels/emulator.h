@@ -29,13 +29,25 @@ struct Warp {
   u32 words[32];
   unsigned a[32][4], b[32][2];
 };
+// An mbarrier in 64 bits: completed phases, arrivals that end one, arrivals left, bytes still expected.
+struct Barrier {
+  u64 phase : 16, arrivals : 12, left : 12;
+  signed long long bytes : 24;
+};
 struct Block {
   std::vector<unsigned char> memory;
+  std::vector<std::atomic<Barrier>> barriers;  // what the 8 bytes of `memory` at 8 i stand for, which nobody may write
   std::barrier<> sync;
   std::vector<std::unique_ptr<Warp>> warps;
   std::barrier<> warpgroups[4]{std::barrier<>{128}, std::barrier<>{128}, std::barrier<>{128}, std::barrier<>{128}};
-  Block(int threads, int bytes) : memory(bytes, 0xff), sync(threads) {  // 0xff..: what nobody wrote reads as NaN
+  Block(int threads, int bytes) : memory(bytes, 0xff), barriers(bytes / 8), sync(threads) {  // 0xff..: what nobody wrote reads as NaN
     for (int i = 0; i < threads / 32; i++) warps.push_back(std::make_unique<Warp>());
+  }
+  int written() const {  // barriers whose memory holds something else
+    int count = 0;
+    for (size_t i = 0; i < barriers.size(); i++)
+      count += barriers[i].load().arrivals != 0 && memcmp(memory.data() + 8 * i, "\xff\xff\xff\xff\xff\xff\xff\xff", 8) != 0;
+    return count;
   }
 };
 struct Cluster {
@@ -64,7 +76,6 @@ inline unsigned __byte_perm(unsigned a, unsigned b, unsigned selector) {
   return v;
 }
 inline unsigned lane_id() { return threadIdx.x % 32; }
-inline unsigned __activemask() { return 0; }
 inline void __syncwarp() { here.warp->sync.arrive_and_wait(); }
 inline void __syncthreads() { here.block->sync.arrive_and_wait(); }
 inline float from_lane(float value, int lane) {
@@ -120,14 +131,7 @@ inline void store_remote(u32 address, u32 rank, float4 v) {
   memcpy(here.cluster->blocks[rank]->memory.data() + address, &v, 16);
 }
 
-// An mbarrier in 64 bits: completed phases, arrivals that end one, arrivals left, bytes still expected.
-struct Barrier {
-  u64 phase : 16, arrivals : 12, left : 12;
-  signed long long bytes : 24;
-};
-inline std::atomic<Barrier>& barrier_at(u32 bar, u32 rank) {
-  return *reinterpret_cast<std::atomic<Barrier>*>(here.cluster->blocks[rank]->memory.data() + bar);
-}
+inline std::atomic<Barrier>& barrier_at(u32 bar, u32 rank) { return here.cluster->blocks[rank]->barriers[bar / 8]; }
 inline void barrier_init(u32 bar, u32 arrivals = 1) { barrier_at(bar, here.rank) = Barrier{0, arrivals, arrivals, 0}; }
 inline void change(u32 bar, u32 rank, int arrived, int bytes) {
   Barrier before = barrier_at(bar, rank), after;
@@ -275,7 +279,8 @@ void call(void (*kernel)(A...), void** arguments, std::index_sequence<I...>) {
 }
 
 template <class... A>
-void run(dim3 grid, int threads, int bytes, int cluster, void (*kernel)(A...), void** arguments) {
+int run(dim3 grid, int threads, int bytes, int cluster, void (*kernel)(A...), void** arguments) {
+  int written = 0;
   for (unsigned z = 0; z < grid.z; z++)
     for (unsigned y = 0; y < grid.y; y++)
       for (unsigned first = 0; first < grid.x; first += cluster) {
@@ -291,5 +296,7 @@ void run(dim3 grid, int threads, int bytes, int cluster, void (*kernel)(A...), v
               here.warp->sync.arrive_and_drop();
             });
         for (auto& thread : running) thread.join();
+        for (auto& block : blocks.blocks) written += block->written();
       }
+  return written;
 }

@@ -82,6 +82,20 @@ def test_every_batch_shape(emulated, generator, batch, plan):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("group_size", "batch", "plan"),
+    [
+        (128, 9, Plan(2, 1, 1, 8, 2, 2, True)),
+        (64, 3, Plan(1, 1, 2, 4, 2, 1)),
+        (128, 33, WidePlan(16, 3, 1, 1, 2)),
+    ],
+)
+def test_sums_that_take_more_memory_than_what_they_are_made_of(emulated, generator, group_size, batch, plan):
+    """They leave the barriers alone, which the emulator sees to: of a GPU's nobody knows when they are done."""
+    check(generator, random_weight((40, 200), 2, group_size, generator), batch, torch.bfloat16, plan)
+
+
+@pytest.mark.slow
 def test_before_hopper(emulated, generator, monkeypatch):
     """Without clusters, bulk copies and barriers for them."""
     monkeypatch.setattr(cuda, "_plain", lambda device: True)

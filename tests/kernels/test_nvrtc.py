@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import threading
+from functools import cache
 
 import pytest
 import torch
@@ -55,6 +57,28 @@ def test_a_disk_without_room_keeps_no_part_of_a_kernel(monkeypatch, tmp_path):
     assert list((tmp_path / "full").iterdir()) == []
 
 
+def test_what_is_tried_is_compiled_side_by_side(monkeypatch):
+    """Each once; one that does not compile is no hindrance, and says so when it is loaded."""
+    together, asked = threading.Barrier(3, timeout=30), []
+
+    def compile_cubin(file, arch, defines):
+        asked.append((file, arch, defines))
+        if threading.current_thread() is not threading.main_thread():
+            together.wait()
+        if file == "rotate.cu":
+            raise nvrtc.KernelError("refused")
+        return b"code"
+
+    monkeypatch.setattr(nvrtc, "compile_cubin", compile_cubin)
+    monkeypatch.setattr(nvrtc, "_code", cache(nvrtc._code.__wrapped__))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    nvrtc.compile_side_by_side(0, [("dequantize", (("OUT", 0),)), ("rotate_input", ()), ("wide_linear", ())])
+    assert nvrtc._code("dequantize.cu", "sm_90a", (("OUT", 0),)) == b"code"
+    assert len(asked) == 3
+    with pytest.raises(nvrtc.KernelError, match="refused"):
+        nvrtc._code("rotate.cu", "sm_90a", ())
+
+
 @pytest.fixture
 def gpu(monkeypatch):
     """Lets the machine have a GPU of a compute capability, on which `broken` kernels do not compile."""
@@ -65,6 +89,7 @@ def gpu(monkeypatch):
                 raise nvrtc.KernelError(f"NVRTC refused {entry}")
 
         monkeypatch.setattr(nvrtc, "load", load)
+        monkeypatch.setattr(nvrtc, "compile_side_by_side", lambda device, wanted: None)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
         monkeypatch.setattr(cuda, "refusal", cuda.refusal.__wrapped__)
         monkeypatch.setattr(cuda, "_plain", cuda._plain.__wrapped__)

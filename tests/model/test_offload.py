@@ -11,6 +11,7 @@ import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from qbench.errors import PointError
+from qbench.evaluate import energy
 from qbench.evaluate.memory import weight_bytes
 from qbench.model.linears import find_linears, quantized_weights
 from qbench.model.offload import leave_linears_on_host, runs_offloaded
@@ -19,6 +20,7 @@ from qbench.passes.stream import Stream
 from qbench.plugins.rtn import RTN
 from qbench.registry import make_quantizer
 from qbench.sources import tiny
+from qbench.sweep.share import HELD
 from tests.conftest import thinned
 from tests.model.test_experts import deepseek_v2, made
 from tests.passes.test_calibrate import calibration
@@ -216,8 +218,12 @@ def test_a_point_gives_the_same_numbers(qbench, monkeypatch, arguments):
 @needs_cuda
 @pytest.mark.parametrize("quantizer", ["rtn", "sinq", "gptq", "awq"])
 @pytest.mark.parametrize("model", ["tiny-dense", "tiny-moe"])
-def test_a_point_gives_the_same_numbers_on_a_gpu(qbench, model, quantizer):
-    speed = ("speed=default", "speed.prefill_tokens=16", "speed.context_tokens=16", "speed.decode_tokens=4")
+def test_a_point_gives_the_same_numbers_on_a_gpu(qbench, monkeypatch, model, quantizer):
+    """As a CUDA graph alone: which way is the fastest, chance decides where other tests are running."""
+    monkeypatch.setenv(HELD, str(torch.cuda.get_device_properties(0).uuid))  # none waits for those
+    monkeypatch.setattr(energy, "SECONDS", 0.05)
+    sizes = ("speed.prefill_tokens=16", "speed.context_tokens=16", "speed.decode_tokens=4")
+    speed = ("speed=default", "speed.compile=false", *sizes)
     arguments = (f"model={model}", f"quantizer={quantizer}", "runtime.device=cuda")
     usual, offloaded = same_numbers(qbench, *arguments, *speed)
     assert usual.speed.baseline is not None
