@@ -142,18 +142,22 @@ def prompt_plan(M: int, N: int, K: int, tiles: Tiles, device: int) -> PromptPlan
     """For several weights of `N` rows together in one launch; None where each has its own."""
     properties = torch.cuda.get_device_properties(device)
     key = f"together {table_key(min(M, BUCKETS[-1]), N, K, 4)}"
-    return _prompt(_table(properties.name).get(key), M, NARROW) if properties.major == 9 else None
+    return _prompt(_table(properties.name).get(key), M, N, NARROW, 0.5) if properties.major == 9 else None
 
 
-def _prompt(tuned: list[int] | None, M: int, least: int) -> PromptPlan | None:
-    """What a tuned entry says, or the rule for more than `least` rows of x. None where it is not for M rows: 256 are a
-    tile, which is computed whole, and far above them writing W costs little.
+def _prompt(tuned: list[int] | None, M: int, N: int, least: int, busy: float) -> PromptPlan | None:
+    """What a tuned entry says, or the rule: for more than `least` rows of x, whose tiles keep a share `busy` of the GPU
+    at work. None where it is not for M rows: 256 are a tile, which is computed whole, and for very many W is written.
     """
-    if tuned == [] or 4 * M < 3 * (-(-M // 256) * 256):
+    x_blocks = -(-M // 256)
+    if tuned == [] or M < 0.75 * 256 * x_blocks:
         return None
     if tuned:
         return PromptPlan(*tuned)
-    return PromptPlan(32, 2, 2) if least < M <= PROMPT else None
+    tiles, clusters = x_blocks * -(-N // 256), MULTIPROCESSORS // 2  # of two blocks
+    left = tiles % clusters  # two clusters take half the time for one of them, if there are as many
+    waves = tiles // clusters + (0 if left == 0 else 0.5 if 2 * left <= clusters else 1)
+    return PromptPlan(32, 2, 2) if least < M <= PROMPT and tiles >= busy * clusters * waves else None
 
 
 def table_key(M: int, N: int, K: int, nbits: int) -> str:
@@ -173,7 +177,7 @@ def _plan(
     M: int, N: int, K: int, form: tuple[int, int, bool], gpu: str, limit: int, plain: bool = False
 ) -> AnyPlan | None:
     table, own, key = _table(gpu), table_key(M, N, K, form[0]), table_key(M, N, K, 4)
-    prompt = None if plain else _prompt(table.get(f"prompt {own if own in table else key}"), M, 256)
+    prompt = None if plain else _prompt(table.get(f"prompt {own if own in table else key}"), M, N, 256, 0.7)
     tuned = table.get(own, table.get(key))  # without its own, 4 bits' are nearer than a rule
     if prompt is None and (tuned == [] or (tuned is None and M > WIDE)):
         return None

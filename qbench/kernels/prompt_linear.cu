@@ -202,6 +202,7 @@ prompt_linear(const __grid_constant__ Map x, const __grid_constant__ Problem p) 
     while (work.next()) {
 #pragma unroll
       for (int i = 0; i < 4 * NB; i++) acc[i] = 0.f;
+      const int last = work.more() ? work.to : work.to - 1;  // chunk that has one behind it, if of another tile
       filler = work.parted ? rank : lane;  // that fills stages for itself, once for each of the cluster
 #pragma unroll 1
       for (int chunk = work.from; chunk < work.to; chunk++) {
@@ -232,7 +233,7 @@ prompt_linear(const __grid_constant__ Map x, const __grid_constant__ Problem p) 
         __syncwarp();
         if (lane == 0) barrier_arrive(w_empty + 8 * w_stage);  // what it held is in registers, weights by now
         advance_w();
-        if (chunk + 1 < work.to || work.more()) load();
+        if (chunk < last) load();
       }
       wgmma_wait<0>();
       release_x(true);

@@ -101,9 +101,11 @@ def test_plans(monkeypatch):
     assert plan(512) == plan(512, nbits=3) == PromptPlan(32, 2, 1)
     assert plan(300) == blocks.WidePlan(16, 3, 1, 1, 4)
     assert plan(1024) is None
-    assert plan(512, N=2048) == plan(4096) == plan(2048, nbits=8) == PromptPlan(32, 2, 2)
-    assert isinstance(plan(256, N=2048), blocks.WidePlan)
-    assert plan(8192) is plan(540, N=2048) is None
+    assert plan(512, N=4096) == plan(4096) == plan(2048, nbits=8) == PromptPlan(32, 2, 2)
+    assert isinstance(plan(256, N=4096), blocks.WidePlan)
+    assert isinstance(plan(512, N=2048), blocks.WidePlan)  # a quarter of the tiles that would fill the GPU
+    assert plan(1024, N=1024) is None
+    assert plan(8192) is plan(540, N=4096) is None
     for blocks_of_x in (16, 24, 32):
         for group_size in (32, 64, 128):
             found = PromptPlan(blocks_of_x, 2, 1)
