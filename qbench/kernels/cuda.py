@@ -36,6 +36,8 @@ class _Problem(ctypes.Structure):  # of dual_linear.cu
         *_fields(ctypes.c_float, "t_down", "t_up"),
         *_fields(ctypes.c_int, "M", "N", "K", "strips", "chunks", "per", "log_splits_in_block"),
         *_fields(ctypes.c_int, "stages", "pairs", "pairs_per_row", "last_expert"),
+        *_fields(ctypes.c_void_p, "up", "scores"),
+        ("scores_in_fp32", ctypes.c_int),
     ]
 
 
@@ -97,15 +99,29 @@ def linear(x: Tensor, tiles: Tiles, bias: Tensor | None, chosen: AnyPlan) -> Ten
     return y
 
 
-def experts(x: Tensor, index: Tensor, stacks: Sequence[Tiles], chosen: Plan) -> list[Tensor]:
+def experts(x: Tensor, index: Tensor, stacks: Sequence[Tiles], chosen: Plan, up: Tensor | None = None) -> list[Tensor]:
     """For each of one or two stacks of one form, y `[tokens * k, N]`, in one launch.
 
     Row p is x[p // k] times the matrix index[p // k, p % k] of the stack; if there is none, the row holds anything.
+    With `up`, which lies in memory as x does, silu(x) * up takes the place of x.
     """
     ys = [x.new_empty(index.numel(), tiles.shape[-2]) for tiles in stacks]
     index, second = index.long().contiguous(), (stacks[1], ys[1]) if len(stacks) > 1 else None
-    _launch(x, stacks[0], None, ys[0], chosen, 1, index, index.numel() // len(x), second)
+    _launch(x, stacks[0], None, ys[0], chosen, 1, index, index.numel() // len(x), second, up)
     return ys
+
+
+def summed_experts(
+    x: Tensor, up: Tensor, index: Tensor, scores: Tensor, tiles: Tiles, chosen: Plan, more: Tensor | None = None
+) -> Tensor:
+    """y `[tokens, N]`: over a token's pairs the sum of its scores `[tokens, k]` times what `experts` gives, in fp32.
+
+    x and up are `[tokens * k, K]`; `more` `[tokens, N]` in their dtype is added. The plan has a warp for each pair.
+    """
+    y = x.new_empty(len(index), tiles.shape[-2])
+    scores = scores.contiguous() if scores.dtype in (x.dtype, torch.float32) else scores.float().contiguous()
+    _launch(x, tiles, more, y, chosen, 1, index.contiguous(), index.shape[1], None, up, scores)
+    return y
 
 
 def _launch(
@@ -118,6 +134,8 @@ def _launch(
     index: Tensor | None = None,
     pairs_per_row: int = 1,
     second: tuple[Tiles, Tensor] | None = None,
+    up: Tensor | None = None,
+    scores: Tensor | None = None,
 ) -> None:
     N, K = tiles.shape[-2:]
     M = len(x) if index is None else 1
@@ -125,7 +143,11 @@ def _launch(
     device, stream = x.device.index, _stream(x.device)
     depth = {"RING": 1} if chosen.ring else {"DEPTH": chosen.stages}
     shape = {"MB": 1 if M == 1 else chosen.batch_blocks, "RT": chosen.strips_per_warp, "ONE": int(M == 1)}
-    kind = {} if index is None else {"EXPERTS": 1}
+    kind = (
+        ({} if index is None else {"EXPERTS": 1})
+        | ({} if up is None else {"GATED": 1})
+        | ({} if scores is None else {"SUMMED": 1})
+    )
     defines = _for(device, _linear_defines(tiles, x.dtype, **shape, **depth, **kind))
     down = _down(x.dtype, tiles)
     source = x
@@ -135,6 +157,9 @@ def _launch(
         _launch_input("scale_input", x, tiles, source, defines)
     next_tiles, next_y = (tiles, y) if second is None else second
     pairs, launched = (1, 1) if index is None else (index.numel(), index.numel() * (1 if second is None else 2))
+    rows = 1
+    if scores is not None:
+        rows, launched = pairs_per_row, len(index)  # of x in a block; a block is a token's
     problem = _Problem(
         *map(_address, (tiles.data, source, tiles.input_scale, tiles.permutation, _signs(tiles), tiles.codebook)),
         *map(_address, (bias, index, y)),
@@ -147,13 +172,15 @@ def _launch(
         1 / down,
         *(M, N, K, strips, chunks, -(-chunks // chosen.splits), chosen.splits_in_block.bit_length() - 1),
         *(chosen.stages, pairs, pairs_per_row, 0 if index is None else tiles.data.shape[0] - 1),
+        *map(_address, (up, scores)),
+        int(scores is not None and scores.dtype == torch.float32),
     )
     blocks_n = -(-strips // (chosen.strips_per_warp * chosen.strips))
     nvrtc.launch(
         nvrtc.load("dual_linear", device, defines),
         (blocks_n * chosen.splits, blocks_m, launched),
         32 * chosen.strips * chosen.splits_in_block,
-        chosen.shared_bytes(M, chunks, tiles.nbits, tiles.group_size, tiles.has_zero),
+        chosen.shared_bytes(M, rows * chunks, tiles.nbits, tiles.group_size, tiles.has_zero),
         stream,
         [problem],
         chosen.splits,

@@ -24,6 +24,7 @@ from qbench.kernels.tiles import Tiles
 
 MOST = 4  # weights in a launch
 TENSORS, NUMBERS = 5, 7  # of `Tiles.flat`
+VIEWS = (torch.ops.aten.reshape.default, torch.ops.aten.view.default)
 HELD = ("placeholder", "get_attr")  # nodes of weights, which are there before anything is computed
 
 
@@ -99,13 +100,15 @@ def launch(x: Tensor, weights: Sequence[Tiles], chosen: blocks.Plan) -> list[Ten
 def graph_pass(choices: bool) -> Any:
     """For inductor's `post_grad_custom_pre_pass`: fewer launches of the same work.
 
-    Linears of one x become `dual_linears`, and with `choices` a mixture's router is rewritten to choose.py's.
+    Linears of one x become `dual_linears`, what gates experts goes into the product that reads it, and with `choices` a
+    mixture's router is rewritten to choose.py's.
     """
     from torch._inductor.custom_graph_pass import CustomGraphPass
 
     class Together(CustomGraphPass):
         def __call__(self, graph: fx.Graph) -> None:
             merge(graph)
+            gate(graph)
             if choices:
                 choose.rewrite(graph)
 
@@ -113,6 +116,84 @@ def graph_pass(choices: bool) -> Any:
             return b"".join(Path(file).read_bytes() for file in (__file__, choose.__file__)) + bytes([choices])
 
     return Together()
+
+
+def gate(graph: fx.Graph) -> None:
+    """Experts that multiply what `silu_times` made for them alone become `dual_linear_gated_experts`; with the sum over a
+    token's pairs, if that follows, `dual_linear_summed_experts`, which also adds what the sum is added to."""
+    for node in list(graph.nodes):
+        if node.target is not torch.ops.qbench.dual_linear_experts.default:
+            continue
+        x, index, *weight = node.args
+        made = _base(x)
+        if not isinstance(made, fx.Node) or made.target is not torch.ops.qbench.silu_times.default:
+            continue
+        if not _read_once(x, made):
+            continue
+        last, target, given = node, torch.ops.qbench.dual_linear_gated_experts.default, (index, *weight)
+        total, more = _reader(node), None
+        if total is not None and total.target is torch.ops.qbench.combined.default:
+            y, pairs, scores, _, place = total.args
+            if place is None and _base(y) is node and _read_once(y, node) and _base(index) is _base(pairs):
+                last, more = _added(total)
+                target, given = torch.ops.qbench.dual_linear_summed_experts.default, (pairs, scores, *weight)
+        with graph.inserting_before(last):
+            both = [_reshaped(graph, one, _shape(x)) for one in made.args]
+            if target is torch.ops.qbench.dual_linear_summed_experts.default:
+                given = *given, more if more is None else _reshaped(graph, more, _shape(total))
+            fused = graph.call_function(target, (*both, *given))
+            fused.meta["val"] = node.meta["val"] if last is node else total.meta["val"]
+            # and nothing else of their meta: the inputs that are told there are those of `last`
+            last.replace_all_uses_with(fused if more is None else _reshaped(graph, fused, _shape(last)))
+    graph.eliminate_dead_code()
+
+
+def _reader(node: fx.Node) -> fx.Node | None:
+    """What alone reads a node, or a view of it."""
+    while len(node.users) == 1:
+        node = next(iter(node.users))
+        if node.target not in VIEWS:
+            return node
+    return None
+
+
+def _added(total: fx.Node) -> tuple[fx.Node, fx.Node | None]:
+    """The sum that `total` alone goes into, and what it is added to there; or itself and None."""
+    reader = _reader(total)
+    if reader is None or reader.target is not torch.ops.aten.add.Tensor or reader.kwargs:
+        return total, None
+    others = [one for one in reader.args if isinstance(one, fx.Node) and _base(one) is not total]
+    if len(others) != 1:
+        return total, None
+    alike = [(one.meta["val"].dtype, one.meta["val"].numel(), _shape(reader)[-1]) for one in (*others, reader, total)]
+    same = alike[0] == alike[1] == alike[2] and _shape(total)[-1] == _shape(reader)[-1]
+    return (reader, others[0]) if same else (total, None)
+
+
+def _reshaped(graph: fx.Graph, node: fx.Node, shape: list[int]) -> fx.Node:
+    found = graph.call_function(torch.ops.aten.reshape.default, (node, shape))
+    found.meta["val"] = node.meta["val"].reshape(shape)
+    return found
+
+
+def _base(node: Any) -> Any:
+    """What a node is a view of."""
+    while isinstance(node, fx.Node) and node.target in VIEWS:
+        node = node.args[0]
+    return node
+
+
+def _read_once(view: fx.Node, base: fx.Node) -> bool:
+    """Whether nothing but `view` is made of `base`, and nothing else reads that."""
+    while view is not base:
+        if len(view.users) > 1:
+            return False
+        view = view.args[0]
+    return len(base.users) == 1
+
+
+def _shape(node: fx.Node) -> list[int]:
+    return list(node.meta["val"].shape)
 
 
 def merge(graph: fx.Graph) -> None:

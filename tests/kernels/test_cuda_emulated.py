@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from qbench.kernels import blocks, cuda, cuda_experts
+from qbench.kernels import blocks, cuda, cuda_experts, grouped
 from qbench.kernels.blocks import Plan, WidePlan
 from qbench.kernels.routes import SLOT_ROWS, route
 from qbench.kernels.tiles import to_tiles
@@ -126,6 +126,45 @@ def test_experts_in_one_launch(emulated, generator, rows):
             found = y.double()[here] - expected.view(6, 24)[here]
             assert found.norm() < 1e-2 * expected.view(6, 24)[here].norm()
     assert to_tiles(stacks[0]).select(1).shape == (24, 200)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "permuted"), [(torch.bfloat16, False), pytest.param(torch.float16, True, marks=pytest.mark.slow)]
+)
+def test_experts_gate_what_they_multiply(emulated, generator, dtype, permuted):
+    tiles = to_tiles(random_weight((2, 24, 130), 4, 64, generator, permuted=permuted))
+    gate, up = (torch.randn(3, 130, generator=generator).to(dtype) for _ in range(2))
+    index, plan = torch.tensor([[1], [0], [1]]), blocks.pair_plan(72)
+    (y,) = cuda.experts(gate, index, [tiles], plan, up)
+    (expected,) = cuda.experts(torch.nn.functional.silu(gate) * up, index, [tiles], plan)
+    assert len(emulated) == 2
+    assert (y.double() - expected.double()).norm() <= LIMITS[dtype] * expected.double().norm()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "nbits", "permuted", "scored", "stages", "ring"),
+    [
+        (torch.bfloat16, 4, False, torch.float32, 2, True),
+        pytest.param(torch.float16, 3, True, torch.float16, 1, False, marks=pytest.mark.slow),
+    ],
+)
+def test_experts_add_up_what_they_multiply(emulated, generator, dtype, nbits, permuted, scored, stages, ring):
+    """Three pairs a token in blocks of four warps; one pair's expert lives elsewhere, and its row of x is no number."""
+    tiles = to_tiles(random_weight((2, 24, 130), nbits, 64, generator, permuted=permuted))
+    gate, up = (torch.randn(6, 130, generator=generator).to(dtype) for _ in range(2))
+    index, scores = torch.tensor([[1, 0, 1], [0, 7, 1]]), torch.rand(2, 3, generator=generator).to(scored)
+    gate[4] = float("nan")
+    plan = Plan(1, 1, 1, 4, 1, stages, ring)
+    y = cuda.summed_experts(gate, up, index, scores, tiles, plan)
+    assert ((launch := emulated[0])[0], launch[1]) == ((2, 1, 2), 128)
+    (each,) = cuda.experts(torch.nn.functional.silu(gate) * up, index.reshape(-1, 1), [tiles], blocks.pair_plan(72))
+    expected = grouped.combine(each.double(), index, scores.double(), 2)
+    assert y.dtype == dtype
+    assert (y.double() - expected).norm() <= LIMITS[dtype] * expected.norm()
+    assert torch.equal(y, cuda.summed_experts(gate, up, index, scores, tiles, plan))
+    more = torch.randn(2, 24, generator=generator).to(dtype)
+    y = cuda.summed_experts(gate, up, index, scores, tiles, plan, more)
+    assert (y.double() - expected - more.double()).norm() <= LIMITS[dtype] * expected.norm()
 
 
 def check_sorted_experts(generator, weight, tokens, per_token, dtype, plan, index=None):

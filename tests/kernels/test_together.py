@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from qbench.kernels import blocks, ops, together
+from qbench.kernels import blocks, grouped, ops, together
 from qbench.kernels.blocks import Plan, PromptPlan
 from qbench.kernels.tiles import to_tiles
 from tests.kernels.cases import random_weight, relative_error
@@ -57,6 +57,64 @@ def test_the_op_and_the_pass(generator):
     assert names.count("qbench.dual_linears.default") == 1
     assert names.count("qbench.dual_linear.default") == 1  # of another x, and with a bias
     assert all(torch.equal(a, b) for a, b in zip(traced(x), expected, strict=True))
+
+
+def test_experts_take_what_gates_them_and_what_adds_them_up(generator):
+    tiles = to_tiles(random_weight((3, 24, 40), 4, 64, generator))
+    gate, up = (torch.randn(2, 2, 40, generator=generator) for _ in range(2))
+    index, scores = torch.tensor([[2, 0], [1, 1]]), torch.rand(2, 2, generator=generator)
+    residual = torch.randn(1, 2, 24, generator=generator)
+
+    def experts(x, index):
+        return ops.linear_experts(x.flatten(0, 1), index.reshape(-1, 1), tiles).flatten(0, 1)
+
+    def forward(gate, up, index, scores, residual):
+        kept = grouped.silu_times(up, gate)
+        read_twice = experts(grouped.silu_times(gate, 2 * up), index)
+        total = grouped.combine(experts(grouped.silu_times(gate, up), index), index, scores, 3)
+        more = residual + grouped.combine(experts(grouped.silu_times(gate, up + 1), index), index, scores, 3).view(
+            1, 2, -1
+        )
+        return total, more, kept, experts(kept, index), read_twice, grouped.combine(read_twice, index, scores, 3)
+
+    traced = make_fx(forward, tracing_mode="fake", _allow_non_fake_inputs=True)(gate, up, index, scores, residual)
+    for node in traced.graph.nodes:
+        node.meta["eager_input_vals"] = ((), {})
+    together.gate(traced.graph)
+    new = [node for node in traced.graph.nodes if "_gated_" in str(node.target) or "_summed_" in str(node.target)]
+    assert all("eager_input_vals" not in node.meta for node in new)  # inductor fits the inputs to those
+    traced.graph.lint()
+    traced.recompile()
+    names = [str(node.target) for node in traced.graph.nodes]
+    kinds = [f"dual_linear_{kind}experts" for kind in ("summed_", "gated_", "")]
+    assert [names.count(f"qbench.{op}.default") for op in (*kinds, "silu_times", "combined")] == [2, 1, 1, 1, 1]
+    given = gate, up, index, scores, residual
+    found, expected = traced(*given), forward(*given)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_gated_experts_on_a_gpu(dtype):
+    draw = torch.Generator().manual_seed(0)
+    weight = random_weight((4, 2048, 768), 4, 64, draw)
+    tiles = to_tiles(weight.with_tensors({name: tensor.cuda() for name, tensor in weight.tensors().items()}))
+    gate, up = (torch.randn(8, 768, generator=draw).to("cuda", dtype) for _ in range(2))
+    index = torch.randint(4, (8, 1), generator=draw).cuda()
+    found = torch.ops.qbench.dual_linear_gated_experts(gate, up, index, *tiles.flat())
+    expected = ops.linear_experts(grouped.silu_times(gate, up), index, tiles)
+    assert (found.double() - expected.double()).norm() <= 1e-2 * expected.double().norm()
+    assert torch.equal(found, torch.ops.qbench.dual_linear_gated_experts(gate, up, index, *tiles.flat()))
+    for k in (8, 2):
+        pairs, scores = index.view(-1, k), torch.rand(8 // k, k, generator=draw).cuda()
+        added = torch.ops.qbench.dual_linear_summed_experts(gate, up, pairs, scores, *tiles.flat(), None)
+        total = grouped.combine(expected.flatten(0, 1).double(), pairs, scores.double(), 4)
+        assert (added.double() - total).norm() <= 1e-2 * total.norm()
+        again = torch.ops.qbench.dual_linear_summed_experts(gate, up, pairs, scores, *tiles.flat(), None)
+        assert torch.equal(added, again)
+        more = torch.randn(8 // k, 2048, generator=draw).to("cuda", dtype)
+        with_more = torch.ops.qbench.dual_linear_summed_experts(gate, up, pairs, scores, *tiles.flat(), more)
+        assert (with_more.double() - total - more.double()).norm() <= 1e-2 * total.norm()
 
 
 @pytest.mark.gpu
