@@ -1,9 +1,9 @@
 """Attention over a static cache as serving engines have it, registered with transformers under NAME.
 
 One new token per sequence: transformers hands a compiled step's cache to torch's attention with a mask, and with a
-copy of keys and values for every query head that shares them. Here the heads that share a key are rows of one matrix
-product, in plain torch that a compiler fuses; softmax is in fp32. A prompt that fills the cache needs no mask, which
-transformers does not see while a CUDA graph is captured. All else is transformers' "sdpa".
+copy of keys and values for every query head that shares them. Here it is two launches on a GPU, and plain torch on a
+CPU (kernels/attend.py). A prompt that fills the cache needs no mask, which transformers does not see while a CUDA graph
+is captured. All else is transformers' "sdpa".
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qbench.kernels.attend import attend_one, attend_plainly
+
 NAME = "qbench_static"
 
 
@@ -25,16 +27,14 @@ def attend(
 
     The mask is `[batch or 1, 1, 1, length]`, true where the token may look.
     """
-    batch, heads, tokens, width = query.shape
     special = any(options.get(name) is not None for name in ("softcap", "s_aux", "position_bias"))
-    if special or tokens != 1 or attention_mask is None or attention_mask.dtype != torch.bool:
+    if special or query.shape[2] != 1 or attention_mask is None or attention_mask.dtype != torch.bool:
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
     scaling = options.get("scaling")
-    query = query.reshape(batch, key.shape[1], -1, width) * (width**-0.5 if scaling is None else scaling)
-    scores = (query @ key.transpose(-1, -2)).float().masked_fill(~attention_mask, -torch.inf)
-    return (scores.softmax(-1).to(value.dtype) @ value).reshape(batch, 1, heads, value.shape[-1]), None
+    one = attend_one if query.is_cuda else attend_plainly
+    return one(query, key, value, attention_mask, query.shape[-1] ** -0.5 if scaling is None else scaling), None
 
 
 def mask(q_length: int, kv_length: int, **options: Any) -> Tensor | None:
