@@ -2,20 +2,25 @@
 
 One new token per sequence: transformers hands a compiled step's cache to torch's attention with a mask, and with a
 copy of keys and values for every query head that shares them. Here it is two launches on a GPU, and plain torch on a
-CPU (kernels/attend.py). A prompt that fills the cache needs no mask, which transformers does not see while a CUDA graph
-is captured. All else is transformers' "sdpa".
+CPU (kernels/attend.py); where the cache holds latents, as DeepSeek's does, no keys and values are made of them. A
+prompt that fills the cache needs no mask, which transformers does not see while a CUDA graph is captured. All else is
+transformers' "sdpa".
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from inspect import signature
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from qbench.kernels.attend import attend_one, attend_plainly
+from qbench.kernels import ops
+from qbench.kernels.attend import attend_latent, attend_one, attend_plainly
+from qbench.kernels.tiles import Tiles
+from qbench.layers.linear import QuantLinear
 
 NAME = "qbench_static"
 
@@ -28,13 +33,42 @@ def attend(
     The mask is `[batch or 1, 1, 1, length]`, true where the token may look.
     """
     special = any(options.get(name) is not None for name in ("softcap", "s_aux", "position_bias"))
+    latent = query.shape[-1] != key.shape[-1]  # what `_as_cached` hands on
     if special or query.shape[2] != 1 or attention_mask is None or attention_mask.dtype != torch.bool:
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+        if latent:
+            key, value = type(module).expand_kv(module, value, key)
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
-    scaling = options.get("scaling")
-    one = attend_one if query.is_cuda else attend_plainly
-    return one(query, key, value, attention_mask, query.shape[-1] ** -0.5 if scaling is None else scaling), None
+    given = options.get("scaling")
+    scale = query.shape[-1] ** -0.5 if given is None else given
+    if latent:
+        return attend_latent(query, value, key, _matrix(module.kv_b_proj, query.dtype), attention_mask, scale), None
+    return (attend_one if query.is_cuda else attend_plainly)(query, key, value, attention_mask, scale), None
+
+
+def _as_cached(kv_nope: Tensor, k_rot: Tensor) -> tuple[Tensor, Tensor]:
+    """In the place of a module's expand_kv, which makes keys and values of latents."""
+    return k_rot, kv_nope
+
+
+def _keeps_latents(module: nn.Module) -> bool:
+    """Whether its expand_kv makes what `attend_latent` computes with, of a weight that it can be given."""
+    linear = getattr(module, "kv_b_proj", None)
+    if not callable(getattr(type(module), "expand_kv", None)) or getattr(linear, "bias", None) is not None:
+        return False
+    if tuple(signature(type(module).expand_kv).parameters) != ("self", "kv_nope", "k_rot"):
+        return False
+    if isinstance(linear, QuantLinear):
+        return linear.kernel is None or isinstance(linear.layout, Tiles)
+    return type(linear) is nn.Linear
+
+
+def _matrix(linear: nn.Module, dtype: torch.dtype) -> Tensor:
+    """A linear's weight `[out, in]`; of a packed one it is written anew in every step."""
+    if not isinstance(linear, QuantLinear):
+        return linear.weight
+    return linear.quantized.dequantize(dtype) if linear.kernel is None else ops.matrix(linear.layout, dtype)
 
 
 def mask(q_length: int, kv_length: int, **options: Any) -> Tensor | None:
@@ -58,8 +92,13 @@ def static(model: Any) -> Iterator[None]:
 
     AttentionInterface.register(NAME, attend)
     AttentionMaskInterface.register(NAME, mask)
+    latents = [module for module in model.modules() if _keeps_latents(module)]
     try:
         model.set_attn_implementation(NAME)
+        for module in latents:
+            module.expand_kv = _as_cached
         yield
     finally:
+        for module in latents:
+            vars(module).pop("expand_kv", None)
         model.set_attn_implementation(before)

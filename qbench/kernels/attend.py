@@ -1,4 +1,12 @@
-"""Attention of one new token over a static cache: an op of torch.library, in two launches on a GPU."""
+"""Attention of one new token over a static cache: ops of torch.library, two launches on a GPU, or three over latents.
+
+    attend_one(query, key, value, mask)                     heads that share a key are rows of one product
+    attend_latent(query, latent, rotary, weight, mask)      keys and values are products of one latent with `weight`
+
+Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434) keeps one latent of a position, of which `weight` makes
+every head's key and value. For one token it is less work to take `weight` to the query and to what was attended to, as
+its section 2.1.2 says and serving engines do, than to make keys and values of all positions in every step.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +20,7 @@ from qbench.kernels.routes import has_triton
 def attend_one(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float) -> Tensor:
     """query `[batch, heads, 1, width]`, key and value `[batch, shared heads, length, width]` -> `[batch, 1, heads, .]`.
 
-    The mask is bool `[batch or 1, 1, 1, length]`, true where the token may look; heads that share a key are rows of one
-    product. Softmax is in fp32.
+    The mask is bool `[batch or 1, 1, 1, length]`, true where the token may look. Softmax is in fp32.
     """
     return attend_plainly(query, key, value, mask, scale)
 
@@ -32,9 +39,46 @@ def _(query, key, value, mask, scale):
     return triton_attend.attend(query, key, value, mask, scale)
 
 
+@torch.library.custom_op("qbench::attend_latent", mutates_args=())
+def attend_latent(query: Tensor, latent: Tensor, rotary: Tensor, weight: Tensor, mask: Tensor, scale: float) -> Tensor:
+    """query `[batch, heads, 1, own + turned]`, latent `[batch, 1, length, width]`, rotary `[batch, 1, length, turned]`,
+    weight `[heads * (own + value), width]` -> `[batch, 1, heads, value]`.
+
+    A head's key at a position is its first `own` rows of the weight times the latent, then the rotary; its value the
+    other rows times the latent. Mask and softmax are those of `attend_one`.
+    """
+    return attend_latent_plainly(query, latent, rotary, weight, mask, scale)
+
+
+@attend_latent.register_fake
+def _(query, latent, rotary, weight, mask, scale):
+    batch, heads, _, width = query.shape
+    return query.new_empty(batch, 1, heads, weight.shape[0] // heads - width + rotary.shape[-1])
+
+
+@attend_latent.register_kernel("cuda")
+def _(query, latent, rotary, weight, mask, scale):
+    if not has_triton():
+        return attend_latent_plainly(query, latent, rotary, weight, mask, scale)
+    from qbench.kernels import triton_attend
+
+    return triton_attend.attend_latent(query, latent, rotary, weight, mask, scale)
+
+
 def attend_plainly(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float) -> Tensor:
     """The same in plain torch, which a compiler fuses."""
     batch, heads, _, width = query.shape
     query = query.reshape(batch, key.shape[1], -1, width) * scale
     scores = (query @ key.transpose(-1, -2)).float().masked_fill(~mask, -torch.inf)
     return (scores.softmax(-1).to(value.dtype) @ value).reshape(batch, 1, heads, value.shape[-1])
+
+
+def attend_latent_plainly(
+    query: Tensor, latent: Tensor, rotary: Tensor, weight: Tensor, mask: Tensor, scale: float
+) -> Tensor:
+    """The same in plain torch."""
+    heads, own = query.shape[1], query.shape[-1] - rotary.shape[-1]
+    of_key, of_value = weight.view(heads, -1, latent.shape[-1]).tensor_split([own], dim=1)
+    inner = torch.cat((query[..., :own] @ of_key, query[..., own:]), -1)  # of the width of a latent + turned
+    found = attend_plainly(inner, torch.cat((latent, rotary), -1), latent, mask, scale)
+    return (found.transpose(1, 2) @ of_value.mT).transpose(1, 2)

@@ -45,6 +45,11 @@ def linear_both_experts(x: Tensor, index: Tensor, first: Tiles, second: Tiles) -
     return dual_linear_both_experts(x, index, *first.flat(), *second.flat())
 
 
+def matrix(tiles: Tiles, dtype: torch.dtype) -> Tensor:
+    """The weight `[out, in]` itself, as it multiplies an x that is neither rotated nor permuted."""
+    return dual_matrix(*tiles.flat(), dtype)
+
+
 def wanted() -> bool:
     """Whether the environment lets the kernels run: QBENCH_KERNELS=0 asks for plain torch."""
     return os.environ.get("QBENCH_KERNELS", "1") != "0"
@@ -85,6 +90,30 @@ def _(x, tensors, numbers, bias):
     tiles = Tiles.over(tensors, numbers)
     _check(x, tiles)
     return _linear_on_gpu(x.reshape(-1, x.shape[-1]), tiles, bias).view(*x.shape[:-1], tiles.shape[-2])
+
+
+@torch.library.custom_op("qbench::dual_matrix", mutates_args=())
+def dual_matrix(tensors: Sequence[Tensor | None], numbers: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """The op behind `matrix`."""
+    return layout.dequantize(Tiles.over(tensors, numbers), dtype)
+
+
+@dual_matrix.register_fake
+def _(tensors, numbers, dtype):
+    tiles = Tiles.over(tensors, numbers)
+    return tiles.data.new_empty(tiles.shape, dtype=dtype)
+
+
+@dual_matrix.register_kernel("cuda")
+def _(tensors, numbers, dtype):
+    tiles = Tiles.over(tensors, numbers)
+    if tiles.rotation is not None and not cuda_rotate.undoes(tiles, dtype):
+        return layout.dequantize(tiles, dtype)
+    with torch.cuda.device(tiles.data.device):
+        weight = _dequantize_on_gpu(tiles, dtype)
+    if tiles.permutation is None:
+        return weight
+    return torch.empty_like(weight).index_copy_(1, tiles.permutation.long(), weight)
 
 
 @torch.library.custom_op("qbench::dual_linear_experts", mutates_args=())

@@ -119,8 +119,8 @@ def graph_pass(choices: bool) -> Any:
 
 
 def gate(graph: fx.Graph) -> None:
-    """Experts that multiply what `silu_times` made for them alone become `dual_linear_gated_experts`; with the sum over a
-    token's pairs, if that follows, `dual_linear_summed_experts`, which also adds what the sum is added to."""
+    """Experts that multiply what `silu_times` made for them alone become `dual_linear_gated_experts`; with the sum over
+    a token's pairs, if that follows, `dual_linear_summed_experts`, which also adds what the sum is added to."""
     for node in list(graph.nodes):
         if node.target is not torch.ops.qbench.dual_linear_experts.default:
             continue

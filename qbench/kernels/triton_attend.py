@@ -1,10 +1,14 @@
-"""Attention of one new token over a static cache, in two Triton launches: parts of the cache, then their sum.
+"""Attention of one new token over a static cache, in Triton launches: parts of the cache, then their sum.
 
-A program takes a part of the positions for all heads that share a key, so that keys and values are read once, and keeps
+A program takes a part of the positions for heads that share a key, so that keys and values are read once, and keeps
 what it has in fp32: the largest score, the sum of exponentials, the sum of values. The second launch joins the parts.
+Latents are key and value of all heads: a launch before takes queries to their columns, and the one that joins
+multiplies with the matrices that make values of them.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import triton
@@ -13,78 +17,175 @@ from torch import Tensor
 
 from qbench.kernels.triton_experts import early_start, gdc_launch_dependents, gdc_wait
 
-FEW_HEADS = 32  # heads with keys of their own below which a part is short, so that there are programs enough
+HEADS, POSITIONS = 16, 32  # of a program at a time; a tensor core's product has 16 rows
+MOST_PARTS = 64  # of a cache, which the second launch holds at once
 
 
 @triton.jit
 def _parts(
-    query, key, value, mask, sums, stats, scale, length, group, width, value_width, shared, splits,
-    q_batch, q_head, k_batch, k_head, k_at, v_batch, v_head, v_at, m_batch,
-    G: tl.constexpr, W: tl.constexpr, V: tl.constexpr, L: tl.constexpr, EARLY: tl.constexpr,
+    query, more_query, key, more_key, value, mask, sums, stats,
+    scale, length, per, group, width, more_width, value_width, shared, pieces, splits,
+    q_batch, q_head, r_batch, r_head, k_batch, k_head, k_at, e_batch, e_head, e_at, v_batch, v_head, v_at, m_batch,
+    G: tl.constexpr, W: tl.constexpr, R: tl.constexpr, V: tl.constexpr, L: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """L positions for the `group` heads that share a key."""
+    """`per` positions for G of the `group` heads that share a key; R columns of a key may lie apart."""
     if EARLY:
         gdc_wait()
         gdc_launch_dependents()
     here, split = tl.program_id(0), tl.program_id(1)
-    batch, head = here // shared, here % shared
-    g, w, d, at = tl.arange(0, G), tl.arange(0, W), tl.arange(0, V), split * L + tl.arange(0, L)
-    inside, far = at < length, at.to(tl.int64)
-    q = query + batch * q_batch + (head * group + g)[:, None] * q_head + w[None, :]
-    k = key + batch * k_batch + head * k_head + far[None, :] * k_at + w[:, None]
-    v = value + batch * v_batch + head * v_head + far[:, None] * v_at + d[None, :]
-    looks = tl.load(mask + batch * m_batch + at, mask=inside, other=0) != 0
-    queries = tl.load(q, mask=(g < group)[:, None] & (w < width)[None, :], other=0.0)
-    keys = tl.load(k, mask=inside[None, :] & (w < width)[:, None], other=0.0)
-    values = tl.load(v, mask=inside[:, None] & (d < value_width)[None, :], other=0.0)
-    scores = tl.where(looks[None, :], tl.dot(queries, keys, input_precision="ieee") * scale, float("-inf"))
-    largest = tl.max(scores, 1)
-    e = tl.exp(scores - tl.where(largest == float("-inf"), 0.0, largest)[:, None])
-    row = (here * splits + split) * G + g
-    tl.store(sums + row[:, None] * V + d[None, :], tl.dot(e.to(values.dtype), values, input_precision="ieee"))
-    tl.store(stats + 2 * row, largest)
-    tl.store(stats + 2 * row + 1, tl.sum(e, 1))
+    piece, head, batch = here % pieces, here // pieces % shared, here // pieces // shared
+    g, w, r, d = piece * G + tl.arange(0, G), tl.arange(0, W), tl.arange(0, R), tl.arange(0, V)
+    mine, heads = (g < group)[:, None], (head * group + g)[:, None]
+    queries = tl.load(
+        query + batch * q_batch + heads * q_head + w[None, :], mask=mine & (w < width)[None, :], other=0.0
+    )
+    more_at = more_query + batch * r_batch + heads * r_head + r[None, :]
+    more = tl.load(more_at, mask=mine & (r < more_width)[None, :], other=0.0)
+    largest = tl.full((G,), float("-inf"), tl.float32)
+    total, found = tl.zeros((G,), tl.float32), tl.zeros((G, V), tl.float32)
+    for first in range(split * per, tl.minimum(split * per + per, length), L):
+        at = first + tl.arange(0, L)
+        inside, far = at < length, at.to(tl.int64)
+        k = key + batch * k_batch + head * k_head + far[None, :] * k_at + w[:, None]
+        v = value + batch * v_batch + head * v_head + far[:, None] * v_at + d[None, :]
+        looks = tl.load(mask + batch * m_batch + at, mask=inside, other=0) != 0
+        keys = tl.load(k, mask=inside[None, :] & (w < width)[:, None], other=0.0)
+        values = tl.load(v, mask=inside[:, None] & (d < value_width)[None, :], other=0.0)
+        scores = tl.dot(queries, keys, input_precision="ieee")
+        if R > 1:
+            e = more_key + batch * e_batch + head * e_head + far[None, :] * e_at + r[:, None]
+            more_keys = tl.load(e, mask=inside[None, :] & (r < more_width)[:, None], other=0.0)
+            scores = tl.dot(more, more_keys, scores, input_precision="ieee")
+        scores = tl.where(looks[None, :], scores * scale, float("-inf"))
+        before, largest = largest, tl.maximum(largest, tl.max(scores, 1))
+        level = tl.where(largest == float("-inf"), 0.0, largest)
+        shares, kept = tl.exp(scores - level[:, None]), tl.exp(before - level)
+        total = total * kept + tl.sum(shares, 1)
+        found = tl.dot(shares.to(values.dtype), values, found * kept[:, None], input_precision="ieee")
+    row = ((batch * shared + head) * group + g) * splits + split
+    tl.store(sums + row[:, None] * V + d[None, :], found, mask=mine)
+    tl.store(stats + 2 * row, largest, mask=g < group)
+    tl.store(stats + 2 * row + 1, total, mask=g < group)
 
 
 @triton.jit
-def _join(
-    sums, stats, out, splits, group, value_width, G: tl.constexpr, V: tl.constexpr, S: tl.constexpr,
-    EARLY: tl.constexpr,
-):  # fmt: skip
-    """A head's parts."""
+def _joined(sums, stats, here, splits, V: tl.constexpr, S: tl.constexpr):
+    """A head's parts, `[V]` in fp32."""
+    s, d = tl.arange(0, S), tl.arange(0, V)
+    row, held = here * splits + s, s < splits
+    largest = tl.load(stats + 2 * row, mask=held, other=float("-inf"))
+    share = tl.load(stats + 2 * row + 1, mask=held, other=0.0)
+    values = tl.load(sums + row[:, None] * V + d[None, :], mask=held[:, None], other=0.0)
+    level = tl.exp(largest - tl.max(largest, 0))
+    return tl.sum(values * level[:, None], 0) / tl.sum(share * level, 0)
+
+
+@triton.jit
+def _join(sums, stats, out, splits, value_width, V: tl.constexpr, S: tl.constexpr, EARLY: tl.constexpr):
     if EARLY:
         gdc_wait()
         gdc_launch_dependents()
-    here, g, s, d = tl.program_id(0), tl.program_id(1), tl.arange(0, S), tl.arange(0, V)
-    row, held = (here * splits + s) * G + g, s < splits
-    largest = tl.load(stats + 2 * row, mask=held, other=float("-inf"))
-    scale = tl.exp(largest - tl.max(largest, 0))
-    total = tl.sum(tl.load(stats + 2 * row + 1, mask=held, other=0.0) * scale, 0)
-    values = tl.sum(tl.load(sums + row[:, None] * V + d[None, :], mask=held[:, None], other=0.0) * scale[:, None], 0)
-    to = out + (here * group + g) * value_width + d
-    tl.store(to, (values / total).to(out.dtype.element_ty), mask=d < value_width)
+    here, d = tl.program_id(0), tl.arange(0, V)
+    found = _joined(sums, stats, here, splits, V, S)
+    tl.store(out + here * value_width + d, found.to(out.dtype.element_ty), mask=d < value_width)
+
+
+@triton.jit
+def _into_latent(
+    query, weight, out, heads, own, width, rows, q_batch, q_head, w_row,
+    W: tl.constexpr, C: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
+    """A head's query `[own]` times its key's rows `[own, width]` of `weight`; C columns."""
+    if EARLY:
+        gdc_wait()
+        gdc_launch_dependents()
+    here, n, c = tl.program_id(0), tl.arange(0, W), tl.program_id(1) * C + tl.arange(0, C)
+    batch, head = here // heads, here % heads
+    q = tl.load(query + batch * q_batch + head * q_head + n, mask=n < own, other=0.0).to(tl.float32)
+    at = weight + (head * rows + n)[:, None].to(tl.int64) * w_row + c[None, :]
+    w = tl.load(at, mask=(n < own)[:, None] & (c < width)[None, :], other=0.0).to(tl.float32)
+    found = tl.sum(q[:, None] * w, 0)
+    tl.store(out + here * width + c, found.to(out.dtype.element_ty), mask=c < width)
+
+
+@triton.jit
+def _out_of_latent(
+    sums, stats, weight, out, splits, heads, own, width, rows, value_width, w_row,
+    V: tl.constexpr, S: tl.constexpr, D: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
+    """D of a head's values: its value's rows `[value_width, width]` of `weight`, after those `own` of its key."""
+    if EARLY:
+        gdc_wait()
+        gdc_launch_dependents()
+    here, d, c = tl.program_id(0), tl.program_id(1) * D + tl.arange(0, D), tl.arange(0, V)
+    at = weight + (here % heads * rows + own + d)[:, None].to(tl.int64) * w_row + c[None, :]
+    w = tl.load(at, mask=(d < value_width)[:, None] & (c < width)[None, :], other=0.0).to(tl.float32)
+    found = _joined(sums, stats, here, splits, V, S).to(out.dtype.element_ty).to(tl.float32)
+    to = out + here * value_width + d
+    tl.store(to, tl.sum(w * found[None, :], 1).to(out.dtype.element_ty), mask=d < value_width)
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float) -> Tensor:
     """As attend.attend_one."""
+    batch, heads, _, _ = query.shape
+    started = _started(query)
+    out = query.new_empty(batch, 1, heads, value.shape[-1])
+    with torch.cuda.device_of(query):
+        sums, stats, splits, sizes = _in_parts(query, key, value, mask, scale, None, started)
+        _join[(batch * heads,)](sums, stats, out, splits, value.shape[-1], **sizes, **started)
+    return out
+
+
+def attend_latent(query: Tensor, latent: Tensor, rotary: Tensor, weight: Tensor, mask: Tensor, scale: float) -> Tensor:
+    """As attend.attend_latent."""
+    batch, heads, _, _ = query.shape
+    width, started = latent.shape[-1], _started(query)
+    own, rows = query.shape[-1] - rotary.shape[-1], weight.shape[0] // heads
+    plain, turned = query[..., :own], query[..., own:]
+    weight = weight if weight.stride(-1) == 1 else weight.contiguous()
+    inner, out = query.new_empty(batch, heads, 1, width), query.new_empty(batch, 1, heads, rows - own)
+    with torch.cuda.device_of(query):
+        _into_latent[(batch * heads, -(-width // 128))](
+            plain, weight, inner, heads, own, width, rows, *query.stride()[:2], weight.stride(0),
+            W=triton.next_power_of_2(own), C=128, **started,
+        )  # fmt: skip
+        sums, stats, splits, sizes = _in_parts(inner, latent, latent, mask, scale, (turned, rotary), started)
+        _out_of_latent[(batch * heads, -(-(rows - own) // 64))](
+            sums, stats, weight, out, splits, heads, own, width, rows, rows - own, weight.stride(0),
+            **sizes, D=64, **(started | {"num_warps": 8}),
+        )  # fmt: skip
+    return out
+
+
+def _in_parts(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor,
+    scale: float,
+    more: tuple[Tensor, Tensor] | None,
+    started: dict[str, Any],
+) -> tuple[Tensor, Tensor, int, dict[str, int]]:
+    """The parts' sums and statistics, how many there are, and the sizes of the launch that joins them."""
     batch, heads, _, width = query.shape
     (shared, length), value_width = key.shape[1:3], value.shape[-1]
     query, key, value = (one if one.stride(-1) == 1 else one.contiguous() for one in (query, key, value))
     mask, group = mask.expand(batch, 1, 1, length).contiguous(), heads // shared
-    G, W, V = max(16, triton.next_power_of_2(group)), *(triton.next_power_of_2(n) for n in (width, value_width))
-    L = 32 if batch * shared < FEW_HEADS else 128
-    splits, programs, early = -(-length // L), batch * shared, early_start(query)
-    sums = query.new_empty(programs, splits, G, V, dtype=torch.float32)
-    stats = query.new_empty(programs, splits, G, 2, dtype=torch.float32)
-    out, started = query.new_empty(batch, 1, heads, value_width), {"launch_pdl": True} if early else {}
-    with torch.cuda.device_of(query):
-        _parts[(programs, splits)](
-            query, key, value, mask, sums, stats, scale, length, group, width, value_width, shared, splits,
-            *query.stride()[:2], *key.stride()[:3], *value.stride()[:3], mask.stride(0),
-            G=G, W=W, V=V, L=L, EARLY=early, num_warps=4, **started,
-        )  # fmt: skip
-        _join[(programs, group)](
-            sums, stats, out, splits, group, value_width, G=G, V=V, S=triton.next_power_of_2(splits), EARLY=early,
-            num_warps=4, **started,
-        )  # fmt: skip
-    return out
+    more_query, more_key = (query, key) if more is None else more
+    pieces, per = -(-group // HEADS), POSITIONS * -(-length // (POSITIONS * MOST_PARTS))
+    splits, V = -(-length // per), triton.next_power_of_2(value_width)
+    sums = query.new_empty(batch * heads, splits, V, dtype=torch.float32)
+    stats = query.new_empty(batch * heads, splits, 2, dtype=torch.float32)
+    _parts[(batch * shared * pieces, splits)](
+        query, more_query, key, more_key, value, mask, sums, stats,
+        scale, length, per, group, width, more_key.shape[-1], value_width, shared, pieces, splits,
+        *query.stride()[:2], *more_query.stride()[:2], *key.stride()[:3], *more_key.stride()[:3], *value.stride()[:3],
+        mask.stride(0), G=HEADS, W=max(16, triton.next_power_of_2(width)), V=V, L=POSITIONS,
+        R=1 if more is None else max(16, triton.next_power_of_2(more_key.shape[-1])), num_stages=1, **started,
+    )  # fmt: skip
+    return sums, stats, splits, {"V": V, "S": triton.next_power_of_2(splits)}
+
+
+def _started(x: Tensor) -> dict[str, Any]:
+    early = early_start(x)
+    return {"EARLY": early, "num_warps": 4} | ({"launch_pdl": True} if early else {})
