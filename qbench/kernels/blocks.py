@@ -18,7 +18,7 @@ from qbench.kernels.tiles import COLUMNS, ROWS, Tiles, chunk_bytes
 BUCKETS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)  # batches that share a tuned entry: up to 1, 8, ...
 NARROW = 16  # rows of x up to which the rule takes dual_linear.cu
 WIDE = 512  # and up to which wide_linear.cu; above, writing W and cuBLAS
-SUMMED = 8  # pairs of a token that a block adds up, a warp each
+SUMMED = 8  # pairs of a token that a block adds up, two warps each
 MULTIPROCESSORS = 132  # of an H100 or H200; for the rules alone
 LARGEST_SHARED = 227 << 10  # bytes of a block on Hopper
 
@@ -223,11 +223,12 @@ def pair_plan(rows: int) -> Plan:
 
 
 def summed_plan(pairs: int, tiles: Tiles, device: int) -> Plan | None:
-    """For the sum over a token's pairs, a warp along K each; None where a block could not hold their rows of x."""
+    """For the sum over a token's pairs, warps along K for each; None where a block could not hold their rows of x."""
     limit, chunks = torch.cuda.get_device_properties(device).shared_memory_per_block_optin, tiles.data.shape[-2]
     if pairs > SUMMED:
         return None
-    found = Plan(1, 1, 1, 1 << (pairs - 1).bit_length(), 1, min(chunks, 6), ring=True)
+    warps = 2 << (pairs - 1).bit_length()
+    found = Plan(1, 1, 1, warps, 1, min(-(-chunks // 2), 4), ring=True)
     form = (tiles.nbits, tiles.group_size, tiles.has_zero)
     return found if found.shared_bytes(1, pairs * chunks, *form) <= limit else None
 

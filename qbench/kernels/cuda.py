@@ -35,9 +35,10 @@ class _Problem(ctypes.Structure):  # of dual_linear.cu
         *_fields(ctypes.c_int64, "next_tiles", "next_t", "next_permutation", "next_y"),
         *_fields(ctypes.c_float, "t_down", "t_up"),
         *_fields(ctypes.c_int, "M", "N", "K", "strips", "chunks", "per", "log_splits_in_block"),
-        *_fields(ctypes.c_int, "stages", "pairs", "pairs_per_row", "last_expert"),
-        *_fields(ctypes.c_void_p, "up", "scores"),
+        *_fields(ctypes.c_int, "stages", "pairs", "pairs_per_row", "last_expert", "log_warps_of_row"),
+        *_fields(ctypes.c_void_p, "factors", "scores"),
         ("scores_in_fp32", ctypes.c_int),
+        ("epsilon", ctypes.c_float),
     ]
 
 
@@ -116,7 +117,8 @@ def summed_experts(
 ) -> Tensor:
     """y `[tokens, N]`: over a token's pairs the sum of its scores `[tokens, k]` times what `experts` gives, in fp32.
 
-    x and up are `[tokens * k, K]`; `more` `[tokens, N]` in their dtype is added. The plan has a warp for each pair.
+    x and up are `[tokens * k, K]`; `more` `[tokens, N]` in their dtype is added. The plan's warps along K are those of
+    all pairs of a token, as many for each.
     """
     y = x.new_empty(len(index), tiles.shape[-2])
     scores = scores.contiguous() if scores.dtype in (x.dtype, torch.float32) else scores.float().contiguous()
@@ -157,9 +159,11 @@ def _launch(
         _launch_input("scale_input", x, tiles, source, defines)
     next_tiles, next_y = (tiles, y) if second is None else second
     pairs, launched = (1, 1) if index is None else (index.numel(), index.numel() * (1 if second is None else 2))
-    rows = 1
+    log_warps, rows = chosen.splits_in_block.bit_length() - 1, 1
+    log_warps_of_row = log_warps
     if scores is not None:
         rows, launched = pairs_per_row, len(index)  # of x in a block; a block is a token's
+        log_warps_of_row -= (pairs_per_row - 1).bit_length()
     problem = _Problem(
         *map(_address, (tiles.data, source, tiles.input_scale, tiles.permutation, _signs(tiles), tiles.codebook)),
         *map(_address, (bias, index, y)),
@@ -170,10 +174,11 @@ def _launch(
         _apart(y, next_y),
         down,
         1 / down,
-        *(M, N, K, strips, chunks, -(-chunks // chosen.splits), chosen.splits_in_block.bit_length() - 1),
-        *(chosen.stages, pairs, pairs_per_row, 0 if index is None else tiles.data.shape[0] - 1),
+        *(M, N, K, strips, chunks, -(-chunks // chosen.splits), log_warps),
+        *(chosen.stages, pairs, pairs_per_row, 0 if index is None else tiles.data.shape[0] - 1, log_warps_of_row),
         *map(_address, (up, scores)),
         int(scores is not None and scores.dtype == torch.float32),
+        0.0,
     )
     blocks_n = -(-strips // (chosen.strips_per_warp * chosen.strips))
     nvrtc.launch(

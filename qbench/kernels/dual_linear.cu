@@ -3,8 +3,8 @@
 // Compile-time switches: those of codes.cuh and MB (8-row blocks of the batch), ONE 0|1 (row in the batch), RT (16-row
 // strips of the weight per warp), RING 0|1, DEPTH (chunks under way per warp without RING), PLAIN
 // 0|1 (for GPUs before Hopper: no RING, one split of K between blocks), EXPERTS 0|1 (every row has a matrix of its own),
-// GATED 0|1 (of EXPERTS: what is multiplied is silu(x) * up), SUMMED 0|1 (of GATED: a token's pairs are added up, each
-// times its score; a block has a warp along K for each of them).
+// GATED 0|1 (of EXPERTS: what is multiplied is silu(x) * factors), SUMMED 0|1 (of GATED: a token's pairs are added up,
+// each times its score; every pair has its own warps along K), NORM 0|1 (of ONE row: x is normalized, times factors).
 //
 // How it reaches memory bandwidth. The weights are the A operand of mma.m16n8k16, the batch its narrow side of 8, so
 // batch 1 to 8 cost the same and nothing is padded to 64. Two weights cost one lop3 and at most one shift: their bits
@@ -18,13 +18,10 @@
 // block through shared memory, between the blocks of a cluster through distributed shared memory. No atomics: results
 // are the same in every run.
 
-#include "records.cuh"
+#include "row.cuh"
 
 #ifndef EXPERTS
 #define EXPERTS 0
-#endif
-#ifndef GATED
-#define GATED 0
 #endif
 #ifndef SUMMED
 #define SUMMED 0
@@ -59,9 +56,11 @@ struct Problem {
   int per, log_splits_in_block;  // chunks of K per block; log2 of its warps along K
   int stages, pairs, pairs_per_row;  // blockIdx.z is a pair of the first stack, then of the second
   int last_expert;                // an expert after it lives elsewhere: its result is not used
-  const u16* up;                  // GATED: rows as those of x
+  int log_warps_of_row;           // along K: all of a block's, or SUMMED those of a pair
+  const u16* factors;             // GATED: rows as those of x; NORM: [K]
   const void* scores;             // SUMMED: [pairs], in fp32 or as y
   int scores_in_fp32;
+  float epsilon;                  // of NORM
 };
 
 struct Problems {  // several weights of one K that multiply the same row of x
@@ -156,8 +155,9 @@ extern "C" __global__ void __launch_bounds__(512) dual_linear(const __grid_const
   const int lo = min(int(rank) * p.per, p.chunks), hi = min(lo + p.per, p.chunks);
   const int m0 = blockIdx.y * 8 * MB, batch = min(p.M - m0, 8 * MB);
   auto chosen = [&](int pair) { return int(static_cast<const volatile long long*>(p.experts)[pair]); };  // past L1
-  const int second = EXPERTS && blockIdx.z >= p.pairs ? 1 : 0, apart = SUMMED ? 1 : WK;
-  const int pair = SUMMED ? blockIdx.z * p.pairs_per_row + min(wk, p.pairs_per_row - 1) : blockIdx.z - second * p.pairs;
+  const int second = EXPERTS && blockIdx.z >= p.pairs ? 1 : 0, apart = 1 << p.log_warps_of_row;
+  const int slot = SUMMED ? wk >> p.log_warps_of_row : 0, part = wk & (apart - 1);  // of a token's pairs; of a row's warps
+  const int pair = SUMMED ? blockIdx.z * p.pairs_per_row + min(slot, p.pairs_per_row - 1) : blockIdx.z - second * p.pairs;
   const int expert = EXPERTS ? min(chosen(pair), p.last_expert) : 0;
   const u8* tiles = p.tiles + second * p.next_tiles;
   const u64 expert_bytes = u64(p.strips) * p.chunks * CHUNK;
@@ -173,13 +173,10 @@ extern "C" __global__ void __launch_bounds__(512) dual_linear(const __grid_const
 #pragma unroll
   for (int r = 0; r < RT; r++) {
     int strip = min(row0 / 16 + wr * RT + r, p.strips - 1);
-    source[r] = tiles + expert * expert_bytes + (u64(strip) * p.chunks + lo + (SUMMED ? 0 : wk)) * CHUNK;
+    source[r] = tiles + expert * expert_bytes + (u64(strip) * p.chunks + lo + part) * CHUNK;
   }
-#if SUMMED  // all chunks of the warp's own pair, unless its expert lives elsewhere
-  const int mine = wk < p.pairs_per_row && chosen(pair) <= p.last_expert ? p.chunks : 0;
-#else
-  const int mine = max(0, (hi - lo - wk + WK - 1) >> p.log_splits_in_block);  // chunks lo + wk, lo + wk + WK, ...
-#endif
+  const bool idle = SUMMED && (slot >= p.pairs_per_row || chosen(pair) > p.last_expert);
+  const int mine = idle ? 0 : max(0, (hi - lo - part + apart - 1) >> p.log_warps_of_row);  // chunks lo + part, + apart, ...
 
   // The first weights are on their way before anything waits: they do not depend on the previous kernel.
 #if RING
@@ -215,46 +212,38 @@ extern "C" __global__ void __launch_bounds__(512) dual_linear(const __grid_const
   const int chunks = hi - lo;
 #if ONE
   const u16* t = p.t ? moved(p.t, second * p.next_t) + u64(expert) * p.chunks * 128 + lo * 128 : nullptr;
-  const int vectors = SUMMED && wk >= p.pairs_per_row ? 0 : 16 * chunks;  // of x, 8 columns each
-  const int own = SUMMED ? wk * vectors : 0;                            // where the warp's row begins
-  uint4* row = reinterpret_cast<uint4*>(xs) + own;
+  const u16* x = static_cast<const u16*>(p.x) + u64(SUMMED ? pair : EXPERTS ? pair / p.pairs_per_row : m0) * p.x_stride;
+  uint4* row = reinterpret_cast<uint4*>(xs) + slot * 16 * chunks;       // 8 columns each
+  float up = p.t_up;
 #if ROTATE
-  const u16* x = static_cast<const u16*>(p.x) + m0 * p.x_stride;
   rotate_row({x, p.x_stride, t, p.signs, p.K, p.t_down}, lo, chunks, row, sums);
+  __syncthreads();
 #else
-  const int first = SUMMED ? 0 : warp * 32, turn = SUMMED ? 32 : blockDim.x;  // a warp of SUMMED has a row of its own
-  if (t)  // to where x * t will be: every thread reads back only what it copied itself
-    for (int v = first + lane; v < vectors; v += turn) copy16(shared(row + v), t + v * 8);
-  await_previous_kernel();
   const int* permutation =
       p.permutation ? moved(p.permutation, second * p.next_permutation) + u64(expert) * p.K : nullptr;
-  const u64 first_row = SUMMED ? pair : EXPERTS ? pair / p.pairs_per_row : m0;
-  const u16* x = static_cast<const u16*>(p.x) + first_row * p.x_stride;
-  const u16* up = GATED ? p.up + first_row * p.x_stride : x;
-  const bool wide = aligned_rows(x, p.x_stride, permutation, p.K) && (u64(up) & 15) == 0;
-  await_copies();
-  for (int base = first; base < vectors; base += turn) {
-    const int v = base + lane, k = lo * 128 + v * 8;
-    Sums sum = {0.f, 0.f};
-    if (v < vectors) {
-      uint4 values = load_x(x, permutation, k, p.K, wide);
-      if (GATED) values = gated(values, load_x(up, permutation, k, p.K, wide));
-      if (t) values = scaled(values, row[v], p.t_down);
-      row[v] = values;
-      sum = sums_of(values, k);
-    }
-    sum = over_lanes(sum, 0xffffffffu);
-    if (v < vectors && v % (SUB / 8) == 0) reinterpret_cast<Sums*>(sums)[(own + v) / (SUB / 8) * 8] = sum;
+  const u16* factors = GATED ? p.factors + u64(SUMMED ? pair : pair / p.pairs_per_row) * p.x_stride : p.factors;
+  const int vectors = idle ? 0 : 16 * chunks, first = 32 * (SUMMED ? part : warp), turn = SUMMED ? 32 * apart : blockDim.x;
+  const float squares = put_row({x, factors, t, permutation, p.K, p.t_down}, lo, vectors, first, turn, row,
+                                reinterpret_cast<Sums*>(sums) + slot * chunks * SUBS * 8);
+  float* of_warps = reinterpret_cast<float*>(sums + chunks * SUMS_STEP);
+  if (NORM && lane == 0) of_warps[warp] = squares;
+  __syncthreads();
+  if (NORM) {
+    float total = 0.f;
+    for (int w = 0; w < warps; w++) total += of_warps[w];
+    up *= rsqrtf(total / p.K + p.epsilon);
   }
 #endif
   const float score = SUMMED && mine ? load_score(p.scores, pair, p.scores_in_fp32) : 0.f;
-  __syncthreads();
-#elif PLAIN
+#else
+  const float up = p.t_up;
+#endif
+#if PLAIN && !ONE
   const u8* records = static_cast<const u8*>(p.x) + u64(blockIdx.y) * p.chunks * RECORD;
   for (int v = threadIdx.x; v < p.chunks * (RECORD / 16); v += blockDim.x) copy16(shared(xs) + 16 * v, records + 16 * v);
   await_copies();
   __syncthreads();
-#else  // chunk by chunk, so that the first products do not wait for all of x
+#elif !ONE  // chunk by chunk, so that the first products do not wait for all of x
   for (int i = threadIdx.x; i < chunks; i += blockDim.x) barrier_init(x_bar + 8 * i);
   publish_barriers();
   __syncthreads();
@@ -277,7 +266,7 @@ extern "C" __global__ void __launch_bounds__(512) dual_linear(const __grid_const
     for (int n = 0; n < MB; n++) acc[r][n][0] = acc[r][n][1] = acc[r][n][2] = acc[r][n][3] = 0.f;
 
   // What the last block of 8 computes beyond the batch is garbage of its own columns, and nobody reads it.
-  const int at = SUMMED ? wk * chunks : wk;
+  const int at = slot * chunks + part;
   const u8* x_lane = xs + at * X_STEP + (ONE ? 0 : g) * X_ROW + tig * 16;
   const u8* sum_lane = sums + at * SUMS_STEP + 2 * tig * 8;
   u32 arrival = x_bar + 8 * wk;
@@ -338,5 +327,5 @@ extern "C" __global__ void __launch_bounds__(512) dual_linear(const __grid_const
     }
   u16* y = moved(p.y, second * p.next_y) + u64(SUMMED ? blockIdx.z : EXPERTS ? pair : m0) * p.N;
   const u16* bias = SUMMED && p.bias ? p.bias + u64(blockIdx.z) * p.N : p.bias;
-  store_sums({y, bias, p.t_up, p.N}, partial, rows, stride, row0, WK, 8 * MB, batch, splits, rank);
+  store_sums({y, bias, up, p.N}, partial, rows, stride, row0, WK, 8 * MB, batch, splits, rank);
 }

@@ -33,19 +33,6 @@ __device__ __forceinline__ uint4 scaled(uint4 x, uint4 t, float down) {
   return {scaled(x.x, t.x, down), scaled(x.y, t.y, down), scaled(x.z, t.z, down), scaled(x.w, t.w, down)};
 }
 
-// silu(gate) * up, both rounded to 16 bits, as two kernels of torch's would.
-__device__ __forceinline__ float silu(float x) { return load16(store16(x / (1.f + __expf(-x)))); }
-__device__ __forceinline__ u32 gated(u32 gate, u32 up) {
-  return round2(silu(low(gate)) * low(up), silu(high(gate)) * high(up));
-}
-__device__ __forceinline__ uint4 gated(uint4 gate, uint4 up) {
-  return {gated(gate.x, up.x), gated(gate.y, up.y), gated(gate.z, up.z), gated(gate.w, up.w)};
-}
-
-__device__ __forceinline__ float load_score(const void* scores, int pair, bool in_fp32) {
-  return in_fp32 ? static_cast<const float*>(scores)[pair] : load16(static_cast<const u16*>(scores)[pair]);
-}
-
 // Whether rows of x can be read 16 bytes at a time.
 __device__ __forceinline__ bool aligned_rows(const u16* x, u64 x_stride, const int* permutation, int K) {
   return !permutation && K % 8 == 0 && x_stride % 8 == 0 && (u64(x) & 15) == 0;

@@ -62,7 +62,7 @@ def launch(x: Tensor, weights: Sequence[Tiles], chosen: blocks.Plan) -> list[Ten
     """y `[1, N]` of each weight for x `[1, K]`, fp16 or bf16, in one launch."""
     outputs = [x.new_empty(1, each.shape[0]) for each in weights]
     chunks = weights[0].data.shape[-2]
-    problems, clusters = _problems(len(weights))(), 0
+    problems, clusters, log_warps = _problems(len(weights))(), 0, chosen.splits_in_block.bit_length() - 1
     for i, (tiles, y) in enumerate(zip(weights, outputs, strict=True)):
         down, strips = cuda._down(x.dtype, tiles), tiles.data.shape[-3]
         addresses = {
@@ -76,7 +76,7 @@ def launch(x: Tensor, weights: Sequence[Tiles], chosen: blocks.Plan) -> list[Ten
             **addresses,
             **{"x_stride": x.stride(0), "t_down": down, "t_up": 1 / down, "M": 1, "N": tiles.shape[0], "K": x.shape[1]},
             **{"strips": strips, "chunks": chunks, "per": -(-chunks // chosen.splits), "stages": chosen.stages},
-            **{"log_splits_in_block": chosen.splits_in_block.bit_length() - 1, "pairs_per_row": 1},
+            **{"log_splits_in_block": log_warps, "log_warps_of_row": log_warps, "pairs_per_row": 1},
         )
         problems.first[i] = clusters
         clusters += -(-strips // (chosen.strips_per_warp * chosen.strips))

@@ -142,21 +142,21 @@ def test_experts_gate_what_they_multiply(emulated, generator, dtype, permuted):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "nbits", "permuted", "scored", "stages", "ring"),
+    ("dtype", "nbits", "permuted", "scored", "warps", "stages", "ring"),
     [
-        (torch.bfloat16, 4, False, torch.float32, 2, True),
-        pytest.param(torch.float16, 3, True, torch.float16, 1, False, marks=pytest.mark.slow),
+        (torch.bfloat16, 4, False, torch.float32, 8, 1, True),
+        pytest.param(torch.float16, 3, True, torch.float16, 4, 1, False, marks=pytest.mark.slow),
     ],
 )
-def test_experts_add_up_what_they_multiply(emulated, generator, dtype, nbits, permuted, scored, stages, ring):
-    """Three pairs a token in blocks of four warps; one pair's expert lives elsewhere, and its row of x is no number."""
+def test_experts_add_up_what_they_multiply(emulated, generator, dtype, nbits, permuted, scored, warps, stages, ring):
+    """Three pairs a token, a warp or two for each; one pair's expert lives elsewhere, and its row of x is no number."""
     tiles = to_tiles(random_weight((2, 24, 130), nbits, 64, generator, permuted=permuted))
     gate, up = (torch.randn(6, 130, generator=generator).to(dtype) for _ in range(2))
     index, scores = torch.tensor([[1, 0, 1], [0, 7, 1]]), torch.rand(2, 3, generator=generator).to(scored)
     gate[4] = float("nan")
-    plan = Plan(1, 1, 1, 4, 1, stages, ring)
+    plan = Plan(1, 1, 1, warps, 1, stages, ring)
     y = cuda.summed_experts(gate, up, index, scores, tiles, plan)
-    assert ((launch := emulated[0])[0], launch[1]) == ((2, 1, 2), 128)
+    assert ((launch := emulated[0])[0], launch[1]) == ((2, 1, 2), 32 * warps)
     (each,) = cuda.experts(torch.nn.functional.silu(gate) * up, index.reshape(-1, 1), [tiles], blocks.pair_plan(72))
     expected = grouped.combine(each.double(), index, scores.double(), 2)
     assert y.dtype == dtype
