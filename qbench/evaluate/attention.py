@@ -17,8 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qbench.kernels import ops
-from qbench.kernels.attend import attend_latent, attend_one, attend_plainly
+from qbench.kernels.attend import attend_latent, attend_one, attend_plainly, matrix
 from qbench.kernels.tiles import Tiles
 from qbench.layers.linear import QuantLinear
 
@@ -68,7 +67,7 @@ def _matrix(linear: nn.Module, dtype: torch.dtype) -> Tensor:
     """A linear's weight `[out, in]`; of a packed one it is written anew in every step."""
     if not isinstance(linear, QuantLinear):
         return linear.weight
-    return linear.quantized.dequantize(dtype) if linear.kernel is None else ops.matrix(linear.layout, dtype)
+    return linear.quantized.dequantize(dtype) if linear.kernel is None else matrix(linear.layout, dtype)
 
 
 def mask(q_length: int, kv_length: int, **options: Any) -> Tensor | None:

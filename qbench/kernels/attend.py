@@ -1,4 +1,4 @@
-"""Attention of one new token over a static cache: ops of torch.library, two launches on a GPU, or three over latents.
+"""Attention of one new token over a static cache: ops of torch.library, two launches on a GPU, or four over latents.
 
     attend_one(query, key, value, mask)                     heads that share a key are rows of one product
     attend_latent(query, latent, rotary, weight, mask)      keys and values are products of one latent with `weight`
@@ -10,10 +10,15 @@ its section 2.1.2 says and serving engines do, than to make keys and values of a
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
+from qbench.kernels import cuda_rotate, ops
+from qbench.kernels import tiles as layout
 from qbench.kernels.routes import has_triton
+from qbench.kernels.tiles import Tiles
 
 
 @torch.library.custom_op("qbench::attend_one", mutates_args=())
@@ -63,6 +68,35 @@ def _(query, latent, rotary, weight, mask, scale):
     from qbench.kernels import triton_attend
 
     return triton_attend.attend_latent(query, latent, rotary, weight, mask, scale)
+
+
+def matrix(tiles: Tiles, dtype: torch.dtype) -> Tensor:
+    """The weight `[out, in]` itself, as it multiplies an x that is neither rotated nor permuted."""
+    return dual_matrix(*tiles.flat(), dtype)
+
+
+@torch.library.custom_op("qbench::dual_matrix", mutates_args=())
+def dual_matrix(tensors: Sequence[Tensor | None], numbers: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """The op behind `matrix`."""
+    return layout.dequantize(Tiles.over(tensors, numbers), dtype)
+
+
+@dual_matrix.register_fake
+def _(tensors, numbers, dtype):
+    tiles = Tiles.over(tensors, numbers)
+    return tiles.data.new_empty(tiles.shape, dtype=dtype)
+
+
+@dual_matrix.register_kernel("cuda")
+def _(tensors, numbers, dtype):
+    tiles = Tiles.over(tensors, numbers)
+    if tiles.rotation is not None and not cuda_rotate.undoes(tiles, dtype):
+        return layout.dequantize(tiles, dtype)
+    with torch.cuda.device(tiles.data.device):
+        weight = ops._dequantize_on_gpu(tiles, dtype)
+    if tiles.permutation is None:
+        return weight
+    return torch.empty_like(weight).index_copy_(1, tiles.permutation.long(), weight)
 
 
 def attend_plainly(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float) -> Tensor:

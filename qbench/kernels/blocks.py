@@ -228,7 +228,7 @@ def summed_plan(pairs: int, tiles: Tiles, device: int) -> Plan | None:
     if pairs > SUMMED:
         return None
     warps = 2 << (pairs - 1).bit_length()
-    found = Plan(1, 1, 1, warps, 1, min(-(-chunks // 2), 4), ring=True)
+    found = Plan(1, 1, 1, warps, 1, max(1, -(-chunks // 4)), ring=True)
     form = (tiles.nbits, tiles.group_size, tiles.has_zero)
     return found if found.shared_bytes(1, pairs * chunks, *form) <= limit else None
 

@@ -45,11 +45,6 @@ def linear_both_experts(x: Tensor, index: Tensor, first: Tiles, second: Tiles) -
     return dual_linear_both_experts(x, index, *first.flat(), *second.flat())
 
 
-def matrix(tiles: Tiles, dtype: torch.dtype) -> Tensor:
-    """The weight `[out, in]` itself, as it multiplies an x that is neither rotated nor permuted."""
-    return dual_matrix(*tiles.flat(), dtype)
-
-
 def wanted() -> bool:
     """Whether the environment lets the kernels run: QBENCH_KERNELS=0 asks for plain torch."""
     return os.environ.get("QBENCH_KERNELS", "1") != "0"
@@ -92,30 +87,6 @@ def _(x, tensors, numbers, bias):
     return _linear_on_gpu(x.reshape(-1, x.shape[-1]), tiles, bias).view(*x.shape[:-1], tiles.shape[-2])
 
 
-@torch.library.custom_op("qbench::dual_matrix", mutates_args=())
-def dual_matrix(tensors: Sequence[Tensor | None], numbers: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """The op behind `matrix`."""
-    return layout.dequantize(Tiles.over(tensors, numbers), dtype)
-
-
-@dual_matrix.register_fake
-def _(tensors, numbers, dtype):
-    tiles = Tiles.over(tensors, numbers)
-    return tiles.data.new_empty(tiles.shape, dtype=dtype)
-
-
-@dual_matrix.register_kernel("cuda")
-def _(tensors, numbers, dtype):
-    tiles = Tiles.over(tensors, numbers)
-    if tiles.rotation is not None and not cuda_rotate.undoes(tiles, dtype):
-        return layout.dequantize(tiles, dtype)
-    with torch.cuda.device(tiles.data.device):
-        weight = _dequantize_on_gpu(tiles, dtype)
-    if tiles.permutation is None:
-        return weight
-    return torch.empty_like(weight).index_copy_(1, tiles.permutation.long(), weight)
-
-
 @torch.library.custom_op("qbench::dual_linear_experts", mutates_args=())
 def dual_linear_experts(x: Tensor, index: Tensor, tensors: Sequence[Tensor | None], numbers: Sequence[int]) -> Tensor:
     """The op behind `linear_experts`; on the CPU expert by expert. Rows of experts that live elsewhere are any."""
@@ -141,23 +112,24 @@ def dual_linear_both_experts(
     numbers: Sequence[int],
     second_tensors: Sequence[Tensor | None],
     second_numbers: Sequence[int],
+    ahead: Tensor | None = None,
 ) -> list[Tensor]:
-    """The op behind `linear_both_experts`."""
+    """The op behind `linear_both_experts`; `ahead` is what cuda.experts may fetch ahead of the launch that reads it."""
     both = (tensors, numbers), (second_tensors, second_numbers)
     return [dual_linear_experts(x, index, *one) for one in both]
 
 
 @dual_linear_both_experts.register_fake
-def _(x, index, tensors, numbers, second_tensors, second_numbers):
+def _(x, index, tensors, numbers, second_tensors, second_numbers, ahead=None):
     both = Tiles.over(tensors, numbers), Tiles.over(second_tensors, second_numbers)
     return [x.new_empty(*index.shape, tiles.shape[-2]) for tiles in both]
 
 
 @dual_linear_both_experts.register_kernel("cuda")
-def _(x, index, tensors, numbers, second_tensors, second_numbers):
+def _(x, index, tensors, numbers, second_tensors, second_numbers, ahead=None):
     first, second = Tiles.over(tensors, numbers), Tiles.over(second_tensors, second_numbers)
     if _launch_together(first, second, x.dtype):
-        return _pairs_on_gpu(x, index, [first, second])
+        return _pairs_on_gpu(x, index, [first, second], ahead=ahead)
     return [_pairs_on_gpu(x, index, [tiles])[0] for tiles in (first, second)]
 
 
@@ -238,7 +210,9 @@ def _launch_together(first: Tiles, second: Tiles, dtype: torch.dtype) -> bool:
     return alike and first.has_zero == second.has_zero and stored[0] == stored[1] and scaled and not own
 
 
-def _pairs_on_gpu(x: Tensor, index: Tensor, stacks: list[Tiles], up: Tensor | None = None) -> list[Tensor]:
+def _pairs_on_gpu(
+    x: Tensor, index: Tensor, stacks: list[Tiles], up: Tensor | None = None, ahead: Tensor | None = None
+) -> list[Tensor]:
     """For each stack `[tokens, k, out]`; in one launch if they are few, else sorted. With `up` of silu(x) * up."""
     tiles, device, pairs = stacks[0], x.device.index, index.numel()
     _check(x, tiles)
@@ -252,7 +226,7 @@ def _pairs_on_gpu(x: Tensor, index: Tensor, stacks: list[Tiles], up: Tensor | No
         x, stacks[0] = _rotated(x, tiles)  # there is no second one then
         with torch.cuda.device(x.device):
             x, up = _unit_stride(x), up if up is None else _unit_stride(up)
-            return [y.view(*index.shape, rows) for y in cuda.experts(x, index, stacks, plan, up)]
+            return [y.view(*index.shape, rows) for y in cuda.experts(x, index, stacks, plan, up, ahead)]
     from qbench.kernels import grouped, routes
 
     held = routes.route(index, tiles.data.shape[0])

@@ -21,7 +21,7 @@ def graph_pass(choices: bool) -> Any:
     """For inductor's `post_grad_custom_pre_pass`: fewer launches of the same work.
 
     Linears of one x become `dual_linears`, a norm of one row or what gates experts goes into the product that reads it,
-    and with `choices` a mixture's router is rewritten to choose.py's.
+    a launch fetches ahead what the next one reads, and with `choices` a mixture's router is rewritten to choose.py's.
     """
     from torch._inductor.custom_graph_pass import CustomGraphPass
 
@@ -30,6 +30,7 @@ def graph_pass(choices: bool) -> Any:
             merge(graph)
             norm(graph)
             gate(graph)
+            fetch_ahead(graph)
             if choices:
                 choose.rewrite(graph)
 
@@ -166,6 +167,28 @@ def _read_once(view: fx.Node, base: fx.Node) -> bool:
 
 def _shape(node: fx.Node) -> list[int]:
     return list(node.meta["val"].shape)
+
+
+def fetch_ahead(graph: fx.Graph) -> None:
+    """A launch of one row is told of the weight that the next one reads: attention, in between, leaves memory idle. And
+    the launch of experts' gate and up of the experts' down, whose matrices are chosen by then."""
+    ours = torch.ops.qbench
+    holds = {  # where a launch's tensors are among its arguments
+        **{ours.dual_linear.default: 1, ours.dual_linears.default: 1, ours.normed_dual_linears.default: 3},
+        **{ours.dual_linear_gated_experts.default: 3, ours.dual_linear_summed_experts.default: 4},
+        ours.dual_linear_both_experts.default: 2,
+    }
+    launches = [node for node in graph.nodes if node.target in holds]
+    for node, following in itertools.pairwise(launches):
+        first, second = ("experts" in str(one.target) for one in (node, following))
+        data = following.args[holds[following.target]][0]
+        if data.op not in HELD or first != second or following.target is ours.dual_linear_both_experts.default:
+            continue
+        if node.target in (ours.dual_linears.default, ours.normed_dual_linears.default) or first:
+            if data.op == "get_attr":
+                next(iter(graph.nodes)).prepend(data)
+            node.args = (*node.args, data)
+            node.meta = {"val": node.meta["val"]}  # the inputs that are told there are the old ones
 
 
 def merge(graph: fx.Graph) -> None:

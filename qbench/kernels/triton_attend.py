@@ -63,31 +63,25 @@ def _parts(
         total = total * kept + tl.sum(shares, 1)
         found = tl.dot(shares.to(values.dtype), values, found * kept[:, None], input_precision="ieee")
     row = ((batch * shared + head) * group + g) * splits + split
-    tl.store(sums + row[:, None] * V + d[None, :], found, mask=mine)
+    tl.store(sums + row[:, None] * value_width + d[None, :], found, mask=mine & (d < value_width)[None, :])
     tl.store(stats + 2 * row, largest, mask=g < group)
     tl.store(stats + 2 * row + 1, total, mask=g < group)
 
 
 @triton.jit
-def _joined(sums, stats, here, splits, V: tl.constexpr, S: tl.constexpr):
-    """A head's parts, `[V]` in fp32."""
-    s, d = tl.arange(0, S), tl.arange(0, V)
-    row, held = here * splits + s, s < splits
-    largest = tl.load(stats + 2 * row, mask=held, other=float("-inf"))
-    share = tl.load(stats + 2 * row + 1, mask=held, other=0.0)
-    values = tl.load(sums + row[:, None] * V + d[None, :], mask=held[:, None], other=0.0)
-    level = tl.exp(largest - tl.max(largest, 0))
-    return tl.sum(values * level[:, None], 0) / tl.sum(share * level, 0)
-
-
-@triton.jit
 def _join(sums, stats, out, splits, value_width, V: tl.constexpr, S: tl.constexpr, EARLY: tl.constexpr):
+    """A head's parts."""
     if EARLY:
         gdc_wait()
         gdc_launch_dependents()
-    here, d = tl.program_id(0), tl.arange(0, V)
-    found = _joined(sums, stats, here, splits, V, S)
-    tl.store(out + here * value_width + d, found.to(out.dtype.element_ty), mask=d < value_width)
+    here, s, d = tl.program_id(0), tl.arange(0, S), tl.program_id(1) * V + tl.arange(0, V)
+    row, held, inside = here * splits + s, s < splits, d < value_width
+    largest = tl.load(stats + 2 * row, mask=held, other=float("-inf"))
+    share = tl.load(stats + 2 * row + 1, mask=held, other=0.0)
+    values = tl.load(sums + row[:, None] * value_width + d[None, :], mask=held[:, None] & inside[None, :], other=0.0)
+    level = tl.exp(largest - tl.max(largest, 0))
+    found = tl.sum(values * level[:, None], 0) / tl.sum(share * level, 0)
+    tl.store(out + here * value_width + d, found.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -110,30 +104,25 @@ def _into_latent(
 
 @triton.jit
 def _out_of_latent(
-    sums, stats, weight, out, splits, heads, own, width, rows, value_width, w_row,
-    V: tl.constexpr, S: tl.constexpr, D: tl.constexpr, EARLY: tl.constexpr,
+    found, weight, out, heads, own, width, rows, value_width, w_row,
+    C: tl.constexpr, D: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """D of a head's values: its value's rows `[value_width, width]` of `weight`, after those `own` of its key."""
     if EARLY:
         gdc_wait()
         gdc_launch_dependents()
-    here, d, c = tl.program_id(0), tl.program_id(1) * D + tl.arange(0, D), tl.arange(0, V)
+    here, d, c = tl.program_id(0), tl.program_id(1) * D + tl.arange(0, D), tl.arange(0, C)
     at = weight + (here % heads * rows + own + d)[:, None].to(tl.int64) * w_row + c[None, :]
     w = tl.load(at, mask=(d < value_width)[:, None] & (c < width)[None, :], other=0.0).to(tl.float32)
-    found = _joined(sums, stats, here, splits, V, S).to(out.dtype.element_ty).to(tl.float32)
+    x = tl.load(found + here * width + c, mask=c < width, other=0.0).to(tl.float32)
     to = out + here * value_width + d
-    tl.store(to, tl.sum(w * found[None, :], 1).to(out.dtype.element_ty), mask=d < value_width)
+    tl.store(to, tl.sum(w * x[None, :], 1).to(out.dtype.element_ty), mask=d < value_width)
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float) -> Tensor:
     """As attend.attend_one."""
-    batch, heads, _, _ = query.shape
-    started = _started(query)
-    out = query.new_empty(batch, 1, heads, value.shape[-1])
     with torch.cuda.device_of(query):
-        sums, stats, splits, sizes = _in_parts(query, key, value, mask, scale, None, started)
-        _join[(batch * heads,)](sums, stats, out, splits, value.shape[-1], **sizes, **started)
-    return out
+        return _over_parts(query, key, value, mask, scale, None)
 
 
 def attend_latent(query: Tensor, latent: Tensor, rotary: Tensor, weight: Tensor, mask: Tensor, scale: float) -> Tensor:
@@ -141,49 +130,47 @@ def attend_latent(query: Tensor, latent: Tensor, rotary: Tensor, weight: Tensor,
     batch, heads, _, _ = query.shape
     width, started = latent.shape[-1], _started(query)
     own, rows = query.shape[-1] - rotary.shape[-1], weight.shape[0] // heads
-    plain, turned = query[..., :own], query[..., own:]
     weight = weight if weight.stride(-1) == 1 else weight.contiguous()
     inner, out = query.new_empty(batch, heads, 1, width), query.new_empty(batch, 1, heads, rows - own)
     with torch.cuda.device_of(query):
         _into_latent[(batch * heads, -(-width // 128))](
-            plain, weight, inner, heads, own, width, rows, *query.stride()[:2], weight.stride(0),
+            query, weight, inner, heads, own, width, rows, *query.stride()[:2], weight.stride(0),
             W=triton.next_power_of_2(own), C=128, **started,
         )  # fmt: skip
-        sums, stats, splits, sizes = _in_parts(inner, latent, latent, mask, scale, (turned, rotary), started)
-        _out_of_latent[(batch * heads, -(-(rows - own) // 64))](
-            sums, stats, weight, out, splits, heads, own, width, rows, rows - own, weight.stride(0),
-            **sizes, D=64, **(started | {"num_warps": 8}),
+        found = _over_parts(inner, latent, latent, mask, scale, (query[..., own:], rotary))
+        _out_of_latent[(batch * heads, -(-(rows - own) // 32))](
+            found, weight, out, heads, own, width, rows, rows - own, weight.stride(0),
+            C=triton.next_power_of_2(width), D=32, **started,
         )  # fmt: skip
     return out
 
 
-def _in_parts(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor,
-    scale: float,
-    more: tuple[Tensor, Tensor] | None,
-    started: dict[str, Any],
-) -> tuple[Tensor, Tensor, int, dict[str, int]]:
-    """The parts' sums and statistics, how many there are, and the sizes of the launch that joins them."""
+def _over_parts(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float, more: tuple[Tensor, Tensor] | None
+) -> Tensor:
+    """`[batch, 1, heads, width of a value]`; `more`: columns of queries and keys that lie apart."""
     batch, heads, _, width = query.shape
-    (shared, length), value_width = key.shape[1:3], value.shape[-1]
+    (shared, length), value_width, started = key.shape[1:3], value.shape[-1], _started(query)
     query, key, value = (one if one.stride(-1) == 1 else one.contiguous() for one in (query, key, value))
     mask, group = mask.expand(batch, 1, 1, length).contiguous(), heads // shared
     more_query, more_key = (query, key) if more is None else more
     pieces, per = -(-group // HEADS), POSITIONS * -(-length // (POSITIONS * MOST_PARTS))
     splits, V = -(-length // per), triton.next_power_of_2(value_width)
-    sums = query.new_empty(batch * heads, splits, V, dtype=torch.float32)
+    sums = query.new_empty(batch * heads, splits, value_width, dtype=torch.float32)
     stats = query.new_empty(batch * heads, splits, 2, dtype=torch.float32)
+    out = query.new_empty(batch, 1, heads, value_width)
     _parts[(batch * shared * pieces, splits)](
         query, more_query, key, more_key, value, mask, sums, stats,
         scale, length, per, group, width, more_key.shape[-1], value_width, shared, pieces, splits,
         *query.stride()[:2], *more_query.stride()[:2], *key.stride()[:3], *more_key.stride()[:3], *value.stride()[:3],
         mask.stride(0), G=HEADS, W=max(16, triton.next_power_of_2(width)), V=V, L=POSITIONS,
-        R=1 if more is None else max(16, triton.next_power_of_2(more_key.shape[-1])), num_stages=1, **started,
+        R=1 if more is None else max(16, triton.next_power_of_2(more_key.shape[-1])), num_stages=1,
+        **(started | {"num_warps": 8 if V > 128 else 4}),
     )  # fmt: skip
-    return sums, stats, splits, {"V": V, "S": triton.next_power_of_2(splits)}
+    _join[(batch * heads, -(-V // 128))](
+        sums, stats, out, splits, value_width, V=min(V, 128), S=triton.next_power_of_2(splits), **started
+    )
+    return out
 
 
 def _started(x: Tensor) -> dict[str, Any]:

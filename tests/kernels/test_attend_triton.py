@@ -15,7 +15,7 @@ def test_two_launches(sizes):
 
 
 @pytest.mark.parametrize("sizes", LATENTS)
-def test_three_launches_over_latents(sizes):
+def test_four_launches_over_latents(sizes):
     check_latent(triton_attend.attend_latent, *sizes, limit=4e-3)
 
 

@@ -26,8 +26,10 @@ def flattened(weights):
 def test_one_launch(emulated, generator, count, plan):
     weights = [random_weight((rows, 300), 4, 64, generator) for rows in ROWS[:count]]
     x = torch.randn(1, 300, generator=generator).bfloat16()
-    found = together.launch(x, [to_tiles(weight) for weight in weights], plan)
+    ahead = torch.zeros(5, 7, 16, dtype=torch.uint8)
+    found = together.launch(x, [to_tiles(weight) for weight in weights], plan, ahead=ahead)
     assert len(emulated) == 1
+    assert ahead.min() == ahead.max() == 1  # every byte once
     for y, weight in zip(found, weights, strict=True):
         assert relative_error(y, x, weight, None) <= 1e-2
 
@@ -90,6 +92,12 @@ def test_a_norm_rides_in_the_product_that_alone_reads_it(generator):
     traced = make_fx(forward, tracing_mode="fake", _allow_non_fake_inputs=True)(x)
     rewrite.merge(traced.graph)
     rewrite.norm(traced.graph)
+    rewrite.fetch_ahead(traced.graph)
+    told = [node.args[5].name for node in traced.graph.nodes if "normed_" in str(node.target)]
+    assert len(told) == 2  # each of what the next one reads
+    assert told[1] == next(
+        n.args[1][0].name for n in traced.graph.nodes if n.target is torch.ops.qbench.dual_linear.default
+    )
     traced.graph.lint()
     traced.recompile()
     names = [str(node.target) for node in traced.graph.nodes]
