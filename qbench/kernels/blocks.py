@@ -227,8 +227,7 @@ def summed_plan(pairs: int, tiles: Tiles, device: int) -> Plan | None:
     limit, chunks = torch.cuda.get_device_properties(device).shared_memory_per_block_optin, tiles.data.shape[-2]
     if pairs > SUMMED:
         return None
-    warps = 2 << (pairs - 1).bit_length()
-    found = Plan(1, 1, 1, warps, 1, max(1, -(-chunks // 4)), ring=True)
+    found = Plan(1, 1, 1, 2 << (pairs - 1).bit_length(), 1, 2)
     form = (tiles.nbits, tiles.group_size, tiles.has_zero)
     return found if found.shared_bytes(1, pairs * chunks, *form) <= limit else None
 

@@ -21,7 +21,6 @@ from qbench.kernels.tiles import COLUMNS, Tiles
 log = logging.getLogger(__name__)
 Defines = tuple[tuple[str, int], ...]
 
-AHEAD_BYTES = 16 << 20  # that a launch fetches for a later one, into an L2 of 50 MB
 EARLY_START = True  # let a kernel fetch its first weights while the kernel in front of it ends
 
 
@@ -40,8 +39,6 @@ class _Problem(ctypes.Structure):  # of dual_linear.cu
         *_fields(ctypes.c_void_p, "factors", "scores"),
         ("scores_in_fp32", ctypes.c_int),
         ("epsilon", ctypes.c_float),
-        ("ahead", ctypes.c_void_p),
-        ("ahead_bytes", ctypes.c_uint64),
     ]
 
 
@@ -103,25 +100,15 @@ def linear(x: Tensor, tiles: Tiles, bias: Tensor | None, chosen: AnyPlan) -> Ten
     return y
 
 
-def experts(
-    x: Tensor,
-    index: Tensor,
-    stacks: Sequence[Tiles],
-    chosen: Plan,
-    up: Tensor | None = None,
-    ahead: Tensor | None = None,
-) -> list[Tensor]:
+def experts(x: Tensor, index: Tensor, stacks: Sequence[Tiles], chosen: Plan, up: Tensor | None = None) -> list[Tensor]:
     """For each of one or two stacks of one form, y `[tokens * k, N]`, in one launch.
 
     Row p is x[p // k] times the matrix index[p // k, p % k] of the stack; if there is none, the row holds anything.
-    With `up`, which lies in memory as x does, silu(x) * up takes the place of x. `ahead`: data of a stack whose chosen
-    matrices are on their way to L2 when the launch ends.
+    With `up`, which lies in memory as x does, silu(x) * up takes the place of x.
     """
     ys = [x.new_empty(index.numel(), tiles.shape[-2]) for tiles in stacks]
-    if ahead is not None and index.numel() * ahead[0].nbytes > AHEAD_BYTES:
-        ahead = None
     index, second = index.long().contiguous(), (stacks[1], ys[1]) if len(stacks) > 1 else None
-    _launch(x, stacks[0], None, ys[0], chosen, 1, index, index.numel() // len(x), second, up, ahead=ahead)
+    _launch(x, stacks[0], None, ys[0], chosen, 1, index, index.numel() // len(x), second, up)
     return ys
 
 
@@ -151,7 +138,6 @@ def _launch(
     second: tuple[Tiles, Tensor] | None = None,
     up: Tensor | None = None,
     scores: Tensor | None = None,
-    ahead: Tensor | None = None,
 ) -> None:
     N, K = tiles.shape[-2:]
     M = len(x) if index is None else 1
@@ -193,8 +179,6 @@ def _launch(
         *map(_address, (up, scores)),
         int(scores is not None and scores.dtype == torch.float32),
         0.0,
-        _address(ahead),
-        0 if ahead is None else ahead[0].nbytes,
     )
     blocks_n = -(-strips // (chosen.strips_per_warp * chosen.strips))
     nvrtc.launch(

@@ -61,8 +61,6 @@ struct Problem {
   const void* scores;             // SUMMED: [pairs], in fp32 or as y
   int scores_in_fp32;
   float epsilon;                  // of NORM
-  const u8* ahead;                // tiles of a later launch, which are on their way to L2 when this one ends, or null
-  u64 ahead_bytes;                // of one matrix; EXPERTS: each pair's own
 };
 
 struct Problems {  // several weights of one K that multiply the same row of x
@@ -310,13 +308,6 @@ extern "C" __global__ void __launch_bounds__(512) dual_linear(const __grid_const
     }
   }
 #endif
-
-  if (p.ahead && threadIdx.x == 0) {  // its share: nothing of this launch is under way any more
-    const u32 blocks = gridDim.x * (EXPERTS ? gridDim.z / p.pairs : 1);
-    const u64 share = (p.ahead_bytes / 16 + blocks - 1) / blocks * 16, from = (second * gridDim.x + blockIdx.x) * share;
-    const u64 to = from + share < p.ahead_bytes ? from + share : p.ahead_bytes;
-    if (from < to) fetch_ahead(p.ahead + expert * p.ahead_bytes + from, u32(to - from));
-  }
 
   // Sum the splits of K in a fixed order. partial[wk][m][row] overlays the rings and x.
   __syncthreads();

@@ -112,24 +112,23 @@ def dual_linear_both_experts(
     numbers: Sequence[int],
     second_tensors: Sequence[Tensor | None],
     second_numbers: Sequence[int],
-    ahead: Tensor | None = None,
 ) -> list[Tensor]:
-    """The op behind `linear_both_experts`; `ahead` is what cuda.experts may fetch ahead of the launch that reads it."""
+    """The op behind `linear_both_experts`."""
     both = (tensors, numbers), (second_tensors, second_numbers)
     return [dual_linear_experts(x, index, *one) for one in both]
 
 
 @dual_linear_both_experts.register_fake
-def _(x, index, tensors, numbers, second_tensors, second_numbers, ahead=None):
+def _(x, index, tensors, numbers, second_tensors, second_numbers):
     both = Tiles.over(tensors, numbers), Tiles.over(second_tensors, second_numbers)
     return [x.new_empty(*index.shape, tiles.shape[-2]) for tiles in both]
 
 
 @dual_linear_both_experts.register_kernel("cuda")
-def _(x, index, tensors, numbers, second_tensors, second_numbers, ahead=None):
+def _(x, index, tensors, numbers, second_tensors, second_numbers):
     first, second = Tiles.over(tensors, numbers), Tiles.over(second_tensors, second_numbers)
     if _launch_together(first, second, x.dtype):
-        return _pairs_on_gpu(x, index, [first, second], ahead=ahead)
+        return _pairs_on_gpu(x, index, [first, second])
     return [_pairs_on_gpu(x, index, [tiles])[0] for tiles in (first, second)]
 
 
@@ -210,9 +209,7 @@ def _launch_together(first: Tiles, second: Tiles, dtype: torch.dtype) -> bool:
     return alike and first.has_zero == second.has_zero and stored[0] == stored[1] and scaled and not own
 
 
-def _pairs_on_gpu(
-    x: Tensor, index: Tensor, stacks: list[Tiles], up: Tensor | None = None, ahead: Tensor | None = None
-) -> list[Tensor]:
+def _pairs_on_gpu(x: Tensor, index: Tensor, stacks: list[Tiles], up: Tensor | None = None) -> list[Tensor]:
     """For each stack `[tokens, k, out]`; in one launch if they are few, else sorted. With `up` of silu(x) * up."""
     tiles, device, pairs = stacks[0], x.device.index, index.numel()
     _check(x, tiles)
@@ -226,7 +223,7 @@ def _pairs_on_gpu(
         x, stacks[0] = _rotated(x, tiles)  # there is no second one then
         with torch.cuda.device(x.device):
             x, up = _unit_stride(x), up if up is None else _unit_stride(up)
-            return [y.view(*index.shape, rows) for y in cuda.experts(x, index, stacks, plan, up, ahead)]
+            return [y.view(*index.shape, rows) for y in cuda.experts(x, index, stacks, plan, up)]
     from qbench.kernels import grouped, routes
 
     held = routes.route(index, tiles.data.shape[0])

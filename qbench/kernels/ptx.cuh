@@ -54,7 +54,6 @@ __device__ __forceinline__ u32 cluster_index() { return blockIdx.x; }
 __device__ __forceinline__ u32 cluster_rank() { return 0; }
 __device__ __forceinline__ void cluster_sync() { __syncthreads(); }
 __device__ __forceinline__ float4 remote(u32, u32) { return {}; }
-__device__ __forceinline__ void fetch_ahead(const u8*, u32) {}
 __device__ __forceinline__ void await_previous_kernel() {}
 __device__ __forceinline__ void allow_next_kernel() {}
 #else
@@ -72,9 +71,6 @@ __device__ __forceinline__ u32 cluster_rank() {
   u32 v;
   asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(v));
   return v;
-}
-__device__ __forceinline__ void fetch_ahead(const u8* from, u32 bytes) {  // to L2; nobody waits for it
-  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
 }
 __device__ __forceinline__ void await_previous_kernel() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 __device__ __forceinline__ void allow_next_kernel() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }

@@ -13,6 +13,7 @@ from torch import fx
 from qbench.kernels import choose, grouped, together  # noqa: F401  (the last two register ops)
 
 MOST = 4  # weights in a launch
+MOST_GATED = 1024  # columns that every block of a launch gates for itself; of more, launches of their own are faster
 VIEWS = (torch.ops.aten.reshape.default, torch.ops.aten.view.default)
 HELD = ("placeholder", "get_attr")  # nodes of weights, which are there before anything is computed
 
@@ -21,7 +22,7 @@ def graph_pass(choices: bool) -> Any:
     """For inductor's `post_grad_custom_pre_pass`: fewer launches of the same work.
 
     Linears of one x become `dual_linears`, a norm of one row or what gates experts goes into the product that reads it,
-    a launch fetches ahead what the next one reads, and with `choices` a mixture's router is rewritten to choose.py's.
+    counters do not wait for the end, and with `choices` a mixture's router is rewritten to choose.py's.
     """
     from torch._inductor.custom_graph_pass import CustomGraphPass
 
@@ -30,7 +31,7 @@ def graph_pass(choices: bool) -> Any:
             merge(graph)
             norm(graph)
             gate(graph)
-            fetch_ahead(graph)
+            count_early(graph)
             if choices:
                 choose.rewrite(graph)
 
@@ -101,7 +102,7 @@ def gate(graph: fx.Graph) -> None:
         made = _base(x)
         if not isinstance(made, fx.Node) or made.target is not torch.ops.qbench.silu_times.default:
             continue
-        if not _read_once(x, made):
+        if not _read_once(x, made) or _shape(x)[-1] > MOST_GATED:
             continue
         last, target, given = node, torch.ops.qbench.dual_linear_gated_experts.default, (index, *weight)
         total, more = _reader(node), None
@@ -169,26 +170,18 @@ def _shape(node: fx.Node) -> list[int]:
     return list(node.meta["val"].shape)
 
 
-def fetch_ahead(graph: fx.Graph) -> None:
-    """A launch of one row is told of the weight that the next one reads: attention, in between, leaves memory idle. And
-    the launch of experts' gate and up of the experts' down, whose matrices are chosen by then."""
-    ours = torch.ops.qbench
-    holds = {  # where a launch's tensors are among its arguments
-        **{ours.dual_linear.default: 1, ours.dual_linears.default: 1, ours.normed_dual_linears.default: 3},
-        **{ours.dual_linear_gated_experts.default: 3, ours.dual_linear_summed_experts.default: 4},
-        ours.dual_linear_both_experts.default: 2,
-    }
-    launches = [node for node in graph.nodes if node.target in holds]
-    for node, following in itertools.pairwise(launches):
-        first, second = ("experts" in str(one.target) for one in (node, following))
-        data = following.args[holds[following.target]][0]
-        if data.op not in HELD or first != second or following.target is ours.dual_linear_both_experts.default:
+def count_early(graph: fx.Graph) -> None:
+    """One number that is copied back where it came from, as a cache's length, is copied once nothing reads the old one:
+    at the end it would stand between this block's last launch and the next block's first."""
+    place = {node: i for i, node in enumerate(graph.nodes)}
+    for node in list(graph.nodes):
+        if node.target is not torch.ops.aten.copy_.default or node.users:
             continue
-        if node.target in (ours.dual_linears.default, ours.normed_dual_linears.default) or first:
-            if data.op == "get_attr":
-                next(iter(graph.nodes)).prepend(data)
-            node.args = (*node.args, data)
-            node.meta = {"val": node.meta["val"]}  # the inputs that are told there are the old ones
+        to, source = node.args
+        if to.op == "placeholder" and to.meta["val"].numel() == 1 and source.meta["val"].dtype == to.meta["val"].dtype:
+            readers = [user for user in to.users if user is not node]
+            if all(user in place and user.target not in VIEWS for user in readers):
+                max((source, *readers), key=place.__getitem__).append(node)
 
 
 def merge(graph: fx.Graph) -> None:

@@ -19,7 +19,7 @@ struct OneRow {
 };
 
 // silu(gate) * up, both rounded to 16 bits, as two kernels of torch's would.
-__device__ __forceinline__ float silu(float x) { return load16(store16(x / (1.f + __expf(-x)))); }
+__device__ __forceinline__ float silu(float x) { return load16(store16(__fdividef(x, 1.f + __expf(-x)))); }
 __device__ __forceinline__ u32 gated(u32 gate, u32 up) {
   return round2(silu(low(gate)) * low(up), silu(high(gate)) * high(up));
 }

@@ -26,23 +26,18 @@ SUMS_BYTES = 64  # of the warps' sums of squares
 
 
 @torch.library.custom_op("qbench::dual_linears", mutates_args=())
-def dual_linears(
-    x: Tensor, tensors: Sequence[Tensor | None], numbers: Sequence[int], ahead: Tensor | None = None
-) -> list[Tensor]:
-    """`tensors` and `numbers` are those of `Tiles.flat`, of one weight after the other.
-
-    `ahead`: data of tiles that a later launch reads, which one of one row leaves on their way to L2 when it ends.
-    """
+def dual_linears(x: Tensor, tensors: Sequence[Tensor | None], numbers: Sequence[int]) -> list[Tensor]:
+    """`tensors` and `numbers` are those of `Tiles.flat`, of one weight after the other."""
     return [ops.dual_linear(x, *each.flat(), None) for each in _each(tensors, numbers)]
 
 
 @dual_linears.register_fake
-def _(x, tensors, numbers, ahead=None):
+def _(x, tensors, numbers):
     return [x.new_empty(*x.shape[:-1], each.shape[-2]) for each in _each(tensors, numbers)]
 
 
 @dual_linears.register_kernel("cuda")
-def _(x, tensors, numbers, ahead=None):
+def _(x, tensors, numbers):
     weights = _each(tensors, numbers)
     M, device = x.numel() // max(x.shape[-1], 1), x.device.index
     fits = x.dtype in ops.HALF and M > 0 and x.shape[-1] == weights[0].shape[-1] and _alike(weights)
@@ -53,33 +48,28 @@ def _(x, tensors, numbers, ahead=None):
         one_row, prompt = isinstance(plan, blocks.Plan), isinstance(plan, (blocks.PromptPlan, blocks.AheadPlan))
         fused = (one_row or (prompt and _prompts(weights))) and all(cuda_rotate.takes(w, plan, M) for w in weights)
         if fused and cuda.refusal(device, plan.kernel) is None:
-            row = ops._unit_stride(x.reshape(M, -1))
+            run = launch if one_row else cuda_prompt.linears
             with torch.cuda.device(x.device):
-                ys = launch(row, weights, plan, ahead=ahead) if one_row else cuda_prompt.linears(row, weights, plan)
+                ys = run(ops._unit_stride(x.reshape(M, -1)), weights, plan)
             return [y.view(*x.shape[:-1], -1) for y in ys]
     return [ops.dual_linear(x, *each.flat(), None) for each in weights]
 
 
 @torch.library.custom_op("qbench::normed_dual_linears", mutates_args=())
 def normed_dual_linears(
-    x: Tensor,
-    weight: Tensor,
-    epsilon: float,
-    tensors: Sequence[Tensor | None],
-    numbers: Sequence[int],
-    ahead: Tensor | None = None,
+    x: Tensor, weight: Tensor, epsilon: float, tensors: Sequence[Tensor | None], numbers: Sequence[int]
 ) -> list[Tensor]:
     """`dual_linears` of weight * x / sqrt(mean(x^2) + epsilon), as RMSNorm computes it: rounded before the weight."""
     return dual_linears(_normed(x, weight, epsilon), tensors, numbers)
 
 
 @normed_dual_linears.register_fake
-def _(x, weight, epsilon, tensors, numbers, ahead=None):
+def _(x, weight, epsilon, tensors, numbers):
     return [x.new_empty(*x.shape[:-1], each.shape[-2]) for each in _each(tensors, numbers)]
 
 
 @normed_dual_linears.register_kernel("cuda")
-def _(x, weight, epsilon, tensors, numbers, ahead=None):
+def _(x, weight, epsilon, tensors, numbers):
     weights, K, device = _each(tensors, numbers), x.shape[-1], x.device.index
     plain = (
         weight.dtype == x.dtype == torch.bfloat16 and weight.is_contiguous() and x.numel() == K == weights[0].shape[1]
@@ -88,9 +78,9 @@ def _(x, weight, epsilon, tensors, numbers, ahead=None):
         plan = blocks.plan(1, sum(each.shape[0] for each in weights), K, weights[0], device)
         if isinstance(plan, blocks.Plan) and plan.splits == 1 and cuda.refusal(device) is None:
             with torch.cuda.device(x.device):
-                ys = launch(ops._unit_stride(x.reshape(1, K)), weights, plan, weight, epsilon, ahead)
+                ys = launch(ops._unit_stride(x.reshape(1, K)), weights, plan, weight, epsilon)
             return [y.view(*x.shape[:-1], -1) for y in ys]
-    return dual_linears(_normed(x, weight, epsilon), tensors, numbers, ahead)
+    return dual_linears(_normed(x, weight, epsilon), tensors, numbers)
 
 
 def _normed(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
@@ -104,7 +94,6 @@ def launch(
     chosen: blocks.Plan,
     norm: Tensor | None = None,
     epsilon: float = 0.0,
-    ahead: Tensor | None = None,
 ) -> list[Tensor]:
     """y `[1, N]` of each weight for x `[1, K]`, fp16 or bf16, in one launch; after a norm of that weight, bf16 alone.
 
@@ -119,13 +108,7 @@ def launch(
             name: cuda._address(tensor)
             for name, tensor in (
                 *(("tiles", tiles.data), ("x", x), ("t", tiles.input_scale), ("permutation", tiles.permutation)),
-                *(
-                    ("signs", cuda._signs(tiles)),
-                    ("codebook", tiles.codebook),
-                    ("y", y),
-                    ("factors", norm),
-                    ("ahead", ahead),
-                ),
+                *(("signs", cuda._signs(tiles)), ("codebook", tiles.codebook), ("y", y), ("factors", norm)),
             )
         }
         problems.each[i] = cuda._Problem(
@@ -133,7 +116,6 @@ def launch(
             **{"x_stride": x.stride(0), "t_down": down, "t_up": 1 / down, "M": 1, "N": tiles.shape[0], "K": x.shape[1]},
             **{"strips": strips, "chunks": chunks, "per": -(-chunks // chosen.splits), "stages": chosen.stages},
             **{"log_splits_in_block": log_warps, "log_warps_of_row": log_warps, "pairs_per_row": 1, "epsilon": epsilon},
-            ahead_bytes=0 if ahead is None else min(ahead.nbytes, cuda.AHEAD_BYTES),
         )
         problems.first[i] = clusters
         clusters += -(-strips // (chosen.strips_per_warp * chosen.strips))

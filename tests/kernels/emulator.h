@@ -4,7 +4,6 @@
 #include <barrier>
 #include <chrono>
 #include <cmath>
-#include <cstdlib>
 #include <cstring>
 #include <memory>
 #include <thread>
@@ -53,15 +52,12 @@ struct Place {
   unsigned rank;
 };
 static thread_local Place here;
-static thread_local dim3 threadIdx, blockIdx, blockDim, gridDim;
+static thread_local dim3 threadIdx, blockIdx, blockDim;
 
 inline int min(int a, int b) { return a < b ? a : b; }
 inline int max(int a, int b) { return a > b ? a : b; }
 inline float __expf(float x) { return std::exp(x); }
-inline void fetch_ahead(const u8* from, u32 bytes) {  // a test sees what was fetched: a bit of every byte is turned
-  if (u64(from) % 16 || bytes % 16) std::abort();
-  for (u32 i = 0; i < bytes; i++) const_cast<u8*>(from)[i] ^= 1;
-}
+inline float __fdividef(float x, float y) { return x / y; }
 inline float rsqrtf(float x) { return 1 / std::sqrt(x); }
 inline float __uint_as_float(unsigned v) { float f; memcpy(&f, &v, 4); return f; }
 inline unsigned __byte_perm(unsigned a, unsigned b, unsigned selector) {
@@ -289,7 +285,6 @@ void run(dim3 grid, int threads, int bytes, int cluster, void (*kernel)(A...), v
               Block* block = blocks.blocks[rank].get();
               here = {&blocks, block, block->warps[thread / 32].get(), unsigned(rank)};
               threadIdx = {unsigned(thread), 0, 0}, blockIdx = {first + rank, y, z}, blockDim = {unsigned(threads), 1, 1};
-              gridDim = grid;
               call(kernel, arguments, std::index_sequence_for<A...>());
               here.warp->sync.arrive_and_drop();
             });

@@ -137,10 +137,7 @@ def test_experts_gate_what_they_multiply(emulated, generator, dtype, permuted):
     index, plan = torch.tensor([[1], [0], [1]]), blocks.pair_plan(72)
     (y,) = cuda.experts(gate, index, [tiles], plan, up)
     (expected,) = cuda.experts(torch.nn.functional.silu(gate) * up, index, [tiles], plan)
-    ahead = torch.zeros(3, 40, 16, dtype=torch.uint8)
-    cuda.experts(gate[:2], index[:2], [tiles], plan, ahead=ahead)
-    assert [(each.min().item(), each.max().item()) for each in ahead] == [(1, 1), (1, 1), (0, 0)]  # every byte once
-    assert len(emulated) == 3
+    assert len(emulated) == 2
     assert (y.double() - expected.double()).norm() <= LIMITS[dtype] * expected.double().norm()
 
 

@@ -26,10 +26,8 @@ def flattened(weights):
 def test_one_launch(emulated, generator, count, plan):
     weights = [random_weight((rows, 300), 4, 64, generator) for rows in ROWS[:count]]
     x = torch.randn(1, 300, generator=generator).bfloat16()
-    ahead = torch.zeros(5, 7, 16, dtype=torch.uint8)
-    found = together.launch(x, [to_tiles(weight) for weight in weights], plan, ahead=ahead)
+    found = together.launch(x, [to_tiles(weight) for weight in weights], plan)
     assert len(emulated) == 1
-    assert ahead.min() == ahead.max() == 1  # every byte once
     for y, weight in zip(found, weights, strict=True):
         assert relative_error(y, x, weight, None) <= 1e-2
 
@@ -92,12 +90,6 @@ def test_a_norm_rides_in_the_product_that_alone_reads_it(generator):
     traced = make_fx(forward, tracing_mode="fake", _allow_non_fake_inputs=True)(x)
     rewrite.merge(traced.graph)
     rewrite.norm(traced.graph)
-    rewrite.fetch_ahead(traced.graph)
-    told = [node.args[5].name for node in traced.graph.nodes if "normed_" in str(node.target)]
-    assert len(told) == 2  # each of what the next one reads
-    assert told[1] == next(
-        n.args[1][0].name for n in traced.graph.nodes if n.target is torch.ops.qbench.dual_linear.default
-    )
     traced.graph.lint()
     traced.recompile()
     names = [str(node.target) for node in traced.graph.nodes]
@@ -123,6 +115,28 @@ def test_a_norm_on_a_gpu(rows):
         assert (y.double() - expected).norm() <= 1e-2 * expected.norm()
     again = torch.ops.qbench.normed_dual_linears(100 * x, weight, 1e-6, *flat)
     assert all(torch.equal(a, b) for a, b in zip(found, again, strict=True))
+
+
+def test_a_counter_is_copied_before_what_does_not_read_it(generator):
+    tiles = to_tiles(random_weight((24, 40), 4, 64, generator))
+    x, count = torch.randn(1, 40, generator=generator), torch.tensor([3])
+
+    def forward(x, count):
+        scaled, more = x * count, count + 1
+        y = ops.linear(scaled, tiles)
+        count.copy_(more)
+        return y
+
+    traced = make_fx(forward)(x, count.clone())
+    rewrite.count_early(traced.graph)
+    traced.graph.lint()
+    traced.recompile()
+    names = [str(node.target) for node in traced.graph.nodes]
+    assert (
+        names.index("aten.mul.Tensor") < names.index("aten.copy_.default") < names.index("qbench.dual_linear.default")
+    )
+    assert torch.equal(traced(x, count), forward(x, torch.tensor([3])))
+    assert count == 4
 
 
 def test_experts_take_what_gates_them_and_what_adds_them_up(generator):
