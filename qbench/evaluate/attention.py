@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qbench.kernels.attend import attend_latent, attend_one, attend_plainly, matrix
+from qbench.kernels.attend import attend_latent, attend_one, attend_plainly, dual_attend_latent
 from qbench.kernels.tiles import Tiles
 from qbench.layers.linear import QuantLinear
 
@@ -42,7 +42,7 @@ def attend(
     given = options.get("scaling")
     scale = query.shape[-1] ** -0.5 if given is None else given
     if latent:
-        return attend_latent(query, value, key, _matrix(module.kv_b_proj, query.dtype), attention_mask, scale), None
+        return _over_latents(query, value, key, module.kv_b_proj, attention_mask, scale), None
     return (attend_one if query.is_cuda else attend_plainly)(query, key, value, attention_mask, scale), None
 
 
@@ -63,11 +63,11 @@ def _keeps_latents(module: nn.Module) -> bool:
     return type(linear) is nn.Linear
 
 
-def _matrix(linear: nn.Module, dtype: torch.dtype) -> Tensor:
-    """A linear's weight `[out, in]`; of a packed one it is written anew in every step."""
-    if not isinstance(linear, QuantLinear):
-        return linear.weight
-    return linear.quantized.dequantize(dtype) if linear.kernel is None else matrix(linear.layout, dtype)
+def _over_latents(query, latent, rotary, linear: nn.Module, mask: Tensor, scale: float) -> Tensor:
+    if isinstance(linear, QuantLinear) and linear.kernel is not None:
+        return dual_attend_latent(query, latent, rotary, *linear.layout.flat(), mask, scale)
+    weight = linear.quantized.dequantize(query.dtype) if isinstance(linear, QuantLinear) else linear.weight
+    return attend_latent(query, latent, rotary, weight, mask, scale)
 
 
 def mask(q_length: int, kv_length: int, **options: Any) -> Tensor | None:

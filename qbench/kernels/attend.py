@@ -11,11 +11,12 @@ its section 2.1.2 says and serving engines do, than to make keys and values of a
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from qbench.kernels import cuda_rotate, ops
+from qbench.kernels import blocks, cuda, cuda_rotate, ops
 from qbench.kernels import tiles as layout
 from qbench.kernels.routes import has_triton
 from qbench.kernels.tiles import Tiles
@@ -70,30 +71,63 @@ def _(query, latent, rotary, weight, mask, scale):
     return triton_attend.attend_latent(query, latent, rotary, weight, mask, scale)
 
 
-def matrix(tiles: Tiles, dtype: torch.dtype) -> Tensor:
+@torch.library.custom_op("qbench::dual_attend_latent", mutates_args=())
+def dual_attend_latent(
+    query: Tensor,
+    latent: Tensor,
+    rotary: Tensor,
+    tensors: Sequence[Tensor | None],
+    numbers: Sequence[int],
+    mask: Tensor,
+    scale: float,
+) -> Tensor:
+    """`attend_latent` of a weight in tiles: what `Tiles.flat` gives."""
+    weight = layout.dequantize(Tiles.over(tensors, numbers), query.dtype)
+    return attend_latent_plainly(query, latent, rotary, weight, mask, scale)
+
+
+@dual_attend_latent.register_fake
+def _(query, latent, rotary, tensors, numbers, mask, scale):
+    batch, heads, _, width = query.shape
+    return query.new_empty(batch, 1, heads, numbers[0] // heads - width + rotary.shape[-1])
+
+
+@dual_attend_latent.register_kernel("cuda")
+def _(query, latent, rotary, tensors, numbers, mask, scale):
+    """Of one token every head's value multiplies with its own rows of the tiles; its key's rows are written first."""
+    tiles = Tiles.over(tensors, numbers)
+    (batch, heads, _, width), dtype = query.shape, query.dtype
+    own, rows, device = width - rotary.shape[-1], tiles.shape[0] // heads, query.device.index
+    ready = all(cuda.refusal(device, kernel) is None for kernel in ("dual_linear", "dequantize"))
+    plain = tiles.rotation is None and tiles.permutation is None and own % layout.ROWS == rows % layout.ROWS == 0
+    if not (plain and ready and has_triton() and batch == 1 and dtype in ops.HALF):
+        with torch.cuda.device(query.device):
+            weight = _natural(tiles, dtype)
+        return attend_latent(query, latent, rotary, weight, mask, scale)
+    from qbench.kernels import triton_attend
+
+    with torch.cuda.device(query.device):
+        keys = cuda.dequantize(_of_heads(tiles, heads, 0, own), dtype)
+        found = triton_attend.over_latents(query, latent, rotary, keys.flatten(0, 1), mask, scale)
+        values = _of_heads(tiles, heads, own, rows)
+        return cuda.own_matrices(found.view(heads, -1), values, blocks.pair_plan(heads * (rows - own))).view(
+            1, 1, heads, -1
+        )
+
+
+def _of_heads(tiles: Tiles, heads: int, first: int, last: int) -> Tiles:
+    """Rows `first` to `last` of every head, as a stack `[heads, last - first, in]` of views."""
+    strips, rows = tiles.data.shape[0] // heads, slice(first // layout.ROWS, last // layout.ROWS)
+    t = None if tiles.input_scale is None else tiles.input_scale.expand(heads, -1)
+    data = tiles.data.view(heads, strips, *tiles.data.shape[1:])[:, rows]
+    return replace(tiles, data=data, shape=(heads, last - first, tiles.shape[1]), input_scale=t)
+
+
+def _natural(tiles: Tiles, dtype: torch.dtype) -> Tensor:
     """The weight `[out, in]` itself, as it multiplies an x that is neither rotated nor permuted."""
-    return dual_matrix(*tiles.flat(), dtype)
-
-
-@torch.library.custom_op("qbench::dual_matrix", mutates_args=())
-def dual_matrix(tensors: Sequence[Tensor | None], numbers: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """The op behind `matrix`."""
-    return layout.dequantize(Tiles.over(tensors, numbers), dtype)
-
-
-@dual_matrix.register_fake
-def _(tensors, numbers, dtype):
-    tiles = Tiles.over(tensors, numbers)
-    return tiles.data.new_empty(tiles.shape, dtype=dtype)
-
-
-@dual_matrix.register_kernel("cuda")
-def _(tensors, numbers, dtype):
-    tiles = Tiles.over(tensors, numbers)
     if tiles.rotation is not None and not cuda_rotate.undoes(tiles, dtype):
         return layout.dequantize(tiles, dtype)
-    with torch.cuda.device(tiles.data.device):
-        weight = ops._dequantize_on_gpu(tiles, dtype)
+    weight = ops._dequantize_on_gpu(tiles, dtype)
     if tiles.permutation is None:
         return weight
     return torch.empty_like(weight).index_copy_(1, tiles.permutation.long(), weight)

@@ -31,7 +31,8 @@ def _fields(kind: type, *names: str) -> list[tuple[str, type]]:
 class _Problem(ctypes.Structure):  # of dual_linear.cu
     _fields_ = [
         *_fields(ctypes.c_void_p, "tiles", "x", "t", "permutation", "signs", "codebook", "bias", "experts", "y"),
-        ("x_stride", ctypes.c_uint64),
+        *_fields(ctypes.c_uint64, "x_stride", "expert_bytes"),
+        ("expert_t", ctypes.c_int),
         *_fields(ctypes.c_int64, "next_tiles", "next_t", "next_permutation", "next_y"),
         *_fields(ctypes.c_float, "t_down", "t_up"),
         *_fields(ctypes.c_int, "M", "N", "K", "strips", "chunks", "per", "log_splits_in_block"),
@@ -100,6 +101,13 @@ def linear(x: Tensor, tiles: Tiles, bias: Tensor | None, chosen: AnyPlan) -> Ten
     return y
 
 
+def own_matrices(x: Tensor, tiles: Tiles, chosen: Plan) -> Tensor:
+    """y `[rows, N]`: row i of x `[rows, K]` times matrix i of a stack, whose matrices may lie apart."""
+    y = x.new_empty(len(x), tiles.shape[-2])
+    _launch(x, tiles, None, y, chosen, 1, pairs=len(x))
+    return y
+
+
 def experts(x: Tensor, index: Tensor, stacks: Sequence[Tiles], chosen: Plan, up: Tensor | None = None) -> list[Tensor]:
     """For each of one or two stacks of one form, y `[tokens * k, N]`, in one launch.
 
@@ -138,15 +146,17 @@ def _launch(
     second: tuple[Tiles, Tensor] | None = None,
     up: Tensor | None = None,
     scores: Tensor | None = None,
+    pairs: int = 0,
 ) -> None:
     N, K = tiles.shape[-2:]
-    M = len(x) if index is None else 1
+    pairs = pairs if index is None else index.numel()
+    M = 1 if pairs else len(x)
     strips, chunks = tiles.data.shape[-3:-1]
     device, stream = x.device.index, _stream(x.device)
     depth = {"RING": 1} if chosen.ring else {"DEPTH": chosen.stages}
     shape = {"MB": 1 if M == 1 else chosen.batch_blocks, "RT": chosen.strips_per_warp, "ONE": int(M == 1)}
     kind = (
-        ({} if index is None else {"EXPERTS": 1})
+        ({"EXPERTS": 1} if pairs else {})
         | ({} if up is None else {"GATED": 1})
         | ({} if scores is None else {"SUMMED": 1})
     )
@@ -158,7 +168,7 @@ def _launch(
         source = torch.empty(blocks_m * chunks * record, dtype=torch.uint8, device=x.device)
         _launch_input("scale_input", x, tiles, source, defines)
     next_tiles, next_y = (tiles, y) if second is None else second
-    pairs, launched = (1, 1) if index is None else (index.numel(), index.numel() * (1 if second is None else 2))
+    launched = max(pairs, 1) * (1 if second is None else 2)
     log_warps, rows = chosen.splits_in_block.bit_length() - 1, 1
     log_warps_of_row = log_warps
     if scores is not None:
@@ -168,6 +178,7 @@ def _launch(
         *map(_address, (tiles.data, source, tiles.input_scale, tiles.permutation, _signs(tiles), tiles.codebook)),
         *map(_address, (bias, index, y)),
         x.stride(0),
+        *_steps(tiles),
         _apart(tiles.data, next_tiles.data),
         _apart(tiles.input_scale, next_tiles.input_scale),
         _apart(tiles.permutation, next_tiles.permutation),
@@ -175,7 +186,7 @@ def _launch(
         down,
         1 / down,
         *(M, N, K, strips, chunks, -(-chunks // chosen.splits), log_warps),
-        *(chosen.stages, pairs, pairs_per_row, 0 if index is None else tiles.data.shape[0] - 1, log_warps_of_row),
+        *(chosen.stages, max(pairs, 1), pairs_per_row, tiles.data.shape[0] - 1 if pairs else 0, log_warps_of_row),
         *map(_address, (up, scores)),
         int(scores is not None and scores.dtype == torch.float32),
         0.0,
@@ -256,6 +267,13 @@ def _address(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
 
+def _steps(tiles: Tiles) -> tuple[int, int]:
+    """From one matrix of a stack to the next: bytes of its data, numbers of its t."""
+    if tiles.data.dim() == 3:
+        return 0, 0
+    return tiles.data.stride(0), 0 if tiles.input_scale is None else tiles.input_scale.stride(0)
+
+
 def _apart(first: Tensor | None, second: Tensor | None) -> int:
     """Bytes from one to the other."""
     return 0 if first is None or second is None else second.data_ptr() - first.data_ptr()
@@ -270,6 +288,7 @@ def dequantize(tiles: Tiles, dtype: torch.dtype) -> Tensor:
     warps, shared_bytes, rotation = min(8, chunks), 0, {}
     arguments = [ctypes.c_void_p(_address(part)) for part in (tiles.data, tiles.input_scale, tiles.codebook, w)]
     arguments += [ctypes.c_int(value) for value in (N, K, strips, chunks)]
+    arguments += [kind(value) for kind, value in zip((ctypes.c_uint64, ctypes.c_int), _steps(tiles), strict=True)]
     if tiles.rotation is not None:
         rotation, shared_bytes = {"ROTATE": tiles.rotation.block}, 64 * (64 * warps + 4)
         arguments.append(ctypes.c_void_p(_address(_signs(tiles))))

@@ -47,9 +47,11 @@ struct Problem {
   const u8* signs;        // of the rotation of ONE row, a bit a column, or null
   const float* codebook;  // [16] or null
   const u16* bias;        // [N] or null; SUMMED: what is added, [tokens, N]
-  const long long* experts;  // [pairs]: row p of x goes to expert experts[p] (M is 1 then), or null
+  const long long* experts;  // [pairs]: row p of x goes to expert experts[p] (M is 1 then), or null: to matrix p
   u16* y;                 // [M, N]
   u64 x_stride;
+  u64 expert_bytes;       // from one matrix of a stack to the next
+  int expert_t;           // from one t to the next
   long long next_tiles, next_t, next_permutation, next_y;  // bytes to those of a second stack that reads the same x
   float t_down, t_up;     // a power of two that keeps x * t finite in fp16, and its inverse
   int M, N, K, strips, chunks;
@@ -142,7 +144,7 @@ extern "C" __global__ void __launch_bounds__(512) dual_linear(const __grid_const
   constexpr int before = 0;
 #endif
   SHARED_MEMORY(smem);
-  if (EXPERTS && !GATED) await_previous_kernel();  // it may be what chose the experts
+  if (EXPERTS && !GATED && p.experts) await_previous_kernel();  // it may be what chose the experts
   allow_next_kernel();  // so what reads what this kernel makes of its experts, GATED, finds them chosen when it starts
   const u32 splits = cluster_size(), rank = cluster_rank();
   const int warps = blockDim.x / 32, warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
@@ -154,13 +156,12 @@ extern "C" __global__ void __launch_bounds__(512) dual_linear(const __grid_const
   const int row0 = (int(cluster_index()) - before) * rows;
   const int lo = min(int(rank) * p.per, p.chunks), hi = min(lo + p.per, p.chunks);
   const int m0 = blockIdx.y * 8 * MB, batch = min(p.M - m0, 8 * MB);
-  auto chosen = [&](int pair) { return int(static_cast<const volatile long long*>(p.experts)[pair]); };  // past L1
+  auto chosen = [&](int pair) { return int(p.experts ? static_cast<const volatile long long*>(p.experts)[pair] : pair); };  // past L1
   const int second = EXPERTS && blockIdx.z >= p.pairs ? 1 : 0, apart = 1 << p.log_warps_of_row;
   const int slot = SUMMED ? wk >> p.log_warps_of_row : 0, part = wk & (apart - 1);  // of a token's pairs; of a row's warps
   const int pair = SUMMED ? blockIdx.z * p.pairs_per_row + min(slot, p.pairs_per_row - 1) : blockIdx.z - second * p.pairs;
   const int expert = EXPERTS ? min(chosen(pair), p.last_expert) : 0;
   const u8* tiles = p.tiles + second * p.next_tiles;
-  const u64 expert_bytes = u64(p.strips) * p.chunks * CHUNK;
 
   // Shared memory: the warps' rings and their barriers (RING), then x * t and its sums: ONE row of each, else records
   // and a barrier for each of them.
@@ -173,7 +174,7 @@ extern "C" __global__ void __launch_bounds__(512) dual_linear(const __grid_const
 #pragma unroll
   for (int r = 0; r < RT; r++) {
     int strip = min(row0 / 16 + wr * RT + r, p.strips - 1);
-    source[r] = tiles + expert * expert_bytes + (u64(strip) * p.chunks + lo + part) * CHUNK;
+    source[r] = tiles + expert * p.expert_bytes + (u64(strip) * p.chunks + lo + part) * CHUNK;
   }
   const bool idle = SUMMED && (slot >= p.pairs_per_row || chosen(pair) > p.last_expert);
   const int mine = idle ? 0 : max(0, (hi - lo - part + apart - 1) >> p.log_warps_of_row);  // chunks lo + part, + apart, ...
@@ -211,7 +212,7 @@ extern "C" __global__ void __launch_bounds__(512) dual_linear(const __grid_const
 #endif
   const int chunks = hi - lo;
 #if ONE
-  const u16* t = p.t ? moved(p.t, second * p.next_t) + u64(expert) * p.chunks * 128 + lo * 128 : nullptr;
+  const u16* t = p.t ? moved(p.t, second * p.next_t) + u64(expert) * p.expert_t + lo * 128 : nullptr;
   const u16* x = static_cast<const u16*>(p.x) + u64(SUMMED ? pair : EXPERTS ? pair / p.pairs_per_row : m0) * p.x_stride;
   uint4* row = reinterpret_cast<uint4*>(xs) + slot * 16 * chunks;       // 8 columns each
   float up = p.t_up;

@@ -128,21 +128,27 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float
 def attend_latent(query: Tensor, latent: Tensor, rotary: Tensor, weight: Tensor, mask: Tensor, scale: float) -> Tensor:
     """As attend.attend_latent."""
     batch, heads, _, _ = query.shape
-    width, started = latent.shape[-1], _started(query)
-    own, rows = query.shape[-1] - rotary.shape[-1], weight.shape[0] // heads
+    own, rows, width = query.shape[-1] - rotary.shape[-1], weight.shape[0] // heads, latent.shape[-1]
     weight = weight if weight.stride(-1) == 1 else weight.contiguous()
-    inner, out = query.new_empty(batch, heads, 1, width), query.new_empty(batch, 1, heads, rows - own)
+    out = query.new_empty(batch, 1, heads, rows - own)
     with torch.cuda.device_of(query):
-        _into_latent[(batch * heads, -(-width // 128))](
-            query, weight, inner, heads, own, width, rows, *query.stride()[:2], weight.stride(0),
-            W=triton.next_power_of_2(own), C=128, **started,
-        )  # fmt: skip
-        found = _over_parts(inner, latent, latent, mask, scale, (query[..., own:], rotary))
+        found = over_latents(query, latent, rotary, weight, mask, scale)
         _out_of_latent[(batch * heads, -(-(rows - own) // 32))](
             found, weight, out, heads, own, width, rows, rows - own, weight.stride(0),
-            C=triton.next_power_of_2(width), D=32, **started,
+            C=triton.next_power_of_2(width), D=32, **_started(query),
         )  # fmt: skip
     return out
+
+
+def over_latents(query: Tensor, latent: Tensor, rotary: Tensor, weight: Tensor, mask: Tensor, scale: float) -> Tensor:
+    """`[batch, 1, heads, width]` of latents that were attended to; the keys' rows are the first of each head's."""
+    (batch, heads, _, _), width = query.shape, latent.shape[-1]
+    own, inner = query.shape[-1] - rotary.shape[-1], query.new_empty(batch, heads, 1, width)
+    _into_latent[(batch * heads, -(-width // 128))](
+        query, weight, inner, heads, own, width, weight.shape[0] // heads, *query.stride()[:2], weight.stride(0),
+        W=triton.next_power_of_2(own), C=128, **_started(query),
+    )  # fmt: skip
+    return _over_parts(inner, latent, latent, mask, scale, (query[..., own:], rotary))
 
 
 def _over_parts(

@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from qbench.kernels import attend
+from qbench.kernels.tiles import to_tiles
+from tests.kernels.cases import random_weight
 
 SIZES = [(1, 8, 2, 24, 24, 50), (2, 4, 4, 24, 16, 150), (1, 20, 1, 40, 16, 70)]
 
@@ -82,3 +84,27 @@ def test_on_a_gpu(sizes, dtype, limit):
 @pytest.mark.parametrize("sizes", [*LATENTS, (1, 128, 128, 64, 512, 128, 576), (2, 16, 128, 64, 512, 128, 2500)])
 def test_latents_on_a_gpu(sizes, dtype, limit):
     check_latent(torch.ops.qbench.attend_latent, *sizes, "cuda", dtype, limit)
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "limit"),
+    [("cpu", torch.float32, 1e-5), pytest.param("cuda", torch.bfloat16, 2e-2, marks=pytest.mark.gpu)],
+)
+@pytest.mark.parametrize(("heads", "own", "value"), [(4, 16, 32), (3, 20, 12)])
+def test_latents_of_a_packed_weight(heads, own, value, device, dtype, limit):
+    """In rows of whole strips, and not so."""
+    draw = torch.Generator().manual_seed(0)
+    weight = random_weight((heads * (own + value), 130), 4, 64, draw)
+    tiles = to_tiles(weight.with_tensors({name: tensor.to(device) for name, tensor in weight.tensors().items()}))
+    query, latent, rotary = (
+        torch.randn(size, generator=draw).to(device, dtype)
+        for size in ((1, heads, 1, own + 8), (1, 1, 70, 130), (1, 1, 70, 8))
+    )
+    looks = (torch.arange(70) < 60)[None, None, None].to(device)
+    given = query, latent, rotary, *tiles.flat(), looks, 0.3
+    found = torch.ops.qbench.dual_attend_latent(*given)
+    exact = [one.double().cpu() for one in (query, latent, rotary, weight.dequantize(torch.float64))]
+    expected = attend.attend_latent_plainly(*exact, looks.cpu(), 0.3)
+    assert (found.shape, found.dtype) == (expected.shape, dtype)
+    assert (found.double().cpu() - expected).norm() <= limit * expected.norm()
+    torch.library.opcheck(attend.dual_attend_latent, given, test_utils=("test_schema", "test_faketensor"))

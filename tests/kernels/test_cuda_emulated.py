@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from qbench.kernels import blocks, cuda, cuda_experts, grouped
+from qbench.kernels import attend, blocks, cuda, cuda_experts, grouped
 from qbench.kernels.blocks import Plan, WidePlan
 from qbench.kernels.routes import SLOT_ROWS, route
 from qbench.kernels.tiles import to_tiles
@@ -228,6 +228,19 @@ def test_dequantize_bit_for_bit(emulated, generator, nbits, codebook):
     for group_size, columns, dtype in ((32, 136, torch.float16), (64, 130, torch.bfloat16), (128, 264, torch.float32)):
         weight = random_weight((24, columns), nbits, group_size, generator, codebook=codebook)
         assert torch.equal(cuda.dequantize(to_tiles(weight), dtype), weight.dequantize(dtype))
+
+
+def test_rows_of_heads_in_one_weight(emulated, generator):
+    """Every head's own rows of one weight: written, and multiplied with that head's row of x."""
+    weight = random_weight((3 * 48, 200), 4, 64, generator)
+    tiles, dense = to_tiles(weight), weight.dequantize(torch.bfloat16).view(3, 48, 200)
+    first, last = (attend._of_heads(tiles, 3, *rows) for rows in ((0, 16), (16, 48)))
+    assert first.data.data_ptr() == tiles.data.data_ptr()
+    assert torch.equal(cuda.dequantize(first, torch.bfloat16), dense[:, :16])
+    x = torch.randn(3, 200, generator=generator).bfloat16()
+    y = cuda.own_matrices(x, last, blocks.pair_plan(96))
+    expected = torch.einsum("hoi,hi->ho", weight.dequantize().double().view(3, 48, 200)[:, 16:], x.double())
+    assert (y.double() - expected).norm() <= 1e-2 * expected.norm()
 
 
 def test_dequantize_a_stack(emulated, generator):
