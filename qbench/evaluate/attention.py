@@ -1,19 +1,25 @@
 """Attention over a static cache as serving engines have it, registered with transformers under NAME.
 
 One new token per sequence: transformers hands a compiled step's cache to torch's attention with a mask, and with a
-copy of keys and values for every query head that shares them. Here the heads that share a key are rows of one matrix
-product, in plain torch that a compiler fuses; softmax is in fp32. A prompt that fills the cache needs no mask, which
-transformers does not see while a CUDA graph is captured. All else is transformers' "sdpa".
+copy of keys and values for every query head that shares them. Here it is two launches on a GPU, and plain torch on a
+CPU (kernels/attend.py); where the cache holds latents, as DeepSeek's does, no keys and values are made of them. A
+prompt that fills the cache needs no mask, which transformers does not see while a CUDA graph is captured. All else is
+transformers' "sdpa".
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from inspect import signature
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from qbench.kernels.attend import attend_latent, attend_one, attend_plainly, dual_attend_latent
+from qbench.kernels.tiles import Tiles
+from qbench.layers.linear import QuantLinear
 
 NAME = "qbench_static"
 
@@ -25,16 +31,43 @@ def attend(
 
     The mask is `[batch or 1, 1, 1, length]`, true where the token may look.
     """
-    batch, heads, tokens, width = query.shape
     special = any(options.get(name) is not None for name in ("softcap", "s_aux", "position_bias"))
-    if special or tokens != 1 or attention_mask is None or attention_mask.dtype != torch.bool:
+    latent = query.shape[-1] != key.shape[-1]  # what `_as_cached` hands on
+    if special or query.shape[2] != 1 or attention_mask is None or attention_mask.dtype != torch.bool:
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+        if latent:
+            key, value = type(module).expand_kv(module, value, key)
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
-    scaling = options.get("scaling")
-    query = query.reshape(batch, key.shape[1], -1, width) * (width**-0.5 if scaling is None else scaling)
-    scores = (query @ key.transpose(-1, -2)).float().masked_fill(~attention_mask, -torch.inf)
-    return (scores.softmax(-1).to(value.dtype) @ value).reshape(batch, 1, heads, value.shape[-1]), None
+    given = options.get("scaling")
+    scale = query.shape[-1] ** -0.5 if given is None else given
+    if latent:
+        return _over_latents(query, value, key, module.kv_b_proj, attention_mask, scale), None
+    return (attend_one if query.is_cuda else attend_plainly)(query, key, value, attention_mask, scale), None
+
+
+def _as_cached(kv_nope: Tensor, k_rot: Tensor) -> tuple[Tensor, Tensor]:
+    """In the place of a module's expand_kv, which makes keys and values of latents."""
+    return k_rot, kv_nope
+
+
+def _keeps_latents(module: nn.Module) -> bool:
+    """Whether its expand_kv makes what `attend_latent` computes with, of a weight that it can be given."""
+    linear = getattr(module, "kv_b_proj", None)
+    if not callable(getattr(type(module), "expand_kv", None)) or getattr(linear, "bias", None) is not None:
+        return False
+    if tuple(signature(type(module).expand_kv).parameters) != ("self", "kv_nope", "k_rot"):
+        return False
+    if isinstance(linear, QuantLinear):
+        return linear.kernel is None or isinstance(linear.layout, Tiles)
+    return type(linear) is nn.Linear
+
+
+def _over_latents(query, latent, rotary, linear: nn.Module, mask: Tensor, scale: float) -> Tensor:
+    if isinstance(linear, QuantLinear) and linear.kernel is not None:
+        return dual_attend_latent(query, latent, rotary, *linear.layout.flat(), mask, scale)
+    weight = linear.quantized.dequantize(query.dtype) if isinstance(linear, QuantLinear) else linear.weight
+    return attend_latent(query, latent, rotary, weight, mask, scale)
 
 
 def mask(q_length: int, kv_length: int, **options: Any) -> Tensor | None:
@@ -58,8 +91,13 @@ def static(model: Any) -> Iterator[None]:
 
     AttentionInterface.register(NAME, attend)
     AttentionMaskInterface.register(NAME, mask)
+    latents = [module for module in model.modules() if _keeps_latents(module)]
     try:
         model.set_attn_implementation(NAME)
+        for module in latents:
+            module.expand_kv = _as_cached
         yield
     finally:
+        for module in latents:
+            vars(module).pop("expand_kv", None)
         model.set_attn_implementation(before)

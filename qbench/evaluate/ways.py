@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from qbench.evaluate import attention
 from qbench.evaluate.memory import Peak
 from qbench.evaluate.steps import Decoder, Prefill
-from qbench.kernels import together
+from qbench.kernels import rewrite
 from qbench.layers.experts import stacked_parameters
 from qbench.layers.linear import packed_weights
 from qbench.model.linears import block_list
@@ -224,7 +224,7 @@ def _merging(device: torch.device) -> Any:
         return nullcontext()
     from torch._inductor import config
 
-    return config.patch(post_grad_custom_pre_pass=together.graph_pass(choices=device.type == "cuda"))
+    return config.patch(post_grad_custom_pre_pass=rewrite.graph_pass(choices=device.type == "cuda"))
 
 
 class _Block:

@@ -19,6 +19,7 @@ BUCKETS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)  # batches t
 NARROW = 16  # rows of x up to which the rule takes dual_linear.cu
 WIDE = 512  # and up to which wide_linear.cu
 PROMPT = 4096  # and, where 256 of them fill tiles, prompt_linear.cu; else writing W and cuBLAS
+SUMMED = 8  # pairs of a token that a block adds up, two warps each
 MULTIPROCESSORS = 132  # of an H100 or H200; for the rules alone
 LARGEST_SHARED = 227 << 10  # bytes of a block on Hopper
 
@@ -193,6 +194,16 @@ def pair_plan(rows: int) -> Plan:
     if rows >= 32000:
         return Plan(1, 1, 4, 1, 1, 1)
     return Plan(1, 1, 8, 2, 1, 1) if rows >= 8 * ROWS * MULTIPROCESSORS else Plan(1, 1, 4, 2, 1, 2)
+
+
+def summed_plan(pairs: int, tiles: Tiles, device: int) -> Plan | None:
+    """For the sum over a token's pairs, warps along K for each; None where a block could not hold their rows of x."""
+    limit, chunks = torch.cuda.get_device_properties(device).shared_memory_per_block_optin, tiles.data.shape[-2]
+    if pairs > SUMMED:
+        return None
+    found = Plan(1, 1, 1, 2 << (pairs - 1).bit_length(), 1, 2)
+    form = (tiles.nbits, tiles.group_size, tiles.has_zero)
+    return found if found.shared_bytes(1, pairs * chunks, *form) <= limit else None
 
 
 def _by_rule(M: int, N: int, K: int, plain: bool) -> list[Plan]:

@@ -31,11 +31,15 @@ def _fields(kind: type, *names: str) -> list[tuple[str, type]]:
 class _Problem(ctypes.Structure):  # of dual_linear.cu
     _fields_ = [
         *_fields(ctypes.c_void_p, "tiles", "x", "t", "permutation", "signs", "codebook", "bias", "experts", "y"),
-        ("x_stride", ctypes.c_uint64),
+        *_fields(ctypes.c_uint64, "x_stride", "expert_bytes"),
+        ("expert_t", ctypes.c_int),
         *_fields(ctypes.c_int64, "next_tiles", "next_t", "next_permutation", "next_y"),
         *_fields(ctypes.c_float, "t_down", "t_up"),
         *_fields(ctypes.c_int, "M", "N", "K", "strips", "chunks", "per", "log_splits_in_block"),
-        *_fields(ctypes.c_int, "stages", "pairs", "pairs_per_row", "last_expert"),
+        *_fields(ctypes.c_int, "stages", "pairs", "pairs_per_row", "last_expert", "log_warps_of_row"),
+        *_fields(ctypes.c_void_p, "factors", "scores"),
+        ("scores_in_fp32", ctypes.c_int),
+        ("epsilon", ctypes.c_float),
     ]
 
 
@@ -106,15 +110,37 @@ def linear(x: Tensor, tiles: Tiles, bias: Tensor | None, chosen: AnyPlan) -> Ten
     return y
 
 
-def experts(x: Tensor, index: Tensor, stacks: Sequence[Tiles], chosen: Plan) -> list[Tensor]:
+def own_matrices(x: Tensor, tiles: Tiles, chosen: Plan) -> Tensor:
+    """y `[rows, N]`: row i of x `[rows, K]` times matrix i of a stack, whose matrices may lie apart."""
+    y = x.new_empty(len(x), tiles.shape[-2])
+    _launch(x, tiles, None, y, chosen, 1, pairs=len(x))
+    return y
+
+
+def experts(x: Tensor, index: Tensor, stacks: Sequence[Tiles], chosen: Plan, up: Tensor | None = None) -> list[Tensor]:
     """For each of one or two stacks of one form, y `[tokens * k, N]`, in one launch.
 
     Row p is x[p // k] times the matrix index[p // k, p % k] of the stack; if there is none, the row holds anything.
+    With `up`, which lies in memory as x does, silu(x) * up takes the place of x.
     """
     ys = [x.new_empty(index.numel(), tiles.shape[-2]) for tiles in stacks]
     index, second = index.long().contiguous(), (stacks[1], ys[1]) if len(stacks) > 1 else None
-    _launch(x, stacks[0], None, ys[0], chosen, 1, index, index.numel() // len(x), second)
+    _launch(x, stacks[0], None, ys[0], chosen, 1, index, index.numel() // len(x), second, up)
     return ys
+
+
+def summed_experts(
+    x: Tensor, up: Tensor, index: Tensor, scores: Tensor, tiles: Tiles, chosen: Plan, more: Tensor | None = None
+) -> Tensor:
+    """y `[tokens, N]`: over a token's pairs the sum of its scores `[tokens, k]` times what `experts` gives, in fp32.
+
+    x and up are `[tokens * k, K]`; `more` `[tokens, N]` in their dtype is added. The plan's warps along K are those of
+    all pairs of a token, as many for each.
+    """
+    y = x.new_empty(len(index), tiles.shape[-2])
+    scores = scores.contiguous() if scores.dtype in (x.dtype, torch.float32) else scores.float().contiguous()
+    _launch(x, tiles, more, y, chosen, 1, index.contiguous(), index.shape[1], None, up, scores)
+    return y
 
 
 def _launch(
@@ -127,14 +153,22 @@ def _launch(
     index: Tensor | None = None,
     pairs_per_row: int = 1,
     second: tuple[Tiles, Tensor] | None = None,
+    up: Tensor | None = None,
+    scores: Tensor | None = None,
+    pairs: int = 0,
 ) -> None:
     N, K = tiles.shape[-2:]
-    M = len(x) if index is None else 1
+    pairs = pairs if index is None else index.numel()
+    M = 1 if pairs else len(x)
     strips, chunks = tiles.data.shape[-3:-1]
     device, stream = x.device.index, _stream(x.device)
     depth = {"RING": 1} if chosen.ring else {"DEPTH": chosen.stages}
     shape = {"MB": 1 if M == 1 else chosen.batch_blocks, "RT": chosen.strips_per_warp, "ONE": int(M == 1)}
-    kind = {} if index is None else {"EXPERTS": 1}
+    kind = (
+        ({"EXPERTS": 1} if pairs else {})
+        | ({} if up is None else {"GATED": 1})
+        | ({} if scores is None else {"SUMMED": 1})
+    )
     defines = _for(device, _linear_defines(tiles, x.dtype, **shape, **depth, **kind))
     down = _down(x.dtype, tiles)
     source = x
@@ -143,26 +177,35 @@ def _launch(
         source = torch.empty(blocks_m * chunks * record, dtype=torch.uint8, device=x.device)
         _launch_input("scale_input", x, tiles, source, defines)
     next_tiles, next_y = (tiles, y) if second is None else second
-    pairs, launched = (1, 1) if index is None else (index.numel(), index.numel() * (1 if second is None else 2))
+    launched = max(pairs, 1) * (1 if second is None else 2)
+    log_warps, rows = chosen.splits_in_block.bit_length() - 1, 1
+    log_warps_of_row = log_warps
+    if scores is not None:
+        rows, launched = pairs_per_row, len(index)  # of x in a block; a block is a token's
+        log_warps_of_row -= (pairs_per_row - 1).bit_length()
     problem = _Problem(
         *map(_address, (tiles.data, source, tiles.input_scale, tiles.permutation, _signs(tiles), tiles.codebook)),
         *map(_address, (bias, index, y)),
         x.stride(0),
+        *_steps(tiles),
         _apart(tiles.data, next_tiles.data),
         _apart(tiles.input_scale, next_tiles.input_scale),
         _apart(tiles.permutation, next_tiles.permutation),
         _apart(y, next_y),
         down,
         1 / down,
-        *(M, N, K, strips, chunks, -(-chunks // chosen.splits), chosen.splits_in_block.bit_length() - 1),
-        *(chosen.stages, pairs, pairs_per_row, 0 if index is None else tiles.data.shape[0] - 1),
+        *(M, N, K, strips, chunks, -(-chunks // chosen.splits), log_warps),
+        *(chosen.stages, max(pairs, 1), pairs_per_row, tiles.data.shape[0] - 1 if pairs else 0, log_warps_of_row),
+        *map(_address, (up, scores)),
+        int(scores is not None and scores.dtype == torch.float32),
+        0.0,
     )
     blocks_n = -(-strips // (chosen.strips_per_warp * chosen.strips))
     nvrtc.launch(
         nvrtc.load("dual_linear", device, defines),
         (blocks_n * chosen.splits, blocks_m, launched),
         32 * chosen.strips * chosen.splits_in_block,
-        chosen.shared_bytes(M, chunks, tiles.nbits, tiles.group_size, tiles.has_zero),
+        chosen.shared_bytes(M, rows * chunks, tiles.nbits, tiles.group_size, tiles.has_zero),
         stream,
         [problem],
         chosen.splits,
@@ -233,6 +276,13 @@ def _address(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
 
+def _steps(tiles: Tiles) -> tuple[int, int]:
+    """From one matrix of a stack to the next: bytes of its data, numbers of its t."""
+    if tiles.data.dim() == 3:
+        return 0, 0
+    return tiles.data.stride(0), 0 if tiles.input_scale is None else tiles.input_scale.stride(0)
+
+
 def _apart(first: Tensor | None, second: Tensor | None) -> int:
     """Bytes from one to the other."""
     return 0 if first is None or second is None else second.data_ptr() - first.data_ptr()
@@ -247,6 +297,7 @@ def dequantize(tiles: Tiles, dtype: torch.dtype) -> Tensor:
     warps, shared_bytes, rotation = min(8, chunks), 0, {}
     arguments = [ctypes.c_void_p(_address(part)) for part in (tiles.data, tiles.input_scale, tiles.codebook, w)]
     arguments += [ctypes.c_int(value) for value in (N, K, strips, chunks)]
+    arguments += [kind(value) for kind, value in zip((ctypes.c_uint64, ctypes.c_int), _steps(tiles), strict=True)]
     if tiles.rotation is not None:
         rotation, shared_bytes = {"ROTATE": tiles.rotation.block}, 64 * (64 * warps + 4)
         arguments.append(ctypes.c_void_p(_address(_signs(tiles))))

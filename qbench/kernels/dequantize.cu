@@ -4,13 +4,14 @@
 
 #if !ROTATE
 extern "C" __global__ void __launch_bounds__(256)
-dequantize(const u8* tiles, const u16* t, const float* codebook, void* w, int N, int K, int strips, int chunks) {
+dequantize(const u8* tiles, const u16* t, const float* codebook, void* w, int N, int K, int strips, int chunks,
+           u64 matrix_bytes, int matrix_t) {
   const int lane = threadIdx.x % 32, g = lane / 4, tig = lane % 4;
   const int matrix = blockIdx.x / strips, strip = blockIdx.x - matrix * strips;
   const int chunk = blockIdx.y * (blockDim.x / 32) + threadIdx.x / 32;
   if (chunk >= chunks) return;
-  const u8* from = tiles + (u64(blockIdx.x) * chunks + chunk) * CHUNK;
-  if (t) t += u64(matrix) * chunks * 128;
+  const u8* from = tiles + matrix * matrix_bytes + (u64(strip) * chunks + chunk) * CHUNK;
+  if (t) t += u64(matrix) * matrix_t;
   const Codes codes = load_codes<true>(from + lane_codes(lane), from + lane_aux(lane));
   const Table table = {};
 #if CODEBOOK
@@ -86,15 +87,15 @@ __device__ __forceinline__ void round_of_two(u32& first, u32& second) {
 // they come, eight rows wide; bits 1, 5 and 6 are a lane's own, and the upper ones another chunk's, through shared memory.
 extern "C" __global__ void __launch_bounds__(256)
 dequantize(const u8* tiles, const u16* t, const float* codebook, void* w, int N, int K, int strips, int chunks,
-           const u8* signs) {
+           u64 matrix_bytes, int matrix_t, const u8* signs) {
   SHARED_MEMORY(smem);
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32, g = lane / 4, tig = lane % 4;
   const int matrix = blockIdx.x / strips, strip = blockIdx.x - matrix * strips, first = blockIdx.y * warps;
   const int chunk = first + warp, stride = 64 * warps + 4;            // words of a row; so far apart that no banks collide
   u32* rows = reinterpret_cast<u32*>(smem);                           // [16][stride]
   if (chunk < chunks) {
-    const u8* from = tiles + (u64(blockIdx.x) * chunks + chunk) * CHUNK;
-    if (t) t += u64(matrix) * chunks * 128;
+    const u8* from = tiles + matrix * matrix_bytes + (u64(strip) * chunks + chunk) * CHUNK;
+    if (t) t += u64(matrix) * matrix_t;
     const Codes codes = load_codes<true>(from + lane_codes(lane), from + lane_aux(lane));
     const Hadamard h = hadamard(lane);
     const Table table = {};

@@ -2,7 +2,9 @@
 //
 // Compile-time switches: those of codes.cuh and MB (8-row blocks of the batch), ONE 0|1 (row in the batch), RT (16-row
 // strips of the weight per warp), RING 0|1, DEPTH (chunks under way per warp without RING), PLAIN
-// 0|1 (for GPUs before Hopper: no RING, one split of K between blocks), EXPERTS 0|1 (every row has a matrix of its own).
+// 0|1 (for GPUs before Hopper: no RING, one split of K between blocks), EXPERTS 0|1 (every row has a matrix of its own),
+// GATED 0|1 (of EXPERTS: what is multiplied is silu(x) * factors), SUMMED 0|1 (of GATED: a token's pairs are added up,
+// each times its score; every pair has its own warps along K), NORM 0|1 (of ONE row: x is normalized, times factors).
 //
 // How it reaches memory bandwidth. The weights are the A operand of mma.m16n8k16, the batch its narrow side of 8, so
 // batch 1 to 8 cost the same and nothing is padded to 64. Two weights cost one lop3 and at most one shift: their bits
@@ -16,12 +18,14 @@
 // block through shared memory, between the blocks of a cluster through distributed shared memory. No atomics: results
 // are the same in every run.
 
-#include "records.cuh"
+#include "row.cuh"
 
 #ifndef EXPERTS
 #define EXPERTS 0
 #endif
-
+#ifndef SUMMED
+#define SUMMED 0
+#endif
 #ifndef RT
 #define RT 1
 #endif
@@ -42,16 +46,23 @@ struct Problem {
   const int* permutation; // [experts][K] stored column -> column of x, or null
   const u8* signs;        // of the rotation of ONE row, a bit a column, or null
   const float* codebook;  // [16] or null
-  const u16* bias;        // [N] or null
-  const long long* experts;  // [pairs]: row p of x goes to expert experts[p] (M is 1 then), or null
+  const u16* bias;        // [N] or null; SUMMED: what is added, [tokens, N]
+  const long long* experts;  // [pairs]: row p of x goes to expert experts[p] (M is 1 then), or null: to matrix p
   u16* y;                 // [M, N]
   u64 x_stride;
+  u64 expert_bytes;       // from one matrix of a stack to the next
+  int expert_t;           // from one t to the next
   long long next_tiles, next_t, next_permutation, next_y;  // bytes to those of a second stack that reads the same x
   float t_down, t_up;     // a power of two that keeps x * t finite in fp16, and its inverse
   int M, N, K, strips, chunks;
   int per, log_splits_in_block;  // chunks of K per block; log2 of its warps along K
   int stages, pairs, pairs_per_row;  // blockIdx.z is a pair of the first stack, then of the second
   int last_expert;                // an expert after it lives elsewhere: its result is not used
+  int log_warps_of_row;           // along K: all of a block's, or SUMMED those of a pair
+  const u16* factors;             // GATED: rows as those of x; NORM: [K]
+  const void* scores;             // SUMMED: [pairs], in fp32 or as y
+  int scores_in_fp32;
+  float epsilon;                  // of NORM
 };
 
 struct Problems {  // several weights of one K that multiply the same row of x
@@ -133,7 +144,8 @@ extern "C" __global__ void __launch_bounds__(512) dual_linear(const __grid_const
   constexpr int before = 0;
 #endif
   SHARED_MEMORY(smem);
-  allow_next_kernel();
+  if (EXPERTS && !GATED && p.experts) await_previous_kernel();  // it may be what chose the experts
+  allow_next_kernel();  // so what reads what this kernel makes of its experts, GATED, finds them chosen when it starts
   const u32 splits = cluster_size(), rank = cluster_rank();
   const int warps = blockDim.x / 32, warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
   const int g = lane / 4, tig = lane % 4;
@@ -144,27 +156,29 @@ extern "C" __global__ void __launch_bounds__(512) dual_linear(const __grid_const
   const int row0 = (int(cluster_index()) - before) * rows;
   const int lo = min(int(rank) * p.per, p.chunks), hi = min(lo + p.per, p.chunks);
   const int m0 = blockIdx.y * 8 * MB, batch = min(p.M - m0, 8 * MB);
-  if (EXPERTS) await_previous_kernel();  // it may be what chose the experts
-  const int second = EXPERTS && blockIdx.z >= p.pairs ? 1 : 0, pair = blockIdx.z - second * p.pairs;
-  const int expert = EXPERTS ? min(int(p.experts[pair]), p.last_expert) : 0;
+  auto chosen = [&](int pair) { return int(p.experts ? static_cast<const volatile long long*>(p.experts)[pair] : pair); };  // past L1
+  const int second = EXPERTS && blockIdx.z >= p.pairs ? 1 : 0, apart = 1 << p.log_warps_of_row;
+  const int slot = SUMMED ? wk >> p.log_warps_of_row : 0, part = wk & (apart - 1);  // of a token's pairs; of a row's warps
+  const int pair = SUMMED ? blockIdx.z * p.pairs_per_row + min(slot, p.pairs_per_row - 1) : blockIdx.z - second * p.pairs;
+  const int expert = EXPERTS ? min(chosen(pair), p.last_expert) : 0;
   const u8* tiles = p.tiles + second * p.next_tiles;
-  const u64 expert_bytes = u64(p.strips) * p.chunks * CHUNK;
 
   // Shared memory: the warps' rings and their barriers (RING), then x * t and its sums: ONE row of each, else records
   // and a barrier for each of them. What is summed at the end overlays x, but no barrier: its memory is not to be used.
   const int partial_bytes = 8 * MB * WK * (rows + 4) * 4;
   const int ring_bytes = RING ? (warps * p.stages * (RT * CHUNK + 8) + 127) & ~127 : 0;
   u8* xs = smem + ring_bytes;
-  u8* sums = xs + (ONE ? p.per * X_STEP : 8 * MB * X_ROW);
+  u8* sums = xs + (ONE ? (SUMMED ? p.pairs_per_row : 1) * p.per * X_STEP : 8 * MB * X_ROW);
   const u32 x_bar = shared(xs + max(p.per * RECORD, partial_bytes));
 
   const u8* source[RT];
 #pragma unroll
   for (int r = 0; r < RT; r++) {
     int strip = min(row0 / 16 + wr * RT + r, p.strips - 1);
-    source[r] = tiles + expert * expert_bytes + (u64(strip) * p.chunks + lo + wk) * CHUNK;
+    source[r] = tiles + expert * p.expert_bytes + (u64(strip) * p.chunks + lo + part) * CHUNK;
   }
-  const int mine = max(0, (hi - lo - wk + WK - 1) >> p.log_splits_in_block);  // chunks lo + wk, lo + wk + WK, ...
+  const bool idle = SUMMED && (slot >= p.pairs_per_row || chosen(pair) > p.last_expert);
+  const int mine = idle ? 0 : max(0, (hi - lo - part + apart - 1) >> p.log_warps_of_row);  // chunks lo + part, + apart, ...
 
   // The first weights are on their way before anything waits: they do not depend on the previous kernel.
 #if RING
@@ -174,7 +188,7 @@ extern "C" __global__ void __launch_bounds__(512) dual_linear(const __grid_const
     barrier_expect(bar + 8 * stage, RT * CHUNK);
 #pragma unroll
     for (int r = 0; r < RT; r++)
-      bulk_copy(shared(ring + (stage * RT + r) * CHUNK), source[r] + i * (WK * CHUNK), CHUNK, bar + 8 * stage);
+      bulk_copy(shared(ring + (stage * RT + r) * CHUNK), source[r] + i * (apart * CHUNK), CHUNK, bar + 8 * stage);
   };
   if (lane == 0) {
 #pragma unroll 1
@@ -187,7 +201,7 @@ extern "C" __global__ void __launch_bounds__(512) dual_linear(const __grid_const
 #else
   Codes held[DEPTH + 1][RT];
   const u8 *codes_at = source[0] + lane_codes(lane), *aux_at = source[0] + lane_aux(lane);
-  const u32 step = WK * CHUNK, next_strip = RT == 1 || source[RT - 1] == source[0] ? 0 : p.chunks * CHUNK;
+  const u32 step = apart * CHUNK, next_strip = RT == 1 || source[RT - 1] == source[0] ? 0 : p.chunks * CHUNK;
   auto fetch = [&](Codes (&to)[RT]) {
 #pragma unroll
     for (int r = 0; r < RT; r++) to[r] = load_codes<true>(codes_at + r * next_strip, aux_at + r * next_strip);
@@ -199,40 +213,39 @@ extern "C" __global__ void __launch_bounds__(512) dual_linear(const __grid_const
 #endif
   const int chunks = hi - lo;
 #if ONE
-  const u16* t = p.t ? moved(p.t, second * p.next_t) + u64(expert) * p.chunks * 128 + lo * 128 : nullptr;
-  uint4* row = reinterpret_cast<uint4*>(xs);                            // 8 columns each
+  const u16* t = p.t ? moved(p.t, second * p.next_t) + u64(expert) * p.expert_t + lo * 128 : nullptr;
+  const u16* x = static_cast<const u16*>(p.x) + u64(SUMMED ? pair : EXPERTS ? pair / p.pairs_per_row : m0) * p.x_stride;
+  uint4* row = reinterpret_cast<uint4*>(xs) + slot * 16 * chunks;       // 8 columns each
+  float up = p.t_up;
 #if ROTATE
-  const u16* x = static_cast<const u16*>(p.x) + m0 * p.x_stride;
   rotate_row({x, p.x_stride, t, p.signs, p.K, p.t_down}, lo, chunks, row, sums);
+  __syncthreads();
 #else
-  if (t)  // to where x * t will be: every thread reads back only what it copied itself
-    for (int v = threadIdx.x; v < 16 * chunks; v += blockDim.x) copy16(shared(row + v), t + v * 8);
-  await_previous_kernel();
   const int* permutation =
       p.permutation ? moved(p.permutation, second * p.next_permutation) + u64(expert) * p.K : nullptr;
-  const u16* x = static_cast<const u16*>(p.x) + (EXPERTS ? pair / p.pairs_per_row : m0) * p.x_stride;
-  const bool wide = aligned_rows(x, p.x_stride, permutation, p.K);
-  await_copies();
-  for (int base = warp * 32; base < 16 * chunks; base += blockDim.x) {
-    const int v = base + lane, k = lo * 128 + v * 8;
-    Sums sum = {0.f, 0.f};
-    if (v < 16 * chunks) {
-      uint4 values = load_x(x, permutation, k, p.K, wide);
-      if (t) values = scaled(values, row[v], p.t_down);
-      row[v] = values;
-      sum = sums_of(values, k);
-    }
-    sum = over_lanes(sum, 0xffffffffu);
-    if (v < 16 * chunks && v % (SUB / 8) == 0) reinterpret_cast<Sums*>(sums)[v / (SUB / 8) * 8] = sum;
+  const u16* factors = GATED ? p.factors + u64(SUMMED ? pair : pair / p.pairs_per_row) * p.x_stride : p.factors;
+  const int vectors = idle ? 0 : 16 * chunks, first = 32 * (SUMMED ? part : warp), turn = SUMMED ? 32 * apart : blockDim.x;
+  const float squares = put_row({x, factors, t, permutation, p.K, p.t_down}, lo, vectors, first, turn, row,
+                                reinterpret_cast<Sums*>(sums) + slot * chunks * SUBS * 8);
+  float* of_warps = reinterpret_cast<float*>(sums + chunks * SUMS_STEP);
+  if (NORM && lane == 0) of_warps[warp] = squares;
+  __syncthreads();
+  if (NORM) {
+    float total = 0.f;
+    for (int w = 0; w < warps; w++) total += of_warps[w];
+    up *= rsqrtf(total / p.K + p.epsilon);
   }
 #endif
-  __syncthreads();
-#elif PLAIN
+  const float score = SUMMED && mine ? load_score(p.scores, pair, p.scores_in_fp32) : 0.f;
+#else
+  const float up = p.t_up;
+#endif
+#if PLAIN && !ONE
   const u8* records = static_cast<const u8*>(p.x) + u64(blockIdx.y) * p.chunks * RECORD;
   for (int v = threadIdx.x; v < p.chunks * (RECORD / 16); v += blockDim.x) copy16(shared(xs) + 16 * v, records + 16 * v);
   await_copies();
   __syncthreads();
-#else  // chunk by chunk, so that the first products do not wait for all of x
+#elif !ONE  // chunk by chunk, so that the first products do not wait for all of x
   for (int i = threadIdx.x; i < chunks; i += blockDim.x) barrier_init(x_bar + 8 * i);
   publish_barriers();
   __syncthreads();
@@ -255,14 +268,15 @@ extern "C" __global__ void __launch_bounds__(512) dual_linear(const __grid_const
     for (int n = 0; n < MB; n++) acc[r][n][0] = acc[r][n][1] = acc[r][n][2] = acc[r][n][3] = 0.f;
 
   // What the last block of 8 computes beyond the batch is garbage of its own columns, and nobody reads it.
-  const u8* x_lane = xs + wk * X_STEP + (ONE ? 0 : g) * X_ROW + tig * 16;
-  const u8* sum_lane = sums + wk * SUMS_STEP + 2 * tig * 8;
+  const int at = slot * chunks + part;
+  const u8* x_lane = xs + at * X_STEP + (ONE ? 0 : g) * X_ROW + tig * 16;
+  const u8* sum_lane = sums + at * SUMS_STEP + 2 * tig * 8;
   u32 arrival = x_bar + 8 * wk;
   auto multiply = [&](const Codes (&codes)[RT]) {
     if (!ONE && !PLAIN) barrier_wait(arrival, 0);
     const u8* x_row = x_lane;
     const float* sub_sums = reinterpret_cast<const float*>(sum_lane);
-    arrival += 8 * WK, x_lane += WK * X_STEP, sum_lane += WK * SUMS_STEP;
+    arrival += 8 * WK, x_lane += apart * X_STEP, sum_lane += apart * SUMS_STEP;
     subgroup<0>(codes, table, x_row, sub_sums, acc);
     subgroup<1>(codes, table, x_row, sub_sums, acc);
     if constexpr (SUBS == 4) {
@@ -299,6 +313,10 @@ extern "C" __global__ void __launch_bounds__(512) dual_linear(const __grid_const
 
   // Sum the splits of K in a fixed order. partial[wk][m][row] overlays x.
   __syncthreads();
+#if SUMMED
+#pragma unroll
+  for (int r = 0; r < RT; r++) acc[r][0][0] *= score, acc[r][0][2] *= score;  // of the one row; the rest is not read
+#endif
   float* partial = reinterpret_cast<float*>(xs);
   const int stride = rows + 4;
 #pragma unroll
@@ -309,6 +327,7 @@ extern "C" __global__ void __launch_bounds__(512) dual_linear(const __grid_const
       float* to = partial + (wk * 8 * MB + m) * stride + row;
       to[0] = acc[r][n][0], to[stride] = acc[r][n][1], to[8] = acc[r][n][2], to[stride + 8] = acc[r][n][3];
     }
-  u16* y = moved(p.y, second * p.next_y) + u64(EXPERTS ? pair : m0) * p.N;
-  store_sums({y, p.bias, p.t_up, p.N}, partial, rows, stride, row0, WK, 8 * MB, batch, splits, rank);
+  u16* y = moved(p.y, second * p.next_y) + u64(SUMMED ? blockIdx.z : EXPERTS ? pair : m0) * p.N;
+  const u16* bias = SUMMED && p.bias ? p.bias + u64(blockIdx.z) * p.N : p.bias;
+  store_sums({y, bias, up, p.N}, partial, rows, stride, row0, WK, 8 * MB, batch, splits, rank);
 }

@@ -132,6 +132,74 @@ def _(x, index, tensors, numbers, second_tensors, second_numbers):
     return [_pairs_on_gpu(x, index, [tiles])[0] for tiles in (first, second)]
 
 
+@torch.library.custom_op("qbench::dual_linear_gated_experts", mutates_args=())
+def dual_linear_gated_experts(
+    gate: Tensor, up: Tensor, index: Tensor, tensors: Sequence[Tensor | None], numbers: Sequence[int]
+) -> Tensor:
+    """`dual_linear_experts` of silu(gate) * up, `[tokens, in]` both; a compiled mixture comes here (together.py)."""
+    return dual_linear_experts(F.silu(gate) * up, index, tensors, numbers)
+
+
+@dual_linear_gated_experts.register_fake
+def _(gate, up, index, tensors, numbers):
+    return gate.new_empty(*index.shape, Tiles.over(tensors, numbers).shape[-2])
+
+
+@dual_linear_gated_experts.register_kernel("cuda")
+def _(gate, up, index, tensors, numbers):
+    return _pairs_on_gpu(gate, index, [Tiles.over(tensors, numbers)], up)[0]
+
+
+@torch.library.custom_op("qbench::dual_linear_summed_experts", mutates_args=())
+def dual_linear_summed_experts(
+    gate: Tensor,
+    up: Tensor,
+    index: Tensor,
+    scores: Tensor,
+    tensors: Sequence[Tensor | None],
+    numbers: Sequence[int],
+    more: Tensor | None,
+) -> Tensor:
+    """Over a token's pairs the sum of scores times `dual_linear_gated_experts`, as `grouped.combine` adds them up.
+
+    gate, up `[tokens * k, in]`, index and scores `[tokens, k]` -> `[tokens, out]`; plus `more`, of that shape and of
+    gate's dtype.
+    """
+    return _gated_and_added(gate, up, index, scores, tensors, numbers, more)
+
+
+@dual_linear_summed_experts.register_fake
+def _(gate, up, index, scores, tensors, numbers, more):
+    return gate.new_empty(len(index), Tiles.over(tensors, numbers).shape[-2])
+
+
+@dual_linear_summed_experts.register_kernel("cuda")
+def _(gate, up, index, scores, tensors, numbers, more):
+    tiles, device = Tiles.over(tensors, numbers), gate.device.index
+    _check(gate, tiles)
+    few = gate.dtype in HALF and 0 < index.numel() <= EXPERT_PAIRS and cuda.refusal(device) is None
+    if few and _as_chosen(index) and tiles.rotation is None and gate.is_contiguous() and up.is_contiguous():
+        plan = blocks.summed_plan(index.shape[1], tiles, device)
+        if plan is not None:
+            with torch.cuda.device(gate.device):
+                more = None if more is None else more.contiguous()
+                return cuda.summed_experts(gate, up, index, scores, tiles, plan, more)
+    return _gated_and_added(gate, up, index, scores, tensors, numbers, more)
+
+
+def _gated_and_added(gate, up, index, scores, tensors, numbers, more):
+    from qbench.kernels import grouped
+
+    y = dual_linear_gated_experts(gate, up, index.reshape(-1, 1), tensors, numbers)
+    total = grouped.combine(y.flatten(0, 1), index, scores, Tiles.over(tensors, numbers).data.shape[0])
+    return total if more is None else total + more
+
+
+def _as_chosen(index: Tensor) -> bool:
+    """Whether a kernel reads it from where it is, and not a copy that the kernel in front may still be writing."""
+    return index.dtype == torch.int64 and index.is_contiguous()
+
+
 def _launch_together(first: Tiles, second: Tiles, dtype: torch.dtype) -> bool:
     """Whether one launch serves both: they differ in nothing but what they hold."""
     alike = first.shape == second.shape and first.nbits == second.nbits and first.group_size == second.group_size
@@ -141,16 +209,21 @@ def _launch_together(first: Tiles, second: Tiles, dtype: torch.dtype) -> bool:
     return alike and first.has_zero == second.has_zero and stored[0] == stored[1] and scaled and not own
 
 
-def _pairs_on_gpu(x: Tensor, index: Tensor, stacks: list[Tiles]) -> list[Tensor]:
-    """For each stack `[tokens, k, out]`; in one launch if they are few, else sorted."""
+def _pairs_on_gpu(x: Tensor, index: Tensor, stacks: list[Tiles], up: Tensor | None = None) -> list[Tensor]:
+    """For each stack `[tokens, k, out]`; in one launch if they are few, else sorted. With `up` of silu(x) * up."""
     tiles, device, pairs = stacks[0], x.device.index, index.numel()
     _check(x, tiles)
-    rows = tiles.shape[-2]
-    if x.dtype in HALF and 0 < pairs <= EXPERT_PAIRS and cuda.refusal(device) is None:
+    rows, fused = tiles.shape[-2], x.dtype in HALF and 0 < pairs <= EXPERT_PAIRS and cuda.refusal(device) is None
+    if up is not None and not (fused and _as_chosen(index) and tiles.rotation is None and x.stride() == up.stride()):
+        from qbench.kernels.grouped import silu_times
+
+        x, up = silu_times(x, up), None
+    if fused:
         plan = blocks.pair_plan(rows * pairs * len(stacks))
         x, stacks[0] = _rotated(x, tiles)  # there is no second one then
         with torch.cuda.device(x.device):
-            return [y.view(*index.shape, rows) for y in cuda.experts(_unit_stride(x), index, stacks, plan)]
+            x, up = _unit_stride(x), up if up is None else _unit_stride(up)
+            return [y.view(*index.shape, rows) for y in cuda.experts(x, index, stacks, plan, up)]
     from qbench.kernels import grouped, routes
 
     held = routes.route(index, tiles.data.shape[0])

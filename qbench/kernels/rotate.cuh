@@ -14,14 +14,13 @@
 #ifndef ROTATE
 #define ROTATE 0
 #endif
+#define ONES 0x3c003c00u                             // a pair of t that changes nothing
 #if ROTATE
 
 #define TURNS (ROTATE > 256 ? ROTATE / 256 : 1)     // times 256 columns that a warp takes at once
 
 constexpr int log2_of(int v) { return v > 1 ? 1 + log2_of(v / 2) : 0; }
 #define LOG_ROTATE log2_of(ROTATE)
-
-#define ONES 0x3c003c00u                             // a pair of t that changes nothing
 
 struct Hadamard { u32 first[4], second[2][2]; };    // a lane's share of both matrices
 

@@ -1,30 +1,28 @@
 """Several weights that multiply the same x in one launch: q, k and v; gate and up; of one row, or of a prompt's.
 
     dual_linears(x [..., in], tiles of each) -> [..., out] of each         as `dual_linear` of each
+    normed_dual_linears(x, weight [in], epsilon, tiles of each)            the same of x after an RMS norm
 
 At batch 1 a small matrix does not fill a GPU, and every launch has its start and its end. Serving engines therefore
-keep such matrices as one; here each weight stays its own, with its own t, and only the launch is shared. A compiled
-model gets there by itself: `graph_pass` gives inductor a pass that finds linears with the same x.
+keep such matrices as one; here each weight stays its own, with its own t, and only the launch is shared. A norm is one
+number a row, with which the product of x and the norm's weight is multiplied: of one row no launch is left of it. A
+compiled model gets there by itself (rewrite.py).
 """
 
 from __future__ import annotations
 
 import ctypes
-import operator
 from collections.abc import Sequence
 from functools import cache
-from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
-from qbench.kernels import blocks, choose, cuda, cuda_prompt, cuda_rotate, nvrtc, ops
+from qbench.kernels import blocks, cuda, cuda_prompt, cuda_rotate, nvrtc, ops
 from qbench.kernels.tiles import Tiles
 
-MOST = 4  # weights in a launch
 TENSORS, NUMBERS = 5, 7  # of `Tiles.flat`
-HELD = ("placeholder", "get_attr")  # nodes of weights, which are there before anything is computed
+SUMS_BYTES = 64  # of the warps' sums of squares
 
 
 @torch.library.custom_op("qbench::dual_linears", mutates_args=())
@@ -57,90 +55,87 @@ def _(x, tensors, numbers):
     return [ops.dual_linear(x, *each.flat(), None) for each in weights]
 
 
-def launch(x: Tensor, weights: Sequence[Tiles], chosen: blocks.Plan) -> list[Tensor]:
-    """y `[1, N]` of each weight for x `[1, K]`, fp16 or bf16, in one launch."""
+@torch.library.custom_op("qbench::normed_dual_linears", mutates_args=())
+def normed_dual_linears(
+    x: Tensor, weight: Tensor, epsilon: float, tensors: Sequence[Tensor | None], numbers: Sequence[int]
+) -> list[Tensor]:
+    """`dual_linears` of weight * x / sqrt(mean(x^2) + epsilon), as RMSNorm computes it: rounded before the weight."""
+    return dual_linears(_normed(x, weight, epsilon), tensors, numbers)
+
+
+@normed_dual_linears.register_fake
+def _(x, weight, epsilon, tensors, numbers):
+    return [x.new_empty(*x.shape[:-1], each.shape[-2]) for each in _each(tensors, numbers)]
+
+
+@normed_dual_linears.register_kernel("cuda")
+def _(x, weight, epsilon, tensors, numbers):
+    weights, K, device = _each(tensors, numbers), x.shape[-1], x.device.index
+    plain = (
+        weight.dtype == x.dtype == torch.bfloat16 and weight.is_contiguous() and x.numel() == K == weights[0].shape[1]
+    )
+    if plain and _alike(weights) and all(each.rotation is None for each in weights) and not cuda._plain(device):
+        plan = blocks.plan(1, sum(each.shape[0] for each in weights), K, weights[0], device)
+        if isinstance(plan, blocks.Plan) and plan.splits == 1 and cuda.refusal(device) is None:
+            with torch.cuda.device(x.device):
+                ys = launch(ops._unit_stride(x.reshape(1, K)), weights, plan, weight, epsilon)
+            return [y.view(*x.shape[:-1], -1) for y in ys]
+    return dual_linears(_normed(x, weight, epsilon), tensors, numbers)
+
+
+def _normed(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    wide = x.float()
+    return weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + epsilon)).to(x.dtype)
+
+
+def launch(
+    x: Tensor,
+    weights: Sequence[Tiles],
+    chosen: blocks.Plan,
+    norm: Tensor | None = None,
+    epsilon: float = 0.0,
+) -> list[Tensor]:
+    """y `[1, N]` of each weight for x `[1, K]`, fp16 or bf16, in one launch; after a norm of that weight, bf16 alone.
+
+    Before a norm, x times the weights may be too large for fp16. A block computes the norm of all columns: splits is 1.
+    """
     outputs = [x.new_empty(1, each.shape[0]) for each in weights]
     chunks = weights[0].data.shape[-2]
-    problems, clusters = _problems(len(weights))(), 0
+    problems, clusters, log_warps = _problems(len(weights))(), 0, chosen.splits_in_block.bit_length() - 1
     for i, (tiles, y) in enumerate(zip(weights, outputs, strict=True)):
         down, strips = cuda._down(x.dtype, tiles), tiles.data.shape[-3]
         addresses = {
             name: cuda._address(tensor)
             for name, tensor in (
                 *(("tiles", tiles.data), ("x", x), ("t", tiles.input_scale), ("permutation", tiles.permutation)),
-                *(("signs", cuda._signs(tiles)), ("codebook", tiles.codebook), ("y", y)),
+                *(("signs", cuda._signs(tiles)), ("codebook", tiles.codebook), ("y", y), ("factors", norm)),
             )
         }
         problems.each[i] = cuda._Problem(
             **addresses,
             **{"x_stride": x.stride(0), "t_down": down, "t_up": 1 / down, "M": 1, "N": tiles.shape[0], "K": x.shape[1]},
             **{"strips": strips, "chunks": chunks, "per": -(-chunks // chosen.splits), "stages": chosen.stages},
-            **{"log_splits_in_block": chosen.splits_in_block.bit_length() - 1, "pairs_per_row": 1},
+            **{"log_splits_in_block": log_warps, "log_warps_of_row": log_warps, "pairs_per_row": 1, "epsilon": epsilon},
         )
         problems.first[i] = clusters
         clusters += -(-strips // (chosen.strips_per_warp * chosen.strips))
     depth = {"RING": 1} if chosen.ring else {"DEPTH": chosen.stages}
     shape = {"MB": 1, "RT": chosen.strips_per_warp, "ONE": 1, "TOGETHER": len(weights)}
+    shape |= {} if norm is None else {"NORM": 1}
+    shared_bytes = chosen.shared_bytes(1, chunks, weights[0].nbits, weights[0].group_size, weights[0].has_zero)
     form = weights[0]
     defines = cuda._for(x.device.index, cuda._linear_defines(form, x.dtype, **shape, **depth))
     nvrtc.launch(
         nvrtc.load("dual_linear", x.device.index, defines),
         (clusters * chosen.splits, 1, 1),
         32 * chosen.strips * chosen.splits_in_block,
-        chosen.shared_bytes(1, chunks, form.nbits, form.group_size, form.has_zero),
+        shared_bytes + (0 if norm is None else SUMS_BYTES),
         cuda._stream(x.device),
         [problems],
         chosen.splits,
         early=cuda._early(x.device),
     )
     return outputs
-
-
-def graph_pass(choices: bool) -> Any:
-    """For inductor's `post_grad_custom_pre_pass`: fewer launches of the same work.
-
-    Linears of one x become `dual_linears`, and with `choices` a mixture's router is rewritten to choose.py's.
-    """
-    from torch._inductor.custom_graph_pass import CustomGraphPass
-
-    class Together(CustomGraphPass):
-        def __call__(self, graph: fx.Graph) -> None:
-            merge(graph)
-            if choices:
-                choose.rewrite(graph)
-
-        def uuid(self) -> bytes:  # what inductor's cache tells passes apart by
-            return b"".join(Path(file).read_bytes() for file in (__file__, choose.__file__)) + bytes([choices])
-
-    return Together()
-
-
-def merge(graph: fx.Graph) -> None:
-    """Replaces linears of one x, without bias, by one call of `dual_linears`, MOST at a time."""
-    of_x: dict[fx.Node, list[fx.Node]] = {}
-    for node in graph.nodes:
-        if node.target is not torch.ops.qbench.dual_linear.default or node.args[3] is not None:
-            continue
-        if all(part.op in HELD for part in (*node.args[1], *node.args[2]) if isinstance(part, fx.Node)):
-            of_x.setdefault(node.args[0], []).append(node)
-    for x, found in of_x.items():
-        for start in range(0, len(found), MOST):
-            if len(group := found[start : start + MOST]) > 1:
-                _merge(graph, x, group)
-
-
-def _merge(graph: fx.Graph, x: fx.Node, linears: list[fx.Node]) -> None:
-    first, tensors, numbers = linears[0], *([part for node in linears for part in node.args[i]] for i in (1, 2))
-    for held in dict.fromkeys(part for part in tensors if isinstance(part, fx.Node) and part.op == "get_attr"):
-        first.prepend(held)
-    with graph.inserting_before(first):
-        together = graph.call_function(torch.ops.qbench.dual_linears.default, (x, tensors, numbers))
-        together.meta["val"] = [node.meta.get("val") for node in linears]
-        each = [graph.call_function(operator.getitem, (together, i)) for i in range(len(linears))]
-    for node, one in zip(linears, each, strict=True):
-        one.meta = dict(node.meta)
-        node.replace_all_uses_with(one)
-        graph.erase_node(node)
 
 
 def _each(tensors: Sequence[Tensor | None], numbers: Sequence[int]) -> list[Tiles]:

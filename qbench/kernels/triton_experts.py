@@ -17,7 +17,7 @@ except ImportError:  # an older Triton: no kernel of its starts while the one in
 BLOCK = 1024
 
 
-def _early(x: Tensor) -> bool:
+def early_start(x: Tensor) -> bool:
     """Whether a kernel may start while the one in front ends and wait for it itself: from Hopper on."""
     return gdc_wait is not None and x.is_cuda and torch.cuda.get_device_capability(x.device) >= (9, 0)
 
@@ -138,7 +138,7 @@ def _combine(
 
 def combine(y: Tensor, index: Tensor, scores: Tensor, experts: int, place: Tensor | None, out: Tensor) -> None:
     """Into out `[tokens, hidden]`, as grouped.combine says."""
-    (tokens, per_token), early = scores.shape, _early(y)
+    (tokens, per_token), early = scores.shape, early_start(y)
     block = BLOCK if tokens > 8 else 256  # few tokens: more programs, each waits for memory but once
     with torch.cuda.device_of(y):
         _combine[(tokens, -(-y.shape[1] // block))](
@@ -165,7 +165,7 @@ def _silu_times(gate, up, y, count, BLOCK: tl.constexpr, EARLY: tl.constexpr):
 def silu_times(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up, which are of one shape and dtype."""
     gate, up = gate.contiguous(), up.contiguous()
-    y, count, early = torch.empty_like(gate), gate.numel(), _early(gate)
+    y, count, early = torch.empty_like(gate), gate.numel(), early_start(gate)
     with torch.cuda.device_of(gate):
         _silu_times[(-(-count // BLOCK),)](
             gate, up, y, count, BLOCK=BLOCK, num_warps=4, EARLY=early, **({"launch_pdl": True} if early else {})
@@ -214,7 +214,7 @@ def choose(logits: Tensor, k: int, softmax: bool, normalize: bool, dtype: torch.
     logits = logits if logits.stride(-1) == 1 else logits.contiguous()
     tokens, experts = logits.shape
     weights, index = logits.new_empty(tokens, k, dtype=dtype), logits.new_empty(tokens, k, dtype=torch.int64)
-    early = _early(logits)
+    early = early_start(logits)
     block = triton.next_power_of_2(max(experts, 32))
     with torch.cuda.device_of(logits):
         _choose[(tokens,)](

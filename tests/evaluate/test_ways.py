@@ -6,6 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch._dynamo.utils import counters
+from transformers import DeepseekV2Config, DeepseekV2ForCausalLM
+from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2Attention
 from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
 
 from qbench.config import SpeedConfig
@@ -17,6 +19,17 @@ from qbench.sources import tiny
 
 SMALL = SpeedConfig("default", batch_size=2, prefill_tokens=[12, 5], context_tokens=8, decode_tokens=6, repeats=1)
 ATTEND = attention.attend
+LATENT = {
+    **{
+        "vocab_size": 256,
+        "hidden_size": 64,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "first_k_dense_replace": 2,
+    },
+    **{"num_attention_heads": 4, "num_key_value_heads": 4, "q_lora_rank": 32, "kv_lora_rank": 48},
+    **{"v_head_dim": 24, "qk_rope_head_dim": 8, "qk_nope_head_dim": 16, "max_position_embeddings": 64},
+}
 MORE = (("dense", False), ("moe", False), ("moe", True))
 
 
@@ -69,6 +82,29 @@ def test_a_compiled_decode_is_the_eager_decode(architecture, laid_out):
     assert {name: set(kept) for name, kept in after.items()} == {name: set(kept) for name, kept in before.items()}
     assert [layer.self_attn.layer_idx for layer in tested.model.layers] == [0, 1]
     assert tested.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("laid_out", [True, *(pytest.param(case, marks=pytest.mark.slow) for case in (False, None))])
+@torch.inference_mode()
+def test_a_compiled_decode_over_latents(laid_out):
+    """No keys and values are made of DeepSeek's cache; laid_out=None: packed, without a kernel."""
+    torch.manual_seed(0)
+    tested = DeepseekV2ForCausalLM(DeepseekV2Config(**LATENT)).eval().requires_grad_(False)
+    if laid_out is not False:
+        quantize_model(tested, make_quantizer({"name": "sinq", "nbits": 4, "group_size": 64}))
+    if laid_out:
+        assert all(module.lay_out() for module in packed_weights(tested).values())
+    decoder = steps.Decoder(tested, prompt(), steps=6)
+    expected = decoded(decoder, decoder.step)
+    with ways.compiled(decoder) as way:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(DeepseekV2Attention, "expand_kv", None)  # it is not called
+            assert torch.equal(decoded(decoder, way.run), expected)
+        assert way.difference == pytest.approx(0, abs=1e-5)
+    assert not any("expand_kv" in vars(module) for module in tested.modules())
+    with attention.static(tested):  # a prompt makes keys and values after all
+        fed = tested(prompt()).logits
+    assert torch.allclose(fed, tested(prompt()).logits, atol=1e-5)
 
 
 @pytest.mark.slow

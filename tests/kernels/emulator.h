@@ -68,6 +68,9 @@ static thread_local dim3 threadIdx, blockIdx, blockDim;
 
 inline int min(int a, int b) { return a < b ? a : b; }
 inline int max(int a, int b) { return a > b ? a : b; }
+inline float __expf(float x) { return std::exp(x); }
+inline float __fdividef(float x, float y) { return x / y; }
+inline float rsqrtf(float x) { return 1 / std::sqrt(x); }
 inline float __uint_as_float(unsigned v) { float f; memcpy(&f, &v, 4); return f; }
 inline unsigned __byte_perm(unsigned a, unsigned b, unsigned selector) {
   unsigned long long pool = (unsigned long long)b << 32 | a;

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from qbench.kernels import blocks, cuda, cuda_experts
+from qbench.kernels import attend, blocks, cuda, cuda_experts, grouped
 from qbench.kernels.blocks import Plan, WidePlan
 from qbench.kernels.routes import SLOT_ROWS, route
 from qbench.kernels.tiles import to_tiles
@@ -142,6 +142,45 @@ def test_experts_in_one_launch(emulated, generator, rows):
     assert to_tiles(stacks[0]).select(1).shape == (24, 200)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "permuted"), [(torch.bfloat16, False), pytest.param(torch.float16, True, marks=pytest.mark.slow)]
+)
+def test_experts_gate_what_they_multiply(emulated, generator, dtype, permuted):
+    tiles = to_tiles(random_weight((2, 24, 130), 4, 64, generator, permuted=permuted))
+    gate, up = (torch.randn(3, 130, generator=generator).to(dtype) for _ in range(2))
+    index, plan = torch.tensor([[1], [0], [1]]), blocks.pair_plan(72)
+    (y,) = cuda.experts(gate, index, [tiles], plan, up)
+    (expected,) = cuda.experts(torch.nn.functional.silu(gate) * up, index, [tiles], plan)
+    assert len(emulated) == 2
+    assert (y.double() - expected.double()).norm() <= LIMITS[dtype] * expected.double().norm()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "nbits", "permuted", "scored", "warps", "stages", "ring"),
+    [
+        (torch.bfloat16, 4, False, torch.float32, 8, 1, True),
+        pytest.param(torch.float16, 3, True, torch.float16, 4, 1, False, marks=pytest.mark.slow),
+    ],
+)
+def test_experts_add_up_what_they_multiply(emulated, generator, dtype, nbits, permuted, scored, warps, stages, ring):
+    """Three pairs a token, a warp or two for each; one pair's expert lives elsewhere, and its row of x is no number."""
+    tiles = to_tiles(random_weight((2, 24, 130), nbits, 64, generator, permuted=permuted))
+    gate, up = (torch.randn(6, 130, generator=generator).to(dtype) for _ in range(2))
+    index, scores = torch.tensor([[1, 0, 1], [0, 7, 1]]), torch.rand(2, 3, generator=generator).to(scored)
+    gate[4] = float("nan")
+    plan = Plan(1, 1, 1, warps, 1, stages, ring)
+    y = cuda.summed_experts(gate, up, index, scores, tiles, plan)
+    assert ((launch := emulated[0])[0], launch[1]) == ((2, 1, 2), 32 * warps)
+    (each,) = cuda.experts(torch.nn.functional.silu(gate) * up, index.reshape(-1, 1), [tiles], blocks.pair_plan(72))
+    expected = grouped.combine(each.double(), index, scores.double(), 2)
+    assert y.dtype == dtype
+    assert (y.double() - expected).norm() <= LIMITS[dtype] * expected.norm()
+    assert torch.equal(y, cuda.summed_experts(gate, up, index, scores, tiles, plan))
+    more = torch.randn(2, 24, generator=generator).to(dtype)
+    y = cuda.summed_experts(gate, up, index, scores, tiles, plan, more)
+    assert (y.double() - expected - more.double()).norm() <= LIMITS[dtype] * expected.norm()
+
+
 def check_sorted_experts(generator, weight, tokens, per_token, dtype, plan, index=None):
     """Rows of x gathered, then sorted ones; experts that live elsewhere are left as they were."""
     experts, columns = weight.shape[0], weight.shape[2]
@@ -203,6 +242,19 @@ def test_dequantize_bit_for_bit(emulated, generator, nbits, codebook):
     for group_size, columns, dtype in ((32, 136, torch.float16), (64, 130, torch.bfloat16), (128, 264, torch.float32)):
         weight = random_weight((24, columns), nbits, group_size, generator, codebook=codebook)
         assert torch.equal(cuda.dequantize(to_tiles(weight), dtype), weight.dequantize(dtype))
+
+
+def test_rows_of_heads_in_one_weight(emulated, generator):
+    """Every head's own rows of one weight: written, and multiplied with that head's row of x."""
+    weight = random_weight((3 * 48, 200), 4, 64, generator)
+    tiles, dense = to_tiles(weight), weight.dequantize(torch.bfloat16).view(3, 48, 200)
+    first, last = (attend._of_heads(tiles, 3, *rows) for rows in ((0, 16), (16, 48)))
+    assert first.data.data_ptr() == tiles.data.data_ptr()
+    assert torch.equal(cuda.dequantize(first, torch.bfloat16), dense[:, :16])
+    x = torch.randn(3, 200, generator=generator).bfloat16()
+    y = cuda.own_matrices(x, last, blocks.pair_plan(96))
+    expected = torch.einsum("hoi,hi->ho", weight.dequantize().double().view(3, 48, 200)[:, 16:], x.double())
+    assert (y.double() - expected).norm() <= 1e-2 * expected.norm()
 
 
 def test_dequantize_a_stack(emulated, generator):
