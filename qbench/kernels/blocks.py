@@ -151,7 +151,8 @@ def _prompt(tuned: list[int] | None, M: int, N: int, least: int, busy: float) ->
     at work. None where it is not for M rows: 256 are a tile, which is computed whole, and for very many W is written.
     """
     x_blocks = -(-M // 256)
-    if tuned == [] or 4 * M / 3 < 256 * x_blocks:
+    filled = M / (256 * x_blocks)
+    if tuned == [] or filled < 0.75:
         return None
     if tuned:
         return PromptPlan(*tuned)

@@ -303,4 +303,4 @@ def test_plans_fit():
                     assert plan is not None, (M, N, K, form)
                     assert plan.shared_bytes(M, -(-K // 128), *form) <= 232448
                     assert plan.batch_blocks * 8 >= M or M > 128  # then in several passes
-        assert blocks._plan(4096, 12288, 4096, (4, 64, True), gpu, 232448) is None, "W is written"
+        assert blocks._plan(8192, 12288, 4096, (4, 64, True), gpu, 232448) is None, "W is written"
