@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from qbench.kernels import blocks, cuda, cuda_prompt, cuda_rotate, nvrtc, ops
+from qbench.kernels.routes import has_triton
 from qbench.kernels.tiles import Tiles
 
 TENSORS, NUMBERS = 5, 7  # of `Tiles.flat`
@@ -80,7 +81,11 @@ def _(x, weight, epsilon, tensors, numbers):
             with torch.cuda.device(x.device):
                 ys = launch(ops._unit_stride(x.reshape(1, K)), weights, plan, weight, epsilon)
             return [y.view(*x.shape[:-1], -1) for y in ys]
-    return dual_linears(_normed(x, weight, epsilon), tensors, numbers)
+    if not has_triton() or weight.dtype != x.dtype:
+        return dual_linears(_normed(x, weight, epsilon), tensors, numbers)
+    from qbench.kernels import triton_experts
+
+    return dual_linears(triton_experts.rms_norm(x, weight, epsilon), tensors, numbers)
 
 
 def _normed(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:

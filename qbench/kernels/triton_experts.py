@@ -174,6 +174,31 @@ def silu_times(gate: Tensor, up: Tensor) -> Tensor:
 
 
 @triton.jit
+def _rms_norm(x, weight, y, width, stride, epsilon, BLOCK: tl.constexpr, EARLY: tl.constexpr):
+    if EARLY:
+        gdc_wait()
+        gdc_launch_dependents()
+    row, at = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
+    wide = tl.load(x + row * stride + at, mask=at < width, other=0.0).to(tl.float32)
+    quotient = (wide * tl.rsqrt(tl.sum(wide * wide, 0) / width + epsilon)).to(y.dtype.element_ty).to(tl.float32)
+    factor = tl.load(weight + at, mask=at < width, other=0.0).to(tl.float32)
+    tl.store(y + row * width + at, (quotient * factor).to(y.dtype.element_ty), mask=at < width)
+
+
+def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    """weight `[width]` * x / sqrt(mean(x^2) + epsilon) of each row of x `[..., width]`, which are few."""
+    rows = x.reshape(-1, x.shape[-1])
+    rows = rows if rows.stride(-1) == 1 else rows.contiguous()
+    y, early, block = rows.new_empty(rows.shape), early_start(rows), triton.next_power_of_2(rows.shape[1])
+    with torch.cuda.device_of(rows):
+        _rms_norm[(len(rows),)](
+            rows, weight.contiguous(), y, rows.shape[1], rows.stride(0), epsilon, BLOCK=block, EARLY=early,
+            num_warps=8 if block >= 2048 else 4, **({"launch_pdl": True} if early else {}),
+        )  # fmt: skip
+    return y.view(x.shape)
+
+
+@triton.jit
 def _choose(
     logits, weights, index, experts, stride,
     K: tl.constexpr, SOFTMAX: tl.constexpr, NORMALIZE: tl.constexpr, BLOCK: tl.constexpr, KS: tl.constexpr,

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import tests.kernels.interpreted  # noqa: F401  (skips where there is a GPU or no Triton)
-from qbench.kernels import grouped, triton_experts, triton_linear
+from qbench.kernels import grouped, together, triton_experts, triton_linear
 from qbench.kernels import routes as routing
 from qbench.kernels.routes import route
 from qbench.kernels.tiles import to_tiles
@@ -75,3 +75,12 @@ def test_choices_by_triton(generator, tokens, experts, k):
     x = torch.tensor([[-1.0, 2.0, 2.0, -3.0, 0.0, 2.0]])
     weights, index = triton_experts.choose(x, 5, False, False, torch.float32)
     assert (weights.tolist(), index.tolist()) == ([[2, 2, 2, 0, -1]], [[1, 2, 5, 4, 0]])  # of equal ones the first
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_a_norm_by_triton(generator, dtype):
+    x, weight = torch.randn(2, 1, 41, generator=generator).to(dtype), torch.randn(41, generator=generator).to(dtype)
+    found = triton_experts.rms_norm(x.transpose(0, 1)[..., :40], weight[:40], 0.5)
+    expected = together._normed(x.transpose(0, 1)[..., :40], weight[:40], 0.5)
+    assert found.dtype == dtype
+    assert torch.allclose(found, expected, rtol=2e-3 if dtype == torch.float16 else 1e-5)

@@ -100,12 +100,13 @@ def test_a_norm_rides_in_the_product_that_alone_reads_it(generator):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])  # in a launch, and in front of it
 @pytest.mark.parametrize("rows", [(4096, 512, 512), (2048,), (24, 40, 72)])
-def test_a_norm_on_a_gpu(rows):
+def test_a_norm_on_a_gpu(rows, dtype):
     draw = torch.Generator().manual_seed(0)
     weights = [random_weight((count, 1088), 4, 64, draw) for count in rows]
     tiles = [to_tiles(w.with_tensors({name: tensor.cuda() for name, tensor in w.tensors().items()})) for w in weights]
-    x, weight = (torch.randn(size, generator=draw).to("cuda", torch.bfloat16) for size in ((1, 1, 1088), (1088,)))
+    x, weight = (torch.randn(size, generator=draw).to("cuda", dtype) for size in ((1, 1, 1088), (1088,)))
     flat = [part for each in tiles for part in each.flat()[0]], [part for each in tiles for part in each.flat()[1]]
     wide = 100 * x.double()
     normed = wide / (wide.square().mean(-1, keepdim=True) + 1e-6).sqrt() * weight.double()
