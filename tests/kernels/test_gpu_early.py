@@ -11,7 +11,7 @@ from torch import Tensor
 
 from qbench.format.rotation import Rotation
 from qbench.kernels import blocks, cuda, grouped, ops
-from qbench.kernels.blocks import AheadPlan, PromptPlan
+from qbench.kernels.blocks import PromptPlan
 from qbench.kernels.routes import route
 from qbench.kernels.tiles import to_tiles
 from qbench.layers.linear import use_kernels
@@ -75,10 +75,10 @@ def test_rotated(generator, monkeypatch, batch):
     assert all(relative_error(y, x, weight) <= 2e-2 for x, [y] in zip(xs, made, strict=True))
 
 
-@pytest.mark.parametrize("plan", [PromptPlan(32, 2, 1), PromptPlan(32, 2, 2, True), AheadPlan(32, 2, 2)])
+@pytest.mark.parametrize("plan", [PromptPlan(32, 2, 1), PromptPlan(32, 2, 2), PromptPlan(24, 2, 2)])
 def test_prompts(generator, monkeypatch, plan):
     if torch.cuda.get_device_capability()[0] != 9:
-        pytest.skip("prompt_linear.cu and ahead_linear.cu need Hopper")
+        pytest.skip("prompt_linear.cu needs Hopper")
     tiles = to_tiles(on_gpu(random_weight((1000, 4104), 4, 64, generator)))
     check(monkeypatch, lambda x: [cuda.linear(x, tiles, None, plan)], drawn(600, 4104))
 
@@ -86,7 +86,7 @@ def test_prompts(generator, monkeypatch, plan):
 @pytest.mark.parametrize("tokens", [1, 300])
 def test_weights_of_one_launch(generator, monkeypatch, tokens):
     if tokens > 1 and torch.cuda.get_device_capability()[0] == 9:
-        monkeypatch.setattr(blocks, "prompt_plan", lambda *_: PromptPlan(32, 2, 1, True))
+        monkeypatch.setattr(blocks, "prompt_plan", lambda *_: PromptPlan(32, 2, 2))
     tiles = [to_tiles(on_gpu(random_weight((rows, 1088), 4, 64, generator))) for rows in (1024, 264, 40)]
     check(monkeypatch, lambda x: torch.ops.qbench.dual_linears(x, *flattened(tiles)), drawn(tokens, 1088))
 
@@ -111,3 +111,22 @@ def test_a_mixtures_block(generator, monkeypatch, tokens):
     index, scores = some_index(tokens), torch.rand(tokens, PER_TOKEN, device="cuda").bfloat16()
     with torch.no_grad():
         check(monkeypatch, lambda x: [experts(x, index, scores)], drawn(tokens, 256))
+
+
+@pytest.mark.parametrize("summed", [True, False])
+@pytest.mark.parametrize("nbits", [2, 4])
+def test_a_token_of_a_mixture(generator, monkeypatch, nbits, summed):
+    """The choice, gate and up, and the product with down, which reads what was chosen before gate and up have ended."""
+    gate, up = (to_tiles(on_gpu(random_weight((EXPERTS, 264, 1040), nbits, 64, generator))) for _ in range(2))
+    down = to_tiles(on_gpu(random_weight((EXPERTS, 1040, 264), nbits, 64, generator)))
+    router = torch.randn(EXPERTS, 1040, device="cuda", dtype=torch.bfloat16)
+    op = torch.ops.qbench
+
+    def multiply(x):
+        scores, index = op.choose(x @ router.T, PER_TOKEN, True, True, torch.bfloat16)
+        gates, ups = (y.flatten(0, 1) for y in op.dual_linear_both_experts(x, index, *gate.flat(), *up.flat()))
+        if summed:
+            return [op.dual_linear_summed_experts(gates, ups, index, scores, *down.flat(), x)]
+        return [op.dual_linear_gated_experts(gates, ups, index.reshape(-1, 1), *down.flat())]
+
+    check(monkeypatch, multiply, drawn(1, 1040))
