@@ -204,7 +204,7 @@ def test_gated_experts_on_a_gpu(dtype):
 @pytest.mark.parametrize("tokens", [1, 300])
 def test_on_a_gpu(monkeypatch, rows, dtype, tokens):
     if tokens > 1 and torch.cuda.get_device_capability()[0] == 9:
-        monkeypatch.setattr(blocks, "prompt_plan", lambda *_: PromptPlan(32, 2, 1, True))
+        monkeypatch.setattr(blocks, "prompt_plan", lambda *_: PromptPlan(32, 2, 2))
     draw = torch.Generator().manual_seed(0)
     weights = [random_weight((count, 1088), 4, 64, draw) for count in rows]
     on_gpu = [w.with_tensors({name: tensor.cuda() for name, tensor in w.tensors().items()}) for w in weights]
