@@ -4,14 +4,16 @@ One new token per sequence: transformers hands a compiled step's cache to torch'
 copy of keys and values for every query head that shares them. Here it is two launches on a GPU, and plain torch on a
 CPU (kernels/attend.py); where the cache holds latents, as DeepSeek's does, no keys and values are made of them. A
 prompt that fills the cache needs no mask, which transformers does not see while a CUDA graph is captured. All else is
-transformers' "sdpa".
+transformers' "sdpa", and all of it where a model's own code asks for that name.
 """
 
 from __future__ import annotations
 
+import re
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from inspect import signature
+from inspect import getsource, signature
 from typing import Any
 
 import torch
@@ -22,6 +24,7 @@ from qbench.kernels.tiles import Tiles
 from qbench.layers.linear import QuantLinear
 
 NAME = "qbench_static"
+ASKS_FOR_SDPA = re.compile(r"_attn_implementation (==|in) .*[\"']sdpa[\"']")
 
 
 def attend(
@@ -80,11 +83,24 @@ def mask(q_length: int, kv_length: int, **options: Any) -> Tensor | None:
     return sdpa_mask(q_length=q_length, kv_length=kv_length, **options)
 
 
+def _asks_for_sdpa(model: nn.Module) -> bool:
+    """Whether a model computes something else under another name: DeepSeek-V3.2's masks what its indexer left out only
+    where its attention is called "sdpa"."""
+    for name in {type(module).__module__ for module in model.modules()}:
+        if not name.startswith("torch."):
+            try:
+                if ASKS_FOR_SDPA.search(getsource(sys.modules[name])):
+                    return True
+            except (OSError, TypeError, KeyError):  # no source to be read
+                continue
+    return False
+
+
 @contextmanager
 def static(model: Any) -> Iterator[None]:
     """While it lasts, `model` attends through `attend` and `mask`, if it attended through transformers' "sdpa"."""
     before = getattr(model.config.get_text_config(decoder=True), "_attn_implementation", None)
-    if before != "sdpa":
+    if before != "sdpa" or _asks_for_sdpa(model):
         yield
         return
     from transformers import AttentionInterface, AttentionMaskInterface

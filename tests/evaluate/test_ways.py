@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch._dynamo.utils import counters
-from transformers import DeepseekV2Config, DeepseekV2ForCausalLM
+from transformers import DeepseekV2Config, DeepseekV2ForCausalLM, DeepseekV32Config, DeepseekV32ForCausalLM
 from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2Attention
 from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
 
@@ -212,6 +212,18 @@ def test_a_prompt_that_fills_the_cache_needs_no_mask_also_while_it_is_captured(m
     assert masks == [None, None]  # of two blocks
     assert attention.mask(4, 8, batch_size=1, q_offset=4).shape == (1, 1, 4, 8)
     assert attention.mask(4, 4, batch_size=1, local_size=2, allow_is_causal_skip=False).shape == (1, 1, 4, 4)
+
+
+@torch.inference_mode()
+def test_a_model_that_asks_for_the_name_of_its_attention_keeps_it():
+    """DeepSeek-V3.2's own code masks what its indexer left out, if its attention is called "sdpa"."""
+    torch.manual_seed(0)
+    sizes = LATENT | {"num_hidden_layers": 1, "index_topk": 3, "index_n_heads": 2, "index_head_dim": 16}
+    work = steps.Prefill(DeepseekV32ForCausalLM(DeepseekV32Config(**sizes)).eval(), prompt())
+    expected = work.step()
+    with attention.static(work.model):
+        work.rewind()
+        assert torch.equal(work.step(), expected)
 
 
 def test_experts_are_multiplied_as_asked_and_then_as_before():
