@@ -50,7 +50,7 @@ def norm(graph: fx.Graph) -> None:
             continue
         x, tensors, numbers, *_ = node.args
         found = _of_norm(_base(x)) if isinstance(x, fx.Node) and _read_once(x, _base(x)) else None
-        if found is None or found[0].meta["val"].numel() != _shape(x)[-1]:
+        if found is None or not _numel(found[0]) == _numel(found[1]) == _shape(x)[-1]:  # a weight of heads is shorter
             continue
         source, weight, epsilon = found
         with graph.inserting_before(node):
@@ -166,6 +166,10 @@ def _read_once(view: fx.Node, base: fx.Node) -> bool:
     return len(base.users) == 1
 
 
+def _numel(node: fx.Node) -> int:
+    return node.meta["val"].numel()
+
+
 def _shape(node: fx.Node) -> list[int]:
     return list(node.meta["val"].shape)
 
@@ -180,8 +184,14 @@ def count_early(graph: fx.Graph) -> None:
         to, source = node.args
         if to.op == "placeholder" and to.meta["val"].numel() == 1 and source.meta["val"].dtype == to.meta["val"].dtype:
             readers = [user for user in to.users if user is not node]
-            if all(user in place and user.target not in VIEWS for user in readers):
+            if all(user in place and not _shares_memory(user) for user in readers):
                 max((source, *readers), key=place.__getitem__).append(node)
+
+
+def _shares_memory(reader: fx.Node) -> bool:
+    """Whether what a node gives may be a view of what it reads, so that its readers read that as well."""
+    schema = getattr(reader.target, "_schema", None)
+    return schema is None or any(one.alias_info is not None for one in schema.returns)
 
 
 def merge(graph: fx.Graph) -> None:

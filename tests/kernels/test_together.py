@@ -99,6 +99,20 @@ def test_a_norm_rides_in_the_product_that_alone_reads_it(generator):
     torch.library.opcheck(together.normed_dual_linears, given, test_utils=("test_schema", "test_faketensor"))
 
 
+def test_a_norm_of_every_head_is_no_norm_of_the_row(generator):
+    tiles = to_tiles(random_weight((24, 40), 4, 64, generator))
+    x, weight = torch.randn(1, 5, 8, generator=generator), torch.randn(8, generator=generator)
+
+    def forward(x):
+        normed = weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6))
+        return ops.linear(normed.reshape(1, 40), tiles)
+
+    traced = make_fx(forward, tracing_mode="fake", _allow_non_fake_inputs=True)(x)
+    rewrite.norm(traced.graph)
+    traced.recompile()
+    assert torch.equal(traced(x), forward(x))
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])  # in a launch, and in front of it
 @pytest.mark.parametrize("rows", [(4096, 512, 512), (2048,), (24, 40, 72)])
@@ -138,6 +152,22 @@ def test_a_counter_is_copied_before_what_does_not_read_it(generator):
     )
     assert torch.equal(traced(x, count), forward(x, torch.tensor([3])))
     assert count == 4
+
+
+def test_a_counter_that_is_read_through_a_view_waits_for_its_readers():
+    def forward(x, count):
+        seen, more = count.unsqueeze(0), count + 1
+        y = x.exp()
+        z = y * seen
+        count.copy_(more)
+        return z
+
+    x = torch.ones(2)
+    traced = make_fx(forward)(x, torch.tensor([3]))
+    rewrite.count_early(traced.graph)
+    traced.graph.lint()
+    traced.recompile()
+    assert torch.equal(traced(x, torch.tensor([3])), forward(x, torch.tensor([3])))
 
 
 def test_experts_take_what_gates_them_and_what_adds_them_up(generator):
