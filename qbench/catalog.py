@@ -4,6 +4,7 @@ machine multiplies packed weights.
 
 from __future__ import annotations
 
+import argparse
 import sys
 
 from qbench import entry
@@ -11,7 +12,9 @@ from qbench.registry import EXPORTER, READER, names, quantizer_names
 from qbench.request.options import GROUPS, options
 
 
-def main() -> int:
+def main(arguments: list[str] | None = None) -> int:
+    lists = "The models, quantizers and tasks that can be run here, all of them."
+    argparse.ArgumentParser(prog="python -m qbench.catalog", description=lists).parse_args(arguments)
     from rich.console import Console  # here: the command line asks this module for options, and prints no tables
     from rich.table import Table
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from qbench import catalog
 from qbench.record.result import Result
 from qbench.record.store import PARTIAL
 from tests import random_requests
@@ -395,3 +396,9 @@ def test_help_and_catalog_name_every_choice():
         for word in ("sinq", "rtn", "qwen3-8b", "deepseek-v2.5", "wikitext2", "mini", "wandb"):
             assert word in done.stdout
     assert "multiplies packed weights by: " in done.stdout
+
+
+def test_the_catalog_takes_no_argument(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        catalog.main(["gptq"])
+    assert capsys.readouterr().err.splitlines()[-1].endswith("unrecognized arguments: gptq")
