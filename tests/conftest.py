@@ -43,6 +43,11 @@ def pytest_collection_finish():
     gc.set_threshold(10_000, 20, 20)
 
 
+def pytest_runtest_setup(item):
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("no CUDA device is here")
+
+
 def pytest_runtest_logfinish():
     if len(sys.modules) > _frozen + 200:
         _freeze()
