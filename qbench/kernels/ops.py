@@ -136,7 +136,7 @@ def _(x, index, tensors, numbers, second_tensors, second_numbers):
 def dual_linear_gated_experts(
     gate: Tensor, up: Tensor, index: Tensor, tensors: Sequence[Tensor | None], numbers: Sequence[int]
 ) -> Tensor:
-    """`dual_linear_experts` of silu(gate) * up, `[tokens, in]` both; a compiled mixture comes here (together.py)."""
+    """`dual_linear_experts` of silu(gate) * up, `[tokens, in]` both; a compiled mixture comes here (rewrite.py)."""
     return dual_linear_experts(F.silu(gate) * up, index, tensors, numbers)
 
 
