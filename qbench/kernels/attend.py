@@ -125,7 +125,8 @@ def _of_heads(tiles: Tiles, heads: int, first: int, last: int) -> Tiles:
 
 def _natural(tiles: Tiles, dtype: torch.dtype) -> Tensor:
     """The weight `[out, in]` itself, as it multiplies an x that is neither rotated nor permuted."""
-    if tiles.rotation is not None and not cuda_rotate.undoes(tiles, dtype):
+    undone = cuda_rotate.undoes(tiles, dtype) and cuda.refusal(tiles.data.device.index, "dequantize") is None
+    if tiles.rotation is not None and not undone:
         return layout.dequantize(tiles, dtype)
     weight = ops._dequantize_on_gpu(tiles, dtype)
     if tiles.permutation is None:

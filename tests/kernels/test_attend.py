@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
 
-from qbench.kernels import attend
+from qbench.format.rotation import Rotation
+from qbench.kernels import attend, cuda, ops
+from qbench.kernels import tiles as layout
 from qbench.kernels.tiles import to_tiles
 from tests.kernels.cases import random_weight
 
@@ -108,3 +112,13 @@ def test_latents_of_a_packed_weight(heads, own, value, device, dtype, limit):
     assert (found.shape, found.dtype) == (expected.shape, dtype)
     assert (found.double().cpu() - expected).norm() <= limit * expected.norm()
     torch.library.opcheck(attend.dual_attend_latent, given, test_utils=("test_schema", "test_faketensor"))
+
+
+def test_a_rotated_weight_in_its_own_basis_where_no_kernel_undoes_it(monkeypatch, generator):
+    """What Triton writes is in the rotated basis."""
+    weight = replace(random_weight((32, 128), 4, 64, generator), rotation=Rotation.seeded(128, 64, 0))
+    in_rotated_basis = lambda tiles, dtype: layout.dequantize(replace(tiles, rotation=None), dtype)  # noqa: E731
+    monkeypatch.setattr(cuda, "refusal", lambda *_: "it does not compile")
+    monkeypatch.setattr(ops, "_dequantize_on_gpu", in_rotated_basis)
+    found = attend._natural(to_tiles(weight), torch.bfloat16)
+    assert (found.double() - weight.dequantize().double()).norm() <= 1e-2 * found.double().norm()
