@@ -91,8 +91,8 @@ def check_positions(
         longest = max(*speed.lengths, (speed.context_tokens or 0) + (speed.decode_tokens or 0))
         if longest > most:
             raise RequestError(
-                f"speed asks for {longest} tokens in a sequence, this model takes {most}; lower speed.prefill_tokens "
-                "or speed.context_tokens"
+                f"speed asks for {longest} tokens in a sequence, this model takes {most}; lower speed.prefill_tokens, "
+                "speed.context_tokens or speed.decode_tokens"
             )
 
 

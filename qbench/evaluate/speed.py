@@ -65,8 +65,8 @@ def measure(model: Any, config: SpeedConfig) -> InferenceRecord:
     longest = max(*config.lengths, config.context_tokens + config.decode_tokens)
     if longest > (limit := getattr(text, "max_position_embeddings", None) or longest):
         raise PointError(
-            f"speed asks for {longest} tokens in a sequence, this model takes {limit}; lower speed.prefill_tokens or "
-            "speed.context_tokens"
+            f"speed asks for {longest} tokens in a sequence, this model takes {limit}; lower speed.prefill_tokens, "
+            "speed.context_tokens or speed.decode_tokens"
         )
     generator = torch.Generator().manual_seed(0)
     shape = (config.batch_size, max(*config.lengths, config.context_tokens))
