@@ -56,7 +56,7 @@ def test_rotary_positions_go_on_only_if_that_is_asked_for(config):
     with pytest.raises(RequestError, match=r"calibration\.window=128, but this model takes 64 positions"):
         check_positions(limits, task(window=64), calibration, None)
     speed = SpeedConfig("default", 1, 32, 60, 8, 1)
-    with pytest.raises(RequestError, match="speed asks for 68 tokens .* takes 64; lower .* or speed.decode_tokens"):
+    with pytest.raises(RequestError, match=r"speed asks for 68 .* takes 64; lower .* or speed\.decode_tokens"):
         check_positions(limits, task(beyond_positions=True), None, speed)
 
 
