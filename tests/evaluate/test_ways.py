@@ -219,11 +219,13 @@ def test_a_model_that_asks_for_the_name_of_its_attention_keeps_it():
     """DeepSeek-V3.2's own code masks what its indexer left out, if its attention is called "sdpa"."""
     torch.manual_seed(0)
     sizes = LATENT | {"num_hidden_layers": 1, "index_topk": 3, "index_n_heads": 2, "index_head_dim": 16}
-    work = steps.Prefill(DeepseekV32ForCausalLM(DeepseekV32Config(**sizes)).eval(), prompt())
+    tested = DeepseekV32ForCausalLM(DeepseekV32Config(**sizes)).eval()
+    work = steps.Prefill(tested, prompt())
     expected = work.step()
     with attention.static(work.model):
         work.rewind()
         assert torch.equal(work.step(), expected)
+    assert steps.Decoder(tested, prompt(), steps=1).uncapturable == "its cache holds more than keys and values"
 
 
 def test_experts_are_multiplied_as_asked_and_then_as_before():
