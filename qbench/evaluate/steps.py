@@ -46,7 +46,7 @@ class Decoder:
         self.tokens = len(prompt)  # of one step
         # layers of a sliding window overwrite what they hold, and keep their length where no graph can change it
         self.rewinds_freely = all(type(layer) is StaticLayer for layer in self.cache.layers)
-        sliding = any(layer.is_sliding for layer in self.cache.layers)
+        sliding = any(getattr(layer, "is_sliding", False) for layer in self.cache.layers)
         because = "the model has sliding-window layers" if sliding else "its cache holds more than keys and values"
         self.uncapturable = None if self.rewinds_freely else because
         self._fill()
