@@ -1,4 +1,4 @@
-"""How a problem is cut into blocks of dual_linear.cu and wide_linear.cu: tuned per GPU, else by rule.
+"""How a problem is cut into blocks of dual_linear.cu, wide_linear.cu and prompt_linear.cu: tuned per GPU, else by rule.
 
 `benchmarks/tune.py` writes plans/GPU.json; nothing is tuned while the library runs.
 """

@@ -102,7 +102,7 @@ def launch(
 ) -> list[Tensor]:
     """y `[1, N]` of each weight for x `[1, K]`, fp16 or bf16, in one launch; after a norm of that weight, bf16 alone.
 
-    Before a norm, x times the weights may be too large for fp16. A block computes the norm of all columns: splits is 1.
+    x times the norm's weight, not yet divided, may be too large for fp16. A block adds up all columns: splits is 1.
     """
     outputs = [x.new_empty(1, each.shape[0]) for each in weights]
     chunks = weights[0].data.shape[-2]

@@ -2,8 +2,8 @@
 
 A program takes a part of the positions for heads that share a key, so that keys and values are read once, and keeps
 what it has in fp32: the largest score, the sum of exponentials, the sum of values. The second launch joins the parts.
-Latents are key and value of all heads: a launch before takes queries to their columns, and the one that joins
-multiplies with the matrices that make values of them.
+Latents are key and value of all heads: a launch before takes queries to their columns, and one after makes values of
+what was attended to.
 """
 
 from __future__ import annotations
