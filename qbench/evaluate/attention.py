@@ -63,7 +63,7 @@ def _keeps_latents(module: nn.Module) -> bool:
         return False
     if isinstance(linear, QuantLinear):
         return linear.kernel is None or isinstance(linear.layout, Tiles)
-    return type(linear) is nn.Linear
+    return type(linear) is nn.Linear and "forward" not in vars(linear)  # an offloaded weight comes when it is called
 
 
 def _over_latents(query, latent, rotary, linear: nn.Module, mask: Tensor, scale: float) -> Tensor:

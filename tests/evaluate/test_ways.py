@@ -13,6 +13,7 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
 from qbench.config import SpeedConfig
 from qbench.evaluate import attention, speed, steps, ways
 from qbench.layers.linear import packed_weights
+from qbench.model.offload import runs_offloaded
 from qbench.passes.quantize import quantize_model
 from qbench.registry import make_quantizer
 from qbench.sources import tiny
@@ -212,6 +213,17 @@ def test_a_prompt_that_fills_the_cache_needs_no_mask_also_while_it_is_captured(m
     assert masks == [None, None]  # of two blocks
     assert attention.mask(4, 8, batch_size=1, q_offset=4).shape == (1, 1, 4, 8)
     assert attention.mask(4, 4, batch_size=1, local_size=2, allow_is_causal_skip=False).shape == (1, 1, 4, 4)
+
+
+@torch.inference_mode()
+def test_over_latents_an_offloaded_weight_comes_when_its_module_is_called():
+    torch.manual_seed(0)
+    tested = DeepseekV2ForCausalLM(DeepseekV2Config(**LATENT)).eval().requires_grad_(False)
+    decoder = steps.Decoder(tested, prompt(), steps=6)
+    expected = decoded(decoder, decoder.step)
+    with runs_offloaded(tested, True), attention.static(tested):
+        assert tested.model.layers[0].self_attn.kv_b_proj.weight.is_meta
+        assert torch.equal(decoded(decoder, decoder.step), expected)
 
 
 @torch.inference_mode()
