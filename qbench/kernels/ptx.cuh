@@ -161,40 +161,6 @@ __device__ __forceinline__ void barrier_arrive(u32 bar, u32 rank, bool now) {
   asm volatile("{\n.reg .u32 there;\n.reg .pred now;\nsetp.ne.b32 now, %2, 0;\nmapa.shared::cluster.u32 there, %0, %1;\n"
                "@now mbarrier.arrive.shared::cluster.b64 _, [there];\n}" ::"r"(bar), "r"(rank), "r"(int(now)) : "memory");
 }
-// What a warp wrote to global memory before raising a flag, another block may read after waiting for it.
-__device__ __forceinline__ void raise_flag(u32* flag) { asm volatile("st.release.gpu.global.u32 [%0], 1;" ::"l"(flag) : "memory"); }
-__device__ __forceinline__ void await_flag(const u32* flag) {
-  u32 raised = 0;
-  while (!raised) asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(raised) : "l"(flag) : "memory");
-}
-__device__ __forceinline__ u32 load_flag(const u32* flag) {
-  u32 v;
-  asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(v) : "l"(flag) : "memory");
-  return v;
-}
-__device__ __forceinline__ void add_to_flag(u32* flag, u32 count) {
-  asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(flag), "r"(count) : "memory");
-}
-__device__ __forceinline__ void rest() { asm volatile("nanosleep.u32 100;" ::: "memory"); }
-__device__ __forceinline__ int leading(bool there) {  // how many lanes in a row, from the first on
-  const u32 missing = ~__ballot_sync(0xffffffffu, there);
-  return missing ? __ffs(missing) - 1 : 32;
-}
-// The next number of a counter, for the first lane; it takes its time to come.
-__device__ __forceinline__ int draw_ticket(u32* counter, int lane) {
-  int v = 0;
-  if (lane == 0) asm volatile("atom.relaxed.gpu.global.add.u32 %0, [%1], 1;" : "=r"(v) : "l"(counter) : "memory");
-  return v;
-}
-__device__ __forceinline__ int from_first(int v) { return __shfl_sync(0xffffffffu, v, 0); }
-// Between what threads write to global memory and the bulk copies of others, which read it: before and after the flag.
-__device__ __forceinline__ void show_written() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
-__device__ __forceinline__ void see_written() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
-__device__ __forceinline__ float4 load_sums(const float4* p) {
-  float4 v;
-  asm volatile("ld.global.cg.v4.f32 {%0,%1,%2,%3}, [%4];" : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "l"(p) : "memory");
-  return v;
-}
 __device__ __forceinline__ void warpgroup_sync(int group) {
   asm volatile("bar.sync %0, 128;" ::"r"(group + 1) : "memory");
 }
@@ -287,14 +253,6 @@ template <int B = NB> __device__ __forceinline__ void wgmma(float (&d)[4 * NB], 
     asm volatile(A_IN_REGISTERS(192, R96, 96, 97, 98, 99, 100) : D32(0), D32(32), D32(64) : OPERANDS);
   else if constexpr (B == 32)
     asm volatile(A_IN_REGISTERS(256, R128, 128, 129, 130, 131, 132) : D32(0), D32(32), D32(64), D32(96) : OPERANDS);
-}
-// With A `[64 rows][16 columns]` in shared memory as well; 256 rows of B.
-__device__ __forceinline__ void wgmma_shared(float (&d)[4 * NB], u64 a, u64 b) {
-#define A_IN_MEMORY(n, registers, a, b) WGMMA(n) "{" registers "}, %" #a ", %" #b ", 1, 1, 1, 0, 0;"
-  if constexpr (NB == 16) asm volatile(A_IN_MEMORY(128, R64, 64, 65) : D32(0), D32(32) : "l"(a), "l"(b));
-  else if constexpr (NB == 24) asm volatile(A_IN_MEMORY(192, R96, 96, 97) : D32(0), D32(32), D32(64) : "l"(a), "l"(b));
-  else if constexpr (NB == 32)
-    asm volatile(A_IN_MEMORY(256, R128, 128, 129) : D32(0), D32(32), D32(64), D32(96) : "l"(a), "l"(b));
 }
 __device__ __forceinline__ void wgmma_open() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }

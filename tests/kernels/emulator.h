@@ -26,7 +26,6 @@ struct dim3 { unsigned x, y, z; };
 struct Warp {
   std::barrier<> sync{32};
   float values[32];
-  u32 words[32];
   unsigned a[32][4], b[32][2];
 };
 // An mbarrier in 64 bits: completed phases, arrivals that end one, arrivals left, bytes still expected.
@@ -89,14 +88,6 @@ inline float from_lane(float value, int lane) {
   return found;
 }
 inline float __shfl_xor_sync(unsigned, float value, int step) { return from_lane(value, lane_id() ^ step); }
-inline u32 __shfl_xor_sync(unsigned, u32 value, int step) {
-  here.warp->words[lane_id()] = value;
-  __syncwarp();
-  const u32 found = here.warp->words[lane_id() ^ step];
-  __syncwarp();
-  return found;
-}
-inline u32 __funnelshift_l(u32 low, u32 high, u32 shift) { return u32(((u64(high) << 32 | low) << (shift & 31)) >> 32); }
 inline float __shfl_sync(unsigned, float value, int lane) { return from_lane(value, lane); }
 inline int __shfl_sync(unsigned, unsigned value, int lane) { return int(from_lane(float(value), lane)); }
 
@@ -153,24 +144,6 @@ inline void bulk_copy(u32 to, const void* from, u32 bytes, u32 bar) {
 inline void barrier_wait(u32 bar, u32 parity) {
   while ((Barrier(barrier_at(bar, here.rank)).phase & 1) == parity) std::this_thread::sleep_for(std::chrono::milliseconds(1));
 }
-inline void raise_flag(u32* flag) { std::atomic_ref<u32>{*flag}.store(1); }
-inline void await_flag(const u32* flag) {  // clusters run one after the other: nobody may wait for one that comes later
-  if (std::atomic_ref<u32>{*const_cast<u32*>(flag)}.load() != 1) abort();
-}
-inline u32 load_flag(const u32* flag) { return std::atomic_ref<u32>{*const_cast<u32*>(flag)}.load(); }
-inline void add_to_flag(u32* flag, u32 count) { std::atomic_ref<u32>{*flag}.fetch_add(count); }
-inline void rest() { std::this_thread::sleep_for(std::chrono::milliseconds(1)); }
-inline int leading(bool there) {
-  int count = 0;
-  for (int lane = 31; lane >= 0; lane--) count = from_lane(there, lane) > 0 ? count + 1 : 0;
-  if (count < 32) std::this_thread::sleep_for(std::chrono::milliseconds(1));
-  return count;
-}
-inline int draw_ticket(u32* counter, int lane) { return lane == 0 ? int(std::atomic_ref<u32>{*counter}.fetch_add(1)) : 0; }
-inline int from_first(int v) { return int(from_lane(float(v), 0)); }
-inline void show_written() {}
-inline void see_written() {}
-inline float4 load_sums(const float4* p) { return *p; }
 template <int> inline void fewer_registers() {}
 template <int> inline void more_registers() {}
 
@@ -259,16 +232,6 @@ template <int B = NB> inline void wgmma(float (&d)[4 * NB], const u32 (&a)[4], u
     d[i] = sum;
   }
   __syncwarp();
-}
-// A in shared memory like B: 16 of its 64 rows are this warp's.
-inline void wgmma_shared(float (&d)[4 * NB], u64 a, u64 b) {
-  const unsigned lane = lane_id(), start = (unsigned(a & 0x3fff) << 4) + threadIdx.x / 32 % 4 * 2048;
-  u32 mine[4];
-  for (int i = 0; i < 4; i++) {
-    const unsigned at = start + (lane / 4 + i % 2 * 8) * 128 + (i / 2 * 8 + lane % 4 * 2) * 2;
-    memcpy(mine + i, here.block->memory.data() + (at ^ (at >> 7 & 7) << 4), 4);
-  }
-  wgmma(d, mine, b);
 }
 inline void wgmma_open() {}
 inline void wgmma_commit() {}
