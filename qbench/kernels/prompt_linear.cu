@@ -8,8 +8,8 @@
 // W in 16 bits exists nowhere. What a warp issues beside wgmma is hardly hidden, so the warps that multiply do no more than
 // five instructions for two weights: three others turn scales, zeros and t into 16-bit floats, once for the block.
 // x arrives by box copies, in the order of its columns; a word of the packed weight holds eight adjacent columns, so each of
-// the four lanes that share rows reads all four words, and takes its field of each. Each
-// block of a cluster fetches a share of the rows of x and sends it to all of them; their rows of the weight differ.
+// the four lanes that share rows reads all four words, and takes its field of each. Each block of a cluster fetches a
+// share of the rows of x and sends it to all of them; their rows of the weight differ.
 // Blocks stay and take one tile of y after the other: the next tile's operands arrive while the last one's sums are
 // written. Where the last wave would leave half of the clusters idle, a cluster of two takes the tile of one block there: each
 // multiplies half of the columns, then finishes half of the rows of x with the other's sums. `whole` counts the clusters'
@@ -102,8 +102,8 @@ prompt_linear(const __grid_constant__ Map x, const __grid_constant__ Problem p) 
     if (++w_stage == W_STAGES) w_stage = 0, w_parity ^= 1;
   };
 
-  if (warp > STRIPS) {  // three warps of the warpgroup that lends its registers
-    fewer_registers<40>();
+  if (warp >= STRIPS) fewer_registers<40>();  // a warpgroup, at once
+  if (warp > STRIPS) {  // three warps of it make ready
     const int third = warp - STRIPS - 1;
 #pragma unroll 1
     while (work.next()) {
@@ -118,8 +118,7 @@ prompt_linear(const __grid_constant__ Map x, const __grid_constant__ Problem p) 
       }
     }
     if (work.parted) cluster_sync(), cluster_sync();
-  } else if (warp == STRIPS) {  // the one that fetches
-    fewer_registers<40>();
+  } else if (warp == STRIPS) {  // the fourth fetches
     bool waited = false;
 #pragma unroll 1
     while (work.next()) {

@@ -26,7 +26,6 @@ struct dim3 { unsigned x, y, z; };
 struct Warp {
   std::barrier<> sync{32};
   float values[32];
-  u32 words[32];
   unsigned a[32][4], b[32][2];
 };
 // An mbarrier in 64 bits: completed phases, arrivals that end one, arrivals left, bytes still expected.
@@ -89,14 +88,6 @@ inline float from_lane(float value, int lane) {
   return found;
 }
 inline float __shfl_xor_sync(unsigned, float value, int step) { return from_lane(value, lane_id() ^ step); }
-inline u32 __shfl_xor_sync(unsigned, u32 value, int step) {
-  here.warp->words[lane_id()] = value;
-  __syncwarp();
-  const u32 found = here.warp->words[lane_id() ^ step];
-  __syncwarp();
-  return found;
-}
-inline u32 __funnelshift_l(u32 low, u32 high, u32 shift) { return u32(((u64(high) << 32 | low) << (shift & 31)) >> 32); }
 inline float __shfl_sync(unsigned, float value, int lane) { return from_lane(value, lane); }
 inline int __shfl_sync(unsigned, unsigned value, int lane) { return int(from_lane(float(value), lane)); }
 
