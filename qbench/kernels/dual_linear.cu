@@ -4,7 +4,8 @@
 // strips of the weight per warp), RING 0|1, DEPTH (chunks under way per warp without RING), PLAIN
 // 0|1 (for GPUs before Hopper: no RING, one split of K between blocks), EXPERTS 0|1 (every row has a matrix of its own),
 // GATED 0|1 (of EXPERTS: what is multiplied is silu(x) * factors), SUMMED 0|1 (of GATED: a token's pairs are added up,
-// each times its score; every pair has its own warps along K), NORM 0|1 (of ONE row: x is normalized, times factors).
+// each times its score; every pair has its own warps along K), NORM 0|1 (of ONE row: x is normalized, times factors),
+// TOGETHER (weights of one row in one launch).
 //
 // How it reaches memory bandwidth. The weights are the A operand of mma.m16n8k16, the batch its narrow side of 8, so
 // batch 1 to 8 cost the same and nothing is padded to 64. Two weights cost one lop3 and at most one shift: their bits

@@ -266,7 +266,8 @@ def launch(
     """Launches on `stream` (a raw handle) with `cluster` blocks along x per cluster; raises KernelError.
 
     `early` lets the kernel start before the one in front has ended (programmatic dependent launch); it must wait itself
-    (griddepcontrol.wait) before it touches anything that an earlier kernel writes or reads.
+    (griddepcontrol.wait) before it touches anything that an earlier kernel writes or reads. What a kernel two in front
+    wrote it may read before, if the one in front waits before it lets another start: so it is with GATED experts.
     """
     attributes = (_Attribute * 2)()
     count = 0
