@@ -31,9 +31,9 @@ __device__ inline void store_some(u16* to, uint4 v, int count) {
     if (j < count) to[j] = u16(pairs[j / 2] >> (16 * (j % 2)));
 }
 
-// A warpgroup's sums, [64 rows of the weight from n0 on][8 NB rows of x from m0 on], of which 8-row blocks FIRST to
-// LAST of x are written: 64 x 16 at a time are turned through the
-// 2 KB of shared memory at `turn`, `turned` for C++, so that y is written in lines of 128 bytes. `group`: which warpgroup.
+// A warpgroup's sums, [64 rows of the weight from n0 on][8 NB rows of x from m0 on], of which 8-row blocks FIRST to LAST of x
+// are written: 64 x 16 at a time are turned through the 2 KB of shared memory at `turn`, `turned` for C++, so that y is
+// written in lines of 128 bytes. `group`: which warpgroup.
 template <int FIRST, int LAST>
 __device__ __forceinline__ void store_tile(const float (&acc)[4 * NB], const Weight& weight, int n0, int m0, int M, u32 turn,
                                            const u8* turned, int group) {

@@ -201,8 +201,8 @@ prompt_linear(const __grid_constant__ Map x, const __grid_constant__ Problem p) 
     while (work.next()) {
 #pragma unroll
       for (int i = 0; i < 4 * NB; i++) acc[i] = 0.f;
-      const int last = work.more() ? work.to : work.to - 1;  // chunk that has one behind it, if of another tile
-      filler = work.parted ? rank : lane;  // that fills stages for itself, once for each of the cluster
+      const int last = work.more() ? work.to : work.to - 1;  // the chunks before it have one behind, perhaps of another tile
+      filler = work.parted ? rank : lane;  // of a parted tile a block fills its stages alone: its lanes tell none but itself
 #pragma unroll 1
       for (int chunk = work.from; chunk < work.to; chunk++) {
         u64 halves[2];

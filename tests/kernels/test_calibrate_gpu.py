@@ -16,7 +16,6 @@ from tests.kernels.test_quantize_gpu import uneven
 
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
     pytest.mark.skipif(not gpu.has_triton(), reason="Triton is not installed"),
 ]
 

@@ -18,12 +18,6 @@ pytestmark = pytest.mark.gpu
 LIMITS = {torch.float16: 1e-3, torch.bfloat16: 1e-2}
 
 
-@pytest.fixture(autouse=True)
-def gpu():
-    if not torch.cuda.is_available():
-        pytest.skip("no CUDA device here")
-
-
 def on_gpu(weight):
     return weight.with_tensors({name: tensor.cuda() for name, tensor in weight.tensors().items()})
 

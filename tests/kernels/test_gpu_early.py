@@ -24,12 +24,6 @@ pytestmark = pytest.mark.gpu
 LAUNCHES = 10  # one behind the other
 
 
-@pytest.fixture(autouse=True)
-def gpu():
-    if not torch.cuda.is_available():
-        pytest.skip("no CUDA device here")
-
-
 def drawn(rows: int, columns: int) -> list[Tensor]:
     return [0.1 * torch.randn(rows, columns, device="cuda", dtype=torch.bfloat16) for _ in range(LAUNCHES)]
 

@@ -24,12 +24,6 @@ EXPERTS, PER_TOKEN = 8, 3
 WAYS = {"fused": 2**30, "written": 0}  # pairs an expert up to which the fused kernel serves
 
 
-@pytest.fixture(autouse=True)
-def gpu():
-    if not torch.cuda.is_available():
-        pytest.skip("no CUDA device here")
-
-
 def some_index(tokens, experts=EXPERTS):
     """`[tokens, PER_TOKEN]`: expert 1 gets none, some live elsewhere, and expert 0 gets most."""
     drawn = torch.rand(tokens, experts + 1, device="cuda")

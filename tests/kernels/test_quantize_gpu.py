@@ -20,7 +20,6 @@ from qbench.testing import correlated_inputs, same, statistics_of
 
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
     pytest.mark.skipif(not gpu.has_triton(), reason="Triton is not installed"),
 ]
 

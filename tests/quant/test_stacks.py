@@ -18,7 +18,6 @@ from qbench.plugins.sinq import SINQ
 from qbench.quant.quantizer import Quantizer
 from qbench.testing import same
 
-ON_GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 METHODS = [
     RTN(),
     RTN(nbits=3, symmetric=True, aux_dtype="int8"),
@@ -92,7 +91,7 @@ def test_every_matrix_is_what_it_is_alone_on_a_gpu(quantizer, experts, rows, col
     check_equal(quantizer, stacks(experts, rows, columns, "cuda"))
 
 
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=ON_GPU)])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("quantizer", [RTN(nbits=3), SINQ(), NF4(), MXFP4(), RTN(rotation="hadamard")], ids=told)
 def test_a_stack_is_written_out_as_it_dequantizes(quantizer, device):
     for weight in stacks(3, 40, 96, device):
